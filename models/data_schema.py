@@ -1,0 +1,199 @@
+"""The one input format: a folder of typed Parquet tables and a `dataset.json` that declares them.
+
+    dataset.json     DatasetSpec: action names, surfaces, item features, split times, counts of what was dropped
+    events.parquet   the history stream; per user in chronological order
+    slates.parquet   what was shown, engaged or not, with labels; one row per shown item (may be empty)
+    items.parquet    the catalogue; the row number is the internal item id everywhere downstream
+
+| table  | column                 | type          | null | meaning                                                    |
+|--------|------------------------|---------------|------|------------------------------------------------------------|
+| events | user_id, item_id       | String        | no   | external ids                                               |
+| events | surface                | String        | no   | where it happened; one of `surfaces`                       |
+| events | timestamp_ms           | Int64         | yes  | Unix time in ms, UTC; null = unknown, before all known     |
+| events | action_{name}          | Boolean       | no   | one column per declared action; all False = no action      |
+| slates | slate_id               | Int64         | no   | groups the rows of one impression slate                    |
+| slates | user_id, item_id, surface, timestamp_ms, action_{name} | as above | no | timestamp_ms: when the slate was shown |
+| slates | position               | Int32         | yes  | rank at which the item was shown, 0 = first                |
+| items  | item_id                | String        | no   | unique                                                     |
+| items  | title                  | String        | yes  | for people                                                 |
+| items  | dense_{name}           | List(Float32) | no   | a finite vector of the declared width                      |
+| items  | category_{name}        | String        | yes  | null or a word outside the vocabulary = unknown            |
+
+Events and slates may refer only to items of the catalogue. A slate's history is every event of its user with a
+null timestamp or a timestamp before the slate's. This module knows the format and nothing of where data comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import polars as pl
+
+from unipinrec.errors import DataError
+
+FORMAT_VERSION = 1
+UNKNOWN_SURFACE = "unknown"
+ACTION_PREFIX = "action_"
+DENSE_PREFIX = "dense_"
+CATEGORY_PREFIX = "category_"
+
+
+class TimeSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Train before `valid_start_ms`, validate up to `test_start_ms`, test from there on (Unix ms, UTC)."""
+
+    valid_start_ms: int
+    test_start_ms: int
+
+    def __post_init__(self) -> None:
+        if self.valid_start_ms > self.test_start_ms:
+            raise DataError(
+                f"split: valid_start_ms={self.valid_start_ms} is after test_start_ms={self.test_start_ms}; "
+                "validation must begin before the test does"
+            )
+
+
+class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `dataset.json` holds.
+
+    Attributes:
+        actions: Names of all actions, in the order of every action vector (C names).
+        positive_actions: The subset that makes an event a retrieval target.
+        surfaces: Names of all surfaces; the index is the id in the model, index 0 is `unknown`.
+        dense: Width of each dense item feature.
+        categories: Vocabulary of each categorical item feature; code = index + 1, code 0 = unknown.
+        split: Times of the split; None for data without usable times, which is split leave-one-out
+            (last event = test, the one before = validation).
+        dropped: Number of rows or users dropped, by reason.
+        source: Where the data came from and under which licence, for people.
+    """
+
+    format_version: int
+    name: str
+    actions: tuple[str, ...]
+    positive_actions: tuple[str, ...]
+    surfaces: tuple[str, ...]
+    dense: dict[str, int]
+    categories: dict[str, tuple[str, ...]]
+    split: TimeSplit | None
+    dropped: dict[str, int]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise DataError(
+                f"dataset.json: format_version is {self.format_version}, this version reads {FORMAT_VERSION}; "
+                "run `unipinrec prepare` again"
+            )
+        if not self.actions or len(set(self.actions)) != len(self.actions):
+            raise DataError(f"actions must be a non-empty list of distinct names, got {list(self.actions)}")
+        foreign = set(self.positive_actions) - set(self.actions)
+        if foreign or not self.positive_actions:
+            raise DataError(
+                f"positive_actions {list(self.positive_actions)} must be a non-empty part of actions {list(self.actions)}"
+            )
+        if not self.surfaces or self.surfaces[0] != UNKNOWN_SURFACE or len(set(self.surfaces)) != len(self.surfaces):
+            raise DataError(f"surfaces must be distinct and begin with {UNKNOWN_SURFACE!r}, got {list(self.surfaces)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set in memory: the declaration and its three tables, with the columns of the module docstring."""
+
+    spec: DatasetSpec
+    events: pl.DataFrame
+    slates: pl.DataFrame
+    items: pl.DataFrame
+
+
+def event_columns(actions: tuple[str, ...]) -> dict[str, pl.DataType]:
+    """Columns and types of `events.parquet` for these action names."""
+    return {
+        "user_id": pl.String(),
+        "item_id": pl.String(),
+        "surface": pl.String(),
+        "timestamp_ms": pl.Int64(),
+        **{ACTION_PREFIX + name: pl.Boolean() for name in actions},
+    }
+
+
+def slate_columns(actions: tuple[str, ...]) -> dict[str, pl.DataType]:
+    """Columns and types of `slates.parquet` for these action names."""
+    return {"slate_id": pl.Int64(), **event_columns(actions), "position": pl.Int32()}
+
+
+def item_columns(spec: DatasetSpec) -> dict[str, pl.DataType]:
+    """Columns and types of `items.parquet` for the declared features."""
+    return {
+        "item_id": pl.String(),
+        "title": pl.String(),
+        **{DENSE_PREFIX + name: pl.List(pl.Float32) for name in spec.dense},
+        **{CATEGORY_PREFIX + name: pl.String() for name in spec.categories},
+    }
+
+
+def write_dataset(dataset: Dataset, folder: Path) -> None:
+    """Write a validated data set as a folder; a half-written folder never appears under its final name.
+
+    Raises:
+        DataError: The folder exists, or it could not be written (disk full, no permission).
+    """
+    if folder.exists():
+        raise DataError(f"{folder} exists; choose another --out or remove it first")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for name in ("events", "slates", "items"):
+            getattr(dataset, name).write_parquet(partial / f"{name}.parquet")
+        (partial / "dataset.json").write_bytes(msgspec.json.format(msgspec.json.encode(dataset.spec)))
+        partial.rename(folder)
+    except OSError as error:
+        raise DataError(f"could not write {folder}: {error}; nothing was left behind") from error
+    finally:
+        _remove_partial(partial)
+
+
+def _remove_partial(partial: Path) -> None:
+    if partial.exists():
+        for file in partial.iterdir():
+            file.unlink()
+        partial.rmdir()
+
+
+def read_dataset(folder: Path) -> Dataset:
+    """Read a prepared data set and check columns and types.
+
+    Raises:
+        DataError: The folder is no prepared data set, or a table lacks a column, has a foreign one or a wrong type.
+    """
+    spec = read_spec(folder)
+    tables = {}
+    for name, columns in {
+        "events": event_columns(spec.actions),
+        "slates": slate_columns(spec.actions),
+        "items": item_columns(spec),
+    }.items():
+        path = folder / f"{name}.parquet"
+        try:
+            tables[name] = pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{path}: not readable as Parquet: {error}; run `unipinrec prepare` again") from error
+        if dict(tables[name].schema) != columns:
+            raise DataError(f"{path}: columns are {dict(tables[name].schema)}, expected {columns}")
+    return Dataset(spec=spec, **tables)
+
+
+def read_spec(folder: Path) -> DatasetSpec:
+    """Read `dataset.json` alone.
+
+    Raises:
+        DataError: The folder or the file is missing, or the declaration is invalid.
+    """
+    path = folder / "dataset.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=DatasetSpec)
+    except OSError as error:
+        raise DataError(f"{folder} is not a prepared data set ({error}); make one with `unipinrec prepare`") from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: {error}; run `unipinrec prepare` again") from error

@@ -1,0 +1,61 @@
+"""What every subcommand shares: exit codes, the console on stderr, the one JSON document on stdout."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unipinrec.errors import UnipinrecError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; logs go to stderr.")
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Print why the command failed and leave with exit code 1."""
+    stderr.print(f"[bold red]error[/]: {error}", markup=True, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors into exit code 1 with their message; a Ctrl-C is a failure without a traceback."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UnipinrecError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            fail(UnipinrecError("interrupted"))
+
+    return guarded
+
+
+def print_json(document: Any) -> None:
+    """Write one JSON document, and nothing else, to stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
+
+
+def progress() -> Progress:
+    """A progress bar on stderr that shows counts and the time that is left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=stderr,
+    )

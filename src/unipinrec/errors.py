@@ -1,0 +1,65 @@
+"""Every error that this package raises on purpose.
+
+    UnipinrecError
+    ├── ConfigError             a setting that is unknown, out of range, or contradicts another
+    ├── DataError               a data set that cannot be read or is not in the documented format
+    ├── CheckpointError         a checkpoint folder that is missing, damaged or of another model
+    ├── TrainingInterrupted     training stopped on request; the state to resume from is on disk
+    ├── ExportError             an export that failed; no bundle was left behind
+    │   └── ParityError         an exported graph that does not compute what PyTorch computes
+    ├── BundleError             a bundle that cannot be served
+    │   ├── BundleCorruptError  a file that is missing, truncated or altered
+    │   └── BundleVersionError  a bundle written in a format that this version does not read
+    ├── BackendError            an inference engine that is missing or failed
+    └── RequestError            a request that cannot be answered as given
+
+A message names what was given, what is accepted, and what to do.
+"""
+
+
+class UnipinrecError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+
+class ConfigError(UnipinrecError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class DataError(UnipinrecError):
+    """A data set cannot be read or is not in the documented format."""
+
+
+class CheckpointError(UnipinrecError):
+    """A checkpoint folder is missing, damaged, or holds another model."""
+
+
+class TrainingInterrupted(UnipinrecError):  # noqa: N818 - an interruption, not a fault
+    """Training stopped on request; the state to resume from is on disk."""
+
+
+class ExportError(UnipinrecError):
+    """An export failed; no bundle was left behind."""
+
+
+class ParityError(ExportError):
+    """An exported graph does not compute what PyTorch computes."""
+
+
+class BundleError(UnipinrecError):
+    """A bundle cannot be served."""
+
+
+class BundleCorruptError(BundleError):
+    """A file of a bundle is missing, truncated or altered."""
+
+
+class BundleVersionError(BundleError):
+    """A bundle is written in a format that this version does not read."""
+
+
+class BackendError(UnipinrecError):
+    """An inference engine is missing or failed."""
+
+
+class RequestError(UnipinrecError):
+    """A request cannot be answered as given."""
