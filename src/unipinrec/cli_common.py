@@ -20,7 +20,9 @@ R = TypeVar("R")
 stderr = Console(stderr=True)
 stdout = Console()
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout; logs go to stderr.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; logs go to stderr."
+)
 
 
 def fail(error: BaseException) -> NoReturn:

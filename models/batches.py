@@ -1,0 +1,233 @@
+"""From sequences to training batches: windows of events with the slates they precede, bucketed by length.
+
+Every random choice is drawn from (seed, epoch, batch), so a run can resume anywhere and repeat itself bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unipinrec.models.embedders import MISSING_TIMESTAMP_MS
+from unipinrec.models.sequences import Sequences
+
+POOL_BATCHES = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Events [begin, end) of the flat event arrays, and the slates [slate_begin, slate_end) that fall inside it."""
+
+    begin: int
+    end: int
+    slate_begin: int
+    slate_end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's inputs. Items are named by their index in `item_rows`, so that each is embedded once.
+
+    Shapes: B rows, n events, k candidates, S sampled items, C actions; i64 unless noted.
+    """
+
+    item_rows: Tensor  # (U,) catalogue rows of every item in the batch
+    history_items: Tensor  # (B, n)
+    history_actions: Tensor  # (B, n, C) f32
+    history_surfaces: Tensor  # (B, n)
+    history_timestamps_ms: Tensor  # (B, n)
+    lengths: Tensor  # (B,)
+    masked: Tensor  # (B, n) f32
+    targets: Tensor  # (B, n) item of the next event, where it is positive; -1 elsewhere
+    target_actions: Tensor  # (B, n, C) f32
+    candidate_items: Tensor  # (B, k)
+    candidate_actions: Tensor  # (B, k, C) f32
+    candidate_surfaces: Tensor  # (B, k)
+    candidate_timestamps_ms: Tensor  # (B, k)
+    cutoffs: Tensor  # (B, k)
+    candidate_valid: Tensor  # (B, k) bool
+    sampled_items: Tensor  # (S,) items of the sampled softmax, distinct, every target among them
+    sampled_log_q: Tensor  # (S,) f32 log of the expected count of each in the sample
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How batches are made: rows per batch, window length, candidates per row, MAM's p, random negatives, the seed."""
+
+    batch_size: int
+    max_history: int
+    max_candidates: int
+    mask_probability: float
+    num_negatives: int
+    seed: int
+
+
+def training_windows(data: Sequences, max_history: int) -> list[Window]:
+    """Cut each user's training events into windows of at most `max_history`, aligned to the newest event.
+
+    With a time split, training events and slates lie before `valid_start_ms`; without, the last two events of each
+    user are held out. A slate belongs to the window that holds the event right before it.
+    """
+    event_end = data.event_start[1:].copy()
+    if data.split is None:
+        event_end = np.maximum(event_end - 2, data.event_start[:-1])
+    else:
+        cut = data.split.valid_start_ms
+        event_end -= _counts_by_user(data, data.timestamps_ms >= cut)
+    slate_bounds = np.searchsorted(data.slate_user, np.arange(data.num_users + 1))
+    windows = []
+    for user in range(data.num_users):
+        first, end = int(data.event_start[user]), int(event_end[user])
+        slates = np.arange(slate_bounds[user], slate_bounds[user + 1])
+        if data.split is not None:
+            slates = slates[data.slate_timestamp_ms[slates] < data.split.valid_start_ms]
+        while end > first:
+            begin = max(first, end - max_history)
+            cutoff = data.slate_cutoff[slates] + first
+            inside = slates[(cutoff > begin) & (cutoff <= end)]
+            span = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+            if end - begin > 1 or len(inside):
+                windows.append(Window(begin=begin, end=end, slate_begin=span[0], slate_end=span[1]))
+            end = begin
+    return windows
+
+
+def _counts_by_user(data: Sequences, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    total = np.concatenate([[0], np.cumsum(flags)])
+    return total[data.event_start[1:]] - total[data.event_start[:-1]]
+
+
+class Batches:
+    """All training batches of a data set, epoch by epoch."""
+
+    def __init__(self, data: Sequences, positive: NDArray[np.bool_], options: BatchOptions) -> None:
+        """Prepare windows; `positive` [C] says which actions make an event a retrieval target."""
+        self.data, self.options = data, options
+        self.windows = training_windows(data, options.max_history)
+        self.is_positive = (data.actions[:, positive] > 0).any(axis=1)
+        self.last_event = np.repeat(data.event_start[1:] - 1, np.diff(data.event_start))
+        train_end = np.zeros(len(data.rows), bool)
+        for window in self.windows:
+            train_end[window.begin : window.end] = True
+        self.trainable = train_end
+        counts = np.bincount(data.rows[self.is_positive & self.trainable], minlength=data.num_items)
+        self.target_probability = counts / max(counts.sum(), 1)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.windows) // self.options.batch_size)
+
+    def epoch(self, epoch: int, indices: Sequence[int]) -> Iterator[Batch]:
+        """These batches of one epoch, in this order."""
+        plan = self._plan(epoch)
+        for index in indices:
+            rng = np.random.default_rng([self.options.seed, epoch, index])
+            yield self._collate([self.windows[i] for i in plan[index]], rng)
+
+    def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Shuffle, sort by length within pools of batches so that padding stays small, shuffle the batches."""
+        rng = np.random.default_rng([self.options.seed, epoch])
+        order = rng.permutation(len(self.windows))
+        size = self.options.batch_size
+        lengths = np.array([w.end - w.begin for w in self.windows])
+        batches = []
+        for pool in np.split(order, np.arange(size * POOL_BATCHES, len(order), size * POOL_BATCHES)):
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            batches += np.split(pool, np.arange(size, len(pool), size))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _collate(self, windows: list[Window], rng: np.random.Generator) -> Batch:
+        data = self.data
+        events = pad_rows([np.arange(w.begin, w.end) for w in windows])
+        real = events >= 0
+        following = np.minimum(events + 1, len(data.rows) - 1)
+        has_target = (
+            real
+            & (events < self.last_event[events])
+            & self.is_positive[following]
+            & self.trainable[following]
+        )
+        candidates, slates = self._candidates(windows, rng)
+        shown = candidates >= 0
+        begin = np.array([w.begin for w in windows])[:, None]
+        targets = np.where(has_target, data.rows[following], -1)
+        sampled, log_q = self._sample(targets[has_target], rng)
+        item_rows, inverse = np.unique(
+            np.concatenate([data.rows[events].ravel(), data.slate_rows[candidates].ravel(), sampled]),
+            return_inverse=True,
+        )
+        history_items, candidate_items, sampled_items = np.split(
+            inverse, [events.size, events.size + candidates.size]
+        )
+        before_window = begin - data.event_start[data.slate_user[slates]]
+        arrays = {
+            "item_rows": item_rows,
+            "history_items": history_items.reshape(events.shape),
+            "history_actions": (data.actions[events] * real[..., None]).astype(np.float32),
+            "history_surfaces": np.where(real, data.surfaces[events], 0),
+            "history_timestamps_ms": np.where(real, data.timestamps_ms[events], MISSING_TIMESTAMP_MS),
+            "lengths": real.sum(axis=1),
+            "masked": (real & (rng.random(events.shape) < self.options.mask_probability)).astype(np.float32),
+            "targets": np.where(has_target, np.searchsorted(item_rows, targets), -1),
+            "target_actions": (data.actions[following] * has_target[..., None]).astype(np.float32),
+            "candidate_items": candidate_items.reshape(candidates.shape),
+            "candidate_actions": (data.slate_actions[candidates] * shown[..., None]).astype(np.float32),
+            "candidate_surfaces": np.where(shown, data.slate_surface[slates], 0),
+            "candidate_timestamps_ms": np.where(shown, data.slate_timestamp_ms[slates], MISSING_TIMESTAMP_MS),
+            "cutoffs": np.where(shown, data.slate_cutoff[slates] - before_window, 0),
+            "candidate_valid": shown,
+            "sampled_items": sampled_items,
+            "sampled_log_q": log_q,
+        }
+        return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def _candidates(
+        self, windows: list[Window], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices of slate items and of their slates, (B, k); -1 where padded. Whole slates, at random, up to the limit."""
+        items, owners = [], []
+        for window in windows:
+            slates = rng.permutation(np.arange(window.slate_begin, window.slate_end))
+            sizes = np.diff(self.data.slate_start)[slates]
+            slates = slates[np.cumsum(sizes) <= self.options.max_candidates]
+            items.append(
+                np.concatenate([np.zeros(0, np.int64), *(_span(self.data.slate_start, s) for s in slates)])
+            )
+            owners.append(np.repeat(slates, np.diff(self.data.slate_start)[slates]))
+        return pad_rows(items), pad_rows(owners)
+
+    def _sample(
+        self, targets: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """In-batch and random items of the sampled softmax, and the log of each one's expected count (paper Eq. 1)."""
+        count = self.data.num_items
+        if self.options.num_negatives >= count:
+            return np.arange(count), np.zeros(count, np.float32)
+        uniform = rng.integers(0, count, self.options.num_negatives)
+        sampled = np.unique(np.concatenate([targets, uniform]))
+        expected = len(targets) * self.target_probability[sampled] + self.options.num_negatives / count
+        return sampled, np.log(expected).astype(np.float32)
+
+
+def _span(starts: NDArray[np.int64], index: int) -> NDArray[np.int64]:
+    return np.arange(starts[index], starts[index + 1])
+
+
+def pad_rows(rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Stack runs of indices into one array, -1 where a row is shorter than the longest."""
+    width = max((len(row) for row in rows), default=0)
+    padded = np.full((len(rows), width), -1, np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded

@@ -1,0 +1,137 @@
+"""What a model is made of: its architecture, and the vocabulary it was trained for. Named sizes live here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from unipinrec.errors import ConfigError
+
+AttentionForm = Literal["sink", "self"]
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Architecture of the transformer and its heads (paper section 3; norms, RoPE, SwiGLU and GQA are ours).
+
+    Attributes:
+        num_layers: L.
+        hidden_size: d, the width of a token.
+        num_heads: Query heads; the head dimension is hidden_size / num_heads.
+        num_kv_heads: Key/value heads (GQA when fewer than num_heads).
+        intermediate_size: Width of the SwiGLU feed-forward.
+        max_history: n_max, the longest history in events.
+        item_dim: E, the width of an item vector and of a query.
+        id_dim: Width of an item's id embedding before the embedder's MLP.
+        feature_dim: Width of each action, surface, time and item-category embedding.
+        attention: "sink": an event sees a learned sink key and strictly earlier events; "self": it sees earlier
+            events and itself (the paper's form). docs/decisions/0001 holds the measurement.
+        outcome_conditioned: Whether a query is conditioned on the wanted actions.
+        dropout: Dropout probability on each residual branch in training.
+        rope_theta: Base of the rotary position encoding, over the event index.
+        norm_eps: Epsilon of every RMSNorm.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    max_history: int
+    item_dim: int
+    id_dim: int
+    feature_dim: int
+    attention: AttentionForm = "sink"
+    outcome_conditioned: bool = False
+    dropout: float = 0.0
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers hidden_size num_heads num_kv_heads intermediate_size max_history item_dim id_dim feature_dim"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads={2 * self.num_heads} "
+                "(rotary encoding needs an even head dimension)"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout={self.dropout} must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_prefix_slots(self) -> int:
+        """Slots of the key/value tensors that come before the first event: 1 with a sink, else 0."""
+        return 1 if self.attention == "sink" else 0
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model was trained for: everything that its weights' shapes owe to the data.
+
+    Attributes:
+        num_items: Rows of the catalogue.
+        actions: Action names, in the order of every action vector (C names).
+        positive_actions: The actions that make an event a retrieval target.
+        surfaces: Surface names; index 0 stands for unknown.
+        dense: Width of each dense item feature.
+        categories: Words of each categorical item feature; code = index + 1, code 0 = unknown.
+    """
+
+    num_items: int
+    actions: tuple[str, ...]
+    positive_actions: tuple[str, ...]
+    surfaces: tuple[str, ...]
+    dense: dict[str, int]
+    categories: dict[str, tuple[str, ...]]
+
+    @property
+    def dense_width(self) -> int:
+        """F, the summed width of the dense item features."""
+        return sum(self.dense.values())
+
+
+TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    num_heads=2,
+    num_kv_heads=2,
+    intermediate_size=192,
+    max_history=64,
+    item_dim=64,
+    id_dim=64,
+    feature_dim=16,
+)
+SMALL = ModelConfig(
+    num_layers=4,
+    hidden_size=256,
+    num_heads=8,
+    num_kv_heads=8,
+    intermediate_size=704,
+    max_history=992,
+    item_dim=64,
+    id_dim=64,
+    feature_dim=32,
+)
+PAPER = ModelConfig(
+    num_layers=12,
+    hidden_size=768,
+    num_heads=12,
+    num_kv_heads=12,
+    intermediate_size=2048,
+    max_history=1024,
+    item_dim=256,
+    id_dim=256,
+    feature_dim=64,
+)
+SIZES = {"tiny": TINY, "small": SMALL, "paper": PAPER}

@@ -1,0 +1,77 @@
+"""One transformer block and the rotary encoding; attention itself is in `attention.py`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unipinrec.models.config import ModelConfig
+
+
+class Rotary(nn.Module):
+    """Rotary position encoding over the event index, rotating the two halves of each head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self.register_buffer("frequencies", config.rope_theta**-exponents, persistent=False)
+        self.frequencies: Tensor
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Map positions [B, s] i64 to (cos, sin), each [B, 1, s, D / 2] f32."""
+        angles = positions.to(torch.float32)[:, None, :, None] * self.frequencies
+        return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate (batch, heads, seq, head_dim) by the (cos, sin) of each position."""
+    cos, sin = (part.to(heads.dtype) for part in rotation)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, cut at the seam where attention looks at other tokens.
+
+    `project` makes queries, keys and values; the caller decides who sees whom; `finish` does the rest. The same
+    weights thus serve histories, extensions and candidates.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.widths = (d, kv, kv)
+        self.attention_norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.qkv = nn.Linear(d, d + 2 * kv, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.mlp_norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.gate_up = nn.Linear(d, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, d, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        sink = (2, config.num_kv_heads, 1, config.head_dim)
+        self.sink = nn.Parameter(torch.zeros(sink)) if config.attention == "sink" else None
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Map x (batch, seq, d) to query, key, value (batch, heads, seq, head_dim), query and key rotated."""
+        batch, seq, _ = x.shape
+        parts = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
+        query, key, value = (
+            part.reshape(batch, seq, heads, -1).transpose(1, 2)
+            for part, heads in zip(parts, self.heads, strict=True)
+        )
+        return rotate(query, rotation), rotate(key, rotation), value
+
+    def with_prefix(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the sink, where this form has one, into slot 0 of a history's keys and values."""
+        if self.sink is None:
+            return key, value
+        sink = self.sink[:, None].expand(-1, key.shape[0], -1, -1, -1).to(key.dtype)
+        return torch.cat([sink[0], key], dim=2), torch.cat([sink[1], value], dim=2)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention output (batch, heads, seq, head_dim) and the feed-forward to x (batch, seq, d)."""
+        x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(x.shape)))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.dropout(self.down(F.silu(gate) * up))

@@ -1,0 +1,89 @@
+"""The one-stage objective: sampled softmax with logQ correction + masked-action and candidate BCE (paper Eq. 1-5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unipinrec.models.batches import Batch
+from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.sequences import ItemFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Weights of the parts: each action's w_c (Eq. 4), the retrieval part as a whole, and a bound on its targets.
+
+    `max_targets` bounds the memory of the sampled softmax: more positive positions than that are subsampled.
+    """
+
+    action_weights: tuple[float, ...]
+    retrieval_weight: float = 1.0
+    ranking_weight: float = 1.0
+    max_targets: int = 4096
+
+
+class Objective(nn.Module):
+    """Model plus losses as one module, so that a distributed wrapper sees a single `forward`."""
+
+    def __init__(self, model: UniPinRec, features: ItemFeatures, options: LossOptions) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+        self.register_buffer("dense", torch.from_numpy(features.dense), persistent=False)
+        self.register_buffer("categories", torch.from_numpy(features.categories), persistent=False)
+        self.register_buffer("action_weights", torch.tensor(options.action_weights), persistent=False)
+        self.dense: Tensor
+        self.categories: Tensor
+        self.action_weights: Tensor
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses: `loss` (what is minimised), `retrieval`, `history_actions`, `candidate_actions`."""
+        rows = batch.item_rows
+        vectors = self.model.embed_items(rows, self.dense[rows], self.categories[rows])
+        history = HistoryTokens(
+            vectors=vectors[batch.history_items],
+            actions=batch.history_actions,
+            surfaces=batch.history_surfaces,
+            timestamps_ms=batch.history_timestamps_ms,
+            lengths=batch.lengths,
+        )
+        slate = CandidateTokens(
+            vectors=vectors[batch.candidate_items],
+            surfaces=batch.candidate_surfaces,
+            timestamps_ms=batch.candidate_timestamps_ms,
+            cutoffs=batch.cutoffs,
+        )
+        hidden, candidates = self.model.joint(history, batch.masked, slate)
+        retrieval = self._retrieval(hidden, vectors, batch)
+        masked = self._actions(hidden[batch.masked > 0], batch.history_actions[batch.masked > 0])
+        shown = self._actions(
+            candidates[batch.candidate_valid], batch.candidate_actions[batch.candidate_valid]
+        )
+        loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
+        return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
+
+    def _retrieval(self, hidden: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy over the sampled items at unmasked positions whose next event is positive."""
+        chosen = ((batch.targets >= 0) & (batch.masked == 0)).nonzero()
+        if len(chosen) > self.options.max_targets:
+            chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[: self.options.max_targets]]
+        at = chosen.unbind(1)
+        if not len(chosen):
+            return hidden.sum() * 0.0
+        outcomes = batch.target_actions[at] if self.model.config.outcome_conditioned else None
+        queries = self.model.retrieval_head(hidden[at], outcomes)
+        scale = self.model.log_scale.clamp(max=5.0).exp()
+        logits = scale * queries @ vectors[batch.sampled_items].T - batch.sampled_log_q
+        labels = torch.searchsorted(batch.sampled_items, batch.targets[at])
+        return F.cross_entropy(logits.float(), labels)
+
+    def _actions(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum over actions of w_c times the mean BCE."""
+        if not len(hidden):
+            return hidden.sum() * 0.0
+        logits = self.model.action_heads(hidden).float()
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
+        return (losses * self.action_weights).sum()

@@ -1,0 +1,118 @@
+"""Full-catalogue retrieval metrics and per-action ranking metrics. No sampled metrics."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+
+class RetrievalMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Hit rate and NDCG by cut-off k, and MRR, over `targets` requests that have exactly one target each."""
+
+    hit_rate: dict[int, float]
+    ndcg: dict[int, float]
+    mrr: float
+    targets: int
+
+
+class ActionMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """How well one action is predicted on shown items.
+
+    Attributes:
+        auc: Over all rows; None if only one class occurs.
+        gauc: AUC per user, weighted by rows, over users with both classes; None if there is none.
+        logloss: Mean negative log-likelihood in nats.
+        rate: Share of positive rows.
+        rows: Rows scored.
+    """
+
+    auc: float | None
+    gauc: float | None
+    logloss: float
+    rate: float
+    rows: int
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """Retrieval and ranking quality of one scorer; either part is None where the data cannot measure it."""
+
+    retrieval: RetrievalMetrics | None
+    ranking: dict[str, ActionMetrics] | None
+
+    def selection_score(self) -> float:
+        """What "best by validation" means: NDCG@10 plus the mean AUC of the actions, weighted by their positive rows.
+
+        The weights keep an action with a handful of positives from deciding by chance.
+        """
+        measured = [(m.auc, m.rate * m.rows) for m in (self.ranking or {}).values() if m.auc is not None]
+        ndcg = self.retrieval.ndcg[10] if self.retrieval else 0.0
+        return ndcg + (_weighted_mean(measured) if measured else 0.0)
+
+
+def target_ranks(
+    scores: NDArray[np.float32], seen: list[NDArray[np.int64]], targets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """0-based rank of each row's target among the unseen catalogue; ties count half.
+
+    Args:
+        scores: [R, N]; overwritten where seen.
+        seen: Per row the catalogue rows to leave out; the target is never left out.
+        targets: [R] catalogue rows.
+    """
+    at = np.arange(len(targets))
+    own = scores[at, targets].copy()
+    for row, items in enumerate(seen):
+        scores[row, items] = -np.inf
+    scores[at, targets] = own
+    better = (scores > own[:, None]).sum(axis=1)
+    level = (scores == own[:, None]).sum(axis=1) - 1
+    return better + level / 2.0
+
+
+def retrieval_metrics(
+    ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1, 10, 50)
+) -> RetrievalMetrics | None:
+    """Metrics of 0-based ranks; None if there are none."""
+    if not len(ranks):
+        return None
+    gains = 1.0 / np.log2(ranks + 2.0)
+    return RetrievalMetrics(
+        hit_rate={k: float((ranks < k).mean()) for k in cutoffs},
+        ndcg={k: float((gains * (ranks < k)).mean()) for k in cutoffs},
+        mrr=float((1.0 / (ranks + 1.0)).mean()),
+        targets=len(ranks),
+    )
+
+
+def action_metrics(
+    users: NDArray[np.int64], labels: NDArray[np.uint8], probabilities: NDArray[np.float64]
+) -> ActionMetrics:
+    """AUC, GAUC and logloss of one action; all arguments are [rows]."""
+    frame = pl.DataFrame({"user": users, "label": labels.astype(np.float64), "score": probabilities})
+    by_user = frame.group_by("user").agg(_auc(), pl.len().alias("rows")).drop_nulls("auc")
+    clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)
+    return ActionMetrics(
+        auc=frame.select(_auc())["auc"][0],
+        gauc=float(np.average(by_user["auc"].to_numpy(), weights=by_user["rows"].to_numpy()))
+        if by_user.height
+        else None,
+        logloss=float(-np.where(labels > 0, np.log(clipped), np.log1p(-clipped)).mean()),
+        rate=float(labels.mean()),
+        rows=len(labels),
+    )
+
+
+def _weighted_mean(pairs: list[tuple[float, float]]) -> float:
+    values, weights = zip(*pairs, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+def _auc() -> pl.Expr:
+    """Mann-Whitney AUC with ties at half; null where only one class occurs."""
+    positives = pl.col("label").sum()
+    negatives = pl.len() - positives
+    rank_sum = (pl.col("score").rank("average") * pl.col("label")).sum()
+    auc = (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+    return pl.when((positives > 0) & (negatives > 0)).then(auc).alias("auc")

@@ -1,0 +1,274 @@
+"""The model: one causal transformer that encodes a history once, then retrieves and ranks from what it left.
+
+    encode   a history               -> per-layer keys/values, last hidden state
+    extend   those + new events      -> the new events' keys/values, last hidden state
+    retrieve last hidden state       -> query vectors
+    rank     keys/values + candidates -> action logits
+    joint    history and candidates in one pass: what training runs, and what the four above must equal
+
+The first four have the signatures of the exported graphs. Histories are right-padded; `lengths` counts real events.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unipinrec.models.attention import attend, attend_candidates, attend_extension, attend_history, joint_mask
+from unipinrec.models.config import ModelConfig, Vocabulary
+from unipinrec.models.embedders import ItemEmbedder, TokenEmbedder, previous_timestamps
+from unipinrec.models.layers import Block, Rotary
+
+KeyValues = list[tuple[Tensor, Tensor]]
+INITIAL_TEMPERATURE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryTokens:
+    """Raw inputs of n events per row: vectors [B,n,E] f32, actions [B,n,C] f32, the rest [B,n] i64, lengths [B] i64."""
+
+    vectors: Tensor
+    actions: Tensor
+    surfaces: Tensor
+    timestamps_ms: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateTokens:
+    """Raw inputs of k candidates per row, which may belong to several slates.
+
+    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: how many events each may see.
+    """
+
+    vectors: Tensor
+    surfaces: Tensor
+    timestamps_ms: Tensor
+    cutoffs: Tensor
+
+
+class ActionHeads(nn.Module):
+    """One two-layer MLP per action (paper 3.1.1), computed side by side: (..., d) -> logits (..., C)."""
+
+    def __init__(self, config: ModelConfig, num_actions: int) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.up = nn.Linear(config.hidden_size, num_actions * config.hidden_size)
+        self.down = nn.Parameter(torch.empty(num_actions, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_actions))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., d) to logits (..., C)."""
+        inner = F.silu(self.up(hidden)).unflatten(-1, (self.num_actions, -1))
+        return (inner * self.down).sum(-1) + self.bias
+
+
+class RetrievalHead(nn.Module):
+    """Last hidden state [B, d], optionally with wanted outcomes [B, C], to one query [B, 1, E] of unit length."""
+
+    def __init__(self, config: ModelConfig, num_actions: int) -> None:
+        super().__init__()
+        self.outcome = (
+            nn.Linear(num_actions, config.hidden_size, bias=False) if config.outcome_conditioned else None
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.SiLU(),
+            nn.Linear(config.hidden_size, config.item_dim),
+        )
+
+    def forward(self, hidden: Tensor, outcomes: Tensor | None = None) -> Tensor:
+        """Map hidden (..., d) to unit queries (..., E); `outcomes` (..., C) f32 where the model has them."""
+        if self.outcome is not None:
+            if outcomes is None:
+                raise ValueError("this model's queries are conditioned on outcomes, but none were given")
+            hidden = hidden + self.outcome(outcomes)
+        return F.normalize(self.mlp(hidden).float(), dim=-1)
+
+
+class UniPinRec(nn.Module):
+    """The UniPinRec model (arXiv 2606.00422, section 3)."""
+
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.item_embedder = ItemEmbedder(config, vocabulary)
+        self.token_embedder = TokenEmbedder(config, vocabulary)
+        self.rotary = Rotary(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.action_heads = ActionHeads(config, len(vocabulary.actions))
+        self.retrieval_head = RetrievalHead(config, len(vocabulary.actions))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(INITIAL_TEMPERATURE)))
+        self.apply(_initialise)
+        self._initialise_residuals()
+
+    def _initialise_residuals(self) -> None:
+        nn.init.normal_(self.action_heads.down, std=0.02)
+        for block in self.layers():
+            for branch in (block.out, block.down):
+                nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+            if block.sink is not None:
+                nn.init.normal_(block.sink, std=0.02)
+
+    def layers(self) -> list[Block]:
+        """The transformer blocks, first to last."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
+        """Item vectors [N, E]; see `ItemEmbedder.forward`."""
+        vectors: Tensor = self.item_embedder(rows, dense, categories)
+        return vectors
+
+    def encode(self, history: HistoryTokens) -> tuple[KeyValues, Tensor]:
+        """Encode histories: per-layer (key, value) [B, H_kv, slots, D], and the last hidden state [B, d]."""
+        x = self._event_tokens(history, torch.zeros_like(history.timestamps_ms).float(), before=None)
+        rotation = self.rotary(_positions(history.surfaces))
+        cache: KeyValues = []
+        for block in self.layers():
+            query, key, value = block.project(x, rotation)
+            key, value = block.with_prefix(key, value)
+            cache.append((key, value))
+            x = block.finish(x, attend_history(self.config.attention, query, key, value))
+        return cache, self._last(x, history.lengths)
+
+    def extend(
+        self, history: HistoryTokens, past: KeyValues, past_lengths: Tensor, past_timestamps_ms: Tensor
+    ) -> tuple[KeyValues, Tensor]:
+        """Encode m new events after a cached past.
+
+        Args:
+            history: The new events alone.
+            past: Per-layer keys/values of the past, right-padded to p slots.
+            past_lengths: [B] i64, how many *events* each row's past holds.
+            past_timestamps_ms: [B] i64, the time of each row's last cached event.
+
+        Returns:
+            The new events' per-layer (key, value) [B, H_kv, m, D], and the last hidden state [B, d].
+        """
+        x = self._event_tokens(
+            history, torch.zeros_like(history.timestamps_ms).float(), before=past_timestamps_ms
+        )
+        rotation = self.rotary(_positions(history.surfaces) + past_lengths[:, None])
+        slots = past_lengths + self.config.kv_prefix_slots
+        added: KeyValues = []
+        for block, cached in zip(self.layers(), past, strict=True):
+            query, key, value = block.project(x, rotation)
+            added.append((key, value))
+            x = block.finish(x, attend_extension(self.config.attention, query, cached, (key, value), slots))
+        return added, self._last(x, history.lengths)
+
+    def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None = None) -> Tensor:
+        """Query vectors [B, 1, E] of unit length from last hidden states [B, d] (and outcomes [B, C])."""
+        query: Tensor = self.retrieval_head(last_hidden_state, outcomes)
+        return query[:, None]
+
+    def rank(
+        self, past: KeyValues, past_lengths: Tensor, past_timestamps_ms: Tensor, slate: CandidateTokens
+    ) -> Tensor:
+        """Action logits [B, k, C] of candidates that attend to a cached history (paper 3.3.2).
+
+        Args:
+            past: Per-layer keys/values, right-padded.
+            past_lengths: [B] i64, events per row.
+            past_timestamps_ms: [B] i64, time of each row's last event.
+            slate: The candidates; `cutoffs` is not read, every candidate sees the row's whole past.
+        """
+        count = slate.vectors.shape[1]
+        x = self._candidate_tokens(slate, past_timestamps_ms[:, None].expand(-1, count))
+        rotation = self.rotary(past_lengths[:, None].expand(-1, count))
+        slots = torch.arange(past[0][0].shape[2], device=x.device)
+        visible = (slots[None, :] < (past_lengths + self.config.kv_prefix_slots)[:, None])[:, None]
+        for block, cached in zip(self.layers(), past, strict=True):
+            query, key, value = block.project(x, rotation)
+            x = block.finish(
+                x, attend_candidates(self.config.attention, query, cached, (key, value), visible)
+            )
+        logits: Tensor = self.action_heads(self.final_norm(x))
+        return logits
+
+    def joint(
+        self, history: HistoryTokens, masked: Tensor, slate: CandidateTokens, *, dense_mask: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over [history ; candidates]: normed hidden states [B, n, d] and [B, k, d].
+
+        Args:
+            history: The events; their actions are hidden where `masked`.
+            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions.
+            slate: Candidates of one or more slates; each sees the events before its cutoff.
+            dense_mask: Attend through one dense (n + k) x (slots) mask instead of two calls. Same result, slower;
+                the reference that everything else is compared with.
+        """
+        events = history.vectors.shape[1]
+        known = torch.cat([torch.full_like(history.timestamps_ms[:, :1], -1), history.timestamps_ms], dim=1)
+        x = torch.cat(
+            [
+                self._event_tokens(history, masked, before=None),
+                self._candidate_tokens(slate, known.gather(1, slate.cutoffs)),
+            ],
+            dim=1,
+        )
+        rotation = self.rotary(torch.cat([_positions(history.surfaces), slate.cutoffs], dim=1))
+        attention = self._joint_dense if dense_mask else self._joint_split
+        for block in self.layers():
+            query, key, value = block.project(x, rotation)
+            x = block.finish(x, attention(block, (query, key, value), events, slate.cutoffs))
+        x = self.final_norm(x)
+        return x[:, :events], x[:, events:]
+
+    def _joint_dense(
+        self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor
+    ) -> Tensor:
+        query, key, value = qkv
+        mask = joint_mask(self.config.attention, events, cutoffs)
+        return attend(query, *block.with_prefix(key, value), mask[:, None])
+
+    def _joint_split(
+        self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor
+    ) -> Tensor:
+        form = self.config.attention
+        (past_query, query), (past_key, key), (past_value, value) = (
+            t.split([events, cutoffs.shape[1]], 2) for t in qkv
+        )
+        past = block.with_prefix(past_key, past_value)
+        slots = torch.arange(past[0].shape[2], device=query.device)
+        visible = slots < (cutoffs + self.config.kv_prefix_slots)[:, :, None]
+        return torch.cat(
+            [
+                attend_history(form, past_query, *past),
+                attend_candidates(form, query, past, (key, value), visible),
+            ],
+            dim=2,
+        )
+
+    def _event_tokens(self, history: HistoryTokens, masked: Tensor, before: Tensor | None) -> Tensor:
+        times = history.timestamps_ms, previous_timestamps(history.timestamps_ms, before)
+        token: Tensor = self.token_embedder(history.vectors, history.actions, masked, history.surfaces, times)
+        return token
+
+    def _candidate_tokens(self, slate: CandidateTokens, previous_ms: Tensor) -> Tensor:
+        masked = torch.ones_like(slate.vectors[..., 0])
+        actions = masked[..., None].expand(-1, -1, len(self.vocabulary.actions)) * 0.0
+        times = slate.timestamps_ms, previous_ms
+        token: Tensor = self.token_embedder(slate.vectors, actions, masked, slate.surfaces, times)
+        return token
+
+    def _last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        index = (lengths - 1)[:, None, None].expand(-1, 1, x.shape[-1])
+        last: Tensor = self.final_norm(x.gather(1, index)[:, 0])
+        return last
+
+
+def _positions(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device)[None].expand(like.shape[0], -1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

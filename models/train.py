@@ -1,0 +1,251 @@
+"""The training loop: one stage, one summed loss, the best checkpoint by validation kept, resumable at any step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from unipinrec.errors import CheckpointError, ConfigError, TrainingInterrupted
+from unipinrec.models.batches import Batch, Batches, BatchOptions
+from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
+from unipinrec.models.data_schema import Dataset
+from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
+from unipinrec.models.losses import LossOptions, Objective
+from unipinrec.models.metrics import Metrics
+from unipinrec.models.model import UniPinRec
+from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
+from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.training_state import Position, read_state, write_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """After one step: how far the run is, and the losses of the step."""
+
+    epoch: int
+    step: int
+    losses: dict[str, float]
+
+
+class EpochReport(msgspec.Struct, frozen=True, kw_only=True):
+    """After one epoch: mean losses, validation metrics, whether they are the best so far, training seconds."""
+
+    epoch: int
+    losses: dict[str, float]
+    metrics: Metrics
+    best: bool
+    seconds: float
+
+
+class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """What `metrics.json` holds."""
+
+    config: RunConfig
+    parameters: int
+    epochs: list[EpochReport]
+
+
+class Trainer:
+    """Trains one model on one data set and writes a checkpoint folder as it goes."""
+
+    def __init__(self, dataset: Dataset, config: RunConfig, out: Path, *, resume: bool = False) -> None:
+        """Set up a run, or take one up again.
+
+        Raises:
+            CheckpointError: `out` holds a run already and `resume` is False, or there is nothing to resume.
+            ConfigError: The settings do not fit the data.
+        """
+        self.config, self.out, self.stop_requested = config, out, False
+        self.accelerator = Accelerator(mixed_precision=_precision(config.train))
+        self.data = sequences_of(dataset)
+        self.vocabulary = vocabulary_of(dataset)
+        self.positive = np.array(
+            [name in self.vocabulary.positive_actions for name in self.vocabulary.actions]
+        )
+        self.batches = Batches(self.data, self.positive, _batch_options(config))
+        self.steps_per_epoch = len(self.batches) // self.accelerator.num_processes
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"{len(self.batches.windows)} training windows make no batch for each of "
+                f"{self.accelerator.num_processes} processes; the data has too few events before its split"
+            )
+        set_seed(config.train.seed)
+        self.model = UniPinRec(config.model, self.vocabulary)
+        _standardise(self.model, self.data)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config.train.weight_decay), lr=config.train.learning_rate
+        )
+        objective = Objective(
+            self.model, self.data.features, _loss_options(config.train, self.vocabulary.actions)
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.reports: list[EpochReport] = []
+        self.position = Position()
+        self._open(dataset, resume)
+
+    def _open(self, dataset: Dataset, resume: bool) -> None:
+        if resume:
+            self.position = read_state(self.out, self.model, self.optimizer)
+            if self.position.epoch:
+                self.reports = read_json(self.out / "metrics.json", RunMetrics).epochs[: self.position.epoch]
+            return
+        if (self.out / "config.json").exists() or (self.out / "state.json").exists():
+            raise CheckpointError(
+                f"{self.out} holds a run already; pass --resume to go on, or choose another --out"
+            )
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            catalogue = Catalogue(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
+            write_catalogue(self.out, catalogue, self.data.features)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.train.epochs * self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or patience has run out."""
+        patience = self.config.train.patience
+        stale = patience is not None and self.position.stale_epochs >= patience
+        return stale or self.position.epoch >= self.config.train.epochs
+
+    def run(self) -> Iterator[StepReport | EpochReport]:
+        """Train; yields after every step and every epoch. Set `stop_requested` to stop after the current step.
+
+        Raises:
+            TrainingInterrupted: It was asked to stop; the state is on disk.
+        """
+        while not self.finished:
+            began = time.monotonic()
+            for batch in self._epoch_batches():
+                losses = self._step(batch)
+                self.position.add(losses)
+                yield StepReport(epoch=self.position.epoch, step=self._steps_done(), losses=losses)
+                if self.stop_requested:
+                    self._stop()
+            yield self._finish_epoch(time.monotonic() - began)
+
+    def _epoch_batches(self) -> Iterator[Batch]:
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        indices = [step * processes + rank for step in range(self.position.batch, self.steps_per_epoch)]
+        return self.batches.epoch(self.position.epoch, indices)
+
+    def _steps_done(self) -> int:
+        return self.position.epoch * self.steps_per_epoch + self.position.batch
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        train, done = self.config.train, self._steps_done()
+        torch.manual_seed(int(np.random.SeedSequence([train.seed, done]).generate_state(1)[0]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = _learning_rate(train, done, self.total_steps)
+        self.objective.train()
+        with self.accelerator.autocast():
+            losses = self.objective(batch.to(self.accelerator.device))
+        self.accelerator.backward(losses["loss"])
+        self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def _finish_epoch(self, seconds: float) -> EpochReport:
+        metrics = self._validate()
+        score = metrics.selection_score()
+        best = score > self.position.best_score
+        report = EpochReport(
+            epoch=self.position.epoch,
+            losses=self.position.mean_losses(),
+            metrics=metrics,
+            best=best,
+            seconds=round(seconds, 2),
+        )
+        self.reports.append(report)
+        self.position = Position(
+            epoch=self.position.epoch + 1,
+            best_score=max(score, self.position.best_score),
+            stale_epochs=0 if best else self.position.stale_epochs + 1,
+        )
+        if self.accelerator.is_main_process:
+            if best:
+                write_model(self.out, self.model)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports)
+            write_atomically(self.out / "metrics.json", msgspec.json.format(msgspec.json.encode(document)))
+            write_state(self.out, self.position, self.model, self.optimizer)
+        self.accelerator.wait_for_everyone()
+        return report
+
+    def _validate(self) -> Metrics:
+        """Metrics on validation requests; every process computes the same, so all agree on when to stop."""
+        requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
+        scores = gather_scores(list(model_scores(self.model, self.data, requests)))
+        return metrics_of(scores, self.data, requests, self.vocabulary.actions)
+
+    def _stop(self) -> None:
+        if self.accelerator.is_main_process:
+            write_state(self.out, self.position, self.model, self.optimizer)
+        raise TrainingInterrupted(
+            f"stopped after step {self._steps_done()} of {self.total_steps}; go on with --resume --out {self.out}"
+        )
+
+
+def _standardise(model: UniPinRec, data: Sequences) -> None:
+    """Give the item embedder mean and spread of the dense features; a constant feature keeps spread 1."""
+    if data.features.dense.shape[1]:
+        spread = data.features.dense.std(axis=0)
+        model.item_embedder.dense_mean.copy_(torch.from_numpy(data.features.dense.mean(axis=0)))
+        model.item_embedder.dense_std.copy_(
+            torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32))
+        )
+
+
+def _batch_options(config: RunConfig) -> BatchOptions:
+    train = config.train
+    return BatchOptions(
+        batch_size=train.batch_size,
+        max_history=config.model.max_history,
+        max_candidates=train.max_candidates,
+        mask_probability=train.mask_probability,
+        num_negatives=train.num_negatives,
+        seed=train.seed,
+    )
+
+
+def _loss_options(train: TrainConfig, actions: tuple[str, ...]) -> LossOptions:
+    return LossOptions(
+        action_weights=train.weights_of(actions),
+        retrieval_weight=train.retrieval_weight,
+        ranking_weight=train.ranking_weight,
+        max_targets=train.max_targets,
+    )
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; embeddings, norms, biases and scalars do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _learning_rate(train: TrainConfig, done: int, total: int) -> float:
+    warm = min(1.0, (done + 1) / max(1, train.warmup_steps))
+    cosine = 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / max(1, total)))
+    return train.learning_rate * warm * cosine
+
+
+def _precision(train: TrainConfig) -> str:
+    if train.precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return "no" if train.precision == "fp32" else train.precision

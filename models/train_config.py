@@ -1,0 +1,134 @@
+"""Settings of a training run, read from a TOML file; unknown keys are errors.
+
+size = "tiny"            # or "small", "paper"
+
+[model]                  # overrides of the size; see ModelConfig
+max_history = 128
+
+[train]                  # see TrainConfig
+epochs = 12
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from unipinrec.errors import ConfigError
+from unipinrec.models.config import SIZES, ModelConfig
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model is trained.
+
+    Attributes:
+        epochs: Passes over all training windows.
+        batch_size: Windows per step and process.
+        learning_rate: Peak of the schedule.
+        weight_decay: AdamW decay of matrices; embeddings, norms and biases have none.
+        warmup_steps: Steps of linear warm-up; after it the rate falls along a cosine to a tenth.
+        grad_clip: Largest gradient norm.
+        mask_probability: p of Masked Action Modeling (paper: 0.2).
+        num_negatives: Random items added to the in-batch ones; at or above the catalogue's size: full softmax.
+        max_candidates: Shown items per window and step; whole slates are left out at random beyond it.
+        max_targets: Retrieval targets per step; more are subsampled.
+        action_weights: w_c by action name; actions not named weigh 1.
+        retrieval_weight: Weight of the retrieval loss; 0 trains a ranking-only model.
+        ranking_weight: Weight of the action losses; 0 trains a retrieval-only model.
+        precision: "fp32", "bf16" or "fp16" autocast, or "auto": bf16 on a GPU that has it, else fp32.
+        patience: Stop after this many epochs without a better validation score; None = never.
+        valid_requests: Held-out requests scored after each epoch.
+        seed: Of initial weights, order, masks and negatives.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    grad_clip: float = 1.0
+    mask_probability: float = 0.2
+    num_negatives: int = 2048
+    max_candidates: int = 256
+    max_targets: int = 4096
+    action_weights: dict[str, float] = {}
+    retrieval_weight: float = 1.0
+    ranking_weight: float = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    patience: int | None = None
+    valid_requests: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_size",
+            "num_negatives",
+            "max_candidates",
+            "max_targets",
+            "valid_requests",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        if not 0.0 <= self.mask_probability < 1.0:
+            raise ConfigError(f"mask_probability={self.mask_probability} must be in [0, 1)")
+        if self.retrieval_weight == 0 and self.ranking_weight == 0:
+            raise ConfigError("retrieval_weight and ranking_weight are both 0: nothing would be trained")
+
+    def weights_of(self, actions: tuple[str, ...]) -> tuple[float, ...]:
+        """w_c in the order of `actions`.
+
+        Raises:
+            ConfigError: A weight names an action that the data does not have.
+        """
+        foreign = set(self.action_weights) - set(actions)
+        if foreign:
+            raise ConfigError(f"action_weights names {sorted(foreign)}; the data has {list(actions)}")
+        return tuple(self.action_weights.get(name, 1.0) for name in actions)
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Architecture and training settings of one run."""
+
+    model: ModelConfig
+    train: TrainConfig
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    size: str = "tiny"
+    model: dict[str, Any] = {}
+    train: TrainConfig = TrainConfig()
+
+
+def load_run_config(source: str, overrides: dict[str, Any]) -> RunConfig:
+    """Read a named size or a TOML file, then apply `overrides` of training settings (None = not given).
+
+    Raises:
+        ConfigError: The name or file is unknown, or a key or value is not accepted.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        file = _File(size=source) if source in SIZES else msgspec.toml.decode(_read(source), type=_File)
+        if file.size not in SIZES:
+            raise ConfigError(f"size={file.size!r} is unknown; sizes are {sorted(SIZES)}")
+        model = msgspec.convert({**msgspec.to_builtins(SIZES[file.size]), **file.model}, ModelConfig)
+        train = msgspec.convert({**msgspec.to_builtins(file.train), **given}, TrainConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return RunConfig(model=model, train=train)
+
+
+def _read(source: str) -> bytes:
+    path = Path(source)
+    if os.sep not in source and not path.exists():
+        raise ConfigError(f"--config {source!r} is neither a size ({', '.join(SIZES)}) nor a file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--config {source}: {error}") from error

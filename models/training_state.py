@@ -1,0 +1,74 @@
+"""What resuming a run needs beside the best checkpoint: latest weights, optimizer moments, and where the run stood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from unipinrec.errors import CheckpointError
+from unipinrec.models.checkpoint import read_json, write_atomically, write_tensors
+from unipinrec.models.model import UniPinRec
+
+
+class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Where a run stands. All randomness is drawn from (seed, epoch, batch), so this is enough to go on.
+
+    Attributes:
+        epoch: Current epoch, from 0.
+        batch: Steps of it that are done.
+        loss_sums: Sum of each loss over those steps.
+        best_score: Best validation score so far.
+        stale_epochs: Epochs since then.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sums: dict[str, float] = {}
+    best_score: float = float("-inf")
+    stale_epochs: int = 0
+
+    def add(self, losses: dict[str, float]) -> None:
+        """Count one step."""
+        self.batch += 1
+        for name, value in losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
+
+    def mean_losses(self) -> dict[str, float]:
+        """Mean of each loss over the epoch's steps."""
+        return {name: total / max(self.batch, 1) for name, total in self.loss_sums.items()}
+
+
+def write_state(folder: Path, position: Position, model: UniPinRec, optimizer: torch.optim.Optimizer) -> None:
+    """Write `state.safetensors`, then `state.json`, each atomically."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    write_tensors(folder / "state.safetensors", tensors)
+    write_atomically(folder / "state.json", msgspec.json.encode(position))
+
+
+def read_state(folder: Path, model: UniPinRec, optimizer: torch.optim.Optimizer) -> Position:
+    """Restore weights and optimizer in place.
+
+    Raises:
+        CheckpointError: There is nothing to resume, or it belongs to a model of another shape.
+    """
+    if not (folder / "state.json").exists():
+        raise CheckpointError(f"{folder} holds no interrupted run to resume; leave out --resume to start one")
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the saved state does not fit this model: {error}") from error
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            moments.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return read_json(folder / "state.json", Position)
