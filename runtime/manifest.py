@@ -1,0 +1,147 @@
+"""`manifest.json`: what a bundle holds, so that it can be checked, served, or driven by any ONNX client.
+
+The manifest lists every other file with its sha256; `manifest.sha256` holds the manifest's own, which is also the
+bundle's identity. Graph and tensor names follow the Hugging Face convention for key/value caches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+FORMAT_VERSION = 1
+GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
+REQUIRED_GRAPHS = GRAPHS[:4]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One graph input or output; a dimension is a size, or a name where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One ONNX graph of the bundle."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class FileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fingerprint of one file."""
+
+    sha256: str
+    size_bytes: int
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a server must know of the model.
+
+    Attributes:
+        num_layers: Layers, each with one key and one value tensor.
+        num_kv_heads: Key/value heads.
+        head_dim: Width of a head.
+        hidden_size: Width of `last_hidden_state`.
+        item_dim: E, width of item vectors and queries.
+        max_history: Longest history in events.
+        kv_prefix_slots: Slots before the first event in the key/value tensors of a history.
+        outcome_conditioned: Whether the retrieval graph has an `outcomes` input.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    item_dim: int
+    max_history: int
+    kv_prefix_slots: int
+    outcome_conditioned: bool
+
+    def kv_names(self, prefix: str) -> list[str]:
+        """Names of the key/value tensors in layer order; `prefix` is "present" or "past_key_values"."""
+        return [f"{prefix}.{layer}.{part}" for layer in range(self.num_layers) for part in ("key", "value")]
+
+
+class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The hnswlib index: what must be known to load it, and how well it finds.
+
+    `recall` is the share of the exact top `recall_k` that the index finds at `ef_search`, measured at build.
+    """
+
+    space: str
+    dim: int
+    count: int
+    m: int
+    ef_construction: int
+    ef_search: int
+    seed: int
+    recall: float
+    recall_k: int
+
+
+class ParityCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One comparison of an exported graph with PyTorch; `problem` is None where it passed."""
+
+    graph: str
+    check: str
+    case: str
+    max_abs_diff: float | None
+    problem: str | None
+
+
+class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All comparisons made at export, and the largest difference in any value."""
+
+    tolerance: float
+    max_abs_diff: float
+    checks: tuple[ParityCheck, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `manifest.json` holds.
+
+    Attributes:
+        format_version: Format of the bundle; a reader refuses a newer one.
+        created: UTC time, ISO 8601.
+        model: What a server must know of the model.
+        config: The exporter's full description of the model, for people.
+        actions: Action names in the order of every action vector.
+        positive_actions: Those that the final score weighs by default.
+        surfaces: Surface names; the index is the id, 0 = unknown.
+        dense: Width of each dense item feature, in the order of the `dense` input of the item embedder.
+        categories: Words of each categorical item feature; code = index + 1, 0 = unknown.
+        num_items: Rows of the item table.
+        missing_timestamp_ms: What stands for an unknown time in `timestamps_ms`.
+        precision: Type of the weights.
+        graphs: The graphs by name; `item_embedder` is absent where the model declares no content features.
+        files: Every other file of the bundle.
+        index: The nearest-neighbour index.
+        parity: Proof that the graphs compute what PyTorch computes.
+        metrics: Offline metrics of the checkpoint, if it has any.
+        data_fingerprint: sha256 of the catalogue and the training settings' data description.
+        tools: Versions of what wrote the bundle.
+    """
+
+    format_version: int
+    created: str
+    model: ModelSpec
+    config: dict[str, Any]
+    actions: tuple[str, ...]
+    positive_actions: tuple[str, ...]
+    surfaces: tuple[str, ...]
+    dense: dict[str, int]
+    categories: dict[str, tuple[str, ...]]
+    num_items: int
+    missing_timestamp_ms: int
+    precision: str
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileSpec]
+    index: IndexSpec
+    parity: ParityReport
+    metrics: dict[str, Any] | None
+    data_fingerprint: str
+    tools: dict[str, str]
