@@ -16,14 +16,10 @@ from torch import Tensor
 from unipinrec.models.config import AttentionForm
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention; `mask` is boolean, True = may see, (batch, 1, queries, slots)."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def attend_history(form: AttentionForm, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -69,9 +65,7 @@ def attend_candidates(
     if form == "sink":
         return attend(query, *past, visible[:, None].expand(-1, -1, query.shape[2], -1))
     groups = query.shape[1] // own[0].shape[1]
-    past_key, past_value, own_key, own_value = (
-        t.repeat_interleave(groups, 1) if groups > 1 else t for t in past + own
-    )
+    past_key, past_value, own_key, own_value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in past + own)
     scale = query.shape[-1] ** -0.5
     query = query * scale
     scores = torch.matmul(query, past_key.transpose(2, 3)).masked_fill(~visible[:, None], float("-inf"))

@@ -5,6 +5,7 @@ Every random choice is drawn from (seed, epoch, batch), so a run can resume anyw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,9 +57,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__}
-        )
+        return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,8 @@ def training_windows(data: Sequences, max_history: int) -> list[Window]:
 
 def _counts_by_user(data: Sequences, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     total = np.concatenate([[0], np.cumsum(flags)])
-    return total[data.event_start[1:]] - total[data.event_start[:-1]]
+    counts: NDArray[np.int64] = total[data.event_start[1:]] - total[data.event_start[:-1]]
+    return counts
 
 
 class Batches:
@@ -115,7 +115,7 @@ class Batches:
         """Prepare windows; `positive` [C] says which actions make an event a retrieval target."""
         self.data, self.options = data, options
         self.windows = training_windows(data, options.max_history)
-        self.is_positive = (data.actions[:, positive] > 0).any(axis=1)
+        self.is_positive: NDArray[np.bool_] = np.any(data.actions[:, positive] > 0, axis=1)
         self.last_event = np.repeat(data.event_start[1:] - 1, np.diff(data.event_start))
         train_end = np.zeros(len(data.rows), bool)
         for window in self.windows:
@@ -126,7 +126,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        return -(-len(self.windows) // self.options.batch_size)
+        return math.ceil(len(self.windows) / self.options.batch_size)
 
     def epoch(self, epoch: int, indices: Sequence[int]) -> Iterator[Batch]:
         """These batches of one epoch, in this order."""
@@ -143,8 +143,8 @@ class Batches:
         lengths = np.array([w.end - w.begin for w in self.windows])
         batches = []
         for pool in np.split(order, np.arange(size * POOL_BATCHES, len(order), size * POOL_BATCHES)):
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
-            batches += np.split(pool, np.arange(size, len(pool), size))
+            by_length = pool[np.argsort(lengths[pool], kind="stable")]
+            batches += np.split(by_length, np.arange(size, len(pool), size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _collate(self, windows: list[Window], rng: np.random.Generator) -> Batch:
@@ -152,12 +152,7 @@ class Batches:
         events = pad_rows([np.arange(w.begin, w.end) for w in windows])
         real = events >= 0
         following = np.minimum(events + 1, len(data.rows) - 1)
-        has_target = (
-            real
-            & (events < self.last_event[events])
-            & self.is_positive[following]
-            & self.trainable[following]
-        )
+        has_target = real & (events < self.last_event[events]) & self.is_positive[following] & self.trainable[following]
         candidates, slates = self._candidates(windows, rng)
         shown = candidates >= 0
         begin = np.array([w.begin for w in windows])[:, None]
@@ -167,9 +162,7 @@ class Batches:
             np.concatenate([data.rows[events].ravel(), data.slate_rows[candidates].ravel(), sampled]),
             return_inverse=True,
         )
-        history_items, candidate_items, sampled_items = np.split(
-            inverse, [events.size, events.size + candidates.size]
-        )
+        history_items, candidate_items, sampled_items = np.split(inverse, [events.size, events.size + candidates.size])
         before_window = begin - data.event_start[data.slate_user[slates]]
         arrays = {
             "item_rows": item_rows,
@@ -195,15 +188,13 @@ class Batches:
     def _candidates(
         self, windows: list[Window], rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices of slate items and of their slates, (B, k); -1 where padded. Whole slates, at random, up to the limit."""
+        """Indices of slate items and of their slates, (B, k), -1 where padded: whole slates, drawn up to the limit."""
         items, owners = [], []
         for window in windows:
             slates = rng.permutation(np.arange(window.slate_begin, window.slate_end))
             sizes = np.diff(self.data.slate_start)[slates]
             slates = slates[np.cumsum(sizes) <= self.options.max_candidates]
-            items.append(
-                np.concatenate([np.zeros(0, np.int64), *(_span(self.data.slate_start, s) for s in slates)])
-            )
+            items.append(np.concatenate([np.zeros(0, np.int64), *(_span(self.data.slate_start, s) for s in slates)]))
             owners.append(np.repeat(slates, np.diff(self.data.slate_start)[slates]))
         return pad_rows(items), pad_rows(owners)
 

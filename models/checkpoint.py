@@ -93,9 +93,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(
-            f"{path}: {error}; a checkpoint folder is what `unipinrec train` writes"
-        ) from error
+        raise CheckpointError(f"{path}: {error}; a checkpoint folder is what `unipinrec train` writes") from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

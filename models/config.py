@@ -49,8 +49,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         for name in (
-            "num_layers hidden_size num_heads num_kv_heads intermediate_size max_history item_dim id_dim feature_dim"
-        ).split():
+            *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size"),
+            *("max_history", "item_dim", "id_dim", "feature_dim"),
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % (2 * self.num_heads):
@@ -59,9 +60,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "(rotary encoding needs an even head dimension)"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout} must be in [0, 1)")
 

@@ -106,7 +106,7 @@ def previous_timestamps(timestamps_ms: Tensor, before: Tensor | None = None) -> 
 
 
 def time_features(timestamps_ms: Tensor, previous_ms: Tensor) -> Tensor:
-    """Features [B, s, 7] f32 of raw times [B, s] i64: hour of day, day of week, log gap; a missing time is its own value.
+    """Features [B, s, 7] f32 of raw times [B, s] i64: hour, day of week, log gap; a missing time is its own value.
 
     Nothing here depends on later events or on the time of the request, so the key/values of an event can be kept.
     """

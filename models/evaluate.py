@@ -8,7 +8,7 @@ leave-one-out: the target is the user's last event (test) or the one before (val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,9 +62,7 @@ class Scores:
     probabilities: NDArray[np.float64]
 
 
-def held_out_requests(
-    data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None
-) -> Requests:
+def held_out_requests(data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None) -> Requests:
     """The requests of a split, at most `limit` of them (drawn evenly over the split)."""
     requests = _leave_one_out(data, split) if data.split is None else _by_time(data, positive, split)
     if limit is not None and len(requests) > limit:
@@ -88,7 +86,7 @@ def _by_time(data: Sequences, positive: NDArray[np.bool_], split: Split) -> Requ
     slates = np.flatnonzero(chosen & (data.slate_cutoff > 0))
     users = data.slate_user[slates]
     ends = data.event_start[users] + data.slate_cutoff[slates]
-    wanted = (data.slate_actions[:, positive] > 0).any(axis=1)
+    wanted: NDArray[np.bool_] = np.any(data.slate_actions[:, positive] > 0, axis=1)
     targets = np.full(len(slates), NO_TARGET)
     for i, slate in enumerate(slates):
         items = slice(data.slate_start[slate], data.slate_start[slate + 1])
@@ -106,9 +104,7 @@ def history_rows(data: Sequences, user: int, end: int) -> NDArray[np.int64]:
 
 def shown_items(data: Sequences, requests: Requests) -> NDArray[np.int64]:
     """Indices of all slate items of the requests, request by request."""
-    spans = [
-        np.arange(data.slate_start[s], data.slate_start[s + 1]) for s in requests.slates if s != NO_SLATE
-    ]
+    spans = [np.arange(data.slate_start[s], data.slate_start[s + 1]) for s in requests.slates if s != NO_SLATE]
     return np.concatenate([np.zeros(0, np.int64), *spans])
 
 
@@ -123,18 +119,23 @@ def metrics_of(scores: Scores, data: Sequences, requests: Requests, actions: tup
     return Metrics(retrieval=retrieval_metrics(scores.ranks), ranking=ranking if len(shown) else None)
 
 
+def rank_catalogue(
+    data: Sequences, requests: Requests, scores_of: Callable[[Requests], NDArray[np.float32]]
+) -> NDArray[np.float64]:
+    """Rank each target, in chunks, among the catalogue scores [requests, N] that `scores_of` gives."""
+    parts = [target_ranks(scores_of(part), _seen(data, part), part.targets) for part in _with_target(requests)]
+    return _joined(parts)
+
+
 def popularity_scores(data: Sequences, positive: NDArray[np.bool_], requests: Requests) -> Scores:
     """The baseline that needs no model: items by positive events in training; actions by each item's smoothed rate."""
     cut = data.split.valid_start_ms if data.split else None
     trained = data.timestamps_ms < cut if cut is not None else _not_held_out(data)
     wanted = trained & (data.actions[:, positive] > 0).any(axis=1)
     popularity = np.bincount(data.rows[wanted], minlength=data.num_items).astype(np.float32)
-    ranks = [
-        target_ranks(np.tile(popularity, (len(part), 1)), _seen(data, part), part.targets)
-        for part in _with_target(requests)
-    ]
+    ranks = rank_catalogue(data, requests, lambda part: np.tile(popularity, (len(part), 1)))
     shown = shown_items(data, requests)
-    return Scores(ranks=_joined(ranks), probabilities=_item_rates(data, cut)[data.slate_rows[shown]])
+    return Scores(ranks=ranks, probabilities=_item_rates(data, cut)[data.slate_rows[shown]])
 
 
 def _not_held_out(data: Sequences) -> NDArray[np.bool_]:
@@ -155,9 +156,7 @@ def _item_rates(data: Sequences, cut: int | None, prior_rows: float = 20.0) -> N
 
 
 @torch.inference_mode()
-def model_scores(
-    model: UniPinRec, data: Sequences, requests: Requests, batch_size: int = 128
-) -> Iterator[Scores]:
+def model_scores(model: UniPinRec, data: Sequences, requests: Requests, batch_size: int = 128) -> Iterator[Scores]:
     """Score requests batch by batch, in their order; `gather_scores` joins the parts."""
     model.eval()
     device = model.log_scale.device
@@ -168,9 +167,7 @@ def model_scores(
         history, slate, shown = _inputs(model, data, part, vectors)
         hidden, candidates = model.joint(history, torch.zeros_like(history.timestamps_ms).float(), slate)
         last = hidden[torch.arange(len(part), device=device), history.lengths - 1]
-        queries = model.retrieve(
-            last, wanted.expand(len(part), -1) if model.config.outcome_conditioned else None
-        )
+        queries = model.retrieve(last, wanted.expand(len(part), -1) if model.config.outcome_conditioned else None)
         has = part.targets != NO_TARGET
         chosen = part.take(np.flatnonzero(has))
         scores = (queries[:, 0] @ vectors.T).float().cpu().numpy()[has]
@@ -194,7 +191,8 @@ def item_vectors(model: UniPinRec, data: Sequences, chunk: int = 65_536) -> torc
     """Vectors [N, E] of the whole catalogue, on the model's device."""
     device = model.log_scale.device
     parts = []
-    for rows in torch.arange(data.num_items).split(chunk):
+    for begin in range(0, data.num_items, chunk):
+        rows = torch.arange(begin, min(begin + chunk, data.num_items))
         dense = torch.from_numpy(data.features.dense[rows.numpy()]).to(device)
         categories = torch.from_numpy(data.features.categories[rows.numpy()]).to(device)
         parts.append(model.embed_items(rows.to(device), dense, categories))
@@ -203,9 +201,7 @@ def item_vectors(model: UniPinRec, data: Sequences, chunk: int = 65_536) -> torc
 
 def _wanted_outcomes(model: UniPinRec, device: torch.device) -> torch.Tensor:
     vocabulary = model.vocabulary
-    return torch.tensor(
-        [[float(a in vocabulary.positive_actions) for a in vocabulary.actions]], device=device
-    )
+    return torch.tensor([[float(a in vocabulary.positive_actions) for a in vocabulary.actions]], device=device)
 
 
 def _inputs(
@@ -215,8 +211,7 @@ def _inputs(
     events = pad_rows([np.arange(b, e) for b, e in zip(begins, part.ends, strict=True)])
     real = events >= 0
     spans = [
-        np.arange(data.slate_start[s], data.slate_start[s + 1]) if s >= 0 else np.zeros(0, int)
-        for s in part.slates
+        np.arange(data.slate_start[s], data.slate_start[s + 1]) if s >= 0 else np.zeros(0, int) for s in part.slates
     ]
     items = pad_rows(spans)
     shown = items >= 0

@@ -58,8 +58,7 @@ class Block(nn.Module):
         batch, seq, _ = x.shape
         parts = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
         query, key, value = (
-            part.reshape(batch, seq, heads, -1).transpose(1, 2)
-            for part, heads in zip(parts, self.heads, strict=True)
+            part.reshape(batch, seq, heads, -1).transpose(1, 2) for part, heads in zip(parts, self.heads, strict=True)
         )
         return rotate(query, rotation), rotate(key, rotation), value
 
@@ -74,4 +73,5 @@ class Block(nn.Module):
         """Add the attention output (batch, heads, seq, head_dim) and the feed-forward to x (batch, seq, d)."""
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(x.shape)))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
+        finished: Tensor = x + self.dropout(self.down(F.silu(gate) * up))
+        return finished

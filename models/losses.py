@@ -59,9 +59,7 @@ class Objective(nn.Module):
         hidden, candidates = self.model.joint(history, batch.masked, slate)
         retrieval = self._retrieval(hidden, vectors, batch)
         masked = self._actions(hidden[batch.masked > 0], batch.history_actions[batch.masked > 0])
-        shown = self._actions(
-            candidates[batch.candidate_valid], batch.candidate_actions[batch.candidate_valid]
-        )
+        shown = self._actions(candidates[batch.candidate_valid], batch.candidate_actions[batch.candidate_valid])
         loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
         return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
 

@@ -59,21 +59,21 @@ def target_ranks(
     Args:
         scores: [R, N]; overwritten where seen.
         seen: Per row the catalogue rows to leave out; the target is never left out.
-        targets: [R] catalogue rows.
+        targets: [R] catalogue rows; one whose score is not a number ranks behind everything.
     """
     at = np.arange(len(targets))
     own = scores[at, targets].copy()
     for row, items in enumerate(seen):
         scores[row, items] = -np.inf
     scores[at, targets] = own
-    better = (scores > own[:, None]).sum(axis=1)
-    level = (scores == own[:, None]).sum(axis=1) - 1
-    return better + level / 2.0
+    # "Not lower or level" rather than "higher": a score that is not a number must never look good.
+    better = (~(scores <= own[:, None])).sum(axis=1)
+    level = np.maximum((scores == own[:, None]).sum(axis=1) - 1, 0)
+    ranks: NDArray[np.float64] = better + level / 2.0
+    return ranks
 
 
-def retrieval_metrics(
-    ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1, 10, 50)
-) -> RetrievalMetrics | None:
+def retrieval_metrics(ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1, 10, 50)) -> RetrievalMetrics | None:
     """Metrics of 0-based ranks; None if there are none."""
     if not len(ranks):
         return None

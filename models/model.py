@@ -63,7 +63,7 @@ class ActionHeads(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., d) to logits (..., C)."""
-        inner = F.silu(self.up(hidden)).unflatten(-1, (self.num_actions, -1))
+        inner = torch.unflatten(F.silu(self.up(hidden)), -1, (self.num_actions, -1))
         return (inner * self.down).sum(-1) + self.bias
 
 
@@ -72,9 +72,7 @@ class RetrievalHead(nn.Module):
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
-        self.outcome = (
-            nn.Linear(num_actions, config.hidden_size, bias=False) if config.outcome_conditioned else None
-        )
+        self.outcome = nn.Linear(num_actions, config.hidden_size, bias=False) if config.outcome_conditioned else None
         self.mlp = nn.Sequential(
             nn.Linear(config.hidden_size, config.hidden_size),
             nn.SiLU(),
@@ -150,9 +148,7 @@ class UniPinRec(nn.Module):
         Returns:
             The new events' per-layer (key, value) [B, H_kv, m, D], and the last hidden state [B, d].
         """
-        x = self._event_tokens(
-            history, torch.zeros_like(history.timestamps_ms).float(), before=past_timestamps_ms
-        )
+        x = self._event_tokens(history, torch.zeros_like(history.timestamps_ms).float(), before=past_timestamps_ms)
         rotation = self.rotary(_positions(history.surfaces) + past_lengths[:, None])
         slots = past_lengths + self.config.kv_prefix_slots
         added: KeyValues = []
@@ -167,9 +163,7 @@ class UniPinRec(nn.Module):
         query: Tensor = self.retrieval_head(last_hidden_state, outcomes)
         return query[:, None]
 
-    def rank(
-        self, past: KeyValues, past_lengths: Tensor, past_timestamps_ms: Tensor, slate: CandidateTokens
-    ) -> Tensor:
+    def rank(self, past: KeyValues, past_lengths: Tensor, past_timestamps_ms: Tensor, slate: CandidateTokens) -> Tensor:
         """Action logits [B, k, C] of candidates that attend to a cached history (paper 3.3.2).
 
         Args:
@@ -185,9 +179,7 @@ class UniPinRec(nn.Module):
         visible = (slots[None, :] < (past_lengths + self.config.kv_prefix_slots)[:, None])[:, None]
         for block, cached in zip(self.layers(), past, strict=True):
             query, key, value = block.project(x, rotation)
-            x = block.finish(
-                x, attend_candidates(self.config.attention, query, cached, (key, value), visible)
-            )
+            x = block.finish(x, attend_candidates(self.config.attention, query, cached, (key, value), visible))
         logits: Tensor = self.action_heads(self.final_norm(x))
         return logits
 
@@ -220,19 +212,15 @@ class UniPinRec(nn.Module):
         x = self.final_norm(x)
         return x[:, :events], x[:, events:]
 
-    def _joint_dense(
-        self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor
-    ) -> Tensor:
+    def _joint_dense(self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor) -> Tensor:
         query, key, value = qkv
         mask = joint_mask(self.config.attention, events, cutoffs)
         return attend(query, *block.with_prefix(key, value), mask[:, None])
 
-    def _joint_split(
-        self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor
-    ) -> Tensor:
+    def _joint_split(self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor) -> Tensor:
         form = self.config.attention
         (past_query, query), (past_key, key), (past_value, value) = (
-            t.split([events, cutoffs.shape[1]], 2) for t in qkv
+            t.split_with_sizes([events, cutoffs.shape[1]], 2) for t in qkv
         )
         past = block.with_prefix(past_key, past_value)
         slots = torch.arange(past[0].shape[2], device=query.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -86,9 +87,7 @@ def sequences_of(dataset: Dataset) -> Sequences:
     """Turn tables into arrays; external ids become catalogue rows and user indices."""
     users = pl.concat([dataset.events["user_id"], dataset.slates["user_id"]]).unique().sort()
     events = _coded(dataset, dataset.events, users)
-    slates = _coded(dataset, dataset.slates, users).sort(
-        "user", "timestamp_ms", "slate_id", maintain_order=True
-    )
+    slates = _coded(dataset, dataset.slates, users).sort("user", "timestamp_ms", "slate_id", maintain_order=True)
     heads = slates.group_by("slate_id", maintain_order=True).agg(
         pl.first("user"), pl.first("surface"), pl.first("timestamp_ms"), pl.len()
     )
@@ -175,7 +174,7 @@ def _cutoffs(
     """How many of its user's events lie strictly before each slate; missing times precede all known ones."""
     cutoffs = np.zeros(len(slate_user), np.int64)
     bounds = np.flatnonzero(np.diff(slate_user, prepend=-1, append=-1))
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         user = slate_user[begin]
         times = timestamps_ms[event_start[user] : event_start[user + 1]]
         cutoffs[begin:end] = np.searchsorted(times, slate_time[begin:end], side="left")

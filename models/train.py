@@ -69,11 +69,9 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
         self.data = sequences_of(dataset)
         self.vocabulary = vocabulary_of(dataset)
-        self.positive = np.array(
-            [name in self.vocabulary.positive_actions for name in self.vocabulary.actions]
-        )
+        self.positive = np.array([name in self.vocabulary.positive_actions for name in self.vocabulary.actions])
         self.batches = Batches(self.data, self.positive, _batch_options(config))
-        self.steps_per_epoch = len(self.batches) // self.accelerator.num_processes
+        self.steps_per_epoch: int = len(self.batches) // self.accelerator.num_processes
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"{len(self.batches.windows)} training windows make no batch for each of "
@@ -85,9 +83,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config.train.weight_decay), lr=config.train.learning_rate
         )
-        objective = Objective(
-            self.model, self.data.features, _loss_options(config.train, self.vocabulary.actions)
-        )
+        objective = Objective(self.model, self.data.features, _loss_options(config.train, self.vocabulary.actions))
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
         self.position = Position()
@@ -100,9 +96,7 @@ class Trainer:
                 self.reports = read_json(self.out / "metrics.json", RunMetrics).epochs[: self.position.epoch]
             return
         if (self.out / "config.json").exists() or (self.out / "state.json").exists():
-            raise CheckpointError(
-                f"{self.out} holds a run already; pass --resume to go on, or choose another --out"
-            )
+            raise CheckpointError(f"{self.out} holds a run already; pass --resume to go on, or choose another --out")
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             catalogue = Catalogue(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
@@ -204,9 +198,7 @@ def _standardise(model: UniPinRec, data: Sequences) -> None:
     if data.features.dense.shape[1]:
         spread = data.features.dense.std(axis=0)
         model.item_embedder.dense_mean.copy_(torch.from_numpy(data.features.dense.mean(axis=0)))
-        model.item_embedder.dense_std.copy_(
-            torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32))
-        )
+        model.item_embedder.dense_std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32)))
 
 
 def _batch_options(config: RunConfig) -> BatchOptions:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import click
 
 from unipinrec import __version__
+from unipinrec.cli_data import prepare
+from unipinrec.cli_demo import demo
+from unipinrec.cli_export import export
+from unipinrec.cli_train import evaluate, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
+
+
+for subcommand in (prepare, train, evaluate, export, demo):
+    main.add_command(subcommand)

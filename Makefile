@@ -1,0 +1,42 @@
+# Everything a newcomer and CI run. Needs Python 3.11 or newer, git and a C++ compiler; all else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+# hnswlib compiles for the building machine's CPU unless told not to; its wheel may be cached and used on another.
+export HNSWLIB_NO_NATIVE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check install compiler clean
+
+demo: install  ## train, export, verify and recommend in demo/; DATA=folder for real data
+	rm -rf demo
+	$(BIN)/unipinrec demo --out demo $(if $(DATA),--data $(DATA))
+
+test: install  ## the fast tests
+	$(BIN)/pytest -m "not slow and not gpu"
+
+check: install  ## lint, format, types, size
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python bench/size.py
+
+install: $(VENV)/installed  ## a virtual environment with everything
+
+$(VENV)/installed: pyproject.toml | compiler
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	touch $@
+
+compiler:
+	@command -v $${CXX:-c++} > /dev/null || { \
+	  echo "hnswlib, the vector index, is compiled on installation, and no C++ compiler was found."; \
+	  echo "Debian/Ubuntu: apt-get install g++ python3-dev    Fedora: dnf install gcc-c++ python3-devel"; exit 1; }
+	@$(PYTHON) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('include'), 'Python.h').stat()" 2> /dev/null || { \
+	  echo "hnswlib is compiled on installation and needs the headers of $(PYTHON), which were not found."; \
+	  echo "Debian/Ubuntu: apt-get install python3-dev    Fedora: dnf install python3-devel"; exit 1; }
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,231 @@
+"""`export_bundle`: the visible path from a model to a bundle. All or nothing: a failure leaves no folder behind."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from unipinrec import __version__
+from unipinrec.errors import ExportError
+from unipinrec.export.cases import CaseMaker
+from unipinrec.export.golden import golden_tensors, random_histories
+from unipinrec.export.graphs import graphs_of, write_graph
+from unipinrec.export.index_build import build_index
+from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
+from unipinrec.export.protocol import Events, ExportSource, Histories
+from unipinrec.export.weights import SharedWeights
+from unipinrec.runtime.manifest import FORMAT_VERSION, FileSpec, GraphSpec, IndexSpec, Manifest, ParityReport
+
+EMBED_CHUNK = 65_536
+TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "hnswlib", "numpy")
+
+
+def export_bundle(
+    source: ExportSource,
+    out: Path,
+    *,
+    histories: Histories | None = None,
+    keep_users: bool = True,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Manifest:
+    """Write a bundle: graphs, item table, index, golden requests, manifest.
+
+    Args:
+        source: The model and its catalogue.
+        out: Folder to create; it must not exist.
+        histories: Real histories for the golden requests and the index's recall; random ones if None.
+        keep_users: Whether `histories` go into the bundle, for `recommend --user`.
+        progress: Called with the name of each stage as it begins.
+
+    Returns:
+        The manifest, with the parity report.
+
+    Raises:
+        ParityError: A graph does not compute what PyTorch computes.
+        ExportError: Anything else that went wrong, the disk being full included.
+    """
+    if out.exists():
+        raise ExportError(f"{out} exists; a bundle is never overwritten, choose another name or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        manifest = _write(source, partial, histories, keep_users, progress)
+        _sync(partial)
+        partial.chmod(0o755)
+        partial.rename(out)
+        _sync_folder(out.parent)
+    except OSError as error:
+        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else str(error)
+        raise ExportError(f"could not write {out}: {reason}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _write(
+    source: ExportSource,
+    folder: Path,
+    histories: Histories | None,
+    keep_users: bool,
+    progress: Callable[[str], None],
+) -> Manifest:
+    progress("item table")
+    vectors = _item_table(source, folder)
+    graphs, parity = _graphs(source, vectors, folder, progress)
+    progress("golden requests")
+    sample = histories or random_histories(source)
+    golden = golden_tensors(source, sample, vectors)
+    save_file(dict(golden), folder / "golden.safetensors")
+    if histories is not None and keep_users:
+        _write_users(histories, folder)
+    progress("index")
+    index = build_index(vectors, _queries(source, sample, vectors), folder / "index.hnsw")
+    progress("manifest")
+    manifest = _manifest(source, folder, graphs, parity, index)
+    content = msgspec.json.format(msgspec.json.encode(manifest))
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+    return manifest
+
+
+@torch.inference_mode()
+def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
+    """Embed the catalogue once; this one table feeds history look-up, index and ranker."""
+    parts = []
+    for rows in torch.arange(len(source.item_ids)).split(EMBED_CHUNK):
+        dense = torch.from_numpy(source.item_dense[rows.numpy()])
+        categories = torch.from_numpy(source.item_categories[rows.numpy()])
+        parts.append(source.servable.embed_items(rows, dense, categories).numpy())
+    vectors = np.concatenate(parts).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        raise ExportError(f"{len(rows)} item vectors are not finite, first {source.item_ids[rows[0]]!r}; train again")
+    save_file({"item_vectors": vectors}, folder / "items.safetensors")
+    (folder / "item_ids.json").write_bytes(msgspec.json.encode(source.item_ids))
+    if any(source.titles):
+        (folder / "item_titles.json").write_bytes(msgspec.json.encode(source.titles))
+    return vectors
+
+
+def _graphs(
+    source: ExportSource, vectors: NDArray[np.float32], folder: Path, progress: Callable[[str], None]
+) -> tuple[dict[str, GraphSpec], ParityReport]:
+    """Write every graph, then check every graph, so that one report shows all failures."""
+    source.module.eval()
+    weights, maker = SharedWeights(folder), CaseMaker(source, vectors)
+    graphs = graphs_of(source)
+    with torch.inference_mode():
+        examples = {graph.name: maker.example(graph.name) for graph in graphs}
+    for graph in graphs:
+        progress(f"graph {graph.name}")
+        file = f"{graph.name}.onnx"
+        write_graph(graph, source.module, {n: t.clone() for n, t in examples[graph.name].items()}, folder / file)
+        weights.take(file)
+    checks = []
+    with torch.inference_mode():
+        for graph in graphs:
+            progress(f"parity {graph.name}")
+            checks += check_graph(graph, folder / f"{graph.name}.onnx", maker.cases(graph.name))
+    report = report_of(checks)
+    require_parity(report)
+    return {graph.name: graph_spec(folder / f"{graph.name}.onnx") for graph in graphs}, report
+
+
+@torch.inference_mode()
+def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Real queries to measure recall with: one per history, from its newest events."""
+    table = torch.from_numpy(vectors)
+    outcomes = torch.tensor([[float(a in source.positive_actions) for a in source.actions]])
+    queries = []
+    for begin, end in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
+        span = slice(max(int(begin), int(end) - source.model.max_history), int(end))
+        rows = torch.from_numpy(histories.item_rows[span])
+        events = Events(
+            item_vectors=table[rows][None],
+            actions=torch.from_numpy(histories.actions[span].astype(np.float32))[None],
+            surfaces=torch.from_numpy(histories.surfaces[span])[None],
+            timestamps_ms=torch.from_numpy(histories.timestamps_ms[span])[None],
+            lengths=torch.tensor([len(rows)]),
+        )
+        last = source.servable.encode(events)[1]
+        queries.append(source.servable.retrieve(last, outcomes if source.model.outcome_conditioned else None)[0])
+    return torch.cat(queries).numpy()
+
+
+def _write_users(histories: Histories, folder: Path) -> None:
+    (folder / "user_ids.json").write_bytes(msgspec.json.encode(histories.user_ids))
+    arrays = {
+        "offsets": histories.offsets,
+        "item_rows": histories.item_rows,
+        "actions": histories.actions,
+        "surfaces": histories.surfaces,
+        "timestamps_ms": histories.timestamps_ms,
+    }
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "users.safetensors")
+
+
+def _manifest(
+    source: ExportSource, folder: Path, graphs: dict[str, GraphSpec], parity: ParityReport, index: IndexSpec
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=source.model,
+        config=source.config,
+        actions=source.actions,
+        positive_actions=source.positive_actions,
+        surfaces=source.surfaces,
+        dense=source.dense,
+        categories=source.categories,
+        num_items=len(source.item_ids),
+        missing_timestamp_ms=-1,
+        precision="fp32",
+        graphs=graphs,
+        files={path.name: _fingerprint(path) for path in sorted(folder.iterdir())},
+        index=index,
+        parity=parity,
+        metrics=source.metrics,
+        data_fingerprint=_data_fingerprint(source),
+        tools={"unipinrec": __version__, **{name: importlib.metadata.version(name) for name in TOOLS}},
+    )
+
+
+def _fingerprint(path: Path) -> FileSpec:
+    with path.open("rb") as file:
+        return FileSpec(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
+
+
+def _data_fingerprint(source: ExportSource) -> str:
+    digest = hashlib.sha256(msgspec.json.encode([source.item_ids, source.actions, source.surfaces]))
+    digest.update(source.item_dense.tobytes())
+    digest.update(source.item_categories.tobytes())
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.chmod(0o644)
+        _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

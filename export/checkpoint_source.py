@@ -1,0 +1,132 @@
+"""Our own model under the export contract, and a checkpoint folder as something to export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from torch import Tensor, nn
+
+from unipinrec.errors import ExportError
+from unipinrec.export.protocol import Candidates, Events, ExportSource, Histories, KeyValues, Past
+from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.sequences import sequences_of
+from unipinrec.runtime.manifest import ModelSpec
+
+
+class ServableUniPinRec(nn.Module):
+    """`UniPinRec` with the method signatures of `ServableModel`."""
+
+    def __init__(self, model: UniPinRec) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
+        """See `ServableModel`."""
+        return self.model.encode(_history(events))
+
+    def extend(self, events: Events, past: Past) -> tuple[KeyValues, Tensor]:
+        """See `ServableModel`."""
+        return self.model.extend(_history(events), list(past.key_values), past.lengths, past.timestamps_ms)
+
+    def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None) -> Tensor:
+        """See `ServableModel`."""
+        return self.model.retrieve(last_hidden_state, outcomes)
+
+    def rank(self, past: Past, candidates: Candidates) -> Tensor:
+        """See `ServableModel`."""
+        shape = candidates.item_vectors.shape[:2]
+        slate = CandidateTokens(
+            vectors=candidates.item_vectors,
+            surfaces=candidates.surfaces[:, None].expand(shape),
+            timestamps_ms=candidates.timestamps_ms[:, None].expand(shape),
+            cutoffs=past.lengths[:, None].expand(shape),
+        )
+        return self.model.rank(list(past.key_values), past.lengths, past.timestamps_ms, slate)
+
+    def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
+        """See `ServableModel`."""
+        return self.model.embed_items(rows, dense, categories)
+
+
+def _history(events: Events) -> HistoryTokens:
+    return HistoryTokens(
+        vectors=events.item_vectors,
+        actions=events.actions,
+        surfaces=events.surfaces,
+        timestamps_ms=events.timestamps_ms,
+        lengths=events.lengths,
+    )
+
+
+def source_from_checkpoint(folder: Path) -> ExportSource:
+    """Read a checkpoint folder as something to export.
+
+    Raises:
+        CheckpointError: The folder is no usable checkpoint.
+    """
+    checkpoint = load_checkpoint(folder)
+    config, vocabulary = checkpoint.model.config, checkpoint.model.vocabulary
+    metrics = folder / "metrics.json"
+    return ExportSource(
+        module=ServableUniPinRec(checkpoint.model).eval(),
+        model=ModelSpec(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            hidden_size=config.hidden_size,
+            item_dim=config.item_dim,
+            max_history=config.max_history,
+            kv_prefix_slots=config.kv_prefix_slots,
+            outcome_conditioned=config.outcome_conditioned,
+        ),
+        actions=vocabulary.actions,
+        positive_actions=vocabulary.positive_actions,
+        surfaces=vocabulary.surfaces,
+        dense=vocabulary.dense,
+        categories=vocabulary.categories,
+        item_ids=checkpoint.catalogue.item_ids,
+        titles=checkpoint.catalogue.titles,
+        item_dense=checkpoint.features.dense,
+        item_categories=checkpoint.features.categories,
+        config={"architecture": "UniPinRec", **msgspec.to_builtins(config)},
+        metrics=_best_epoch(msgspec.json.decode(metrics.read_bytes())) if metrics.exists() else None,
+    )
+
+
+def _best_epoch(document: dict[str, Any]) -> dict[str, Any] | None:
+    best = [epoch for epoch in document["epochs"] if epoch["best"]]
+    return {"split": "valid", **best[-1]["metrics"]} if best else None
+
+
+def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:
+    """The newest events of up to `limit` users, those with the latest activity first.
+
+    Raises:
+        DataError: The folder is no prepared data set, or its items are not those of the model.
+    """
+    dataset = read_dataset(folder)
+    data = sequences_of(dataset)
+    if data.item_ids != source.item_ids or dataset.spec.actions != source.actions:
+        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: items or actions differ")
+    counts = np.diff(data.event_start)
+    latest = np.where(counts > 0, data.timestamps_ms[np.maximum(data.event_start[1:] - 1, 0)], -1)
+    users = np.argsort(-latest, kind="stable")
+    users = users[counts[users] > 0][:limit]
+    spans = [
+        np.arange(max(data.event_start[u], data.event_start[u + 1] - source.model.max_history), data.event_start[u + 1])
+        for u in users
+    ]
+    events = np.concatenate([np.zeros(0, np.int64), *spans])
+    return Histories(
+        user_ids=[data.user_ids[u] for u in users],
+        offsets=np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64),
+        item_rows=data.rows[events],
+        actions=data.actions[events],
+        surfaces=data.surfaces[events],
+        timestamps_ms=data.timestamps_ms[events],
+    )

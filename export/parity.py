@@ -1,0 +1,127 @@
+"""Proof that the written graphs are valid and compute what PyTorch computes. Collects every failure before it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unipinrec.errors import ParityError
+from unipinrec.export.cases import Case
+from unipinrec.export.graphs import Graph
+from unipinrec.runtime.manifest import GraphSpec, ParityCheck, ParityReport, TensorSpec
+
+TOLERANCE = 1e-4
+
+
+def graph_spec(path: Path) -> GraphSpec:
+    """Inputs and outputs of a written graph, as the manifest lists them."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return GraphSpec(
+        file=path.name,
+        inputs=tuple(_tensor_spec(value) for value in graph.input),
+        outputs=tuple(_tensor_spec(value) for value in graph.output),
+    )
+
+
+def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    shape = tuple(d.dim_param if d.HasField("dim_param") else int(d.dim_value) for d in tensor.shape.dim)
+    return TensorSpec(name=value.name, dtype=dtype, shape=shape)
+
+
+def check_graph(graph: Graph, path: Path, cases: list[Case]) -> list[ParityCheck]:
+    """Check one written graph: format, names, axes, then shapes and values on every case."""
+    checks = [_named(graph, "onnx checker", _format_problem(path))]
+    spec = graph_spec(path)
+    names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
+    expected = tuple(graph.inputs), graph.outputs
+    checks.append(_named(graph, "names", None if names == expected else f"file has {names}, expected {expected}"))
+    checks.append(_named(graph, "axes", _axes_problem(graph, spec)))
+    if any(check.problem for check in checks):
+        return checks
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return checks + [check for case in cases for check in _value_checks(graph, session, case)]
+
+
+def report_of(checks: list[ParityCheck]) -> ParityReport:
+    """Put all checks into the report that the manifest carries."""
+    differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
+    return ParityReport(tolerance=TOLERANCE, max_abs_diff=max(differences, default=0.0), checks=tuple(checks))
+
+
+def require_parity(report: ParityReport) -> None:
+    """Raise if anything failed.
+
+    Raises:
+        ParityError: Lists every failed check.
+    """
+    failed = [check for check in report.checks if check.problem]
+    if failed:
+        lines = [f"  {c.graph}: {c.check} ({c.case}): {c.problem}" for c in failed]
+        raise ParityError(
+            f"{len(failed)} of {len(report.checks)} checks failed, no bundle was written:\n" + "\n".join(lines)
+        )
+
+
+def _named(graph: Graph, check: str, problem: str | None) -> ParityCheck:
+    return ParityCheck(graph=graph.name, check=check, case="file", max_abs_diff=None, problem=problem)
+
+
+def _format_problem(path: Path) -> str | None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return str(error)
+    return None
+
+
+def _axes_problem(graph: Graph, spec: GraphSpec) -> str | None:
+    """An input axis that should be dynamic but was frozen, or the other way round."""
+    for tensor in spec.inputs:
+        dynamic = {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        if dynamic != graph.inputs[tensor.name]:
+            return f"{tensor.name} has dynamic axes {dynamic}, expected {graph.inputs[tensor.name]}"
+    return None
+
+
+def _value_checks(graph: Graph, session: onnxruntime.InferenceSession, case: Case) -> Iterator[ParityCheck]:
+    expected = dict(zip(graph.outputs, graph.compute(case.feeds), strict=True))
+    try:
+        actual = session.run(list(graph.outputs), {name: case.feeds[name].numpy() for name in graph.inputs})
+    except Exception as error:  # onnxruntime raises many types; each is a finding, not a crash
+        yield ParityCheck(
+            graph=graph.name, check="runs", case=case.name, max_abs_diff=None, problem=f"onnxruntime: {error}"
+        )
+        return
+    for (name, tensor), array in zip(expected.items(), actual, strict=True):
+        yield _compare(graph, name, case, tensor.numpy(), array)
+
+
+def _compare(
+    graph: Graph, name: str, case: Case, expected: NDArray[np.generic], actual: NDArray[np.generic]
+) -> ParityCheck:
+    difference, problem = None, None
+    if expected.shape != actual.shape:
+        problem = f"shape is {actual.shape}, PyTorch has {expected.shape}"
+    else:
+        valid = _valid(name, case, expected.shape)
+        difference = float(np.abs(expected - actual)[valid].max())
+        if not difference <= TOLERANCE:
+            problem = f"differs by {difference:.3g}, allowed {TOLERANCE:.0e}"
+    return ParityCheck(graph=graph.name, check=name, case=case.name, max_abs_diff=difference, problem=problem)
+
+
+def _valid(name: str, case: Case, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Everything but the padding of key/value outputs (batch, heads, slots, head_dim)."""
+    valid = np.ones(shape, bool)
+    if case.valid_slots is not None and name.startswith("present."):
+        slots: Tensor = case.valid_slots
+        valid &= (np.arange(shape[2]) < slots.numpy()[:, None])[:, None, :, None]
+    return valid

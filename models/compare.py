@@ -1,0 +1,80 @@
+"""A checkpoint beside what it must beat (popularity) and what nothing can beat (the simulator's ceiling)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import CheckpointError
+from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.data_schema import DatasetSpec, read_dataset
+from unipinrec.models.evaluate import (
+    Requests,
+    Scores,
+    Split,
+    gather_scores,
+    held_out_requests,
+    metrics_of,
+    model_scores,
+    popularity_scores,
+    rank_catalogue,
+    shown_items,
+)
+from unipinrec.models.metrics import Metrics
+from unipinrec.models.sequences import Sequences, sequences_of
+from unipinrec.models.simulator_oracle import Oracle, oracle_item_scores, read_oracle
+
+
+def compare_scorers(
+    checkpoint: Path,
+    data_folder: Path,
+    split: Split,
+    limit: int | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Metrics]:
+    """Metrics of the model, of popularity and, for simulated data, of the ceiling, on the same requests.
+
+    Raises:
+        CheckpointError: The checkpoint was trained on other items or actions.
+        DataError: The data set cannot be read.
+    """
+    dataset = read_dataset(data_folder)
+    loaded = load_checkpoint(checkpoint)
+    data = sequences_of(dataset)
+    if loaded.catalogue.item_ids != data.item_ids or loaded.model.vocabulary.actions != dataset.spec.actions:
+        raise CheckpointError(f"{checkpoint} was trained on other data than {data_folder}: items or actions differ")
+    positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
+    requests = held_out_requests(data, positive, split, limit)
+    parts = []
+    for part in model_scores(loaded.model, data, requests):
+        parts.append(part)
+        on_batch(len(parts), -(-len(requests) // 128))
+    scorers = {"model": gather_scores(parts), "popularity": popularity_scores(data, positive, requests)}
+    if (data_folder / "oracle.parquet").exists():
+        scorers["ceiling"] = ceiling_scores(read_oracle(data_folder), dataset.spec, data, requests)
+    return {name: metrics_of(scores, data, requests, dataset.spec.actions) for name, scores in scorers.items()}
+
+
+def ceiling_scores(oracle: Oracle, spec: DatasetSpec, data: Sequences, requests: Requests) -> Scores:
+    """The simulator's own probabilities as a scorer: no model can rank better, other than by chance."""
+
+    def catalogue(part: Requests) -> NDArray[np.float32]:
+        return oracle_item_scores(oracle, data.slate_ids[part.slates])
+
+    rows = oracle.rows.with_row_index()
+    order = _rows_in_order(rows["slate_id"].to_numpy(), data)
+    truth = np.stack([rows[f"p_{name}"].to_numpy() for name in spec.actions], axis=1)[order]
+    return Scores(ranks=rank_catalogue(data, requests, catalogue), probabilities=truth[shown_items(data, requests)])
+
+
+def _rows_in_order(slate_ids: NDArray[np.int64], data: Sequences) -> NDArray[np.int64]:
+    """Where each slate item of `data` stands in the oracle's table, which keeps the order of `slates.parquet`."""
+    sizes = np.diff(data.slate_start)
+    wanted = np.repeat(data.slate_ids, sizes)
+    order = np.argsort(slate_ids, kind="stable")
+    begin = np.searchsorted(slate_ids[order], wanted)
+    within = np.arange(len(wanted)) - np.repeat(data.slate_start[:-1], sizes)
+    return order[begin + within]

@@ -1,0 +1,67 @@
+"""`unipinrec export`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from unipinrec.runtime.manifest import Manifest
+
+
+@click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="The prepared data: for real golden requests and users.")
+@click.option(
+    "--users",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Histories of how many users go into the bundle, for `recommend --user`; 0 = none. They are personal data.",
+)
+@json_option
+@command
+def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, as_json: bool) -> None:
+    """Write a trained checkpoint as a bundle, and prove that its graphs compute what PyTorch computes."""
+    with stderr.status("loading"):
+        from unipinrec.export.bundle_writer import export_bundle
+        from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+
+        source = source_from_checkpoint(checkpoint)
+        histories = histories_from_data(data, source, max(users, 100)) if data else None
+    began = time.monotonic()
+    with stderr.status("exporting") as status:
+        manifest = export_bundle(
+            source,
+            bundle,
+            histories=histories,
+            keep_users=users > 0,
+            progress=lambda stage: status.update(f"exporting: {stage}"),
+        )
+    if as_json:
+        print_json({"bundle": str(bundle), "parity": manifest.parity, "index": manifest.index, "files": manifest.files})
+    else:
+        _print_report(bundle, manifest, time.monotonic() - began)
+
+
+def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
+    table = Table("graph", "checks", "largest difference from PyTorch", title=f"parity, allowed {manifest.parity.tolerance:g}")
+    for name in manifest.graphs:
+        checks = [check for check in manifest.parity.checks if check.graph == name]
+        largest = max(check.max_abs_diff or 0.0 for check in checks)
+        table.add_row(name, f"{len(checks)} passed", f"{largest:.1e}")
+    stdout.print(table)
+    size = sum(file.size_bytes for file in manifest.files.values()) / 2**20
+    index = manifest.index
+    stdout.print(
+        f"{bundle}: {manifest.num_items} items, {size:.1f} MiB, index recall@{index.recall_k} {index.recall:.4f} "
+        f"at ef={index.ef_search}, {seconds:.0f} s",
+        highlight=False,
+    )

@@ -1,0 +1,138 @@
+"""`unipinrec train` and `unipinrec evaluate`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from unipinrec.cli_common import command, json_option, print_json, progress, stderr, stdout
+
+if TYPE_CHECKING:
+    from unipinrec.models.metrics import Metrics
+    from unipinrec.models.train import EpochReport, StepReport, Trainer
+
+
+@click.command(epilog="Example: unipinrec train --data data/ --config tiny --out checkpoint/ --epochs 10")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
+@click.option("--config", default="tiny", show_default=True, help="tiny, small, paper, or a TOML file.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The checkpoint folder to write.")
+@click.option("--resume", is_flag=True, help="Go on with the run that --out holds.")
+@click.option("--epochs", type=int, help="Overrides the configuration, as do the next four.")
+@click.option("--batch-size", type=int)
+@click.option("--learning-rate", type=float)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
+@click.option("--seed", type=int)
+@json_option
+@command
+def train(data: Path, config: str, out: Path, resume: bool, as_json: bool, **overrides: Any) -> None:
+    """Train a model; Ctrl-C stops after the current step and leaves a state to resume from.
+
+    For several GPUs: torchrun --nproc-per-node 4 -m unipinrec train ...
+    """
+    from unipinrec.models.data_schema import read_dataset
+    from unipinrec.models.train import Trainer
+    from unipinrec.models.train_config import load_run_config
+
+    run_config = load_run_config(config, overrides)
+    trainer = Trainer(read_dataset(data), run_config, out, resume=resume)
+    previous = signal.signal(signal.SIGINT, lambda *_: _request_stop(trainer, previous))
+    try:
+        last = _follow(trainer)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if as_json and trainer.accelerator.is_main_process:
+        print_json({"checkpoint": str(out), "epochs": trainer.reports})
+    elif last is not None:
+        stderr.print(f"checkpoint: {out}")
+
+
+def _request_stop(trainer: Trainer, previous: Any) -> None:
+    """First Ctrl-C: stop after the step. Second: whatever Ctrl-C did before."""
+    trainer.stop_requested = True
+    signal.signal(signal.SIGINT, previous)
+    stderr.print("stopping after this step ...")
+
+
+def _follow(trainer: Trainer) -> EpochReport | None:
+    from unipinrec.models.train import EpochReport
+
+    last = None
+    with progress() as bar:
+        bar.disable = not trainer.accelerator.is_main_process
+        task = bar.add_task("train", total=trainer.total_steps, note="")
+        for report in trainer.run():
+            if isinstance(report, EpochReport):
+                last = report
+                if not bar.disable:
+                    bar.console.print(_epoch_line(report), highlight=False)
+            else:
+                bar.update(task, completed=report.step, note=_step_note(report))
+    return last
+
+
+def _step_note(report: StepReport) -> str:
+    return f"epoch {report.epoch + 1} loss {report.losses['loss']:.3f}"
+
+
+def _epoch_line(report: EpochReport) -> str:
+    parts = [f"epoch {report.epoch + 1}", f"loss {report.losses['loss']:.3f}"]
+    if report.metrics.retrieval:
+        parts.append(f"valid HR@10 {report.metrics.retrieval.hit_rate[10]:.4f}")
+    for name, metrics in (report.metrics.ranking or {}).items():
+        if metrics.auc is not None:
+            parts.append(f"{name} AUC {metrics.auc:.3f}")
+    return "  ".join([*parts, f"{report.seconds:.0f} s", "best" if report.best else ""])
+
+
+@click.command(epilog="Example: unipinrec evaluate checkpoint/ --data data/")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
+@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
+@click.option("--limit", type=int, help="Score at most this many requests, drawn evenly.")
+@json_option
+@command
+def evaluate(checkpoint: Path, data: Path, split: Any, limit: int | None, as_json: bool) -> None:
+    """Measure a checkpoint on held-out requests, beside popularity and, on simulated data, the ceiling."""
+    from unipinrec.models.compare import compare_scorers
+
+    with progress() as bar:
+        task = bar.add_task("evaluate", total=None, note="")
+        results = compare_scorers(
+            checkpoint,
+            data,
+            split,
+            limit,
+            on_batch=lambda done, of: bar.update(task, completed=done, total=of),
+        )
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "data": str(data), "split": split, "scorers": results})
+    else:
+        print_metrics(results)
+
+
+def print_metrics(results: dict[str, Metrics]) -> None:
+    """Print metrics of several scorers side by side, one column each."""
+    table = Table("metric", *results)
+    for name, values in _metric_rows(results).items():
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    stdout.print(table)
+
+
+def _metric_rows(results: dict[str, Metrics]) -> dict[str, list[float | None]]:
+    rows: dict[str, list[float | None]] = {}
+    scorers = list(results.values())
+    if all(m.retrieval for m in scorers):
+        for k in (1, 10, 50):
+            rows[f"HR@{k}"] = [m.retrieval.hit_rate[k] if m.retrieval else None for m in scorers]
+        rows["NDCG@10"] = [m.retrieval.ndcg[10] if m.retrieval else None for m in scorers]
+        rows["MRR"] = [m.retrieval.mrr if m.retrieval else None for m in scorers]
+    for action in scorers[0].ranking or {}:
+        for field in ("auc", "gauc", "logloss"):
+            rows[f"{action} {field}"] = [
+                getattr(m.ranking[action], field) if m.ranking else None for m in scorers
+            ]
+    return rows
