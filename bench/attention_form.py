@@ -39,9 +39,7 @@ def run_once(dataset: Dataset, form: AttentionForm, train: TrainConfig, out: Pat
     trainer = Trainer(dataset, config, out, resume=(out / "state.json").exists())
     for report in trainer.run():
         if isinstance(report, EpochReport):
-            sys.stderr.write(
-                f"{form} seed {train.seed} epoch {report.epoch} {report.metrics.selection_score():.4f}\n"
-            )
+            sys.stderr.write(f"{form} seed {train.seed} epoch {report.epoch} {report.metrics.selection_score():.4f}\n")
     model = load_checkpoint(out).model
     data = sequences_of(dataset)
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
@@ -77,9 +75,7 @@ def summary(runs: list[dict[str, Any]], actions: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run both forms, seed by seed, and write the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=5)

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from unipinrec import __version__
@@ -67,12 +68,19 @@ def export_bundle(
         partial.chmod(0o755)
         partial.rename(out)
         _sync_folder(out.parent)
-    except OSError as error:
-        reason = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else str(error)
-        raise ExportError(f"could not write {out}: {reason}; nothing was left behind") from error
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"could not write {out}: {_reason(error)}; nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    # safetensors passes the system's error on only as text.
+    if getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full):
+        return "no space left on the disk"
+    return str(error)
 
 
 def _write(

@@ -50,7 +50,8 @@ class CaseMaker:
         made = {
             "encoder": lambda: [self.encoder(n) for n in ([1], [full, 1], [min(9, full), 1, min(4, full)])],
             "extend": lambda: [
-                self.extend(p, m) for p, m in (([1], [1]), ([half, 1], [1, max(1, full - half)]), ([3, 1, 2], [1, 4, 2]))
+                self.extend(p, m)
+                for p, m in (([1], [1]), ([half, 1], [1, max(1, full - half)]), ([3, 1, 2], [1, 4, 2]))
             ],
             "retrieval": lambda: [self.retrieval(b) for b in (1, 5)],
             "ranker": lambda: [self.ranker(p, k) for p, k in (([1], 1), ([full, 1], 64), ([2, 5, 1], 3))],

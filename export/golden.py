@@ -72,7 +72,10 @@ def _padded(source: ExportSource, histories: Histories) -> tuple[Tensor, dict[st
     """The newest events of the first few users with at least two, right-padded."""
     longest = min(MAX_EVENTS, source.model.max_history)
     users = np.flatnonzero(np.diff(histories.offsets) >= 2)[:REQUESTS]
-    spans = [np.arange(max(histories.offsets[u], histories.offsets[u + 1] - longest), histories.offsets[u + 1]) for u in users]
+    spans = [
+        np.arange(max(histories.offsets[u], histories.offsets[u + 1] - longest), histories.offsets[u + 1])
+        for u in users
+    ]
     width = max(len(span) for span in spans)
     index = np.stack([np.pad(span, (0, width - len(span)), constant_values=-1) for span in spans])
     real = index >= 0
@@ -89,9 +92,7 @@ def _extended(source: ExportSource, events: Events, prefix: Tensor) -> tuple[lis
     head = _slice(events, torch.zeros_like(prefix), prefix)
     tail = _slice(events, prefix, events.lengths - prefix)
     past, _ = source.servable.encode(head)
-    added, last = source.servable.extend(
-        tail, Past(key_values=past, lengths=prefix, timestamps_ms=_last_times(head))
-    )
+    added, last = source.servable.extend(tail, Past(key_values=past, lengths=prefix, timestamps_ms=_last_times(head)))
     return list(added), last
 
 
@@ -99,7 +100,9 @@ def _slice(events: Events, begin: Tensor, lengths: Tensor) -> Events:
     """Rows [begin, begin + lengths) of each history, right-padded with whatever follows or repeats."""
     index = begin[:, None] + torch.arange(int(lengths.max()))
     index = index.clamp(max=events.surfaces.shape[1] - 1)
-    wide = {name: index[..., None].expand(-1, -1, getattr(events, name).shape[-1]) for name in ("item_vectors", "actions")}
+    wide = {
+        name: index[..., None].expand(-1, -1, getattr(events, name).shape[-1]) for name in ("item_vectors", "actions")
+    }
     return Events(
         item_vectors=events.item_vectors.gather(1, wide["item_vectors"]),
         actions=events.actions.gather(1, wide["actions"]),

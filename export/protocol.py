@@ -121,7 +121,9 @@ class ExportSource:
     def __post_init__(self) -> None:
         missing = [n for n in ("encode", "extend", "retrieve", "rank", "embed_items") if not hasattr(self.module, n)]
         if missing:
-            raise ExportError(f"{type(self.module).__name__} lacks {missing}; see unipinrec.export.protocol.ServableModel")
+            raise ExportError(
+                f"{type(self.module).__name__} lacks {missing}; see unipinrec.export.protocol.ServableModel"
+            )
         if len({len(self.item_ids), len(self.titles), len(self.item_dense), len(self.item_categories)}) != 1:
             raise ExportError(
                 f"item_ids ({len(self.item_ids)}), titles ({len(self.titles)}), item_dense ({len(self.item_dense)}) and "

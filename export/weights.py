@@ -39,9 +39,7 @@ class SharedWeights:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 self.offsets[digest] = file.tell()
                 file.write(content)
-        external_data_helper.set_external_data(
-            tensor, WEIGHTS_FILE, offset=self.offsets[digest], length=len(content)
-        )
+        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, offset=self.offsets[digest], length=len(content))
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
 

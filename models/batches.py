@@ -76,7 +76,8 @@ def training_windows(data: Sequences, max_history: int) -> list[Window]:
     """Cut each user's training events into windows of at most `max_history`, aligned to the newest event.
 
     With a time split, training events and slates lie before `valid_start_ms`; without, the last two events of each
-    user are held out. A slate belongs to the window that holds the event right before it.
+    user are held out, and so are slates that no training event follows. A slate belongs to the window that holds the
+    event right before it. A user's first event is left out where it would make a window alone, without a slate.
     """
     event_end = data.event_start[1:].copy()
     if data.split is None:
@@ -91,6 +92,8 @@ def training_windows(data: Sequences, max_history: int) -> list[Window]:
         slates = np.arange(slate_bounds[user], slate_bounds[user + 1])
         if data.split is not None:
             slates = slates[data.slate_timestamp_ms[slates] < data.split.valid_start_ms]
+        else:
+            slates = slates[data.slate_cutoff[slates] < end - first]
         while end > first:
             begin = max(first, end - max_history)
             cutoff = data.slate_cutoff[slates] + first

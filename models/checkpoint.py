@@ -10,19 +10,19 @@ state.safetensors, state.json   what resuming needs (latest weights, optimizer);
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from unipinrec.errors import CheckpointError
+from unipinrec.errors import CheckpointError, ConfigError
 from unipinrec.models.config import ModelConfig, Vocabulary
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.sequences import ItemFeatures
@@ -37,6 +37,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     format_version: int
     model: ModelConfig
     vocabulary: Vocabulary
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    """The one field of `config.json` that every format version has."""
+
+    format_version: int
 
 
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,9 +64,8 @@ class Checkpoint:
 def write_catalogue(folder: Path, catalogue: Catalogue, features: ItemFeatures) -> None:
     """Write the two catalogue files."""
     write_atomically(folder / "catalogue.json", msgspec.json.encode(catalogue))
-    partial = folder / ".catalogue.safetensors.partial"
-    save_arrays({"dense": features.dense, "categories": features.categories}, partial)
-    partial.replace(folder / "catalogue.safetensors")
+    arrays = {"dense": torch.from_numpy(features.dense), "categories": torch.from_numpy(features.categories)}
+    write_tensors(folder / "catalogue.safetensors", arrays)
 
 
 def write_model(folder: Path, model: UniPinRec) -> None:
@@ -71,17 +76,28 @@ def write_model(folder: Path, model: UniPinRec) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    """Write a safetensors file atomically; see `write_atomically`."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda partial: save_file(contiguous, partial))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        CheckpointError: It could not be written (disk full, no permission); the old content is still there.
+    """
+    _replace(path, lambda partial: partial.write_bytes(content))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        write(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
 
 
 def read_json(path: Path, kind: type[T]) -> T:
@@ -92,7 +108,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}; a checkpoint folder is what `unipinrec train` writes") from error
 
 
@@ -102,34 +118,42 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: A file is missing, damaged, of another format version, or does not fit the others.
     """
-    config = read_json(folder / "config.json", Config)
-    if config.format_version != FORMAT_VERSION:
+    version = read_json(folder / "config.json", _Header).format_version
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder}: checkpoint format {config.format_version}, this version reads {FORMAT_VERSION}; "
+            f"{folder}: checkpoint format {version}, this version reads {FORMAT_VERSION}; "
             "use the version that wrote it or train again"
         )
+    config = read_json(folder / "config.json", Config)
     model = UniPinRec(config.model, config.vocabulary)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
         arrays = load_arrays(folder / "catalogue.safetensors")
-    except (OSError, SafetensorError, RuntimeError) as error:
+        features = ItemFeatures(dense=arrays["dense"], categories=arrays["categories"])
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder}: weights or catalogue do not load: {error}") from error
     catalogue = read_json(folder / "catalogue.json", Catalogue)
-    features = ItemFeatures(dense=arrays["dense"], categories=arrays["categories"])
     _check(folder, config.vocabulary, catalogue, features)
     return Checkpoint(model=model.eval(), catalogue=catalogue, features=features)
 
 
 def _check(folder: Path, vocabulary: Vocabulary, catalogue: Catalogue, features: ItemFeatures) -> None:
-    counts: dict[str, Any] = {
-        "config.json": vocabulary.num_items,
-        "catalogue.json": len(catalogue.item_ids),
-        "dense features": len(features.dense),
-        "categories": len(features.categories),
+    items = vocabulary.num_items
+    expected: dict[str, tuple[int, ...]] = {
+        "item_ids": (items,),
+        "titles": (items,),
+        "dense": (items, vocabulary.dense_width),
+        "categories": (items, len(vocabulary.categories)),
     }
-    if len(set(counts.values())) != 1:
+    found = {
+        "item_ids": (len(catalogue.item_ids),),
+        "titles": (len(catalogue.titles),),
+        "dense": features.dense.shape,
+        "categories": features.categories.shape,
+    }
+    if found != expected:
         raise CheckpointError(
-            f"{folder}: the number of items differs between files: {counts}; the folder mixes two runs"
+            f"{folder}: the catalogue has the shapes {found}, config.json expects {expected}; the folder mixes two runs"
         )
     if not np.isfinite(features.dense).all():
         raise CheckpointError(f"{folder}: catalogue.safetensors holds non-finite item features; train again")

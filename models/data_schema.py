@@ -12,15 +12,16 @@
 | events | timestamp_ms           | Int64         | yes  | Unix time in ms, UTC; null = unknown, before all known     |
 | events | action_{name}          | Boolean       | no   | one column per declared action; all False = no action      |
 | slates | slate_id               | Int64         | no   | groups the rows of one impression slate                    |
-| slates | user_id, item_id, surface, timestamp_ms, action_{name} | as above | no | timestamp_ms: when the slate was shown |
+| slates | the columns of events  | as above      | no   | timestamp_ms: when the slate was shown                     |
 | slates | position               | Int32         | yes  | rank at which the item was shown, 0 = first                |
 | items  | item_id                | String        | no   | unique                                                     |
 | items  | title                  | String        | yes  | for people                                                 |
 | items  | dense_{name}           | List(Float32) | no   | a finite vector of the declared width                      |
 | items  | category_{name}        | String        | yes  | null or a word outside the vocabulary = unknown            |
 
-Events and slates may refer only to items of the catalogue. A slate's history is every event of its user with a
-null timestamp or a timestamp before the slate's. This module knows the format and nothing of where data comes from.
+Events and slates may refer only to items of the catalogue. All rows of a slate have one user, surface and timestamp,
+and an item at most once. A slate's history is every event of its user with a null timestamp or a timestamp before the
+slate's. This module knows the format and nothing of where data comes from.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         foreign = set(self.positive_actions) - set(self.actions)
         if foreign or not self.positive_actions:
             raise DataError(
-                f"positive_actions {list(self.positive_actions)} must be a non-empty part of actions {list(self.actions)}"
+                f"positive_actions {list(self.positive_actions)} must be a non-empty part of "
+                f"actions {list(self.actions)}"
             )
         if not self.surfaces or self.surfaces[0] != UNKNOWN_SURFACE or len(set(self.surfaces)) != len(self.surfaces):
             raise DataError(f"surfaces must be distinct and begin with {UNKNOWN_SURFACE!r}, got {list(self.surfaces)}")

@@ -74,8 +74,11 @@ def _leave_one_out(data: Sequences, split: Split) -> Requests:
     held = 1 if split == "test" else 2
     users = np.flatnonzero(np.diff(data.event_start) > held)
     ends = data.event_start[users + 1] - held
-    slates = np.full(len(users), NO_SLATE)
-    return Requests(users=users, ends=ends, targets=data.rows[ends], slates=slates)
+    targets = data.rows[ends].copy()
+    for i, (user, end) in enumerate(zip(users.tolist(), ends.tolist(), strict=True)):
+        if targets[i] in history_rows(data, user, end):
+            targets[i] = NO_TARGET
+    return Requests(users=users, ends=ends, targets=targets, slates=np.full(len(users), NO_SLATE))
 
 
 def _by_time(data: Sequences, positive: NDArray[np.bool_], split: Split) -> Requests:
@@ -111,12 +114,15 @@ def shown_items(data: Sequences, requests: Requests) -> NDArray[np.int64]:
 def metrics_of(scores: Scores, data: Sequences, requests: Requests, actions: tuple[str, ...]) -> Metrics:
     """Turn one scorer's answers into metrics."""
     shown = shown_items(data, requests)
+    retrieval = retrieval_metrics(scores.ranks)
+    if not len(shown):
+        return Metrics(retrieval=retrieval, ranking=None)
     owner = data.slate_user[np.searchsorted(data.slate_start, shown, side="right") - 1]
     ranking = {
         name: action_metrics(owner, data.slate_actions[shown, c], scores.probabilities[:, c])
         for c, name in enumerate(actions)
     }
-    return Metrics(retrieval=retrieval_metrics(scores.ranks), ranking=ranking if len(shown) else None)
+    return Metrics(retrieval=retrieval, ranking=ranking)
 
 
 def rank_catalogue(
@@ -180,9 +186,10 @@ def model_scores(model: UniPinRec, data: Sequences, requests: Requests, batch_si
 
 def gather_scores(parts: list[Scores]) -> Scores:
     """Join what `model_scores` yields."""
+    probabilities = [p.probabilities for p in parts]
     return Scores(
         ranks=_joined([p.ranks for p in parts]),
-        probabilities=np.concatenate([p.probabilities for p in parts]),
+        probabilities=np.concatenate(probabilities) if probabilities else np.zeros((0, 0)),
     )
 
 

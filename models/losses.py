@@ -69,19 +69,19 @@ class Objective(nn.Module):
         if len(chosen) > self.options.max_targets:
             chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[: self.options.max_targets]]
         at = chosen.unbind(1)
-        if not len(chosen):
-            return hidden.sum() * 0.0
         outcomes = batch.target_actions[at] if self.model.config.outcome_conditioned else None
         queries = self.model.retrieval_head(hidden[at], outcomes)
         scale = self.model.log_scale.clamp(max=5.0).exp()
-        logits = scale * queries @ vectors[batch.sampled_items].T - batch.sampled_log_q
+        logits: Tensor = scale * queries @ vectors[batch.sampled_items].T - batch.sampled_log_q
         labels = torch.searchsorted(batch.sampled_items, batch.targets[at])
+        if not len(chosen):
+            return logits.sum() * 0.0  # keeps every weight in the graph, as a distributed wrapper demands
         return F.cross_entropy(logits.float(), labels)
 
     def _actions(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum over actions of w_c times the mean BCE."""
+        logits: Tensor = self.model.action_heads(hidden).float()
         if not len(hidden):
-            return hidden.sum() * 0.0
-        logits = self.model.action_heads(hidden).float()
+            return logits.sum() * 0.0  # as above
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
         return (losses * self.action_weights).sum()

@@ -154,8 +154,10 @@ class Trainer:
 
     def _finish_epoch(self, seconds: float) -> EpochReport:
         metrics = self._validate()
-        score = metrics.selection_score()
-        best = score > self.position.best_score
+        score, previous = metrics.selection_score(), self.position.best_score
+        measured = metrics.retrieval is not None or metrics.ranking is not None
+        # Where nothing can be measured the latest weights are the best ones.
+        best = not measured or previous is None or score > previous
         report = EpochReport(
             epoch=self.position.epoch,
             losses=self.position.mean_losses(),
@@ -166,7 +168,7 @@ class Trainer:
         self.reports.append(report)
         self.position = Position(
             epoch=self.position.epoch + 1,
-            best_score=max(score, self.position.best_score),
+            best_score=score if best else previous,
             stale_epochs=0 if best else self.position.stale_epochs + 1,
         )
         if self.accelerator.is_main_process:

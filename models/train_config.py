@@ -11,6 +11,7 @@ epochs = 12
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -74,8 +75,18 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "grad_clip"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive and finite")
+        weights = {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
+        for name in ("weight_decay", "warmup_steps", "retrieval_weight", "ranking_weight"):
+            weights[name] = getattr(self, name)
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"{name}={weight} must be finite and not negative")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"patience={self.patience} must be at least 1; leave it out to never stop early")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be in [0, 2**32)")
         if not 0.0 <= self.mask_probability < 1.0:
             raise ConfigError(f"mask_probability={self.mask_probability} must be in [0, 1)")
         if self.retrieval_weight == 0 and self.ranking_weight == 0:
@@ -119,7 +130,7 @@ def load_run_config(source: str, overrides: dict[str, Any]) -> RunConfig:
             raise ConfigError(f"size={file.size!r} is unknown; sizes are {sorted(SIZES)}")
         model = msgspec.convert({**msgspec.to_builtins(SIZES[file.size]), **file.model}, ModelConfig)
         train = msgspec.convert({**msgspec.to_builtins(file.train), **given}, TrainConfig)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: {error}") from error
     return RunConfig(model=model, train=train)
 

@@ -21,14 +21,14 @@ class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         epoch: Current epoch, from 0.
         batch: Steps of it that are done.
         loss_sums: Sum of each loss over those steps.
-        best_score: Best validation score so far.
+        best_score: Best validation score so far; None before the first.
         stale_epochs: Epochs since then.
     """
 
     epoch: int = 0
     batch: int = 0
     loss_sums: dict[str, float] = {}
-    best_score: float = float("-inf")
+    best_score: float | None = None
     stale_epochs: int = 0
 
     def add(self, losses: dict[str, float]) -> None:

@@ -52,7 +52,9 @@ def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, as_jso
 
 
 def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
-    table = Table("graph", "checks", "largest difference from PyTorch", title=f"parity, allowed {manifest.parity.tolerance:g}")
+    table = Table(
+        "graph", "checks", "largest difference from PyTorch", title=f"parity, allowed {manifest.parity.tolerance:g}"
+    )
     for name in manifest.graphs:
         checks = [check for check in manifest.parity.checks if check.graph == name]
         largest = max(check.max_abs_diff or 0.0 for check in checks)

@@ -132,7 +132,5 @@ def _metric_rows(results: dict[str, Metrics]) -> dict[str, list[float | None]]:
         rows["MRR"] = [m.retrieval.mrr if m.retrieval else None for m in scorers]
     for action in scorers[0].ranking or {}:
         for field in ("auc", "gauc", "logloss"):
-            rows[f"{action} {field}"] = [
-                getattr(m.ranking[action], field) if m.ranking else None for m in scorers
-            ]
+            rows[f"{action} {field}"] = [getattr(m.ranking[action], field) if m.ranking else None for m in scorers]
     return rows

@@ -265,3 +265,28 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, name: str, data: bytes | 
         (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_table(tmp_path / (name if data is not None else "x.csv"), ["a"])
+
+
+def test_the_example_of_the_documentation_works(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (tmp_path / "map.toml").write_text(document.split("```toml\n")[1].split("```")[0])
+    pl.DataFrame(
+        {
+            "customer": ["u", "u", "u"],
+            "sku": ["a", "b", "a"],
+            "seen_at": ["2026-05-01T00:00", "2026-05-02T00:00", "2026-05-03T00:00"],
+            "page": ["home", "home", "search"],
+            "clicked": [True, None, False],
+            "kind": ["buy", "gift", "view"],
+            "stars": [4, None, 3],
+        }
+    ).write_parquet(tmp_path / "events.parquet")
+    (tmp_path / "items.csv").write_text("sku,name,price,e0,e1,brand\na,Apple,1,2,3,x\nb,Pear,1,2,3,\n")
+    dataset = build_dataset(read_mapped(tmp_path, read_column_map(tmp_path / "map.toml")))
+    assert dataset.spec.source == "own logs of May, internal"
+    assert dataset.events.select("timestamp_ms", "surface", "action_click", "action_buy", "action_like").rows() == [
+        (1777593600000, "home", True, True, True),
+        (1777680000000, "home", False, True, False),
+        (1777766400000, "search", False, False, False),
+    ]
+    assert dataset.slates["slate_id"].to_list() == [0, 1, 2]

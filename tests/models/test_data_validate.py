@@ -8,6 +8,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
 from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset, write_dataset
@@ -419,6 +421,41 @@ def test_a_repeated_exposure_takes_one_position_in_its_slate() -> None:
     assert shown.select("item_id", "position", "action_buy").rows() == [("a", 0, True), ("b", 1, False)]
 
 
+def test_exposures_of_one_moment_keep_their_order_when_a_repeat_is_merged() -> None:
+    names = [f"i{number}" for number in range(50, 0, -1)]
+    frame = events(*(("u", name, "home", 1000, False, False) for name in [*names, "i50"]))
+    assert slates_from_events(frame)["item_id"].to_list() == names
+
+
 def test_a_slate_gap_must_be_positive() -> None:
     with pytest.raises(DataError, match=r"slate gap is 0 ms; it must be positive"):
         slates_from_events(GOOD, gap_ms=0)
+
+
+EVENT = st.tuples(
+    st.sampled_from(["u", "v", None]),
+    st.sampled_from(["a", "b", "gone", None]),
+    st.sampled_from(["home", "search", None]),
+    st.none() | st.integers(min_value=0, max_value=3),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(st.lists(EVENT, max_size=30))
+def test_cleaning_what_is_clean_changes_nothing(found: list[tuple[Any, ...]]) -> None:
+    frame = events(("u", "a", "home", 1, True, False), *found)
+    once = build_dataset(raw(frame, slates=slates_from_events(frame, gap_ms=2)))
+    twice = build_dataset(raw(once.events, slates=once.slates))
+    assert {reason for reason in twice.spec.dropped if not reason.endswith("(kept)")} == set()
+    assert twice.events.equals(once.events)
+    assert twice.slates.equals(once.slates)
+
+
+@given(st.lists(EVENT, max_size=30))
+def test_every_row_is_kept_or_counted_once(found: list[tuple[Any, ...]]) -> None:
+    frame = events(("u", "a", "home", 1, True, False), *found)
+    dataset = build_dataset(raw(frame))
+    reasons = ("events: no user", "events: no item", "events: unknown item", "events: duplicate")
+    lost = sum(dataset.spec.dropped.get(reason, 0) for reason in reasons)
+    assert dataset.events.height + lost == frame.height

@@ -1,0 +1,246 @@
+"""`unipinrec prepare`: the exit codes, the report and its JSON, the split and slate options, and --download."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from unipinrec.cli import main
+from unipinrec.models import data_download
+from unipinrec.models.data_schema import TimeSplit, read_dataset
+
+U_DATA = "".join(
+    f"1\t{item}\t{rating}\t{time}\n" for item, rating, time in [(1, 5, 1000), (2, 3, 2000), (1, 4, 900000)]
+)
+U_ITEM = "".join(f"{item}|Movie {item} (1995)|||url|{'|'.join(['0', '1'] + ['0'] * 17)}\n" for item in (1, 2, 3))
+
+
+def prepare(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["prepare", *map(str, arguments)])
+
+
+@pytest.fixture
+def movies(tmp_path: Path) -> Path:
+    folder = tmp_path / "ml-100k"
+    folder.mkdir()
+    (folder / "u.data").write_text(U_DATA)
+    (folder / "u.item").write_text(U_ITEM)
+    return folder
+
+
+SPLIT = ("--valid-start", "900000000", "--test-start", "1970-01-11T10:00+00:00")
+
+
+def test_json_is_one_document_with_what_was_kept_and_dropped(movies: Path, tmp_path: Path) -> None:
+    result = prepare("movielens", movies, "--out", tmp_path / "out", *SPLIT, "--json")
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    assert report.pop("seconds") >= 0
+    assert report.pop("source").startswith("MovieLens, Harper and Konstan")
+    assert report == {
+        "name": "ml-100k",
+        "out": str(tmp_path / "out"),
+        "rows": {
+            "events": {"given": 3, "kept": 3},
+            "slates": {"given": 3, "kept": 3},
+            "items": {"given": 3, "kept": 3},
+        },
+        "users": 1,
+        "slates": 2,
+        "surfaces": ["unknown"],
+        "first_event": "1970-01-01T00:16:40+00:00",
+        "last_event": "1970-01-11T10:00:00+00:00",
+        "action_rates": {"events": {"rate": 1.0, "like": 0.666667}, "slates": {"rate": 1.0, "like": 0.666667}},
+        "split": {
+            "training": {"slates": 1, "slate_rows": 2, "events": 2},
+            "validation": {"slates": 0, "slate_rows": 0, "events": 0},
+            "test": {"slates": 1, "slate_rows": 1, "events": 1},
+        },
+        "valid_start": "1970-01-11T10:00:00+00:00",
+        "test_start": "1970-01-11T10:00:00+00:00",
+        "dropped": {},
+    }
+
+
+def test_the_report_for_people_names_every_count(movies: Path, tmp_path: Path) -> None:
+    result = prepare("movielens", movies, "--out", tmp_path / "out", *SPLIT)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "3 read, 3 kept in 2 slates",
+        "rate 100.00%, like 66.67%",
+        "split: test",
+        "1 slates (1 rows), 1 events",
+        "MovieLens",
+    ):
+        assert text in result.stdout
+
+
+def test_split_and_gap_reach_the_data(movies: Path, tmp_path: Path) -> None:
+    times = ("--valid-start", "2000000", "--test-start", "900000000")
+    prepare("movielens", movies, "--out", tmp_path / "out", *times, "--slate-gap-minutes", "10")
+    dataset = read_dataset(tmp_path / "out")
+    assert dataset.spec.split == TimeSplit(valid_start_ms=2_000_000, test_start_ms=900_000_000)
+    assert dataset.slates["slate_id"].to_list() == [0, 1, 2]
+
+
+def test_times_with_an_offset_are_understood(movies: Path, tmp_path: Path) -> None:
+    times = ("--valid-start", "1970-01-11T18:00+08:00", "--test-start", "1970-01-11T10:00")
+    assert prepare("movielens", movies, "--out", tmp_path / "out", *times).exit_code == 0
+    split = TimeSplit(valid_start_ms=900_000_000, test_start_ms=900_000_000)
+    assert read_dataset(tmp_path / "out").spec.split == split
+
+
+def test_sasrec_reports_leave_one_out_and_records_the_licence(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("1 2 3 4\n2 3\n3 2 4\n")
+    result = prepare("sasrec", tmp_path / "x.txt", "--out", tmp_path / "out", "--licence", "mine", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {name: part["events"] for name, part in report["split"].items()} == {
+        "training": 3,
+        "validation": 1,
+        "test": 2,
+    }
+    assert (report["source"], report["valid_start"], report["first_event"]) == ("mine", None, None)
+    people = prepare("sasrec", tmp_path / "x.txt", "--out", tmp_path / "out2")
+    assert "2 events (leave-one-out)" in people.stdout
+
+
+def test_table_reads_a_column_map(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("who,what,did\nu,a,1\nu,gone,1\nu,b,0\n,a,1\n")
+    (tmp_path / "i.csv").write_text("what\na\nb\n")
+    (tmp_path / "map.toml").write_text(
+        'name = "shop"\npositive_actions = ["buy"]\nactions = { buy = "did" }\n'
+        '[events]\nuser = "who"\nitem = "what"\n[items]\nfile = "i.csv"\nitem = "what"\n'
+    )
+    result = prepare("table", tmp_path / "e.csv", "--columns", tmp_path / "map.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "events: unknown item, dropped" in result.stdout
+    assert read_dataset(tmp_path / "out").spec.dropped == {"events: no user": 1, "events: unknown item": 1}
+
+
+def test_kuairand_needs_its_files(tmp_path: Path) -> None:
+    result = prepare("kuairand", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "no KuaiRand data; it must hold" in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_existing_folder_is_never_overwritten(movies: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    result = prepare("movielens", movies, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "exists; choose another --out or remove it first" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--valid-start", "5"), "--valid-start and --test-start go together"),
+        (("--valid-start", "noon", "--test-start", "5"), "'noon' is neither ISO 8601, such as"),
+        (("--slate-gap-minutes", "0"), "0.0 is not in the range x>0"),
+        (("--edition", "ml-20m"), "'ml-20m' is not one of"),
+    ],
+)
+def test_wrong_use_has_exit_code_2(movies: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    result = prepare("movielens", movies, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("source", ["kuairand", "movielens"])
+def test_no_source_and_no_download_is_wrong_use(tmp_path: Path, source: str) -> None:
+    result = prepare(source, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "give SOURCE, the folder of the data, or --download" in result.stderr
+
+
+@pytest.mark.parametrize("source", ["", "kuairand", "movielens", "sasrec", "table", "simulate"])
+def test_every_help_has_an_example(source: str) -> None:
+    result = prepare(*source.split(), "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"unipinrec prepare {source}" in result.stdout
+
+
+def bundle() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("ml-100k/u.data", U_DATA)
+        archive.writestr("ml-100k/u.item", U_ITEM)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[bytes]:
+    """A server that stands in for the owner's address of ML-100K."""
+    body = bundle()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the test output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    local = replace(
+        data_download.ML_100K,
+        url=f"http://127.0.0.1:{server.server_port}/ml-100k.zip",
+        digests={"md5": hashlib.md5(body).hexdigest()},
+    )
+    monkeypatch.setattr(data_download, "ML_100K", local)
+    yield body
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("owner")
+def test_download_shows_the_licence_and_uses_the_cache_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = prepare("movielens", "--download", "--out", tmp_path / "out", *SPLIT, "--json")
+    assert result.exit_code == 0, result.output
+    assert "no redistribution and no commercial use" in result.stderr
+    assert json.loads(result.stdout)["rows"]["events"] == {"given": 3, "kept": 3}
+    folder = tmp_path / "cache" / "unipinrec" / "downloads" / "ml-100k"
+    assert (folder / "ml-100k" / "u.data").read_text() == U_DATA
+    again = prepare("movielens", "--download", "--out", tmp_path / "out2", *SPLIT)
+    assert again.exit_code == 0
+    assert "which is already there" in again.stderr
+
+
+@pytest.mark.usefixtures("owner")
+def test_download_goes_into_source_where_that_is_given(tmp_path: Path) -> None:
+    result = prepare("movielens", tmp_path / "raw", "--download", "--out", tmp_path / "out", *SPLIT)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "raw" / "ml-100k" / "u.item").exists()
+
+
+def test_a_download_with_another_checksum_is_refused(
+    owner: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert owner
+    monkeypatch.setattr(data_download, "ML_100K", replace(data_download.ML_100K, digests={"md5": "0" * 32}))
+    result = prepare("movielens", tmp_path / "raw", "--download", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "published is 00000000000000000000000000000000" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,59 @@
+"""One real tiny checkpoint and bundle for the whole run, and where real data sets are found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA_ROOT = Path(os.environ.get("UNIPINREC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated data set with its oracle."""
+    from unipinrec.models.data_schema import write_dataset
+    from unipinrec.models.simulator import SimulatorConfig, simulate
+    from unipinrec.models.simulator_oracle import write_oracle
+
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    data, oracle = simulate(SimulatorConfig(users=300, items=300, categories=6, seed=11))
+    write_dataset(data, folder)
+    write_oracle(oracle, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny size, trained for two epochs on it."""
+    from unipinrec.models.config import TINY
+    from unipinrec.models.data_schema import read_dataset
+    from unipinrec.models.train import Trainer
+    from unipinrec.models.train_config import RunConfig, TrainConfig
+
+    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
+    train = TrainConfig(epochs=2, batch_size=32, precision="fp32", seed=3)
+    for _ in Trainer(read_dataset(dataset), RunConfig(model=TINY, train=train), folder).run():
+        pass
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of that checkpoint. Read-only by convention: copy it before damaging it."""
+    from unipinrec.export.bundle_writer import export_bundle
+    from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    source = source_from_checkpoint(checkpoint)
+    export_bundle(source, folder, histories=histories_from_data(dataset, source, 200))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of public data sets; skips where it is not at hand."""
+    if not DATA_ROOT.is_dir():
+        pytest.skip(f"no real data sets at {DATA_ROOT}; set UNIPINREC_DATA to a folder that holds them")
+    return DATA_ROOT

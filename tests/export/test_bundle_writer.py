@@ -1,0 +1,176 @@
+"""A bundle is complete or absent, the same twice, and says truthfully what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file
+
+from unipinrec.errors import ExportError
+from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+from unipinrec.runtime.manifest import Manifest
+
+GRAPHS = ["encoder", "extend", "item_embedder", "ranker", "retrieval"]
+EXPORT = """
+import resource, sys
+from pathlib import Path
+from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.checkpoint_source import source_from_checkpoint
+limit = int(sys.argv[3])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+export_bundle(source_from_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), progress=lambda s: print(s, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return msgspec.json.decode((bundle / "manifest.json").read_bytes(), type=Manifest)
+
+
+def test_the_files_of_the_format_are_there(bundle: Path, manifest: Manifest) -> None:
+    expected = {f"{name}.onnx" for name in GRAPHS} | {
+        "golden.safetensors",
+        "index.hnsw",
+        "item_ids.json",
+        "item_titles.json",
+        "items.safetensors",
+        "user_ids.json",
+        "users.safetensors",
+        "weights.bin",
+    }
+    assert set(manifest.files) == expected
+    assert {path.name for path in bundle.iterdir()} == expected | {"manifest.json", "manifest.sha256"}
+
+
+def test_every_hash_is_true(bundle: Path, manifest: Manifest) -> None:
+    for name, spec in manifest.files.items():
+        content = (bundle / name).read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (spec.sha256, spec.size_bytes)
+    digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    assert (bundle / "manifest.sha256").read_text() == digest + "\n"
+
+
+def test_graph_signatures(manifest: Manifest) -> None:
+    def shapes(name: str, side: str) -> dict[str, tuple[int | str, ...]]:
+        return {t.name: t.shape for t in getattr(manifest.graphs[name], side)}
+
+    assert shapes("encoder", "inputs") == {
+        "item_vectors": ("batch", "history", 64),
+        "actions": ("batch", "history", 4),
+        "surfaces": ("batch", "history"),
+        "timestamps_ms": ("batch", "history"),
+        "lengths": ("batch",),
+    }
+    assert shapes("encoder", "outputs")["present.1.value"] == ("batch", 2, "history + 1", 32)
+    assert shapes("extend", "outputs")["present.0.key"] == ("batch", 2, "new", 32)
+    assert shapes("ranker", "inputs")["past_key_values.0.key"] == ("batch", 2, "past", 32)
+    assert shapes("ranker", "outputs") == {"logits": ("batch", "candidates", 4)}
+    assert shapes("retrieval", "outputs") == {"queries": ("batch", 1, 64)}
+    assert shapes("item_embedder", "outputs") == {"item_vectors": ("items", 64)}
+
+
+def test_parity_covers_every_graph_and_its_edges(manifest: Manifest) -> None:
+    cases = {(check.graph, check.case) for check in manifest.parity.checks}
+    assert {
+        ("encoder", "lengths=[1]"),
+        ("encoder", "lengths=[64, 1]"),
+        ("ranker", "past=[1], candidates=1"),
+        ("ranker", "past=[64, 1], candidates=64"),
+        ("extend", "past=[3, 1, 2], new=[1, 4, 2]"),
+    } <= cases
+    assert {check.graph for check in manifest.parity.checks} == set(GRAPHS)
+    assert 0 < manifest.parity.max_abs_diff < 2e-5
+
+
+def test_weights_are_stored_once_for_all_graphs(bundle: Path, checkpoint: Path) -> None:
+    graphs = [onnx.load(bundle / f"{name}.onnx", load_external_data=False) for name in ("encoder", "extend", "ranker")]
+    offsets = [
+        {entry.value for t in graph.graph.initializer for entry in t.external_data if entry.key == "offset"}
+        for graph in graphs
+    ]
+    # Every block's four matrices serve all three graphs.
+    assert len(offsets[0] & offsets[1] & offsets[2]) >= 8
+    assert (bundle / "weights.bin").stat().st_size < 2 * (checkpoint / "model.safetensors").stat().st_size
+
+
+def test_no_trace_of_the_exporting_machine(bundle: Path) -> None:
+    for name in GRAPHS:
+        content = (bundle / f"{name}.onnx").read_bytes()
+        assert b".py" not in content
+        assert str(Path.home()).encode() not in content
+
+
+def test_the_item_table_is_unit_length_and_in_row_order(bundle: Path, checkpoint: Path) -> None:
+    vectors = load_file(bundle / "items.safetensors")["item_vectors"]
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    ids = msgspec.json.decode((bundle / "item_ids.json").read_bytes())
+    assert ids == msgspec.json.decode((checkpoint / "catalogue.json").read_bytes())["item_ids"]
+    assert vectors.shape == (len(ids), 64)
+
+
+def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
+    assert manifest.index.count == 300
+    assert manifest.index.recall_k == 100
+    assert manifest.index.recall >= 0.99
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_and_users_are_optional(
+    bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
+) -> None:
+    source, again = source_from_checkpoint(checkpoint), tmp_path / "again"
+    export_bundle(source, again, histories=histories_from_data(dataset, source, 200), keep_users=False)
+    names = {path.name for path in again.iterdir()}
+    assert names == {path.name for path in bundle.iterdir()} - {"users.safetensors", "user_ids.json"}
+    for name in names - {"manifest.json", "manifest.sha256"}:  # the manifest carries the date
+        assert (bundle / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_an_existing_folder_is_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/precious").write_text("mine")
+    with pytest.raises(ExportError, match="exists; a bundle is never overwritten"):
+        export_bundle(source_from_checkpoint(checkpoint), tmp_path / "bundle")
+    assert (tmp_path / "bundle/precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("limit", [1_000, 100_000])
+def test_a_full_disk_is_named_and_leaves_nothing(checkpoint: Path, tmp_path: Path, limit: int) -> None:
+    """A limit on file size stands for the full disk: 1 kB stops the item table, 100 kB the weights."""
+    command = [sys.executable, "-c", EXPORT, str(checkpoint), str(tmp_path / "bundle"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "ExportError: could not write" in done.stderr
+    assert "no space left on the disk; nothing was left behind" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_half_way_there_is_no_bundle_and_the_next_export_works(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EXPORT, str(checkpoint), str(tmp_path / "bundle"), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "graph extend":
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "bundle").exists()
+    manifest = export_bundle(source_from_checkpoint(checkpoint), tmp_path / "bundle")
+    assert manifest.num_items == 300
+
+
+def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from unipinrec.models.data_schema import write_dataset
+    from unipinrec.models.simulator import SimulatorConfig, simulate
+
+    write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
+    with pytest.raises(ExportError, match="is not the data that the checkpoint was trained on"):
+        histories_from_data(tmp_path / "other", source_from_checkpoint(checkpoint), 10)

@@ -1,0 +1,157 @@
+"""Export asks for five methods and nothing else: another backbone goes through it, a wrong one is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unipinrec.errors import ExportError, ParityError
+from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
+from unipinrec.runtime.manifest import Manifest, ModelSpec
+
+ITEMS, ACTIONS, DIM = 40, 3, 8
+
+
+class PooledHistory(nn.Module):
+    """No transformer at all: one layer of additive attention over events, positions and times ignored.
+
+    "Key" and "value" are the projected events; a candidate weighs them by one dot product. Its last hidden state is
+    the newest event's output.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.items = nn.Embedding(ITEMS, DIM)
+        self.key = nn.Linear(DIM + ACTIONS, DIM)
+        self.value = nn.Linear(DIM + ACTIONS, DIM)
+        self.query = nn.Linear(DIM, DIM)
+        self.head = nn.Linear(DIM, ACTIONS)
+
+    def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
+        pair = self._project(events)
+        return [pair], self._newest(events, pair, events.lengths)
+
+    def extend(self, events: Events, past: Past) -> tuple[KeyValues, Tensor]:
+        pair = self._project(events)
+        # The past is right-padded, so its empty slots are pushed out of the softmax.
+        slots = torch.arange(past.key_values[0][0].shape[2])
+        empty = (slots >= past.lengths[:, None])[:, None, :, None]
+        key = torch.cat([past.key_values[0][0].masked_fill(empty, -1e4), pair[0]], 2)
+        value = torch.cat([past.key_values[0][1].masked_fill(empty, 0.0), pair[1]], 2)
+        return [pair], self._newest(events, (key, value), slots.shape[0] + events.lengths)
+
+    def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None) -> Tensor:
+        return F.normalize(last_hidden_state, dim=-1)[:, None]
+
+    def rank(self, past: Past, candidates: Candidates) -> Tensor:
+        key, value = past.key_values[0]
+        seen = torch.arange(key.shape[2]) < past.lengths[:, None]
+        return self.head(self._read(self.query(candidates.item_vectors), key, value, seen[:, None]))  # type: ignore[no-any-return]
+
+    def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
+        return F.normalize(self.items(rows), dim=-1)
+
+    def _project(self, events: Events) -> tuple[Tensor, Tensor]:
+        inputs = torch.cat([events.item_vectors, events.actions], -1)
+        return self.key(inputs)[:, None], self.value(inputs)[:, None]
+
+    def _newest(self, events: Events, pair: tuple[Tensor, Tensor], slots: Tensor) -> Tensor:
+        last = events.item_vectors.gather(1, (events.lengths - 1)[:, None, None].expand(-1, 1, DIM))
+        seen = torch.arange(pair[0].shape[2]) < slots[:, None]
+        return self._read(self.query(last), *pair, seen[:, None])[:, 0]
+
+    def _read(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        scores = (query @ key[:, 0].transpose(1, 2)).masked_fill(~seen, -1e9)
+        return torch.softmax(scores, -1) @ value[:, 0]
+
+
+class BranchOnShape(PooledHistory):
+    """Traces with few candidates and bakes that branch in: wrong, without an error, for many."""
+
+    def rank(self, past: Past, candidates: Candidates) -> Tensor:
+        logits = super().rank(past, candidates)
+        return logits * 2.0 if past.key_values[0][0].shape[2] < 3 else logits
+
+
+def source_of(module: nn.Module) -> ExportSource:
+    return ExportSource(
+        module=module.eval(),
+        model=ModelSpec(
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=DIM,
+            hidden_size=DIM,
+            item_dim=DIM,
+            max_history=20,
+            kv_prefix_slots=0,
+            outcome_conditioned=False,
+        ),
+        actions=("a", "b", "c"),
+        positive_actions=("a",),
+        surfaces=("unknown",),
+        dense={},
+        categories={},
+        item_ids=[f"item-{i}" for i in range(ITEMS)],
+        titles=[None] * ITEMS,
+        item_dense=np.zeros((ITEMS, 0), np.float32),
+        item_categories=np.zeros((ITEMS, 0), np.int64),
+        config={"architecture": "PooledHistory"},
+    )
+
+
+def test_another_backbone_is_exported_with_parity(tmp_path: Path) -> None:
+    export_bundle(source_of(PooledHistory()), tmp_path / "bundle")
+    manifest = msgspec.json.decode((tmp_path / "bundle/manifest.json").read_bytes(), type=Manifest)
+    assert set(manifest.graphs) == {"encoder", "extend", "retrieval", "ranker"}
+    assert manifest.config == {"architecture": "PooledHistory"}
+    assert manifest.parity.max_abs_diff < 1e-5
+    assert all(check.problem is None for check in manifest.parity.checks)
+    assert not (tmp_path / "bundle/item_titles.json").exists()
+
+
+def test_another_backbone_is_served(tmp_path: Path) -> None:
+    from unipinrec.runtime import Recommender
+
+    export_bundle(source_of(PooledHistory()), tmp_path / "bundle")
+    history = [{"item": f"item-{i}", "actions": ["a"], "timestamp_ms": 1_000 * i} for i in range(1, 6)]
+    slate = Recommender.load(tmp_path / "bundle").recommend(history=history, k=35)
+    assert len(slate.items) == 35
+    assert not {item.item for item in slate.items} & {e["item"] for e in history}
+
+
+def test_a_branch_on_a_shape_is_caught_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=r"ranker: logits \(past=\[1\], candidates=1\): differs by"):
+        export_bundle(source_of(BranchOnShape()), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_without_the_methods_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"Linear lacks \['encode', 'extend', 'retrieve', 'rank', 'embed_items'\]"):
+        source_of(nn.Linear(2, 2))
+
+
+def test_a_catalogue_of_another_length_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"item_ids \(40\), titles \(39\)"):
+        replace(source_of(PooledHistory()), titles=[None] * 39)
+
+
+def test_repeated_item_ids_are_refused() -> None:
+    with pytest.raises(ExportError, match="item_ids must be distinct"):
+        replace(source_of(PooledHistory()), item_ids=["same"] * ITEMS)
+
+
+def test_item_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    module = PooledHistory()
+    module.items.weight.data[7] = float("nan")
+    with pytest.raises(ExportError, match="1 item vectors are not finite, first 'item-7'"):
+        export_bundle(source_of(module), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
