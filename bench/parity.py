@@ -23,7 +23,7 @@ from unipinrec.models.data_schema import read_dataset
 from unipinrec.models.evaluate import item_vectors
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.models.sequences import Sequences, sequences_of
-from unipinrec.runtime import Event, Recommender
+from unipinrec.runtime import Event, Recommender, RecommendOptions
 
 TOLERANCE = 1e-4
 CANDIDATES = 200
@@ -100,11 +100,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         now_ms = int(data.timestamps_ms[span[-1]]) + NOW_AFTER_MS if data.timestamps_ms[span[-1]] >= 0 else -1
         candidates, logits = in_pytorch(model, data, span, table, now_ms)
         history, given_now = as_events(data, span, model), now_ms if now_ms >= 0 else None
-        served = recommender.score(history, [data.item_ids[row] for row in candidates], now_ms=given_now)
+        asked = RecommendOptions(candidates=CANDIDATES, exact=True, now_ms=given_now)
+        served = recommender.score(history, [data.item_ids[row] for row in candidates], asked)
         differences.append(float(np.abs(served - logits).max()))
         probabilities = 1.0 / (1.0 + np.exp(-logits[:, positive].astype(np.float64)))
         best = candidates[np.lexsort((candidates, -probabilities.sum(1)))[:10]]
-        slate = recommender.recommend(history, k=10, candidates=CANDIDATES, exact=True, now_ms=given_now)
+        slate = recommender.recommend(history, 10, asked)
         same_lists += [item.item for item in slate.items] == [data.item_ids[row] for row in best]
         lengths.append(len(span))
     return {

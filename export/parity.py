@@ -105,7 +105,7 @@ def _value_checks(graph: Graph, session: onnxruntime.InferenceSession, case: Cas
 
 
 def _compare(
-    graph: Graph, name: str, case: Case, expected: NDArray[np.generic], actual: NDArray[np.generic]
+    graph: Graph, name: str, case: Case, expected: NDArray[np.floating], actual: NDArray[np.floating]
 ) -> ParityCheck:
     difference, problem = None, None
     if expected.shape != actual.shape:

@@ -62,7 +62,7 @@ def ceiling_scores(oracle: Oracle, spec: DatasetSpec, data: Sequences, requests:
     """The simulator's own probabilities as a scorer: no model can rank better, other than by chance."""
 
     def catalogue(part: Requests) -> NDArray[np.float32]:
-        return oracle_item_scores(oracle, data.slate_ids[part.slates])
+        return oracle_item_scores(oracle, data.slate_ids[part.slates].tolist())
 
     rows = oracle.rows.with_row_index()
     order = _rows_in_order(rows["slate_id"].to_numpy(), data)
@@ -77,4 +77,5 @@ def _rows_in_order(slate_ids: NDArray[np.int64], data: Sequences) -> NDArray[np.
     order = np.argsort(slate_ids, kind="stable")
     begin = np.searchsorted(slate_ids[order], wanted)
     within = np.arange(len(wanted)) - np.repeat(data.slate_start[:-1], sizes)
-    return order[begin + within]
+    rows: NDArray[np.int64] = order[begin + within]
+    return rows

@@ -241,7 +241,7 @@ def _inputs(
         vectors=vectors[tensor(data.slate_rows[items] if items.size else items)],
         surfaces=tensor(surfaces),
         timestamps_ms=tensor(times),
-        cutoffs=tensor(np.broadcast_to(real.sum(axis=1)[:, None], items.shape)),
+        cutoffs=tensor(np.repeat(real.sum(axis=1)[:, None], items.shape[1], axis=1)),
     )
     return history, slate, shown
 

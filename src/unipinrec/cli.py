@@ -8,6 +8,7 @@ from unipinrec import __version__
 from unipinrec.cli_data import prepare
 from unipinrec.cli_demo import demo
 from unipinrec.cli_export import export
+from unipinrec.cli_serve import recommend, verify
 from unipinrec.cli_train import evaluate, train
 
 
@@ -17,5 +18,5 @@ def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
 
 
-for subcommand in (prepare, train, evaluate, export, demo):
+for subcommand in (prepare, train, evaluate, export, verify, recommend, demo):
     main.add_command(subcommand)

@@ -1,0 +1,307 @@
+"""What a caller asks, and its validation against a bundle's manifest into arrays.
+
+Knows which items, actions and surfaces a bundle accepts; refuses to know how a request is answered. Every refusal is a
+`RequestError` that names what was given, what is accepted, and what to do.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import RequestError
+from unipinrec.runtime.manifest import Manifest
+
+UNKNOWN_SURFACE = "unknown"
+YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
+EVENT_FORMAT = (
+    'a history is a list, oldest first, of {"item": "id", "actions": ["name"], "surface": "name", "timestamp_ms": 0}; '
+    "surface and timestamp_ms may be left out"
+)
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One event of a user's history.
+
+    Attributes:
+        item: External item id; an integer stands for its decimal string.
+        actions: What the user did; empty = saw the item and did nothing.
+        surface: Where it happened; one of the bundle's surfaces.
+        timestamp_ms: Unix time in ms; None = unknown, allowed only before the first known time.
+    """
+
+    item: str | int
+    actions: tuple[str, ...]
+    surface: str = UNKNOWN_SURFACE
+    timestamp_ms: int | None = None
+
+
+EventLike = Event | Mapping[str, Any]
+
+
+class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to answer a request.
+
+    Attributes:
+        surface: Where the items will be shown.
+        now_ms: Time of the request. None = the current time, or unknown where the whole history's times are: a model
+            of data without times has never seen one.
+        candidates: How many items retrieval hands to ranking; raised to k, lowered to what is eligible.
+        weights: Weight of each action's probability in the final score; an action left out weighs 0. None = 1 for
+            each positive action of the bundle.
+        outcomes: Actions that retrieval aims at, where the model is conditioned on them. None = the positive actions.
+        exclude_seen: Leave out the items of the history.
+        exclude: Further item ids to leave out; ids that the catalogue lacks have no effect.
+        exact: Scan all items instead of asking the index.
+        truncate: Keep the newest events of a history that is too long, instead of refusing it.
+    """
+
+    surface: str = UNKNOWN_SURFACE
+    now_ms: int | None = None
+    candidates: int = 200
+    weights: dict[str, float] | None = None
+    outcomes: tuple[str, ...] | None = None
+    exclude_seen: bool = True
+    exclude: tuple[str, ...] = ()
+    exact: bool = False
+    truncate: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One user's question: the k best items after this history (oldest event first)."""
+
+    history: tuple[Event, ...]
+    k: int = 20
+    options: RecommendOptions = RecommendOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A valid history of n events, oldest first: item_rows, surfaces, timestamps_ms [n] i64, actions [n, C] f32."""
+
+    item_rows: NDArray[np.int64]
+    actions: NDArray[np.float32]
+    surfaces: NDArray[np.int64]
+    timestamps_ms: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """n."""
+        return len(self.item_rows)
+
+    def part(self, start: int, stop: int | None = None) -> History:
+        """Events `start` up to `stop`."""
+        window = slice(start, stop)
+        return History(
+            item_rows=self.item_rows[window],
+            actions=self.actions[window],
+            surfaces=self.surfaces[window],
+            timestamps_ms=self.timestamps_ms[window],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """A valid request in the terms of its bundle.
+
+    `excluded` holds distinct catalogue rows, `weights` is [C] f64, `outcomes` [C] f32; k <= candidates, and at least
+    `candidates` rows are not excluded.
+    """
+
+    history: History
+    surface: int
+    now_ms: int
+    k: int
+    candidates: int
+    weights: NDArray[np.float64]
+    outcomes: NDArray[np.float32]
+    excluded: NDArray[np.int64]
+    exact: bool
+
+
+def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
+    """Read a JSON list of events; `source` names it in errors.
+
+    Raises:
+        RequestError: It is not JSON, or not a list of events; an unknown key is an error.
+    """
+    try:
+        return msgspec.json.decode(content, type=tuple[Event, ...])
+    except msgspec.DecodeError as error:
+        raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
+
+
+def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
+    """Turn dictionaries with the keys of `Event` into events; events pass.
+
+    Raises:
+        RequestError: An element is neither, lacks a key, has an unknown one or a value of the wrong type.
+    """
+    events = []
+    for position, given in enumerate(history):
+        try:
+            events.append(given if isinstance(given, Event) else msgspec.convert(given, type=Event))
+        except msgspec.ValidationError as error:
+            raise RequestError(f"history[{position}]: {error}; {EVENT_FORMAT}") from error
+    return tuple(events)
+
+
+def resolve_request(request: Request, manifest: Manifest, rows: Mapping[str, int]) -> ResolvedRequest:
+    """Validate a request against a bundle; `rows` maps external item ids to catalogue rows.
+
+    Raises:
+        RequestError: The request cannot be answered as given.
+    """
+    options = request.options
+    history = read_history(request.history, manifest, rows, truncate=options.truncate)
+    denied = np.array([rows[item] for item in options.exclude if item in rows], np.int64)
+    excluded = np.unique(np.concatenate([history.item_rows, denied]) if options.exclude_seen else denied)
+    eligible = manifest.num_items - len(excluded)
+    k = _at_least_one("k", request.k)
+    if k > eligible:
+        raise RequestError(
+            f"k={k} items were asked for, but only {eligible} of the {manifest.num_items} items are eligible after "
+            f"leaving out {len(excluded)} seen or excluded ones; ask for at most {eligible}"
+        )
+    return ResolvedRequest(
+        history=history,
+        surface=_look_up(options.surface, _surfaces(manifest), "surface", "the request"),
+        now_ms=_now(options.now_ms, history, manifest),
+        k=k,
+        candidates=min(max(_at_least_one("candidates", options.candidates), k), eligible),
+        weights=_weights(options.weights, manifest),
+        outcomes=_outcomes(options.outcomes, manifest),
+        excluded=excluded,
+        exact=options.exact,
+    )
+
+
+def read_history(
+    events: Sequence[Event], manifest: Manifest, rows: Mapping[str, int], *, truncate: bool = False
+) -> History:
+    """Validate events and turn them into arrays.
+
+    Raises:
+        RequestError: The history is empty or too long, names an item, action or surface that the bundle does not
+            know, or its times are invalid or out of order.
+    """
+    limit = manifest.model.max_history
+    if not events:
+        raise RequestError("the history is empty; a recommendation needs at least one event")
+    if len(events) > limit and not truncate:
+        raise RequestError(
+            f"the history has {len(events)} events, this model takes at most {limit}; "
+            "send the newest ones, or set truncate to keep them"
+        )
+    first, kept = max(0, len(events) - limit), events[-limit:]
+    actions, surfaces, missing = _actions(manifest), _surfaces(manifest), manifest.missing_timestamp_ms
+    bits = np.zeros((len(kept), len(actions)), np.float32)
+    columns: list[tuple[int, int, int]] = []
+    for place, event in enumerate(kept):
+        where = f"history[{first + place}]"
+        for action in event.actions:
+            bits[place, _look_up(action, actions, "action", where)] = 1.0
+        row = item_row(str(event.item), rows, where)
+        surface = _look_up(event.surface, surfaces, "surface", where)
+        time_ms = missing if event.timestamp_ms is None else _milliseconds(event.timestamp_ms, f"{where}.timestamp_ms")
+        if columns:
+            _check_order(columns[-1][2], time_ms, missing, where)
+        columns.append((row, surface, time_ms))
+    item_rows, surface_ids, times = np.array(columns, np.int64).T.copy()
+    return History(item_rows=item_rows, actions=bits, surfaces=surface_ids, timestamps_ms=times)
+
+
+def item_row(item: str, rows: Mapping[str, int], where: str) -> int:
+    """Catalogue row of an external item id; `where` names its place in the request.
+
+    Raises:
+        RequestError: It is not in the catalogue.
+    """
+    row = rows.get(item)
+    if row is None:
+        raise RequestError(
+            f"{where}: item {item!r} is not among the {len(rows)} items of this bundle; "
+            "drop it, or export the bundle again with a catalogue that holds it"
+        )
+    return row
+
+
+def _actions(manifest: Manifest) -> dict[str, int]:
+    return {name: place for place, name in enumerate(manifest.actions)}
+
+
+def _surfaces(manifest: Manifest) -> dict[str, int]:
+    return {name: place for place, name in enumerate(manifest.surfaces)} | {UNKNOWN_SURFACE: 0}
+
+
+def _look_up(given: str, known: Mapping[str, int], kind: str, where: str) -> int:
+    place = known.get(given)
+    if place is None:
+        raise RequestError(f"{where}: unknown {kind} {given!r}; this bundle knows {', '.join(known)}")
+    return place
+
+
+def _milliseconds(given: Any, name: str) -> int:
+    try:
+        value = operator.index(given)
+    except TypeError as error:
+        raise RequestError(f"{name}={given!r} must be an integer, Unix time in ms") from error
+    if not 0 <= value < YEAR_10000_MS:
+        raise RequestError(f"{name}={value} must be a Unix time in ms, from 0 to {YEAR_10000_MS - 1}")
+    return value
+
+
+def _check_order(before: int, after: int, missing: int, where: str) -> None:
+    if after == missing != before:
+        raise RequestError(
+            f"{where} has no timestamp_ms, but the event before it has one; "
+            "events without a time may only come before all others"
+        )
+    if after < before:
+        raise RequestError(
+            f"{where} at {after} is earlier than the event before it at {before}; send events oldest first"
+        )
+
+
+def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
+    last = int(history.timestamps_ms[-1])  # the last time is known if any is
+    if now_ms is None:
+        # A clock that runs behind the one that stamped the last event must not make the request fail.
+        return last if last == manifest.missing_timestamp_ms else max(last, time.time_ns() // 1_000_000)
+    now = _milliseconds(now_ms, "now_ms")
+    if now < last:
+        raise RequestError(f"now_ms={now} is before the last event at {last}; send the time of the request")
+    return now
+
+
+def _at_least_one(name: str, given: int) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise RequestError(f"{name}={given!r} must be an integer of at least 1")
+    return given
+
+
+def _weights(given: Mapping[str, float] | None, manifest: Manifest) -> NDArray[np.float64]:
+    weights = np.zeros(len(manifest.actions))
+    for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if given is None else given).items():
+        weights[_look_up(action, _actions(manifest), "action", "weights")] = weight
+    if not (np.isfinite(weights).all() and weights.any()):
+        raise RequestError(f"weights={given} must be finite numbers, at least one of them other than 0")
+    return weights
+
+
+def _outcomes(given: Sequence[str] | None, manifest: Manifest) -> NDArray[np.float32]:
+    if given is not None and not manifest.model.outcome_conditioned:
+        raise RequestError(
+            f"outcomes={list(given)} were asked for, but this model's retrieval is not conditioned on outcomes; "
+            "leave them out, or train with outcome_conditioned = true"
+        )
+    bits = np.zeros(len(manifest.actions), np.float32)
+    for action in manifest.positive_actions if given is None else given:
+        bits[_look_up(action, _actions(manifest), "action", "outcomes")] = 1.0
+    return bits

@@ -1,0 +1,173 @@
+"""`unipinrec verify` and `unipinrec recommend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+from unipinrec.errors import BundleError
+
+if TYPE_CHECKING:
+    from unipinrec.runtime.requests import Event
+    from unipinrec.runtime.slate import Slate
+    from unipinrec.runtime.verify import GoldenCheck, VerifyReport
+
+RECOMMEND_EXAMPLES = """\b
+Examples:
+  unipinrec recommend bundle/ --user user-17 -k 10
+  unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json"""
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto or cpu; what really runs is in the output."
+)
+
+
+@click.command(epilog="Example: unipinrec verify bundle/")
+@bundle_argument
+@device_option
+@json_option
+@command
+def verify(bundle: Path, device: str, as_json: bool) -> None:
+    """Prove that a bundle is whole and computes on this machine what PyTorch computed at export."""
+    with stderr.status("verifying"):
+        from unipinrec.runtime.verify import verify_bundle
+
+        report = verify_bundle(bundle, device)
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+    if not report.ok:
+        problems = [check.problem for checks in (report.files, report.golden) for check in checks]
+        failed = sum(problem is not None for problem in problems)
+        raise BundleError(f"{bundle}: {failed} of {len(problems)} checks failed; copy or export the bundle again")
+
+
+def _print_report(report: VerifyReport) -> None:
+    files = Table("file", "", title=f"files of {escape(report.bundle)}")
+    for check in report.files:
+        files.add_row(Text(check.file), _state(check.problem))
+    stdout.print(files)
+    if not report.golden:
+        stdout.print("golden outputs were not compared: the bundle is damaged")
+        return
+    golden = Table("output", "largest difference", "", title=f"golden outputs, allowed {report.tolerance:g}")
+    for name, checks in _grouped(report.golden).items():
+        differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
+        problems = [f"{check.output} {check.problem}" for check in checks if check.problem]
+        largest = f"{max(differences):.1e}" if differences else "-"
+        golden.add_row(name, largest, _state("; ".join(problems) or None))
+    stdout.print(golden)
+    stdout.print(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}", highlight=False)
+
+
+def _grouped(checks: tuple[GoldenCheck, ...]) -> dict[str, list[GoldenCheck]]:
+    """One group for all keys and values of a graph."""
+    groups: dict[str, list[GoldenCheck]] = {}
+    for check in checks:
+        graph, _, rest = check.output.partition(".")
+        groups.setdefault(f"{graph}.present.*" if rest.startswith("present.") else check.output, []).append(check)
+    return groups
+
+
+def _state(problem: str | None) -> Text:
+    return Text(problem, style="red") if problem else Text("ok", style="green")
+
+
+def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{part!r} is not ACTION=NUMBER, such as click=1,save=2") from error
+    return weights
+
+
+@click.command(epilog=RECOMMEND_EXAMPLES)
+@bundle_argument
+@click.option("--user", metavar="ID", help="One of the sample users that the bundle carries.")
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="EVENTS.json",
+    help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first.',
+)
+@click.option("-k", type=click.IntRange(1), default=20, show_default=True, help="How many items.")
+@click.option("--surface", default="unknown", show_default=True, help="Where the items will be shown.")
+@click.option(
+    "--now",
+    "now_ms",
+    type=int,
+    metavar="MS",
+    help="Time of the request, Unix ms.  [default: the current time; unknown where no event has a time]",
+)
+@click.option(
+    "--candidates", type=click.IntRange(1), default=200, show_default=True, help="Items that retrieval hands on."
+)
+@click.option(
+    "--weights",
+    callback=_weights,
+    metavar="ACTION=W,...",
+    help="Weight of each action's probability in the score.  [default: 1 for each positive action]",
+)
+@click.option("--exact", is_flag=True, help="Scan all items instead of asking the index.")
+@click.option("--truncate", is_flag=True, help="Keep the newest events of a history that is too long.")
+@device_option
+@json_option
+@command
+def recommend(
+    bundle: Path, user: str | None, history: Path | None, k: int, device: str, as_json: bool, **options: Any
+) -> None:
+    """Recommend items to a user: encode the history once, retrieve candidates with it, rank them with it."""
+    if (user is None) == (history is None):
+        raise click.UsageError("give exactly one of --user and --history")
+    with stderr.status("loading"):
+        from unipinrec.runtime import Recommender, RecommendOptions
+
+        recommender = Recommender.load(bundle, device)
+    slate = recommender.recommend(_events(recommender.bundle, user, history), k, RecommendOptions(**options))
+    if as_json:
+        print_json(slate.to_json())
+    else:
+        _print_slate(slate, recommender.device.reason)
+
+
+def _events(bundle: Any, user: str | None, history: Path | None) -> tuple[Event, ...]:
+    from unipinrec.runtime import parse_events
+
+    if history is not None:
+        return parse_events(history.read_bytes(), str(history))
+    events: tuple[Event, ...] = bundle.user_events(user)
+    return events
+
+
+def _print_slate(slate: Slate, reason: str) -> None:
+    actions = list(slate.items[0].actions)
+    titled = any(item.title for item in slate.items)
+    table = Table("", "item", *(["title"] if titled else []), "score", *map(escape, actions), "retrieval")
+    for rank, item in enumerate(slate.items, 1):
+        names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
+        numbers = [item.score, *item.actions.values(), item.retrieval_score]
+        table.add_row(str(rank), *names, *(f"{number:.3f}" for number in numbers))
+    stdout.print(table)
+    times = slate.stages_ms
+    stdout.print(
+        f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
+        f"total {times.total:.1f} ms; history {slate.kv} ({slate.kv_reason}); "
+        f"{'exact scan: ' + slate.exact if slate.exact else 'hnswlib'}; "
+        f"{slate.device} ({reason}); bundle {slate.bundle[:12]}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

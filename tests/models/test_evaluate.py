@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from unipinrec.models.data_schema import Dataset
+from unipinrec.models.evaluate import (
+    Requests,
+    Scores,
+    Split,
+    gather_scores,
+    held_out_requests,
+    item_vectors,
+    metrics_of,
+    model_scores,
+    popularity_scores,
+    rank_catalogue,
+    shown_items,
+)
+from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
+
+MakeData = Callable[..., Dataset]
+MakeModel = Callable[..., UniPinRec]
+POSITIVE = np.array([True, True, False])
+ACTIONS = ("click", "like", "hide")
+
+quick = settings(max_examples=25, deadline=None)
+
+
+def _user(data: Sequences, user: int) -> slice:
+    return slice(int(data.event_start[user]), int(data.event_start[user + 1]))
+
+
+def test_requests_of_a_data_set_by_hand(make_dataset: MakeData) -> None:
+    dataset = make_dataset(
+        events=[("ann", "a", "feed", 1, "click"), ("ann", "b", "feed", 70, "click"), ("bob", "c", "feed", 90, "")],
+        slates=[
+            (1, "ann", "feed", 50, [("b", "click")]),  # training
+            (2, "ann", "feed", 60, [("d", "hide"), ("c", "like"), ("b", "click")]),  # validation, from its first ms
+            (3, "ann", "feed", 79, [("a", "click"), ("b", "like")]),  # validation, but both were seen by then
+            (4, "ann", "feed", 80, [("a", "click"), ("d", "click")]),  # test
+            (5, "bob", "feed", 90, [("a", "click")]),  # test, but nothing happened before it
+            (6, "bob", "feed", 95, [("a", ""), ("b", "hide")]),  # test without a positive item
+        ],
+        split=(60, 80),
+    )
+    data = sequences_of(dataset)
+    valid, test = (held_out_requests(data, POSITIVE, split) for split in ("valid", "test"))
+    assert data.slate_ids[valid.slates].tolist() == [2, 3]
+    assert (valid.users.tolist(), valid.ends.tolist()) == ([0, 0], [1, 2])
+    assert valid.targets.tolist() == [2, -1]
+    assert data.slate_ids[test.slates].tolist() == [4, 6]
+    assert (test.users.tolist(), test.ends.tolist()) == ([0, 1], [2, 3])
+    assert test.targets.tolist() == [3, -1]
+
+
+@quick
+@given(seed=st.integers(0, 10_000), split=st.sampled_from(["valid", "test"]))
+def test_requests_by_time_equal_their_definition(random_dataset: MakeData, seed: int, split: Split) -> None:
+    data = sequences_of(random_dataset(seed))
+    requests = held_out_requests(data, POSITIVE, split)
+    expected = []
+    for slate, user in enumerate(data.slate_user):
+        time, events = data.slate_timestamp_ms[slate], _user(data, user)
+        seen = [r for r, t in zip(data.rows[events], data.timestamps_ms[events], strict=True) if t < time]
+        if not seen or not (60 <= time < 80 if split == "valid" else time >= 80):
+            continue
+        shown = range(data.slate_start[slate], data.slate_start[slate + 1])
+        wanted = [data.slate_rows[i] for i in shown if data.slate_actions[i, :2].any()]
+        new = [row for row in wanted if row not in seen]
+        expected.append((user, events.start + len(seen), new[0] if new else -1, slate))
+    fields = (requests.users, requests.ends, requests.targets, requests.slates)
+    assert list(zip(*(f.tolist() for f in fields), strict=True)) == expected
+
+
+def test_without_a_split_the_last_two_events_are_held_out(make_dataset: MakeData) -> None:
+    events = [
+        *[("ann", item, "feed", None, "click") for item in "abcd"],
+        *[("bob", item, "feed", None, "click") for item in "ab"],
+        ("cat", "a", "feed", None, "click"),
+        *[("dan", item, "feed", None, "click") for item in "abab"],  # held-out items were seen before
+    ]
+    data = sequences_of(make_dataset(events))
+    test, valid = held_out_requests(data, POSITIVE, "test"), held_out_requests(data, POSITIVE, "valid")
+    assert (test.users.tolist(), test.ends.tolist(), test.targets.tolist()) == ([0, 1, 3], [3, 5, 10], [3, 1, -1])
+    assert (valid.users.tolist(), valid.ends.tolist(), valid.targets.tolist()) == ([0, 3], [2, 9], [2, -1])
+    assert test.slates.tolist() == [-1, -1, -1]
+    assert shown_items(data, test).tolist() == []
+
+
+def test_a_limit_draws_evenly_and_keeps_the_order(random_dataset: MakeData) -> None:
+    data = sequences_of(random_dataset(3, slates=80))
+    every = held_out_requests(data, POSITIVE, "test")
+    some = held_out_requests(data, POSITIVE, "test", limit=5)
+    assert len(every) > 10
+    assert len(some) == 5
+    chosen = [every.slates.tolist().index(s) for s in some.slates]
+    assert chosen == sorted(set(chosen))
+    assert (chosen[0], chosen[-1]) == (0, len(every) - 1)
+    assert len(held_out_requests(data, POSITIVE, "test", limit=1000)) == len(every)
+
+
+@quick
+@given(seed=st.integers(0, 10_000))
+def test_metrics_pair_each_shown_item_with_its_label_and_user(random_dataset: MakeData, seed: int) -> None:
+    data = sequences_of(random_dataset(seed))
+    requests = held_out_requests(data, POSITIVE, "test")
+    shown = shown_items(data, requests)
+    owner = [user for user, s in zip(requests.users, requests.slates, strict=True) for _ in _shown(data, s)]
+    assert shown.tolist() == [i for s in requests.slates for i in _shown(data, s)]
+    # An oracle that answers with the labels is perfect; one that answers with the user's number has AUC 1/2 per user.
+    perfect = Scores(ranks=np.zeros(2), probabilities=data.slate_actions[shown].astype(np.float64))
+    constant = Scores(ranks=np.zeros(0), probabilities=np.repeat(np.array(owner, float)[:, None] / 99, 3, axis=1))
+    best = metrics_of(perfect, data, requests, ACTIONS)
+    chance = metrics_of(constant, data, requests, ACTIONS)
+    if not len(shown):
+        assert best.ranking is None
+        return
+    assert best.ranking is not None
+    assert chance.ranking is not None
+    assert list(best.ranking) == list(ACTIONS)
+    assert {m.auc for m in best.ranking.values()} <= {1.0, None}
+    assert {m.gauc for m in chance.ranking.values()} <= {0.5, None}
+    assert best.retrieval is not None
+    assert best.retrieval.targets == 2
+    assert chance.retrieval is None
+
+
+def _shown(data: Sequences, slate: int) -> range:
+    return range(data.slate_start[slate], data.slate_start[slate + 1])
+
+
+def test_popularity_counts_positive_training_events_and_shrinks_rates(make_dataset: MakeData) -> None:
+    dataset = make_dataset(
+        events=[
+            ("ann", "a", "feed", 1, "click"),
+            ("ann", "b", "feed", 2, "like"),
+            ("ann", "d", "feed", 3, "hide"),
+            ("bob", "b", "feed", 4, "click"),
+            ("bob", "d", "feed", 61, "click"),
+            ("bob", "d", "feed", 62, "click"),
+            ("bob", "d", "feed", 63, "click"),
+        ],
+        slates=[
+            (1, "ann", "feed", 5, [("a", "click"), ("b", "")]),
+            (2, "bob", "feed", 6, [("a", ""), ("c", "click hide")]),
+            (3, "bob", "feed", 70, [("c", ""), ("a", "like")]),
+            (4, "ann", "feed", 90, [("c", "click"), ("b", "")]),
+        ],
+        split=(60, 80),
+    )
+    data = sequences_of(dataset)
+    requests = held_out_requests(data, POSITIVE, "valid")
+    scores = popularity_scores(data, POSITIVE, requests)
+    # The one target is `a`, bob has seen b and d; `a` was clicked once before 60 and beats c, which never was.
+    assert requests.targets.tolist() == [0]
+    assert scores.ranks.tolist() == [0.0]
+    # Training slates: 4 rows, 2 clicks, 1 hide; c was shown once (click, hide), a twice (one click). 20 rows of prior.
+    expected = [[(1 + 20 * 0.5) / 21, 0.0, (1 + 20 * 0.25) / 21], [(1 + 20 * 0.5) / 22, 0.0, 20 * 0.25 / 22]]
+    assert scores.probabilities == pytest.approx(np.array(expected))
+
+
+@quick
+@given(seed=st.integers(0, 10_000), split=st.sampled_from([(60, 80), None]), part=st.sampled_from(["valid", "test"]))
+def test_popularity_knows_nothing_held_out(
+    random_dataset: MakeData, seed: int, split: tuple[int, int] | None, part: Split
+) -> None:
+    dataset = random_dataset(seed, split=split)
+    data = sequences_of(dataset)
+    requests = held_out_requests(data, POSITIVE, part)
+    before = popularity_scores(data, POSITIVE, requests)
+    if split is None:
+        ends = np.repeat(data.event_start[1:], np.diff(data.event_start))
+        held = np.arange(len(data.rows)) >= ends - 2
+        changed = replace(data, actions=np.where(held[:, None], 1 - data.actions, data.actions))
+    else:
+        late = pl.col("timestamp_ms").fill_null(-1) >= 60
+        flipped = [
+            pl.when(late).then(~pl.col(f"action_{a}")).otherwise(pl.col(f"action_{a}")).alias(f"action_{a}")
+            for a in ACTIONS
+        ]
+        other = replace(
+            dataset, events=dataset.events.with_columns(flipped), slates=dataset.slates.with_columns(flipped)
+        )
+        changed = sequences_of(other)
+        assert len(dataset.slates) == 0 or not np.array_equal(changed.slate_actions, data.slate_actions)
+    after = popularity_scores(changed, POSITIVE, requests)
+    assert np.array_equal(before.ranks, after.ranks)
+    assert np.array_equal(before.probabilities, after.probabilities)
+
+
+def test_popularity_without_slates_ranks_only(make_dataset: MakeData) -> None:
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcd"]))
+    requests = held_out_requests(data, POSITIVE, "test")
+    scores = popularity_scores(data, POSITIVE, requests)
+    assert scores.ranks.tolist() == [0.0], "a, b and c are seen, so d is alone"
+    assert scores.probabilities.shape == (0, 3)
+    assert metrics_of(scores, data, requests, ACTIONS).ranking is None
+
+
+def test_the_catalogue_is_ranked_without_what_was_seen(make_dataset: MakeData) -> None:
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcd"], items=list("abcdef")))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert requests.targets.tolist() == [3]
+    scores = np.array([[9.0, 9.0, 9.0, 0.5, 0.7, 0.1]], np.float32)
+    assert rank_catalogue(data, requests, lambda part: np.repeat(scores, len(part), axis=0)).tolist() == [1.0]
+
+
+def _alone(model: UniPinRec, data: Sequences, requests: Requests, at: int) -> tuple[float | None, NDArray[np.float32]]:
+    """Serve one request as a server would: encode, retrieve, rank."""
+    vectors = item_vectors(model, data)
+    begin = max(int(data.event_start[requests.users[at]]), int(requests.ends[at]) - model.config.max_history)
+    events = slice(begin, int(requests.ends[at]))
+    count = torch.tensor([events.stop - events.start])
+    history = HistoryTokens(
+        vectors=vectors[torch.tensor(data.rows[events])][None],
+        actions=torch.tensor(data.actions[events]).float()[None],
+        surfaces=torch.tensor(data.surfaces[events])[None],
+        timestamps_ms=torch.tensor(data.timestamps_ms[events])[None],
+        lengths=count,
+    )
+    past, last = model.encode(history)
+    wanted = torch.tensor([[1.0, 1.0, 0.0]]) if model.config.outcome_conditioned else None
+    scores = (model.retrieve(last, wanted)[0, 0] @ vectors.T).tolist()
+    target, rank = int(requests.targets[at]), None
+    if target >= 0:
+        seen = set(data.rows[data.event_start[requests.users[at]] : requests.ends[at]].tolist())
+        rest = [s for row, s in enumerate(scores) if row not in seen and row != target]
+        rank = float(sum(s > scores[target] for s in rest))
+    slate = int(requests.slates[at])
+    if slate < 0:
+        return rank, np.zeros((0, 3), np.float32)
+    rows = torch.tensor(data.slate_rows[_shown(data, slate)])[None]
+    candidates = CandidateTokens(
+        vectors=vectors[rows],
+        surfaces=torch.full_like(rows, int(data.slate_surface[slate])),
+        timestamps_ms=torch.full_like(rows, int(data.slate_timestamp_ms[slate])),
+        cutoffs=count[:, None].expand(rows.shape),
+    )
+    logits = model.rank(past, count, history.timestamps_ms[:, -1], candidates)
+    return rank, logits[0].sigmoid().numpy()
+
+
+@pytest.mark.parametrize("split", [(30, 40), None])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_scores_of_a_batch_equal_requests_served_one_by_one(
+    random_dataset: MakeData, make_model: MakeModel, split: tuple[int, int] | None, conditioned: bool
+) -> None:
+    """Among them histories longer than the model's window, of which only the newest events count."""
+    dataset = random_dataset(4, users=9, items=30, split=split, features=True)
+    data = sequences_of(dataset)
+    model = make_model(vocabulary_of(dataset), num_kv_heads=2, outcome_conditioned=conditioned)
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert len(requests) > 5
+    assert (requests.ends - data.event_start[requests.users]).max() > model.config.max_history
+    scores = gather_scores(list(model_scores(model, data, requests, batch_size=4)))
+    with torch.inference_mode():
+        alone = [_alone(model, data, requests, at) for at in range(len(requests))]
+    assert scores.ranks.tolist() == [rank for rank, _ in alone if rank is not None]
+    expected = np.concatenate([probabilities for _, probabilities in alone])
+    assert len(expected) == len(shown_items(data, requests))
+    np.testing.assert_allclose(scores.probabilities, expected, atol=1e-5)
+
+
+def test_scoring_leaves_dropout_out(random_dataset: MakeData, make_model: MakeModel) -> None:
+    dataset = random_dataset(4, users=9, features=True)
+    data = sequences_of(dataset)
+    model = make_model(vocabulary_of(dataset), dropout=0.5).train()
+    requests = held_out_requests(data, POSITIVE, "test")
+    first, second = (gather_scores(list(model_scores(model, data, requests))) for _ in range(2))
+    assert np.array_equal(first.probabilities, second.probabilities)
+    assert len(first.probabilities) > 3
+
+
+def test_no_requests_give_no_metrics(random_dataset: MakeData, make_model: MakeModel) -> None:
+    dataset = random_dataset(4, split=(80, 80))
+    data = sequences_of(dataset)
+    requests = held_out_requests(data, POSITIVE, "valid")
+    assert len(requests) == 0
+    scores = gather_scores(list(model_scores(make_model(vocabulary_of(dataset)), data, requests)))
+    metrics = metrics_of(scores, data, requests, ACTIONS)
+    assert (metrics.retrieval, metrics.ranking) == (None, None)
+    popular = metrics_of(popularity_scores(data, POSITIVE, requests), data, requests, ACTIONS)
+    assert (popular.retrieval, popular.ranking) == (None, None)
+
+
+def test_item_vectors_come_in_row_order_whatever_the_chunk(random_dataset: MakeData, make_model: MakeModel) -> None:
+    dataset = random_dataset(4, features=True)
+    data = sequences_of(dataset)
+    model = make_model(vocabulary_of(dataset))
+    whole = item_vectors(model, data)
+    assert whole.shape == (11, 8)
+    torch.testing.assert_close(item_vectors(model, data, chunk=4), whole)

@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from unipinrec.errors import CheckpointError, ConfigError, TrainingInterrupted
+from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.config import ModelConfig
+from unipinrec.models.data_schema import Dataset, write_dataset
+from unipinrec.models.train import EpochReport, RunMetrics, StepReport, Trainer
+from unipinrec.models.train_config import RunConfig, TrainConfig
+
+Make = Callable[..., Dataset]
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=48,
+    max_history=10,
+    item_dim=16,
+    id_dim=16,
+    feature_dim=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is bit-equal here is not on every GPU; Accelerate keeps its choice of device for the whole process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _config(train: dict[str, Any] | None = None, **model: Any) -> RunConfig:
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "num_negatives": 4,
+        "max_targets": 12,
+        "precision": "fp32",
+        **(train or {}),
+    }
+    return RunConfig(model=msgspec.structs.replace(MODEL, **model), train=TrainConfig(**settings))
+
+
+@pytest.fixture(scope="module")
+def noise(random_dataset: Make) -> Dataset:
+    """Random events and slates: nothing to learn, but every part of a step has something to do."""
+    return random_dataset(7, users=20, slates=80, features=True)
+
+
+@pytest.fixture(scope="module")
+def rule(make_dataset: Make) -> Dataset:
+    """A world with two rules: after item i comes item i + 1, and of what is shown the even items are clicked."""
+    letters = "abcdefgh"
+    events, slates = [], []
+    for user in range(16):
+        for t in range(10):
+            item = letters[(user + t) % 8]
+            events.append((f"u{user:02d}", item, "feed", 10 * t, "click" if ord(item) % 2 else "like"))
+        for number, time in enumerate((35, 55, 85)):
+            shown = [letters[(user + number + i) % 8] for i in range(4)]
+            content = [(item, "click" if ord(item) % 2 else "") for item in shown]
+            slates.append((3 * user + number, f"u{user:02d}", "feed", time, content))
+    return make_dataset(events, slates, split=(80, 85))
+
+
+def _run(trainer: Trainer, stop_after: int | None = None) -> tuple[list[dict[str, float]], list[EpochReport]]:
+    steps: list[dict[str, float]] = []
+    epochs: list[EpochReport] = []
+    for report in trainer.run():
+        if isinstance(report, StepReport):
+            steps.append(report.losses)
+            trainer.stop_requested = stop_after == len(steps)
+        else:
+            epochs.append(report)
+    return steps, epochs
+
+
+def test_a_small_world_is_learned_the_same_way_every_time(rule: Dataset, tmp_path: Path) -> None:
+    config = _config({"epochs": 12, "num_negatives": 99, "mask_probability": 0.1})
+    first, epochs = _run(Trainer(rule, config, tmp_path / "first"))
+    losses = epochs[-1].losses
+    assert epochs[0].losses["retrieval"] > 1.5
+    assert losses["retrieval"] < 0.1
+    assert losses["candidate_actions"] < 0.1
+    assert losses["history_actions"] < 0.1
+    ranking = epochs[-1].metrics.ranking
+    assert ranking is None, "validation has no slate here; training alone is measured"
+    second, _ = _run(Trainer(rule, config, tmp_path / "second"))
+    assert first == second
+    other, _ = _run(Trainer(rule, _config({"epochs": 1, "seed": 1}), tmp_path / "other"))
+    assert other[0] != first[0]
+
+
+def test_what_is_learned_holds_on_held_out_slates(rule: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(rule, _config({"epochs": 8, "num_negatives": 99}), tmp_path)
+    _run(trainer)
+    from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
+
+    requests = held_out_requests(trainer.data, trainer.positive, "test")
+    scores = gather_scores(list(model_scores(load_checkpoint(tmp_path).model, trainer.data, requests)))
+    metrics = metrics_of(scores, trainer.data, requests, trainer.vocabulary.actions)
+    assert len(requests) == 16
+    assert metrics.ranking is not None
+    assert metrics.ranking["click"].auc == 1.0
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 9, 13])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_resumed_run_equals_one_that_was_never_stopped(
+    noise: Dataset, tmp_path: Path, stop_after: int, conditioned: bool
+) -> None:
+    """With dropout, masks, id dropout and drawn targets: all randomness belongs to the step, not to the process."""
+    config = _config({"epochs": 3}, dropout=0.2, outcome_conditioned=conditioned)
+    whole = Trainer(noise, config, tmp_path / "whole")
+    assert whole.steps_per_epoch == 5
+    expected, expected_epochs = _run(whole)
+    first = Trainer(noise, config, tmp_path / "parts")
+    with pytest.raises(TrainingInterrupted, match=f"stopped after step {stop_after} of 15; go on with --resume"):
+        _run(first, stop_after)
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002 - the global state is what must not matter
+    second = Trainer(noise, config, tmp_path / "parts", resume=True)
+    rest, _ = _run(second)
+    assert rest == expected[stop_after:]
+    for name in ("model.safetensors", "state.safetensors", "state.json", "config.json", "catalogue.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert [_timeless(r) for r in second.reports] == [_timeless(r) for r in expected_epochs]
+
+
+def _timeless(report: EpochReport) -> EpochReport:
+    return msgspec.structs.replace(report, seconds=0.0)
+
+
+def test_a_run_can_be_stopped_more_than_once_and_prolonged(noise: Dataset, tmp_path: Path) -> None:
+    config = _config({"epochs": 2})
+    expected, _ = _run(Trainer(noise, config, tmp_path / "whole"))
+    steps: list[dict[str, float]] = []
+    for part in range(5):
+        trainer = Trainer(noise, config, tmp_path / "parts", resume=part > 0)
+        with pytest.raises(TrainingInterrupted, match="go on with --resume"):
+            for report in trainer.run():
+                if isinstance(report, StepReport):
+                    steps.append(report.losses)
+                    trainer.stop_requested = True
+    rest, _ = _run(Trainer(noise, config, tmp_path / "parts", resume=True))
+    assert steps + rest == expected
+    finished = Trainer(noise, config, tmp_path / "parts", resume=True)
+    assert finished.finished
+    assert _run(finished) == ([], [])
+    longer = Trainer(noise, _config({"epochs": 3}), tmp_path / "parts", resume=True)
+    assert len(_run(longer)[0]) == 5
+    assert [report.epoch for report in longer.reports] == [0, 1, 2]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(noise: Dataset, tmp_path: Path) -> None:
+    config = _config({"epochs": 1})
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
+        _run(Trainer(noise, config, tmp_path / "stopped"), 1)
+    _run(Trainer(noise, config, tmp_path / "done"))
+    for name in ("stopped", "done"):
+        before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(CheckpointError, match="holds a run already; pass --resume to go on, or choose another"):
+            Trainer(noise, config, tmp_path / name)
+        assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+
+
+def test_nothing_to_resume_is_an_error(noise: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no interrupted run to resume"):
+        Trainer(noise, _config(), tmp_path, resume=True)
+
+
+def test_a_run_of_another_model_is_not_resumed(noise: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted, match="stopped"):
+        _run(Trainer(noise, _config(), tmp_path), 1)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        Trainer(noise, _config(item_dim=8), tmp_path, resume=True)
+
+
+def test_the_checkpoint_is_the_best_epoch_not_the_last(noise: Dataset, tmp_path: Path) -> None:
+    """Noise is overfitted, so that validation gets worse."""
+    trainer = Trainer(noise, _config({"epochs": 8, "learning_rate": 0.03}), tmp_path)
+    weights, scores, best = [], [], []
+    for report in trainer.run():
+        if isinstance(report, EpochReport):
+            weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+            scores.append(report.metrics.selection_score())
+            best.append(report.best)
+    assert best == [score > max(scores[:i], default=-1.0) for i, score in enumerate(scores)]
+    winner = int(np.argmax(scores))
+    assert winner < 7
+    kept = load_checkpoint(tmp_path).model.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights[winner].items())
+    latest = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(latest[f"model.{name}"], tensor) for name, tensor in weights[-1].items())
+
+
+def test_patience_ends_a_run_that_no_longer_improves(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config({"epochs": 9, "learning_rate": 1e-12, "patience": 2}), tmp_path)
+    _, epochs = _run(trainer)
+    assert [report.best for report in epochs] == [True, False, False]
+    assert trainer.finished
+    assert Trainer(noise, trainer.config, tmp_path, resume=True).finished, "patience survives a restart"
+
+
+def test_without_validation_data_the_latest_weights_are_kept(random_dataset: Make, tmp_path: Path) -> None:
+    trainer = Trainer(random_dataset(7, split=(80, 80)), _config({"epochs": 3, "patience": 1}), tmp_path)
+    _, epochs = _run(trainer)
+    assert [(r.best, r.metrics.retrieval, r.metrics.ranking) for r in epochs] == [(True, None, None)] * 3
+    kept = load_checkpoint(tmp_path).model.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_data_without_slates_train_and_validate_leave_one_out(make_dataset: Make, tmp_path: Path) -> None:
+    events = [(f"u{u}", "abcdef"[(u + t) % 6], "feed", None, "click") for u in range(8) for t in range(5)]
+    _, epochs = _run(Trainer(make_dataset(events), _config({"epochs": 2}), tmp_path))
+    retrieval = epochs[-1].metrics.retrieval
+    assert retrieval is not None
+    assert retrieval.targets == 8
+    assert epochs[-1].metrics.ranking is None
+    assert epochs[-1].losses["candidate_actions"] == 0.0
+
+
+def test_a_query_follows_the_outcome_it_was_trained_for(rule: Dataset, tmp_path: Path) -> None:
+    """Clicked items are those with odd codes, liked ones the others: the outcome says which comes next."""
+    config = _config({"epochs": 6, "num_negatives": 99, "mask_probability": 0.1}, outcome_conditioned=True)
+    _run(Trainer(rule, config, tmp_path))
+    model = load_checkpoint(tmp_path).model
+    last = torch.zeros(1, 32)
+    with torch.no_grad():
+        rows = torch.arange(8)
+        vectors = model.embed_items(rows, torch.zeros(8, 0), torch.zeros((8, 0), dtype=torch.int64))
+        clicked, liked = (
+            model.retrieve(last, torch.tensor([wanted]))[0, 0] @ vectors.T
+            for wanted in ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
+        )
+    assert float((clicked - liked)[::2].min()) > 0.0, "a, c, e, g are the clicked ones"
+    assert float((clicked - liked)[1::2].max()) < 0.0
+
+
+def test_metrics_json_tells_the_whole_run(noise: Dataset, tmp_path: Path) -> None:
+    config = _config({"epochs": 2, "action_weights": {"like": 2.0}})
+    trainer = Trainer(noise, config, tmp_path)
+    _run(trainer)
+    document = msgspec.json.decode((tmp_path / "metrics.json").read_bytes(), type=RunMetrics)
+    assert document.config == config
+    assert document.parameters == sum(p.numel() for p in trainer.model.parameters())
+    assert document.epochs == trainer.reports
+    assert [report.epoch for report in document.epochs] == [0, 1]
+    assert sorted(document.epochs[0].losses) == ["candidate_actions", "history_actions", "loss", "retrieval"]
+    assert trainer.objective.options.action_weights == (1.0, 2.0, 1.0)
+
+
+def test_a_checkpoint_has_the_features_and_standardises_them(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config({"epochs": 1}), tmp_path)
+    _run(trainer)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.catalogue.item_ids == noise.items["item_id"].to_list()
+    assert loaded.features.dense[:, 0].tolist() == list(range(11))
+    assert loaded.model.item_embedder.dense_mean.tolist() == pytest.approx([5.0, 2.5, -4.0])
+    spread = math.sqrt(10.0)
+    assert loaded.model.item_embedder.dense_std.tolist() == pytest.approx([spread, spread / 2, spread])
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine_to_a_tenth(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config({"epochs": 2, "learning_rate": 1.0e-3, "warmup_steps": 4}), tmp_path)
+    rates = [
+        trainer.optimizer.param_groups[0]["lr"] * 1000 for r in trainer.run() if isinstance(r, StepReport)
+    ]
+    assert len(rates) == 10
+    assert rates[:2] == pytest.approx([0.25, 0.5 * (0.55 + 0.45 * math.cos(math.pi / 10))])
+    assert rates[5] == pytest.approx(0.55)
+    assert rates[9] == pytest.approx(0.55 + 0.45 * math.cos(math.pi * 0.9))
+    assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+
+
+def test_only_matrices_decay(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config({"weight_decay": 0.3}), tmp_path)
+    decays = {
+        id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    by_name = {name: decays[id(parameter)] for name, parameter in trainer.model.named_parameters()}
+    assert len(by_name) == len(decays)
+    assert by_name["blocks.0.qkv.weight"] == by_name["retrieval_head.mlp.0.weight"] == 0.3
+    plain = [name for name, decay in by_name.items() if decay == 0.0]
+    assert {"log_scale", "item_embedder.ids.weight", "item_embedder.words.1.weight", "blocks.1.sink"} <= set(plain)
+    assert all(name in plain for name in by_name if name.endswith("bias") or "norm" in name)
+
+
+def test_settings_that_do_not_fit_the_data_are_refused(noise: Dataset, make_dataset: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="action_weights names \\['love'\\]"):
+        Trainer(noise, _config({"action_weights": {"love": 1.0}}), tmp_path / "weights")
+    events = [("ann", item, "feed", 90, "click") for item in "ab"]
+    with pytest.raises(ConfigError, match="0 training windows make no batch for each of 1 processes"):
+        Trainer(make_dataset(events, split=(60, 80)), _config(), tmp_path / "late")
+    assert list(tmp_path.iterdir()) == []
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.train import Trainer
+from unipinrec.models.train_config import load_run_config
+data, config, out = sys.argv[1:]
+trainer = Trainer(read_dataset(Path(data)), load_run_config(config, {}), Path(out) / "run")
+before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+steps = sum(1 for _ in trainer.run())
+rank = os.environ["RANK"]
+save_file(dict(trainer.model.state_dict()), Path(out) / f"after-{rank}.safetensors")
+save_file(before, Path(out) / f"before-{rank}.safetensors")
+(Path(out) / f"steps-{rank}").write_text(f"{trainer.accelerator.num_processes} {trainer.steps_per_epoch} {steps}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def _two_processes(dataset: Dataset, train: dict[str, Any], folder: Path) -> None:
+    folder.mkdir()
+    write_dataset(dataset, folder / "data")
+    model = "\n".join(f"{name} = {json.dumps(value)}" for name, value in msgspec.to_builtins(MODEL).items())
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in train.items())
+    (folder / "run.toml").write_text(f"[model]\n{model}\n[train]\n{settings}\n")
+    (folder / "worker.py").write_text(WORKER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={port}", str(folder / "worker.py")]
+    command += [str(folder / "data"), str(folder / "run.toml"), str(folder)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent_head", [False, True])
+def test_two_processes_train_one_model(
+    random_dataset: Make, make_dataset: Make, tmp_path: Path, silent_head: bool
+) -> None:
+    """Also where a head has nothing to learn, in which case its parameters still have to reach the wrapper."""
+    train: dict[str, Any] = {"epochs": 1, "batch_size": 4, "num_negatives": 4, "precision": "fp32"}
+    dataset = random_dataset(7, users=16, slates=60, features=True)
+    if silent_head:
+        train["mask_probability"] = 0.0
+        events = [(f"u{u:02d}", "abcdef"[(u + t) % 6], "feed", None, "click") for u in range(20) for t in range(6)]
+        dataset = make_dataset(events)
+    folder = tmp_path / "two"
+    _two_processes(dataset, train, folder)
+    assert (folder / "steps-0").read_text() == (folder / "steps-1").read_text()
+    processes, steps_per_epoch, reports = map(int, (folder / "steps-0").read_text().split())
+    assert processes == 2
+    assert steps_per_epoch >= 2
+    assert reports == steps_per_epoch + 1
+    first, second = (load_file(folder / f"after-{rank}.safetensors") for rank in range(2))
+    before = load_file(folder / "before-0.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+    kept = load_checkpoint(folder / "run").model.state_dict()
+    assert all(torch.equal(kept[name], first[name]) for name in first)

@@ -1,0 +1,85 @@
+"""Damaging a bundle, and a manifest that no bundle stands behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unipinrec.runtime import Recommender
+from unipinrec.runtime.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
+
+Reseal = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def recommender(bundle: Path) -> Recommender:
+    return Recommender.load(bundle)
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+@pytest.fixture
+def reseal() -> Reseal:
+    """Writes a manifest that agrees with the files as they are now; keywords replace its entries."""
+
+    def write(folder: Path, **changes: Any) -> None:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        for name, spec in manifest["files"].items():
+            content = (folder / name).read_bytes()
+            spec |= {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        for name, value in changes.items():
+            manifest[name] = {**manifest[name], **value} if isinstance(value, dict) else value
+        content = json.dumps(manifest).encode()
+        (folder / "manifest.json").write_bytes(content)
+        (folder / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+
+    return write
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """Five items, histories of at most four events."""
+    model = ModelSpec(
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=2,
+        hidden_size=2,
+        item_dim=2,
+        max_history=4,
+        kv_prefix_slots=1,
+        outcome_conditioned=False,
+    )
+    index = IndexSpec(
+        space="ip", dim=2, count=5, m=4, ef_construction=8, ef_search=8, seed=0, recall=1.0, recall_k=1
+    )
+    return Manifest(
+        format_version=1,
+        created="2026-01-01T00:00:00+00:00",
+        model=model,
+        config={},
+        actions=("click", "save", "hide"),
+        positive_actions=("click", "save"),
+        surfaces=("unknown", "home", "search"),
+        dense={},
+        categories={},
+        num_items=5,
+        missing_timestamp_ms=-1,
+        precision="fp32",
+        graphs={},
+        files={},
+        index=index,
+        parity=ParityReport(tolerance=1e-4, max_abs_diff=0.0, checks=()),
+        metrics=None,
+        data_fingerprint="",
+        tools={},
+    )

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from unipinrec.errors import RequestError
+from unipinrec.runtime import Event, RecommendOptions, Request, parse_events
+from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.requests import History, ResolvedRequest, as_events, read_history, resolve_request
+
+ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "7": 4}
+T = 1_700_000_000_000
+
+
+def event(item: str | int = "a", timestamp_ms: Any = None, **fields: Any) -> Event:
+    return Event(item=item, actions=fields.pop("actions", ("click",)), timestamp_ms=timestamp_ms, **fields)
+
+
+def resolve(manifest: Manifest, *events: Event, k: Any = 1, **options: Any) -> ResolvedRequest:
+    history = events or (event("a", T),)
+    return resolve_request(Request(history=history, k=k, options=RecommendOptions(**options)), manifest, ROWS)
+
+
+def read(manifest: Manifest, *events: Event, truncate: bool = False) -> History:
+    return read_history(events, manifest, ROWS, truncate=truncate)
+
+
+def test_events_are_parsed_with_defaults() -> None:
+    given = b'[{"item": "a", "actions": ["click", "save"], "surface": "home", "timestamp_ms": 5}, {"item": 7, "actions": []}]'
+    assert parse_events(given) == (
+        Event(item="a", actions=("click", "save"), surface="home", timestamp_ms=5),
+        Event(item=7, actions=(), surface="unknown", timestamp_ms=None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"[{", r"events\.json: .*truncated"),
+        (b'{"item": "a", "actions": []}', r"Expected `array`, got `object`"),
+        (b'[{"item": "a", "actions": [], "action": "x"}]', r"unknown field `action` - at `\$\[0\]`"),
+        (b'[{"item": "a"}]', r"missing required field `actions`"),
+        (b'[{"item": null, "actions": []}]', r"Expected `int \| str`, got `null` - at `\$\[0\]\.item`"),
+        (b'[{"item": "a", "actions": "click"}]', r"Expected `array`, got `str` - at `\$\[0\]\.actions`"),
+        (b'[{"item": "a", "actions": [], "timestamp_ms": 1.5}]', r"timestamp_ms"),
+        (b'[{"item": "a", "actions": [], "timestamp_ms": NaN}]', r"malformed"),
+    ],
+)
+def test_malformed_events_say_what_is_accepted(content: bytes, match: str) -> None:
+    with pytest.raises(RequestError, match=match) as error:
+        parse_events(content, "events.json")
+    assert "a history is a list, oldest first, of" in str(error.value)
+
+
+def test_dictionaries_are_events() -> None:
+    assert as_events([{"item": "a", "actions": ["click"]}, event("b")]) == (event("a"), event("b"))
+
+
+@pytest.mark.parametrize("given", [{"item": "a", "actions": [], "weight": 1}, 3, "a"])
+def test_what_is_no_event_is_named_by_position(given: Any) -> None:
+    with pytest.raises(RequestError, match=r"history\[1\]: "):
+        as_events([event(), given])
+
+
+def test_a_history_becomes_arrays(manifest: Manifest) -> None:
+    history = read(
+        manifest,
+        event("c", actions=()),
+        event(7, T, actions=("hide", "click"), surface="search"),
+        event("a", np.int64(T)),
+    )
+    assert history.item_rows.tolist() == [2, 4, 0]
+    assert history.actions.tolist() == [[0, 0, 0], [1, 0, 1], [1, 0, 0]]
+    assert history.surfaces.tolist() == [0, 2, 0]
+    assert history.timestamps_ms.tolist() == [-1, T, T]
+    assert (history.item_rows.dtype, history.actions.dtype) == (np.int64, np.float32)
+    assert history.part(1, 2).item_rows.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("events", "match"),
+    [
+        ((), "the history is empty"),
+        ((event(), event("z")), r"history\[1\]: item 'z' is not among the 5 items of this bundle; drop it, or export"),
+        ((event(actions=("like",)),), r"history\[0\]: unknown action 'like'; this bundle knows click, save, hide"),
+        ((event(surface="feed"),), r"history\[0\]: unknown surface 'feed'; this bundle knows unknown, home, search"),
+        ((event(),) * 5, "has 5 events, this model takes at most 4.*truncate"),
+        ((event("a", T), event("b", T - 1)), rf"history\[1\] at {T - 1} is earlier .* at {T}; send events oldest first"),
+        ((event("a", T), event("b")), r"history\[1\] has no timestamp_ms, but the event before it has one"),
+        ((event("a", -1),), r"history\[0\]\.timestamp_ms=-1 must be a Unix time in ms"),
+        ((event("a", T * 1000),), r"timestamp_ms=\d+ must be a Unix time in ms, from 0 to 253402300799999"),
+        ((event("a", float("nan")),), r"history\[0\]\.timestamp_ms=nan must be an integer"),
+        ((event("a", 1.5),), r"history\[0\]\.timestamp_ms=1\.5 must be an integer"),
+    ],
+)
+def test_a_bad_history_is_refused(manifest: Manifest, events: tuple[Event, ...], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        read(manifest, *events)
+
+
+def test_truncation_keeps_the_newest_events_and_their_positions(manifest: Manifest) -> None:
+    events = [event("z"), *(event(item, T) for item in "abcd")]
+    assert read(manifest, *events, truncate=True).item_rows.tolist() == [0, 1, 2, 3]
+    with pytest.raises(RequestError, match=r"history\[5\]: item 'y'"):
+        read(manifest, *events, event("y", T), truncate=True)
+
+
+def test_the_defaults_of_a_request(manifest: Manifest) -> None:
+    request = resolve(manifest, event("b", T), event("d", T), event("b", T), k=2)
+    assert request.excluded.tolist() == [1, 3]
+    assert (request.k, request.candidates, request.surface, request.exact) == (2, 3, 0, False)
+    assert request.weights.tolist() == [1, 1, 0]
+    assert request.outcomes.tolist() == [1, 1, 0]
+
+
+def test_the_options_of_a_request(manifest: Manifest) -> None:
+    request = resolve(
+        manifest,
+        now_ms=T,
+        surface="search",
+        candidates=1,
+        k=3,
+        weights={"hide": -2.0},
+        exclude_seen=False,
+        exclude=("b", "gone"),
+        exact=True,
+    )
+    assert (request.now_ms, request.surface, request.candidates, request.exact) == (T, 2, 3, True)
+    assert request.weights.tolist() == [0, 0, -2]
+    assert request.excluded.tolist() == [1]
+
+
+def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest) -> None:
+    before = time.time_ns() // 1_000_000
+    assert before <= resolve(manifest, event("a", T)).now_ms <= before + 10_000
+    assert resolve(manifest, event("a")).now_ms == -1
+    assert resolve(manifest, event("a"), now_ms=T).now_ms == T
+    assert resolve(manifest, event("a", before + 60_000)).now_ms == before + 60_000
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"k": 0}, "k=0 must be an integer of at least 1"),
+        ({"k": 2.0}, r"k=2\.0 must be an integer"),
+        ({"k": True}, "k=True must be an integer"),
+        ({"k": 5}, "k=5 items were asked for, but only 4 of the 5 items are eligible"),
+        ({"k": 4, "exclude": ("b",)}, "k=4 items were asked for, but only 3 of the 5 items are eligible"),
+        ({"candidates": 0}, "candidates=0 must be an integer of at least 1"),
+        ({"now_ms": T - 1}, f"now_ms={T - 1} is before the last event at {T}"),
+        ({"now_ms": float("nan")}, "now_ms=nan must be an integer"),
+        ({"surface": "feed"}, "unknown surface 'feed'; this bundle knows unknown, home, search"),
+        ({"weights": {"like": 1.0}}, "weights: unknown action 'like'; this bundle knows click, save, hide"),
+        ({"weights": {"click": float("inf")}}, "weights=.*must be finite numbers"),
+        ({"weights": {}}, "at least one of them other than 0"),
+        ({"outcomes": ("save",)}, "this model's retrieval is not conditioned on outcomes"),
+    ],
+)
+def test_bad_options_are_refused(manifest: Manifest, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        resolve(manifest, **options)
+
+
+def test_outcomes_where_the_model_is_conditioned_on_them(manifest: Manifest) -> None:
+    model = msgspec.structs.replace(manifest.model, outcome_conditioned=True)
+    conditioned = msgspec.structs.replace(manifest, model=model)
+    assert resolve(conditioned, outcomes=("hide",)).outcomes.tolist() == [0, 0, 1]
+    assert resolve(conditioned).outcomes.tolist() == [1, 1, 0]
+    with pytest.raises(RequestError, match="outcomes: unknown action 'like'"):
+        resolve(conditioned, outcomes=("like",))
