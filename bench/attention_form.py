@@ -100,6 +100,7 @@ def main() -> None:
         "data": dataset.spec.name,
         "model": msgspec.to_builtins(TINY),
         "epochs": options.epochs,
+        "threads": options.threads,
         "summary": summary(runs, options.actions),
         "runs": runs,
     }

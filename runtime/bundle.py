@@ -36,7 +36,7 @@ class _Format(msgspec.Struct):
     format_version: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bundle:
     """An opened, unaltered bundle.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -28,6 +29,11 @@ def available_threads(cgroup: Path = CGROUP) -> int:
     return cores
 
 
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 @contextmanager
 def flush_denormals() -> Iterator[None]:
     """Let the calling thread treat denormal numbers as zero, then put its flags back. No effect off x86-64.
@@ -39,7 +45,7 @@ def flush_denormals() -> Iterator[None]:
     if platform.machine() != "x86_64":
         yield
         return
-    library = ctypes.CDLL(None)
+    library = _c_library()
     environment = (ctypes.c_uint32 * 8)()
     library.fegetenv(environment)
     before = environment[MXCSR]

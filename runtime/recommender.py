@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from unipinrec.errors import RequestError
 from unipinrec.runtime.bundle import INDEX, Bundle
 from unipinrec.runtime.device import Device, resolve_device
 from unipinrec.runtime.engine import Engine, pad_histories, pad_rows
@@ -33,7 +35,7 @@ DEFAULT_OPTIONS = RecommendOptions()
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Recommender:
     """Serves one bundle on one device; safe to call from several threads."""
 
@@ -149,14 +151,18 @@ class Recommender:
             history: As in `recommend`.
             candidates: External ids of k items.
             options: Of which surface, now_ms and truncate are read.
-            extend_at: Encode only this many events at first and extend by the others; the result is the same.
+            extend_at: Encode only this many events at first, from 1 to one less than all, and extend by the others;
+                the result is the same.
 
         Raises:
             RequestError: The request cannot be answered as given.
         """
-        request = Request(history=as_events(history), k=1, options=options)
+        nothing_left_out = msgspec.structs.replace(options, exclude_seen=False, exclude=())
+        request = Request(history=as_events(history), k=1, options=nothing_left_out)
         asked = resolve_request(request, self.bundle.manifest, self.bundle.rows)
         rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in candidates]], np.int64)
+        if extend_at is not None and not 0 < extend_at < len(asked.history):
+            raise RequestError(f"extend_at={extend_at} must be from 1 to {len(asked.history) - 1}")
         encoded = self.engine.encode(pad_histories([asked.history.part(0, extend_at)]))
         if extend_at is not None:
             encoded = self.engine.extend(encoded, pad_histories([asked.history.part(extend_at)]))

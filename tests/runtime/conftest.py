@@ -59,9 +59,7 @@ def manifest() -> Manifest:
         kv_prefix_slots=1,
         outcome_conditioned=False,
     )
-    index = IndexSpec(
-        space="ip", dim=2, count=5, m=4, ef_construction=8, ef_search=8, seed=0, recall=1.0, recall_k=1
-    )
+    index = IndexSpec(space="ip", dim=2, count=5, m=4, ef_construction=8, ef_search=8, seed=0, recall=1.0, recall_k=1)
     return Manifest(
         format_version=1,
         created="2026-01-01T00:00:00+00:00",

@@ -75,7 +75,7 @@ def test_a_missing_file_is_found(copy: Path, name: str) -> None:
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleCorruptError, match="is not a bundle .*`unipinrec export` writes one"):
+    with pytest.raises(BundleCorruptError, match=r"is not a bundle .*`unipinrec export` writes one"):
         Bundle.open(tmp_path)
 
 

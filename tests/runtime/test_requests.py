@@ -30,8 +30,8 @@ def read(manifest: Manifest, *events: Event, truncate: bool = False) -> History:
 
 
 def test_events_are_parsed_with_defaults() -> None:
-    given = b'[{"item": "a", "actions": ["click", "save"], "surface": "home", "timestamp_ms": 5}, {"item": 7, "actions": []}]'
-    assert parse_events(given) == (
+    first = b'{"item": "a", "actions": ["click", "save"], "surface": "home", "timestamp_ms": 5}'
+    assert parse_events(b"[" + first + b', {"item": 7, "actions": []}]') == (
         Event(item="a", actions=("click", "save"), surface="home", timestamp_ms=5),
         Event(item=7, actions=(), surface="unknown", timestamp_ms=None),
     )
@@ -77,7 +77,7 @@ def test_a_history_becomes_arrays(manifest: Manifest) -> None:
     assert history.actions.tolist() == [[0, 0, 0], [1, 0, 1], [1, 0, 0]]
     assert history.surfaces.tolist() == [0, 2, 0]
     assert history.timestamps_ms.tolist() == [-1, T, T]
-    assert (history.item_rows.dtype, history.actions.dtype) == (np.int64, np.float32)
+    assert (history.item_rows.dtype, history.actions.dtype) == (np.dtype(np.int64), np.dtype(np.float32))
     assert history.part(1, 2).item_rows.tolist() == [4]
 
 
@@ -89,7 +89,10 @@ def test_a_history_becomes_arrays(manifest: Manifest) -> None:
         ((event(actions=("like",)),), r"history\[0\]: unknown action 'like'; this bundle knows click, save, hide"),
         ((event(surface="feed"),), r"history\[0\]: unknown surface 'feed'; this bundle knows unknown, home, search"),
         ((event(),) * 5, "has 5 events, this model takes at most 4.*truncate"),
-        ((event("a", T), event("b", T - 1)), rf"history\[1\] at {T - 1} is earlier .* at {T}; send events oldest first"),
+        (
+            (event("a", T), event("b", T - 1)),
+            rf"history\[1\] at {T - 1} is earlier .* at {T}; send events oldest first",
+        ),
         ((event("a", T), event("b")), r"history\[1\] has no timestamp_ms, but the event before it has one"),
         ((event("a", -1),), r"history\[0\]\.timestamp_ms=-1 must be a Unix time in ms"),
         ((event("a", T * 1000),), r"timestamp_ms=\d+ must be a Unix time in ms, from 0 to 253402300799999"),

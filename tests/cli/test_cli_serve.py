@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from unipinrec.cli import main
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def user(bundle: Path) -> str:
+    users: list[str] = json.loads((bundle / "user_ids.json").read_bytes())
+    return users[0]
+
+
+@pytest.fixture
+def events(bundle: Path, tmp_path: Path) -> Path:
+    ids = json.loads((bundle / "item_ids.json").read_bytes())
+    path = tmp_path / "events.json"
+    path.write_text(json.dumps([{"item": ids[row], "actions": ["click"], "timestamp_ms": 10**12} for row in (5, 6)]))
+    return path
+
+
+def test_verify_prints_every_check(bundle: Path) -> None:
+    result = run("verify", bundle)
+    assert result.exit_code == 0
+    for name in ("manifest.json", "index.hnsw", "encoder.present.*", "ranker.logits"):
+        assert name in result.stdout
+    assert "on cpu (auto: this version runs on the CPU only)" in result.stdout
+
+
+def test_verify_json(bundle: Path) -> None:
+    result = run("verify", bundle, "--json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["ok"], document["device"]["name"]) == (0, True, "cpu")
+    assert document["golden"][-1]["output"] == "ranker.logits"
+    assert 0 <= document["golden"][-1]["max_abs_diff"] < 1e-4
+
+
+def test_verify_of_a_damaged_bundle_fails_with_the_reason(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    (copy / "ranker.onnx").unlink()
+    result = run("verify", copy)
+    assert result.exit_code == 1
+    assert "is missing" in result.stdout
+    assert "golden outputs were not compared" in result.stdout
+    assert "1 of 14 checks failed" in result.stderr
+    result = run("verify", copy, "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert (document["ok"], document["golden"]) == (False, [])
+
+
+def test_recommend_for_a_sample_user(bundle: Path, user: str) -> None:
+    result = run("recommend", bundle, "--user", user, "-k", "3")
+    assert result.exit_code == 0
+    assert "item" in result.stdout
+    assert "score" in result.stdout
+    assert "encode" in result.stdout.splitlines()[-1]
+    assert "history miss (new)" in result.stdout.splitlines()[-1]
+
+
+def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
+    words = ("recommend", bundle, "--history", events, "-k", "4", "--now", str(10**12), "--json")
+    result = run(*words)
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert [list(item) for item in document["items"]] == [["item", "score", "actions", "retrieval_score"]] * 4
+    assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "new", "cpu")
+    assert {item["item"] for item in document["items"]}.isdisjoint(
+        event["item"] for event in json.loads(events.read_bytes())
+    )
+    assert json.loads(run(*words, "--exact").stdout)["items"] == document["items"]
+
+
+def test_weights_make_the_score(bundle: Path, user: str) -> None:
+    document = json.loads(run("recommend", bundle, "--user", user, "--weights", "click=1,save=2.5", "--json").stdout)
+    for item in document["items"]:
+        assert item["score"] == pytest.approx(item["actions"]["click"] + 2.5 * item["actions"]["save"])
+
+
+@pytest.mark.parametrize("words", [(), ("--user", "u", "--history", "events")])
+def test_exactly_one_of_user_and_history(bundle: Path, events: Path, words: tuple[str, ...]) -> None:
+    result = run("recommend", bundle, *(events if word == "events" else word for word in words))
+    assert result.exit_code == 2
+    assert "give exactly one of --user and --history" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-k", "0"), "0 is not in the range x>=1"),
+        (("--weights", "click"), "'click' is not ACTION=NUMBER"),
+        (("--weights", "click=much"), "'click=much' is not ACTION=NUMBER"),
+        (("--history", "missing.json"), "does not exist"),
+    ],
+)
+def test_wrong_use(bundle: Path, words: tuple[str, ...], message: str) -> None:
+    result = run("recommend", bundle, "--user", "u", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_an_unknown_user(bundle: Path) -> None:
+    result = run("recommend", bundle, "--user", "nobody")
+    assert result.exit_code == 1
+    assert "not among the 200 sample users of this bundle" in result.stderr
+    assert "--history" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--weights", "like=1"), "unknown action 'like'"),
+        (("-k", "301"), "k=301 items were asked for"),
+        (("--now", "1"), "now_ms=1 is before the last event"),
+        (("--device", "cuda"), "'cuda' is not available in this version"),
+        (("--surface", "moon"), "unknown surface 'moon'"),
+    ],
+)
+def test_a_request_that_cannot_be_answered(bundle: Path, user: str, words: tuple[str, ...], message: str) -> None:
+    result = run("recommend", bundle, "--user", user, *words)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_history_file_that_is_malformed(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "events.json").write_text('[{"item": "a", "actions": [], "colour": 1}]')
+    result = run("recommend", bundle, "--history", tmp_path / "events.json")
+    assert result.exit_code == 1
+    assert "unknown field `colour`" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["verify", "recommend"])
+def test_help_shows_an_example(name: str) -> None:
+    assert f"unipinrec {name} bundle/" in run(name, "--help").stdout

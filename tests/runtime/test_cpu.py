@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import math
+import os
+import platform
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unipinrec.runtime.cpu import available_threads, flush_denormals
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "20000 100000\n"}, 0.2),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_threads_are_those_that_can_run(tmp_path: Path, files: dict[str, str], quota: float) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    cores = len(os.sched_getaffinity(0))
+    expected = cores if quota == math.inf else min(cores, math.ceil(quota))
+    assert available_threads(tmp_path) == expected
+
+
+def half_of_the_smallest_normal() -> float:
+    return float((np.full(8, np.finfo(np.float32).tiny) * np.full(8, 0.5, np.float32))[0])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is set on x86-64 only")
+def test_denormals_are_zero_inside_and_as_before_outside() -> None:
+    results: list[float] = []
+
+    def in_a_thread() -> None:
+        results.append(half_of_the_smallest_normal())
+        with flush_denormals():
+            results.append(half_of_the_smallest_normal())
+        results.append(half_of_the_smallest_normal())
+
+    in_a_thread()
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    denormal = 2.0**-127
+    assert results == [denormal, 0.0, denormal] * 2
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is set on x86-64 only")
+def test_the_flag_is_put_back_after_an_error() -> None:
+    with pytest.raises(ValueError, match="inside"), flush_denormals():
+        raise ValueError("inside")
+    assert half_of_the_smallest_normal() == 2.0**-127

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BLOCK = """
+import sys
+
+TRAINING = ("torch", "polars", "onnx", "onnxscript", "accelerate")
+
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in TRAINING:
+            raise ImportError(f"{name} is not part of a serving installation")
+
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK + code, *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_block_blocks() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCK + "import torch"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "torch is not part of a serving installation" in done.stderr
+
+
+def test_serving_imports_nothing_of_training() -> None:
+    run(
+        "import unipinrec.runtime, unipinrec.cli\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not loaded & set(TRAINING), loaded\n"
+        "ours = {name for name in sys.modules if name.startswith('unipinrec.')}\n"
+        "assert 'unipinrec.runtime.recommender' in ours\n"
+        "assert not any(name.startswith(('unipinrec.models', 'unipinrec.export')) for name in ours), ours\n"
+    )
+
+
+def test_a_bundle_is_served_without_torch(bundle: Path) -> None:
+    printed = run(
+        "from unipinrec.cli import main\n"
+        "import json, pathlib\n"
+        "user = json.loads(pathlib.Path(sys.argv[1], 'user_ids.json').read_text())[0]\n"
+        "main(['recommend', sys.argv[1], '--user', user, '-k', '3', '--json'])\n",
+        str(bundle),
+    )
+    assert '"retrieval_score"' in printed

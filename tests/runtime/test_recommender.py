@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import hnswlib
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
+from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
+
+Reseal = Callable[..., None]
+T = 1_760_000_000_000
+NOW = RecommendOptions(now_ms=T + 1000)
+
+
+def history(recommender: Recommender, *rows: int) -> tuple[Event, ...]:
+    ids, action = recommender.bundle.item_ids, recommender.bundle.manifest.actions[0]
+    return tuple(Event(item=ids[row], actions=(action,), timestamp_ms=T + place) for place, row in enumerate(rows))
+
+
+def names(slate: Slate) -> list[str]:
+    return [item.item for item in slate.items]
+
+
+def test_a_slate(recommender: Recommender) -> None:
+    slate = recommender.recommend(history(recommender, 3, 1, 4), 10, NOW)
+    assert len(set(names(slate))) == 10
+    manifest = recommender.bundle.manifest
+    for item in slate.items:
+        assert list(item.actions) == list(manifest.actions)
+        assert all(0 < probability < 1 for probability in item.actions.values())
+        expected = sum(item.actions[action] for action in manifest.positive_actions)
+        assert item.score == pytest.approx(expected)
+        assert -1 <= item.retrieval_score <= 1
+        row = recommender.bundle.row_of(item.item)
+        assert row is not None
+        assert item.title == recommender.bundle.titles[row]
+    assert [item.score for item in slate.items] == sorted((item.score for item in slate.items), reverse=True)
+    assert (slate.kv, slate.kv_reason, slate.device) == ("miss", "new", "cpu")
+    assert slate.bundle == recommender.bundle.hash
+    times = slate.stages_ms
+    assert 0 < times.encode < times.total
+    assert times.total == pytest.approx(times.encode + times.retrieve + times.rank)
+
+
+def test_the_documented_json(recommender: Recommender) -> None:
+    slate = recommender.recommend(history(recommender, 3), 2, NOW)
+    document = slate.to_json()
+    assert list(document) == ["items", "stages_ms", "kv", "kv_reason", "device", "bundle"]
+    assert list(document["stages_ms"]) == ["encode", "retrieve", "rank", "total"]
+    assert list(document["items"][0]) == ["item", "score", "actions", "retrieval_score"]
+    assert document["items"][1]["item"] == slate.items[1].item
+
+
+def test_the_scores_are_those_of_the_ranker(recommender: Recommender) -> None:
+    events = history(recommender, 3, 1, 4)
+    slate = recommender.recommend(events, 10, NOW)
+    logits = recommender.score(events, names(slate), NOW)
+    assert logits.shape == (10, len(recommender.bundle.manifest.actions))
+    expected = [list(item.actions.values()) for item in slate.items]
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), expected, atol=1e-6)
+
+
+def test_dictionaries_serve_as_events(recommender: Recommender) -> None:
+    events = history(recommender, 3, 1)
+    given = [{"item": e.item, "actions": list(e.actions), "timestamp_ms": e.timestamp_ms} for e in events]
+    assert recommender.recommend(given, 5, NOW).items == recommender.recommend(events, 5, NOW).items
+
+
+def test_seen_and_excluded_items_are_left_out(recommender: Recommender) -> None:
+    ids, events = recommender.bundle.item_ids, history(recommender, 3, 1, 4)
+    everything = recommender.recommend(events, 297, NOW)
+    assert set(names(everything)) == set(ids) - {ids[3], ids[1], ids[4]}
+    first = names(everything)[0]
+    denied = recommender.recommend(events, 296, RecommendOptions(now_ms=T + 1000, exclude=(first,)))
+    assert set(names(denied)) == set(names(everything)) - {first}
+    seen = recommender.recommend(events, 300, RecommendOptions(now_ms=T + 1000, exclude_seen=False))
+    assert set(names(seen)) == set(ids)
+    with pytest.raises(RequestError, match="k=298 items were asked for, but only 297 of the 300 items are eligible"):
+        recommender.recommend(events, 298, NOW)
+
+
+def test_weights_decide_the_order(recommender: Recommender) -> None:
+    events = history(recommender, 3, 1, 4)
+    last = recommender.bundle.manifest.actions[-1]
+    slate = recommender.recommend(events, 297, RecommendOptions(now_ms=T + 1000, weights={last: -2.0}))
+    assert [item.score for item in slate.items] == [-2.0 * item.actions[last] for item in slate.items]
+    assert names(slate) != names(recommender.recommend(events, 297, NOW))
+
+
+def test_the_index_and_the_scan_agree(recommender: Recommender) -> None:
+    events = history(recommender, 3, 1, 4)
+    found = recommender.recommend(events, 10, RecommendOptions(now_ms=T + 1000, candidates=20))
+    scanned = recommender.recommend(events, 10, RecommendOptions(now_ms=T + 1000, candidates=20, exact=True))
+    assert (found.exact, scanned.exact) == (None, "asked for")
+    assert names(found) == names(scanned)
+
+
+def test_many_requests_are_answered_in_their_order(recommender: Recommender) -> None:
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(
+            history=history(recommender, *rng.integers(0, 300, rng.integers(1, 65))),
+            k=int(rng.integers(1, 20)),
+            options=RecommendOptions(now_ms=T + 1000, candidates=int(rng.integers(1, 60))),
+        )
+        for _ in range(40)
+    ]
+    together = recommender.recommend_many(requests)
+    assert len(together) == 40
+    for request, slate in zip(requests, together, strict=True):
+        alone = recommender.recommend(request.history, request.k, request.options)
+        assert names(slate) == names(alone)
+        np.testing.assert_allclose([i.score for i in slate.items], [i.score for i in alone.items], atol=1e-5)
+    assert recommender.recommend_many([]) == []
+
+
+def test_threads_get_the_answers_that_one_gets(recommender: Recommender) -> None:
+    rng = np.random.default_rng(2)
+    histories = [history(recommender, *rng.integers(0, 300, rng.integers(1, 65))) for _ in range(24)]
+    options = RecommendOptions(now_ms=T + 1000, candidates=40)
+
+    def items(events: tuple[Event, ...]) -> Any:
+        return recommender.recommend(events, 10, options).items
+
+    alone = [items(events) for events in histories]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(items, histories * 3)) == alone * 3
+
+
+def test_extending_a_history_scores_the_same(recommender: Recommender) -> None:
+    events, candidates = history(recommender, 3, 1, 4, 1, 5), recommender.bundle.item_ids[:7]
+    whole = recommender.score(events, candidates, NOW)
+    for cut in (1, 4):
+        np.testing.assert_allclose(recommender.score(events, candidates, NOW, extend_at=cut), whole, atol=1e-5)
+
+
+def test_seen_and_excluded_items_can_be_scored(recommender: Recommender) -> None:
+    ids = recommender.bundle.item_ids
+    options = RecommendOptions(now_ms=T + 1000, exclude=ids)
+    assert recommender.score(history(recommender, 3), [ids[3]], options).shape == (1, 4)
+
+
+def test_an_unknown_candidate_is_named(recommender: Recommender) -> None:
+    with pytest.raises(RequestError, match="candidates: item 'z' is not among the 300 items"):
+        recommender.score(history(recommender, 3), ["z"], NOW)
+
+
+@pytest.mark.parametrize("cut", [0, 3, -1])
+def test_an_extension_needs_events_on_both_sides(recommender: Recommender, cut: int) -> None:
+    with pytest.raises(RequestError, match=rf"extend_at={cut} must be from 1 to 2"):
+        recommender.score(history(recommender, 3, 1, 4), recommender.bundle.item_ids[:2], NOW, extend_at=cut)
+
+
+def test_one_bad_request_is_named_before_any_is_answered(recommender: Recommender) -> None:
+    good = Request(history=history(recommender, 3))
+    with pytest.raises(RequestError, match="the history is empty"):
+        recommender.recommend_many([good, Request(history=())])
+
+
+def test_what_serves_is_logged(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="unipinrec"):
+        Recommender.load(bundle)
+    assert "on cpu (auto: this version runs on the CPU only)" in caplog.text
+    assert "ONNX Runtime" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "match"),
+    [
+        ("cuda", "device 'cuda' is not available in this version; use auto or cpu"),
+        ("tensorrt", "device 'tensorrt' is not available in this version"),
+        ("tpu", "unknown device 'tpu'; use one of auto, cpu"),
+    ],
+)
+def test_a_device_that_cannot_run(bundle: Path, device: str, match: str) -> None:
+    with pytest.raises(BackendError, match=match):
+        Recommender.load(bundle, device)
+
+
+def test_a_damaged_bundle_is_not_served(copy: Path) -> None:
+    (copy / "weights.bin").unlink()
+    with pytest.raises(BundleCorruptError, match=r"weights\.bin is missing"):
+        Recommender.load(copy, verify=False)
+
+
+def test_an_index_of_fewer_items_is_not_served(copy: Path, reseal: Reseal) -> None:
+    vectors = load_file(copy / "items.safetensors")["item_vectors"]
+    index = hnswlib.Index(space="ip", dim=64)
+    index.init_index(299, M=16, ef_construction=100, random_seed=1)
+    index.add_items(vectors[:299], np.arange(299), num_threads=1)
+    index.save_index(str(copy / "index.hnsw"))
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"the index does not match the items: it has .* \(64, 299\)"):
+        Recommender.load(copy)
+
+
+def test_outputs_that_do_not_reproduce_are_not_served(copy: Path, reseal: Reseal) -> None:
+    golden = load_file(copy / "golden.safetensors")
+    golden["ranker.logits"][1, 2, 0] += 0.01
+    save_file(golden, copy / "golden.safetensors")
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"first ranker\.logits: differs by up to 0\.01, allowed are 0\.0001"):
+        Recommender.load(copy)
+    assert Recommender.load(copy, verify=False).bundle.path == copy

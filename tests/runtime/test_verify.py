@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime import verify_bundle
+
+Reseal = Callable[..., None]
+
+
+def test_a_whole_bundle(bundle: Path) -> None:
+    report = verify_bundle(bundle)
+    assert report.ok
+    assert {check.file for check in report.files} >= {"manifest.json", "encoder.onnx", "index.hnsw", "weights.bin"}
+    assert not any(check.problem for check in report.files)
+    assert len(report.golden) == 12
+    assert (report.device.name, report.tolerance) == ("cpu", 1e-4)
+
+
+def test_damaged_files_are_all_reported(copy: Path) -> None:
+    (copy / "ranker.onnx").unlink()
+    (copy / "index.hnsw").write_bytes(b"")
+    report = verify_bundle(copy)
+    problems = {check.file: check.problem for check in report.files if check.problem}
+    assert problems.keys() == {"ranker.onnx", "index.hnsw"}
+    assert problems["ranker.onnx"] == "is missing"
+    assert (report.ok, report.golden) == (False, ())
+
+
+def test_an_altered_manifest_is_reported(copy: Path) -> None:
+    (copy / "manifest.sha256").write_text("0" * 64)
+    report = verify_bundle(copy)
+    assert (report.ok, report.hash, len(report.files)) == (False, None, 1)
+    assert "is altered" in (report.files[0].problem or "")
+
+
+def test_contents_that_contradict_each_other_are_reported(copy: Path, reseal: Reseal) -> None:
+    (copy / "item_ids.json").write_text("[]")
+    reseal(copy)
+    report = verify_bundle(copy)
+    assert not report.ok
+    assert report.files[-1].file == "contents"
+    assert "0 entries for 300 items" in (report.files[-1].problem or "")
+
+
+def test_outputs_that_differ_are_reported_with_the_difference(copy: Path, reseal: Reseal) -> None:
+    golden = load_file(copy / "golden.safetensors")
+    golden["extend.present.1.key"][0, 0, 0, 0] += 0.5
+    golden["encoder.last_hidden_state"][0, 0] = np.nan
+    golden["retrieval.queries"] = golden["retrieval.queries"][:1]
+    del golden["ranker.logits"]
+    save_file(golden, copy / "golden.safetensors")
+    reseal(copy)
+    report = verify_bundle(copy)
+    problems = {check.output: check.problem for check in report.golden if check.problem}
+    assert not report.ok
+    assert problems["extend.present.1.key"] == "differs by up to 0.5, allowed are 0.0001"
+    assert problems["encoder.last_hidden_state"] == "differs by up to nan, allowed are 0.0001"
+    assert problems["retrieval.queries"] == "is (4, 1, 64), expected (1, 1, 64)"
+    assert problems["ranker.logits"] == "is missing in golden.safetensors"
+    assert len(problems) == 4
+
+
+def test_padding_is_not_compared(copy: Path, reseal: Reseal) -> None:
+    golden = load_file(copy / "golden.safetensors")
+    lengths = golden["history.lengths"]
+    row = int(lengths.argmin())
+    assert lengths[row] < lengths.max()
+    golden["encoder.present.0.key"][row, :, lengths[row] + 1 :] = 9.0
+    save_file(golden, copy / "golden.safetensors")
+    reseal(copy)
+    assert verify_bundle(copy).ok
+
+
+def test_golden_requests_that_are_missing_are_reported(copy: Path, reseal: Reseal) -> None:
+    golden = load_file(copy / "golden.safetensors")
+    del golden["prefix_lengths"]
+    save_file(golden, copy / "golden.safetensors")
+    reseal(copy)
+    report = verify_bundle(copy)
+    assert not report.ok
+    assert "'prefix_lengths' is missing" in (report.files[-1].problem or "")
+
+
+def test_an_unavailable_device_is_an_error(bundle: Path) -> None:
+    with pytest.raises(BackendError, match="'cuda' is not available"):
+        verify_bundle(bundle, "cuda")
