@@ -1,4 +1,4 @@
-"""What every benchmark shares: the card (machine, versions, commit, date) and the JSON document that closes its output."""
+"""What every benchmark shares: the card (machine, versions, commit, date) and the JSON that closes its output."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python bench/joint_attention.py [--rounds 15] [--threads 2] [--device cpu]
 
-Forward and backward of one layer's attention in the "sink" form, interleaved; medians with the 10th and 90th percentile.
+Forward and backward of one layer's attention in the "sink" form, interleaved; median, 10th, 90th percentile.
     split   causal SDPA for the history, masked SDPA for the candidates: n^2 + nk
     dense   one SDPA with an (n + k) x (1 + n + k) mask
     flex    one compiled FlexAttention with the same rule as a block mask
@@ -83,16 +83,16 @@ def step_ms(way: str, given: tuple[Tensor, Tensor, Tensor, Tensor], events: int)
 def measure(shape: dict[str, int], rounds: int, device: str) -> dict[str, Any]:
     given, usable, row = inputs(shape, device), [], dict[str, Any](shape)
     expected = split(*given, shape["n"])
-    for way in WAYS:
+    for way, attention in WAYS.items():
         try:
-            difference = (WAYS[way](*given, shape["n"]) - expected).abs().max()
+            difference = (attention(*given, shape["n"]) - expected).abs().max()
             step_ms(way, given, shape["n"])
         except Exception as error:  # a way that this device or build cannot run is a result
             row[way] = {"cannot run": str(error).splitlines()[0]}
             continue
         row[way] = {"max_abs_diff": float(difference)}
         usable.append(way)
-    times = {way: [] for way in usable}  # type: dict[str, list[float]]
+    times: dict[str, list[float]] = {way: [] for way in usable}
     for _ in range(rounds):
         for way in usable:
             times[way].append(step_ms(way, given, shape["n"]))

@@ -169,15 +169,14 @@ def main() -> None:
                     one_round(stages[form])
                 rounds = [{form: one_round(stages[form]) for form in FORMS} for _ in range(options.rounds)]
                 ranks = [r["self"]["rank"] / r["sink"]["rank"] for r in rounds]
-                rows.append(
-                    {
-                        "n": events,
-                        "k": candidates,
-                        "self_over_sink_rank": spread(ranks),
-                        **{form: summary([r[form] for r in rounds]) for form in FORMS},
-                    }
-                )
-    document: dict[str, Any] = {**card("stages"), "model": msgspec.to_builtins(SMALL), "batch": 1, "items": options.items}
+                row: dict[str, Any] = {"n": events, "k": candidates, "self_over_sink_rank": spread(ranks)}
+                rows.append(row | {form: summary([r[form] for r in rounds]) for form in FORMS})
+    document: dict[str, Any] = {
+        **card("stages"),
+        "model": msgspec.to_builtins(SMALL),
+        "batch": 1,
+        "items": options.items,
+    }
     finish({**document, "threads": options.threads, "rounds": options.rounds, "rows": rows}, "stages")
 
 

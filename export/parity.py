@@ -1,4 +1,4 @@
-"""Proof that the written graphs are valid and compute what PyTorch computes. Collects every failure before it reports."""
+"""Proof that the written graphs are valid and compute what PyTorch computes. Collects all failures."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
         def encode(self, ...): ...
     export_bundle(ExportSource(module=MyModel(), model=ModelSpec(...), ...), Path("bundle/"))
 
-Symbols: B rows, n events, m new events, p cached slots, k candidates, C actions, E item width, Q queries, F dense width.
+Symbols: B rows, n events, m new events, p cached slots, k candidates, C actions, E item width, Q queries, F dense.
 Histories are right-padded; `lengths` counts real events. Key/value tensors are (B, kv heads, slots, head_dim); those of
 a history may begin with `kv_prefix_slots` slots of the model's own (a sink). A missing time is -1.
 """
@@ -27,7 +27,7 @@ KeyValues = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """Raw inputs of a history: item_vectors [B,n,E], actions [B,n,C] f32 0/1; surfaces, timestamps_ms [B,n] i64; lengths [B] i64."""
+    """A history: item_vectors [B,n,E], actions [B,n,C] f32 0/1; surfaces, timestamps_ms [B,n] i64; lengths [B] i64."""
 
     item_vectors: Tensor
     actions: Tensor
@@ -38,7 +38,7 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """A cached history: per-layer (key, value); lengths [B] i64 in *events*; timestamps_ms [B] i64 of the last event."""
+    """A cached history: per-layer (key, value); lengths [B] i64, in events; timestamps_ms [B] i64 of the last."""
 
     key_values: KeyValues
     lengths: Tensor
@@ -71,7 +71,7 @@ class ServableModel(Protocol):
         """Action logits [B, k, C]."""
 
     def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
-        """Item vectors [N, E] of unit length; rows [N] i64 (-1: not in training), dense [N, F], categories [N, ...] i64."""
+        """Item vectors [N, E] of unit length; rows [N] (-1: not in training), dense [N, F], categories [N, ...]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,8 @@ class ExportSource:
             )
         if len({len(self.item_ids), len(self.titles), len(self.item_dense), len(self.item_categories)}) != 1:
             raise ExportError(
-                f"item_ids ({len(self.item_ids)}), titles ({len(self.titles)}), item_dense ({len(self.item_dense)}) and "
-                f"item_categories ({len(self.item_categories)}) must have one entry per item"
+                f"item_ids ({len(self.item_ids)}), titles ({len(self.titles)}), item_dense ({len(self.item_dense)}) "
+                f"and item_categories ({len(self.item_categories)}) must have one entry per item"
             )
         if len(set(self.item_ids)) != len(self.item_ids):
             raise ExportError("item_ids must be distinct")

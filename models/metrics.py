@@ -91,7 +91,7 @@ def action_metrics(
 ) -> ActionMetrics:
     """AUC, GAUC and logloss of one action; all arguments are [rows]."""
     frame = pl.DataFrame({"user": users, "label": labels.astype(np.float64), "score": probabilities})
-    by_user = frame.group_by("user").agg(_auc(), pl.len().alias("rows")).drop_nulls("auc")
+    by_user = frame.group_by("user", maintain_order=True).agg(_auc(), pl.len().alias("rows")).drop_nulls("auc")
     clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)
     return ActionMetrics(
         auc=frame.select(_auc())["auc"][0],

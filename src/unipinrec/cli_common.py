@@ -10,6 +10,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unipinrec.errors import UnipinrecError
@@ -27,7 +28,7 @@ json_option = click.option(
 
 def fail(error: BaseException) -> NoReturn:
     """Print why the command failed and leave with exit code 1."""
-    stderr.print(f"[bold red]error[/]: {error}", markup=True, highlight=False, soft_wrap=True)
+    stderr.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(1)
 
 

@@ -67,5 +67,6 @@ def _kind_of(folder: Path) -> str | None:
         if any(folder.glob(pattern)) or any(folder.glob(f"data/{pattern}")):
             return kind
     raise DataError(
-        f"{folder} holds none of {', '.join(SOURCES)}; for other files use `unipinrec prepare table`, then --data its output"
+        f"{folder} holds none of {', '.join(SOURCES)}; bring other files in with `unipinrec prepare table`, "
+        "then pass its output as --data"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,8 @@ RECOMMEND_EXAMPLES = """\b
 Examples:
   unipinrec recommend bundle/ --user user-17 -k 10
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json"""
+
+SOON_MS = 60_000
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 device_option = click.option(
@@ -110,7 +113,8 @@ def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> 
     "now_ms",
     type=int,
     metavar="MS",
-    help="Time of the request, Unix ms.  [default: the current time; unknown where no event has a time]",
+    help="Time of the request, Unix ms.  [default: the current time, unknown where no event has a time; with --user, "
+    "whose history may be old, a minute after the last event]",
 )
 @click.option(
     "--candidates", type=click.IntRange(1), default=200, show_default=True, help="Items that retrieval hands on."
@@ -136,7 +140,10 @@ def recommend(
         from unipinrec.runtime import Recommender, RecommendOptions
 
         recommender = Recommender.load(bundle, device)
-    slate = recommender.recommend(_events(recommender.bundle, user, history), k, RecommendOptions(**options))
+    events = _events(recommender.bundle, user, history)
+    if user is not None and options["now_ms"] is None:
+        options["now_ms"] = _soon_after(events[-1])
+    slate = recommender.recommend(events, k, RecommendOptions(**options))
     if as_json:
         print_json(slate.to_json())
     else:
@@ -152,10 +159,19 @@ def _events(bundle: Any, user: str | None, history: Path | None) -> tuple[Event,
     return events
 
 
+def _soon_after(event: Event) -> int | None:
+    return None if event.timestamp_ms is None else event.timestamp_ms + SOON_MS
+
+
 def _print_slate(slate: Slate, reason: str) -> None:
     actions = list(slate.items[0].actions)
     titled = any(item.title for item in slate.items)
-    table = Table("", "item", *(["title"] if titled else []), "score", *map(escape, actions), "retrieval")
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("item", no_wrap=True, min_width=min(20, max(len(item.item) for item in slate.items)))
+    if titled:
+        table.add_column("title", no_wrap=True, overflow="ellipsis")
+    for name in ("score", *map(escape, actions), "retrieval"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=5)
     for rank, item in enumerate(slate.items, 1):
         names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
         numbers = [item.score, *item.actions.values(), item.retrieval_score]

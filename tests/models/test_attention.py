@@ -63,9 +63,7 @@ def test_new_events_see_the_valid_past_and_the_new_ones_before(form: AttentionFo
         for h in range(HEADS):
             for i in range(events):
                 g, own = h // (HEADS // kv_heads), i + (form == "self")
-                key, value = (
-                    torch.cat([p[b, g, : valid[b]], n[b, g, :own]]) for p, n in zip(past, new, strict=True)
-                )
+                key, value = (torch.cat([p[b, g, : valid[b]], n[b, g, :own]]) for p, n in zip(past, new, strict=True))
                 expected[b, h, i] = _literal(query[b, h, i], key, value)
     _check(out, expected)
 

@@ -117,7 +117,9 @@ def test_a_slate_belongs_to_the_window_with_the_event_before_it(
 
 def test_windows_are_aligned_to_the_newest_event(make_dataset: Make) -> None:
     events = [("ann", "a", "feed", t, "click") for t in range(8)]
-    dataset = make_dataset(events, [(1, "ann", "feed", 1, [("a", "")]), (2, "ann", "feed", 5, [("a", "")])], split=(7, 9))
+    dataset = make_dataset(
+        events, [(1, "ann", "feed", 1, [("a", "")]), (2, "ann", "feed", 5, [("a", "")])], split=(7, 9)
+    )
     assert training_windows(sequences_of(dataset), 3) == [
         Window(begin=4, end=7, slate_begin=1, slate_end=2),
         Window(begin=1, end=4, slate_begin=0, slate_end=0),

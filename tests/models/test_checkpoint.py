@@ -35,9 +35,7 @@ def model(random_dataset: Callable[..., Dataset], make_model: Callable[..., UniP
 def folder(tmp_path: Path, model: UniPinRec, random_dataset: Callable[..., Dataset]) -> Path:
     dataset = random_dataset(1, features=True)
     data = sequences_of(dataset)
-    write_catalogue(
-        tmp_path, Catalogue(item_ids=data.item_ids, titles=dataset.items["title"].to_list()), data.features
-    )
+    write_catalogue(tmp_path, Catalogue(item_ids=data.item_ids, titles=dataset.items["title"].to_list()), data.features)
     write_model(tmp_path, model)
     return tmp_path
 

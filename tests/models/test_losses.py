@@ -107,9 +107,7 @@ def test_with_all_items_the_retrieval_loss_is_the_full_softmax(setup: Setup) -> 
         assert float(setup.losses()["retrieval"]) == pytest.approx(np.mean(expected), abs=1e-4)
 
 
-def test_sampled_items_are_corrected_by_their_log_probability(
-    random_dataset: MakeData, make_model: MakeModel
-) -> None:
+def test_sampled_items_are_corrected_by_their_log_probability(random_dataset: MakeData, make_model: MakeModel) -> None:
     setup = _setup(random_dataset(3, users=12, features=True), make_model, num_negatives=3)
     batch = setup.batch
     assert 0 < len(batch.sampled_items) < setup.data.num_items
@@ -144,10 +142,7 @@ def test_action_losses_are_the_weighted_mean_cross_entropies(setup: Setup) -> No
 
 @pytest.mark.parametrize(("retrieval", "ranking"), [(1.0, 1.0), (0.5, 3.0), (0.0, 1.0), (1.0, 0.0)])
 def test_the_loss_is_the_weighted_sum_of_its_parts(setup: Setup, retrieval: float, ranking: float) -> None:
-    losses = {
-        k: float(v.detach())
-        for k, v in setup.losses(retrieval_weight=retrieval, ranking_weight=ranking).items()
-    }
+    losses = {k: float(v.detach()) for k, v in setup.losses(retrieval_weight=retrieval, ranking_weight=ranking).items()}
     parts = retrieval * losses["retrieval"] + ranking * (losses["history_actions"] + losses["candidate_actions"])
     assert losses["loss"] == pytest.approx(parts, abs=1e-5)
 

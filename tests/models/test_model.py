@@ -161,9 +161,7 @@ def test_extending_a_part_equals_encoding_the_whole(make_model: Make, case: Case
         # Cut the past to the longest prefix; what lies behind a row's own prefix is garbage of later events.
         past = [(k[:, :, : prefix + max(prefixes)], v[:, :, : prefix + max(prefixes)]) for k, v in past]
         new = _shifted(history, prefixes)
-        added, extended = model.extend(
-            new, past, torch.tensor(prefixes), _last_times(history, torch.tensor(prefixes))
-        )
+        added, extended = model.extend(new, past, torch.tensor(prefixes), _last_times(history, torch.tensor(prefixes)))
     _close(extended, last)
     for row, (begin, end) in enumerate(zip(prefixes, case.lengths, strict=True)):
         for (key, value), (new_key, new_value) in zip(whole, added, strict=True):
@@ -224,9 +222,7 @@ def test_ranking_after_an_extension_equals_ranking_after_encoding(make_model: Ma
             kept, _ = model.encode(_rows(history, 0, head, row))
             times = history.timestamps_ms[row : row + 1, head - 1]
             added, _ = model.extend(_rows(history, head, length, row), kept, torch.tensor([head]), times)
-            grown = [
-                (torch.cat([k, n], 2), torch.cat([v, m], 2)) for (k, v), (n, m) in zip(kept, added, strict=True)
-            ]
+            grown = [(torch.cat([k, n], 2), torch.cat([v, m], 2)) for (k, v), (n, m) in zip(kept, added, strict=True)]
             assert grown[0][0].shape[2] == prefix + length
             one = CandidateTokens(
                 vectors=slate.vectors[row : row + 1],
