@@ -166,16 +166,20 @@ def _soon_after(event: Event) -> int | None:
 def _print_slate(slate: Slate, reason: str) -> None:
     actions = list(slate.items[0].actions)
     titled = any(item.title for item in slate.items)
-    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("item", no_wrap=True, min_width=min(20, max(len(item.item) for item in slate.items)))
-    if titled:
-        table.add_column("title", no_wrap=True, overflow="ellipsis")
-    for name in ("score", *map(escape, actions), "retrieval"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=5)
+    numbers = ("score", *map(escape, actions), "retrieval")
+    longest_id = max(len(item.item) for item in slate.items)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", justify="right")
+    table.add_column("item", no_wrap=True)
+    if titled:  # rich shrinks every column alike; only the title may give way
+        taken = longest_id + sum(max(5, len(name)) for name in numbers) + 3 * (len(numbers) + 3)
+        table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=max(8, stdout.width - taken))
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
     for rank, item in enumerate(slate.items, 1):
         names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
-        numbers = [item.score, *item.actions.values(), item.retrieval_score]
-        table.add_row(str(rank), *names, *(f"{number:.3f}" for number in numbers))
+        values = [item.score, *item.actions.values(), item.retrieval_score]
+        table.add_row(str(rank), *names, *(f"{value:.3f}" for value in values))
     stdout.print(table)
     times = slate.stages_ms
     stdout.print(

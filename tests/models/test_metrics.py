@@ -64,6 +64,12 @@ def test_auc_and_gauc_equal_their_definition(seed: int, rows: int) -> None:
         assert metrics.gauc is None
 
 
+def test_the_same_rows_give_the_same_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    users, labels, scores = rng.integers(0, 500, 5000), (rng.random(5000) < 0.3).astype(np.uint8), rng.random(5000)
+    assert len({action_metrics(users, labels, scores).gauc for _ in range(8)}) == 1
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_class_alone_has_no_auc_but_a_logloss(label: int) -> None:
     metrics = action_metrics(np.zeros(3, np.int64), np.full(3, label, np.uint8), np.full(3, 0.25))
