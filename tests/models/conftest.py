@@ -118,7 +118,10 @@ def build(
         source="made for a test",
     )
     event_rows = [(*event[:4], *_flags(event[4])) for event in events]
-    slate_rows = [(slate, *row[:4], *_flags(row[4]), row[5]) for slate, *row in shown]
+    slate_rows = [
+        (slate, user, item, surface, time, *_flags(names), position)
+        for slate, user, item, surface, time, names, position in shown
+    ]
     return Dataset(
         spec=spec,
         events=pl.DataFrame(event_rows, schema=event_columns(ACTIONS), orient="row"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -235,6 +236,35 @@ def test_sampled_items_are_distinct_sorted_and_hold_every_target(
         assert batch.sampled_log_q.shape == (len(sampled),)
         assert batch.sampled_log_q.dtype == torch.float32
         assert batch.item_rows.tolist() == sorted(set(batch.item_rows.tolist())), "each item is embedded once"
+
+
+def test_log_q_is_the_log_of_how_often_an_item_is_expected_to_be_drawn(make_dataset: Make) -> None:
+    history = ["a hide", "b click", "c like", "b click", "b", "c click", "d like"]
+    events = [("ann", entry[0], "feed", t, entry[2:]) for t, entry in enumerate(history)]
+    batches = _batches(make_dataset(events, items=list("abcdefghij"), split=(6, 9)), num_negatives=4)
+    (batch,) = batches.epoch(0, [0])
+    # Training ends before d. Four targets: b, c, b, c, each half of them; besides, 4 of 10 items are drawn evenly.
+    expected = {0: 0.4, 1: 4 * 0.5 + 0.4, 2: 4 * 0.5 + 0.4}
+    rows = batch.item_rows[batch.sampled_items].tolist()
+    for row, log_q in zip(rows, batch.sampled_log_q.tolist(), strict=True):
+        assert log_q == pytest.approx(math.log(expected.get(row, 0.4)), abs=1e-6)
+    assert {1, 2} <= set(rows)
+
+
+def test_the_correction_makes_the_sum_over_a_sample_an_estimate_of_the_sum_over_all_items(make_dataset: Make) -> None:
+    """Where items are rarely drawn twice; sums of 1 estimate the number of items, sums of a score its total."""
+    rng = np.random.default_rng(0)
+    names = [f"i{n:04d}" for n in range(4000)]
+    events = [(f"u{u:02d}", str(rng.choice(names)), "feed", t, "click") for u in range(60) for t in range(7)]
+    batches = _batches(make_dataset(events, items=names, split=(9, 9)), max_history=7, num_negatives=40)
+    totals = []
+    for epoch in range(20):
+        for batch in batches.epoch(epoch, range(len(batches))):
+            weights = torch.exp(-batch.sampled_log_q.double())
+            scores = (batch.item_rows[batch.sampled_items] % 10).double()
+            totals.append([float(weights.sum()), float((weights * scores).sum())])
+    assert len(totals) == 400
+    assert np.mean(totals, axis=0) == pytest.approx([4000, 4.5 * 4000], rel=0.06)
 
 
 def test_at_or_above_the_size_of_the_catalogue_the_softmax_is_full(random_dataset: Make) -> None:

@@ -153,7 +153,7 @@ def _strength(module: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize(("retrieval", "ranking"), [(1.0, 0.0), (0.0, 1.0)])
 def test_either_head_alone_teaches_the_item_embedder(setup: Setup, retrieval: float, ranking: float) -> None:
-    setup.losses(retrieval_weight=retrieval, ranking_weight=ranking)["loss"].backward()  # type: ignore[no-untyped-call]
+    setup.losses(retrieval_weight=retrieval, ranking_weight=ranking)["loss"].backward()
     assert _strength(setup.model.item_embedder.ids) > 0
     assert _strength(setup.model.item_embedder.words) > 0
     assert (_strength(setup.model.retrieval_head) > 0) == (retrieval > 0)
@@ -161,7 +161,7 @@ def test_either_head_alone_teaches_the_item_embedder(setup: Setup, retrieval: fl
 
 
 def test_an_action_without_weight_teaches_nothing(setup: Setup) -> None:
-    setup.losses(action_weights=(0.0, 1.0, 0.0), retrieval_weight=0.0)["loss"].backward()  # type: ignore[no-untyped-call]
+    setup.losses(action_weights=(0.0, 1.0, 0.0), retrieval_weight=0.0)["loss"].backward()
     gradient = setup.model.action_heads.bias.grad
     assert gradient is not None
     assert [bool(g) for g in gradient] == [False, True, False]
@@ -223,7 +223,7 @@ def test_a_batch_without_slates_trains_forward_and_backward(make_dataset: MakeDa
     losses = setup.losses()
     assert float(losses["candidate_actions"].detach()) == 0.0
     assert float(losses["retrieval"].detach()) > 0.0
-    losses["loss"].backward()  # type: ignore[no-untyped-call]
+    losses["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in setup.model.parameters())
 
 
@@ -236,7 +236,7 @@ def test_a_batch_with_nothing_to_learn_still_reaches_every_parameter(
     setup = _setup(dataset, make_model, num_negatives=2, outcome_conditioned=conditioned)
     losses = setup.losses(replace(setup.batch, masked=torch.zeros(1, 3)))
     assert {name: float(value.detach()) for name, value in losses.items()} == dict.fromkeys(losses, 0.0)
-    losses["loss"].backward()  # type: ignore[no-untyped-call]
+    losses["loss"].backward()
     assert [n for n, p in setup.model.named_parameters() if p.grad is None or p.grad.any()] == []
 
 

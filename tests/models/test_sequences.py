@@ -47,7 +47,8 @@ def test_users_events_and_slates_of_a_data_set_by_hand(make_dataset: Make) -> No
     assert data.slate_start.tolist() == [0, 2, 3, 5, 6]
     assert data.slate_rows.tolist() == [2, 1, 1, 2, 0, 0], "items keep the order in which they were shown"
     assert data.slate_actions.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]]
-    assert (data.actions.dtype, data.slate_actions.dtype) == (np.uint8, np.uint8)
+    assert data.actions.dtype == np.uint8
+    assert data.slate_actions.dtype == np.uint8
 
 
 def test_item_features_are_raw_values_in_declared_order_and_codes(make_dataset: Make) -> None:

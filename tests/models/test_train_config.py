@@ -53,14 +53,14 @@ def test_a_file_with_a_mistake_is_refused(tmp_path: Path, text: str, message: st
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="run.toml"):
+    with pytest.raises(ConfigError, match=r"run\.toml"):
         load_run_config(str(tmp_path / "run.toml"), {})
 
 
 def test_what_is_neither_a_size_nor_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'huge' is neither a size \\(tiny, small, paper\\) nor a file"):
         load_run_config("huge", {})
-    with pytest.raises(ConfigError, match="no.toml"):
+    with pytest.raises(ConfigError, match=r"no\.toml"):
         load_run_config(str(tmp_path / "no.toml"), {})
     with pytest.raises(ConfigError, match="directory"):
         load_run_config(str(tmp_path), {})
