@@ -53,7 +53,7 @@ class Batch:
     cutoffs: Tensor  # (B, k)
     candidate_valid: Tensor  # (B, k) bool
     sampled_items: Tensor  # (S,) items of the sampled softmax, distinct, every target among them
-    sampled_log_q: Tensor  # (S,) f32 log of the expected count of each in the sample
+    sampled_log_q: Tensor  # (S,) f32 log of how often each is expected to be drawn, repeats counted
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

@@ -210,10 +210,11 @@ def test_candidates_are_whole_slates_that_see_exactly_the_events_before_them(
             assert batch.candidate_actions[at, valid].tolist() == data.slate_actions[where].tolist()
 
 
-def test_slates_beyond_the_limit_are_left_out_at_random(make_dataset: Make) -> None:
+@pytest.mark.parametrize("limit", [6, 8])
+def test_slates_beyond_the_limit_are_left_out_at_random(make_dataset: Make, limit: int) -> None:
     events = [("ann", "a", "feed", t, "click") for t in range(3)]
     slates = [(s, "ann", "feed", 3 + s, [(i, "") for i in "abc"]) for s in range(4)]
-    batches = _batches(make_dataset(events, slates, split=(9, 9)), max_candidates=7)
+    batches = _batches(make_dataset(events, slates, split=(9, 9)), max_candidates=limit)
     kept = set()
     for epoch in range(30):
         (batch,) = batches.epoch(epoch, [0])

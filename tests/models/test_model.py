@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -96,6 +96,11 @@ def _rows(history: HistoryTokens, begin: int, end: int, row: int) -> HistoryToke
     )
 
 
+def _chosen(slate: CandidateTokens, row: int, which: slice | list[int]) -> CandidateTokens:
+    """Some candidates of one row."""
+    return CandidateTokens(**{f.name: getattr(slate, f.name)[row : row + 1, which] for f in fields(slate)})
+
+
 def _last_times(history: HistoryTokens, lengths: Tensor) -> Tensor:
     known = torch.cat([torch.full_like(history.timestamps_ms[:, :1], -1), history.timestamps_ms], dim=1)
     return known.gather(1, lengths[:, None])[:, 0]
@@ -150,7 +155,7 @@ def test_both_ways_to_attend_in_a_joint_pass_agree(make_model: Make, case: Case,
 @quick
 @given(case=cases, data=st.data())
 def test_extending_a_part_equals_encoding_the_whole(make_model: Make, case: Case, data: st.DataObject) -> None:
-    """Rows of one batch have pasts of different lengths, both parts padded with garbage."""
+    """Rows of one batch have pasts of different lengths; both parts are padded with other events, as garbage."""
     case = replace(case, lengths=[max(n, 2) for n in case.lengths])
     model, history = _model(make_model, case), _history(case)
     prefixes = [data.draw(st.integers(1, n - 1)) for n in case.lengths]
@@ -158,7 +163,6 @@ def test_extending_a_part_equals_encoding_the_whole(make_model: Make, case: Case
     with torch.no_grad():
         whole, last = model.encode(history)
         past, _ = model.encode(replace(history, lengths=torch.tensor(prefixes)))
-        # Cut the past to the longest prefix; what lies behind a row's own prefix is garbage of later events.
         past = [(k[:, :, : prefix + max(prefixes)], v[:, :, : prefix + max(prefixes)]) for k, v in past]
         new = _shifted(history, prefixes)
         added, extended = model.extend(new, past, torch.tensor(prefixes), _last_times(history, torch.tensor(prefixes)))
@@ -224,12 +228,7 @@ def test_ranking_after_an_extension_equals_ranking_after_encoding(make_model: Ma
             added, _ = model.extend(_rows(history, head, length, row), kept, torch.tensor([head]), times)
             grown = [(torch.cat([k, n], 2), torch.cat([v, m], 2)) for (k, v), (n, m) in zip(kept, added, strict=True)]
             assert grown[0][0].shape[2] == prefix + length
-            one = CandidateTokens(
-                vectors=slate.vectors[row : row + 1],
-                surfaces=slate.surfaces[row : row + 1],
-                timestamps_ms=slate.timestamps_ms[row : row + 1],
-                cutoffs=slate.cutoffs[row : row + 1],
-            )
+            one = _chosen(slate, row, slice(None))
             _close(_rank(model, grown, _rows(history, 0, length, row), one)[0], expected[row])
 
 
@@ -243,12 +242,7 @@ def test_an_answer_does_not_depend_on_batch_padding_or_other_candidates(
     kept = order[: data.draw(st.integers(1, case.candidates))]
     row = data.draw(st.integers(0, len(case.lengths) - 1))
     alone = _rows(history, 0, case.lengths[row], row)
-    some = CandidateTokens(
-        vectors=slate.vectors[row : row + 1, kept],
-        surfaces=slate.surfaces[row : row + 1, kept],
-        timestamps_ms=slate.timestamps_ms[row : row + 1, kept],
-        cutoffs=slate.cutoffs[row : row + 1, kept],
-    )
+    some = _chosen(slate, row, kept)
     with torch.no_grad():
         past, last = model.encode(history)
         logits = _rank(model, past, history, slate)
@@ -317,12 +311,7 @@ def test_slates_in_one_joint_pass_equal_each_slate_alone(make_model: Make, case:
         for row, ends in enumerate(cutoffs):
             for number, end in enumerate(ends):
                 span = slice(number * case.candidates, (number + 1) * case.candidates)
-                one = CandidateTokens(
-                    vectors=slate.vectors[row : row + 1, span],
-                    surfaces=slate.surfaces[row : row + 1, span],
-                    timestamps_ms=slate.timestamps_ms[row : row + 1, span],
-                    cutoffs=slate.cutoffs[row : row + 1, span],
-                )
+                one = _chosen(slate, row, span)
                 past, _ = model.encode(_rows(history, 0, end, row))
                 _close(_rank(model, past, _rows(history, 0, end, row), one)[0], logits[row, span])
 
