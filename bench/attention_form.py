@@ -36,7 +36,7 @@ def run_once(dataset: Dataset, form: AttentionForm, train: TrainConfig, out: Pat
     """Train one model and measure it on the test split."""
     config = RunConfig(model=msgspec.structs.replace(TINY, attention=form), train=train)
     began = time.monotonic()
-    trainer = Trainer(dataset, config, out, resume=(out / "state.json").exists())
+    trainer = Trainer(dataset, config, out, resume=(out / "state.safetensors").exists())
     for report in trainer.run():
         if isinstance(report, EpochReport):
             sys.stderr.write(f"{form} seed {train.seed} epoch {report.epoch} {report.metrics.selection_score():.4f}\n")

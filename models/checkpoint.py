@@ -5,7 +5,7 @@ model.safetensors       weights (best by validation)
 metrics.json            metrics and settings of the run
 catalogue.json          external item ids and titles, in row order
 catalogue.safetensors   raw item features, in row order
-state.safetensors, state.json   what resuming needs (latest weights, optimizer); absent in a finished copy
+state.safetensors       what resuming needs (latest weights, optimizer, position); not needed to export
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def write_model(folder: Path, model: UniPinRec) -> None:
     write_tensors(folder / "model.safetensors", dict(model.state_dict()))
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically; see `write_atomically`."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda partial: save_file(contiguous, partial))
+    _replace(path, lambda partial: save_file(contiguous, partial, metadata=metadata))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -94,6 +94,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
+        partial.chmod(0o644)  # safetensors writes for the owner alone, but another account may serve
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from unipinrec.errors import CheckpointError, ConfigError, TrainingInterrupted
+from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.batches import Batch, Batches, BatchOptions
 from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
 from unipinrec.models.data_schema import Dataset
@@ -25,7 +26,7 @@ from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.train_config import RunConfig, TrainConfig
-from unipinrec.models.training_state import Position, read_state, write_state
+from unipinrec.models.training_state import STATE_FILE, Position, read_state, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +87,18 @@ class Trainer:
         objective = Objective(self.model, self.data.features, _loss_options(config.train, self.vocabulary.actions))
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
-        self.position = Position()
+        self.position = Position(settings=_settings(config, self.data))
         self._open(dataset, resume)
 
     def _open(self, dataset: Dataset, resume: bool) -> None:
         if resume:
+            settings = self.position.settings
             self.position = read_state(self.out, self.model, self.optimizer)
+            _require_same(self.out, self.position.settings, settings)
             if self.position.epoch:
                 self.reports = read_json(self.out / "metrics.json", RunMetrics).epochs[: self.position.epoch]
             return
-        if (self.out / "config.json").exists() or (self.out / "state.json").exists():
+        if (self.out / "config.json").exists() or (self.out / STATE_FILE).exists():
             raise CheckpointError(f"{self.out} holds a run already; pass --resume to go on, or choose another --out")
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +122,7 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: It was asked to stop; the state is on disk.
+            TrainingError: The loss is not finite.
         """
         while not self.finished:
             began = time.monotonic()
@@ -150,7 +154,15 @@ class Trainer:
         self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {name: float(value.detach()) for name, value in losses.items()}
+        return self._finite({name: float(value.detach()) for name, value in losses.items()})
+
+    def _finite(self, losses: dict[str, float]) -> dict[str, float]:
+        if not math.isfinite(losses["loss"]):
+            raise TrainingError(
+                f"the loss is {losses['loss']} at step {self._steps_done() + 1}; the checkpoint of the last good epoch "
+                f"is untouched. Lower the learning rate (now {self.config.train.learning_rate}) or use --precision fp32"
+            )
+        return losses
 
     def _finish_epoch(self, seconds: float) -> EpochReport:
         metrics = self._validate()
@@ -169,6 +181,7 @@ class Trainer:
         self.position = Position(
             epoch=self.position.epoch + 1,
             best_score=score if best else previous,
+            settings=self.position.settings,
             stale_epochs=0 if best else self.position.stale_epochs + 1,
         )
         if self.accelerator.is_main_process:
@@ -192,6 +205,24 @@ class Trainer:
             write_state(self.out, self.position, self.model, self.optimizer)
         raise TrainingInterrupted(
             f"stopped after step {self._steps_done()} of {self.total_steps}; go on with --resume --out {self.out}"
+        )
+
+
+def _settings(config: RunConfig, data: Sequences) -> dict[str, Any]:
+    """What must stay as it is when a run goes on; its length and how it is watched may change."""
+    train = msgspec.to_builtins(config.train)
+    for name in ("epochs", "patience", "valid_requests", "precision"):
+        del train[name]
+    sizes = {"items": data.num_items, "events": len(data.rows), "slate items": len(data.slate_rows)}
+    return {**msgspec.to_builtins(config.model), **train, **sizes}
+
+
+def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in now if then.get(name) != now[name]]
+    if changed:
+        raise CheckpointError(
+            f"{out}: the run was started with other settings or data: {'; '.join(changed)}; "
+            "resume with the same ones, or start a new run with another --out"
         )
 
 

@@ -1,17 +1,22 @@
-"""What resuming a run needs beside the best checkpoint: latest weights, optimizer moments, and where the run stood."""
+"""What resuming needs beside the best checkpoint: latest weights, optimizer moments, and where the run stood.
+
+One file, `state.safetensors`, with the position in its metadata: weights and position can never disagree.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from unipinrec.errors import CheckpointError
-from unipinrec.models.checkpoint import read_json, write_atomically, write_tensors
+from unipinrec.models.checkpoint import write_tensors
 from unipinrec.models.model import UniPinRec
+
+STATE_FILE = "state.safetensors"
 
 
 class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +28,7 @@ class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         loss_sums: Sum of each loss over those steps.
         best_score: Best validation score so far; None before the first.
         stale_epochs: Epochs since then.
+        settings: What must stay as it is for the run to go on, as JSON.
     """
 
     epoch: int = 0
@@ -30,6 +36,7 @@ class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     loss_sums: dict[str, float] = {}
     best_score: float | None = None
     stale_epochs: int = 0
+    settings: dict[str, Any] = {}
 
     def add(self, losses: dict[str, float]) -> None:
         """Count one step."""
@@ -43,12 +50,11 @@ class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def write_state(folder: Path, position: Position, model: UniPinRec, optimizer: torch.optim.Optimizer) -> None:
-    """Write `state.safetensors`, then `state.json`, each atomically."""
+    """Write `state.safetensors` atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-    write_tensors(folder / "state.safetensors", tensors)
-    write_atomically(folder / "state.json", msgspec.json.encode(position))
+    write_tensors(folder / STATE_FILE, tensors, {"position": msgspec.json.encode(position).decode()})
 
 
 def read_state(folder: Path, model: UniPinRec, optimizer: torch.optim.Optimizer) -> Position:
@@ -57,13 +63,15 @@ def read_state(folder: Path, model: UniPinRec, optimizer: torch.optim.Optimizer)
     Raises:
         CheckpointError: There is nothing to resume, or it belongs to a model of another shape.
     """
-    if not (folder / "state.json").exists():
+    if not (folder / STATE_FILE).exists():
         raise CheckpointError(f"{folder} holds no interrupted run to resume; leave out --resume to start one")
     try:
-        tensors = load_file(folder / "state.safetensors")
+        with safe_open(folder / STATE_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            position = msgspec.json.decode((file.metadata() or {}).get("position", ""), type=Position)
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{folder}: the saved state does not fit this model: {error}") from error
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -71,4 +79,4 @@ def read_state(folder: Path, model: UniPinRec, optimizer: torch.optim.Optimizer)
             _, index, key = name.split(".", 2)
             moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_json(folder / "state.json", Position)
+    return position

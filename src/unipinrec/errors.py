@@ -4,6 +4,7 @@
     ├── ConfigError             a setting that is unknown, out of range, or contradicts another
     ├── DataError               a data set that cannot be read or is not in the documented format
     ├── CheckpointError         a checkpoint folder that is missing, damaged or of another model
+    ├── TrainingError           training cannot go on
     ├── TrainingInterrupted     training stopped on request; the state to resume from is on disk
     ├── ExportError             an export that failed; no bundle was left behind
     │   └── ParityError         an exported graph that does not compute what PyTorch computes
@@ -31,6 +32,10 @@ class DataError(UnipinrecError):
 
 class CheckpointError(UnipinrecError):
     """A checkpoint folder is missing, damaged, or holds another model."""
+
+
+class TrainingError(UnipinrecError):
+    """Training cannot go on."""
 
 
 class TrainingInterrupted(UnipinrecError):  # noqa: N818 - an interruption, not a fault

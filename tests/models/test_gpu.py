@@ -24,7 +24,7 @@ pytestmark = [
 def test_bf16_training_reaches_what_fp32_reaches(dataset: Path, tmp_path: Path) -> None:
     scores = {}
     for precision in ("fp32", "bf16"):
-        train = TrainConfig(epochs=4, batch_size=32, precision=precision, seed=3)  # type: ignore[arg-type]
+        train = TrainConfig(epochs=4, batch_size=32, precision=precision, seed=3)
         trainer = Trainer(read_dataset(dataset), RunConfig(model=TINY, train=train), tmp_path / precision)
         assert len(held_out_requests(trainer.data, trainer.positive, "valid")) > 100
         reports = [report for report in trainer.run() if isinstance(report, EpochReport)]

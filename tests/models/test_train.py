@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from unipinrec.errors import CheckpointError, ConfigError, TrainingInterrupted
+from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import ModelConfig
 from unipinrec.models.data_schema import Dataset
@@ -145,7 +146,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     second = Trainer(noise, config, tmp_path / "parts", resume=True)
     rest, _ = _run(second)
     assert rest == expected[stop_after:]
-    for name in ("model.safetensors", "state.safetensors", "state.json", "config.json", "catalogue.safetensors"):
+    for name in ("model.safetensors", "state.safetensors", "config.json", "catalogue.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert [_timeless(r) for r in second.reports] == [_timeless(r) for r in expected_epochs]
 
@@ -181,7 +182,7 @@ def test_a_run_that_dies_before_it_saves_its_state_repeats_the_epoch(noise: Data
         if isinstance(report, EpochReport):
             expected.append(_timeless(report))
             if report.epoch == 0:
-                saved = {name: (folder / name).read_bytes() for name in ("state.json", "state.safetensors")}
+                saved = {name: (folder / name).read_bytes() for name in ("state.safetensors",)}
     model = (folder / "model.safetensors").read_bytes()
     for name, content in saved.items():
         (folder / name).write_bytes(content)
@@ -189,6 +190,25 @@ def test_a_run_that_dies_before_it_saves_its_state_repeats_the_epoch(noise: Data
     _run(trainer)
     assert [_timeless(report) for report in trainer.reports] == expected
     assert (folder / "model.safetensors").read_bytes() == model
+
+
+def test_a_run_goes_on_only_with_its_own_settings_and_data(noise: Dataset, rule: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
+        _run(Trainer(noise, _config(), tmp_path), 1)
+    with pytest.raises(CheckpointError, match="batch_size was 4, is 2; resume with the same ones"):
+        Trainer(noise, _config({"batch_size": 2}), tmp_path, resume=True)
+    fewer = replace(noise, events=noise.events.filter(noise.events["user_id"] != noise.events["user_id"][0]))
+    with pytest.raises(CheckpointError, match="other settings or data: events was"):
+        Trainer(fewer, _config(), tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config(), tmp_path)
+    with torch.no_grad():
+        trainer.model.final_norm.weight[3] = float("nan")
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; .* Lower the learning rate"):
+        _run(trainer)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(noise: Dataset, tmp_path: Path) -> None:
