@@ -23,7 +23,7 @@ NOW_MS = 1_760_000_000_000
 lengths = st.lists(st.integers(1, MAX_EVENTS), min_size=1, max_size=4)
 counts = st.integers(1, 40)
 seeds = st.integers(0, 2**31)
-quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
