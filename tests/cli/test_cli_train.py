@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from unipinrec.cli import main
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every subcommand, nested ones included."""
+    found = []
+    for name, command in group.commands.items():
+        found += commands(command, (*path, name)) if isinstance(command, click.Group) else [(*path, name)]
+    return found
+
+
+@pytest.mark.parametrize("words", commands(main), ids=" ".join)
+def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
+    result = run(*words, "--help")
+    assert result.exit_code == 0
+    assert f"unipinrec {' '.join(words)}" in result.stdout
+
+
+def test_train_json_is_one_document(dataset: Path, tmp_path: Path) -> None:
+    result = run("train", "--data", dataset, "--out", tmp_path / "ck", "--epochs", "1", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["checkpoint"] == str(tmp_path / "ck")
+    assert [epoch["epoch"] for epoch in document["epochs"]] == [0]
+    assert "epoch 1  loss" in result.stderr
+    again = run("train", "--data", dataset, "--out", tmp_path / "ck", "--epochs", "1")
+    assert again.exit_code == 1
+    assert "holds a run already; pass --resume" in again.stderr
+
+
+def test_train_from_a_file(dataset: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('size = "tiny"\n[model]\nnum_layers = 1\n[train]\nepochs = 1\nbatch_size = 64\n')
+    assert run("train", "--data", dataset, "--config", config, "--out", tmp_path / "ck").exit_code == 0
+    written = json.loads((tmp_path / "ck/config.json").read_bytes())
+    assert (written["model"]["num_layers"], written["model"]["hidden_size"]) == (1, 64)
+    config.write_text("[train]\nepoch = 1\n")
+    refused = run("train", "--data", dataset, "--config", config, "--out", tmp_path / "other")
+    assert refused.exit_code == 1
+    assert "unknown field `epoch`" in refused.stderr
+
+
+def test_wrong_use_and_missing_data(tmp_path: Path) -> None:
+    assert run("train", "--out", tmp_path).exit_code == 2
+    missing = run("train", "--data", tmp_path / "none", "--out", tmp_path / "ck")
+    assert missing.exit_code == 1
+    assert "is not a prepared data set" in missing.stderr
+    assert not (tmp_path / "ck").exists()
+
+
+def test_ctrl_c_leaves_a_state_to_resume_from(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ck"
+    train = [sys.executable, "-m", "unipinrec", "train", "--data", str(dataset), "--out", str(out)]
+    with subprocess.Popen([*train, "--epochs", "200"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 1 "):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 1
+    assert "stopping after this step" in rest
+    assert "go on with --resume" in rest
+    assert "Traceback" not in rest
+    resumed = run("train", "--data", dataset, "--out", out, "--resume", "--epochs", "2", "--json")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert [epoch["epoch"] for epoch in json.loads(resumed.stdout)["epochs"]][:1] == [0]
+
+
+def test_evaluate_prints_model_popularity_and_ceiling(checkpoint: Path, dataset: Path) -> None:
+    result = run("evaluate", checkpoint, "--data", dataset)
+    assert result.exit_code == 0, result.stderr
+    for word in ("model", "popularity", "ceiling", "HR@10", "MRR", "click auc", "hide logloss"):
+        assert word in result.stdout
+    document = json.loads(run("evaluate", checkpoint, "--data", dataset, "--limit", "50", "--json").stdout)
+    assert document["scorers"]["model"]["retrieval"]["targets"] <= 50
+    assert set(document["scorers"]) == {"model", "popularity", "ceiling"}
+
+
+def test_export_refuses_what_exists(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    refused = run("export", checkpoint, bundle)
+    assert refused.exit_code == 1
+    assert "exists; a bundle is never overwritten" in refused.stderr
+    missing = run("export", tmp_path, tmp_path / "bundle")
+    assert missing.exit_code == 1
+    assert "a checkpoint folder is what `unipinrec train` writes" in missing.stderr
+
+
+def test_export_json(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    result = run("export", checkpoint, tmp_path / "bundle", "--data", dataset, "--users", "5", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["parity"]["max_abs_diff"] < 1e-4
+    assert len(json.loads((tmp_path / "bundle/user_ids.json").read_bytes())) == 5
+
+
+def test_demo_names_what_it_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    result = run("demo", "--data", tmp_path, "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    assert "holds none of dataset.json, u.data" in result.stderr

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unipinrec.errors import CheckpointError
+from unipinrec.models.compare import ceiling_scores, compare_scorers
+from unipinrec.models.data_schema import read_dataset, write_dataset
+from unipinrec.models.evaluate import held_out_requests, shown_items
+from unipinrec.models.sequences import sequences_of
+from unipinrec.models.simulator import SimulatorConfig, simulate
+from unipinrec.models.simulator_oracle import read_oracle
+
+
+def test_nothing_beats_the_ceiling(checkpoint: Path, dataset: Path) -> None:
+    results = compare_scorers(checkpoint, dataset, "test")
+    retrieval = {name: metrics.retrieval for name, metrics in results.items()}
+    for name in ("model", "popularity"):
+        better, worse = retrieval["ceiling"], retrieval[name]
+        assert better is not None
+        assert worse is not None
+        assert better.hit_rate[10] > worse.hit_rate[10] + 0.1
+    ceiling, model = results["ceiling"].ranking, results["model"].ranking
+    assert ceiling is not None
+    assert model is not None
+    assert (ceiling["click"].auc or 0) > (model["click"].auc or 1) + 0.05
+    assert ceiling["click"].rows == model["click"].rows
+
+
+def test_the_ceiling_scores_each_shown_item_with_its_own_truth(dataset: Path) -> None:
+    prepared, oracle = read_dataset(dataset), read_oracle(dataset)
+    data = sequences_of(prepared)
+    positive = np.array([name in prepared.spec.positive_actions for name in prepared.spec.actions])
+    requests = held_out_requests(data, positive, "test", 40)
+    scores = ceiling_scores(oracle, prepared.spec, data, requests)
+    truth = {
+        (slate, item): chance for slate, item, chance in oracle.rows.select("slate_id", "item_id", "p_save").iter_rows()
+    }
+    save = prepared.spec.actions.index("save")
+    for place, shown in enumerate(shown_items(data, requests)):
+        slate = data.slate_ids[np.searchsorted(data.slate_start, shown, side="right") - 1]
+        expected = truth[slate, data.item_ids[data.slate_rows[shown]]]
+        assert scores.probabilities[place, save] == pytest.approx(expected)
+
+
+def test_other_data_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
+    with pytest.raises(CheckpointError, match="was trained on other data than"):
+        compare_scorers(checkpoint, tmp_path / "other", "test")
