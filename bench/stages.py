@@ -30,14 +30,15 @@ from common import card, finish
 from numpy.typing import NDArray
 
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import ServableUniPinRec
+from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
+from unipinrec.models.checkpoint import Catalogue
 from unipinrec.models.config import SMALL, AttentionForm, Vocabulary
 from unipinrec.models.model import UniPinRec
+from unipinrec.models.sequences import ItemFeatures
 from unipinrec.runtime.bundle import INDEX, Bundle
 from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
 from unipinrec.runtime.index import ExactIndex, HnswIndex
-from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.ort_session import OrtBackend
 from unipinrec.runtime.retrieval import Retriever
 
@@ -54,29 +55,9 @@ def random_source(form: AttentionForm, items: int) -> ExportSource:
         num_items=items, actions=ACTIONS, positive_actions=("save",), surfaces=("unknown",), dense={}, categories={}
     )
     torch.manual_seed(0)
-    return ExportSource(
-        module=ServableUniPinRec(UniPinRec(config, vocabulary)).eval(),
-        model=ModelSpec(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            hidden_size=config.hidden_size,
-            item_dim=config.item_dim,
-            max_history=config.max_history,
-            kv_prefix_slots=config.kv_prefix_slots,
-            outcome_conditioned=False,
-        ),
-        actions=ACTIONS,
-        positive_actions=("save",),
-        surfaces=("unknown",),
-        dense={},
-        categories={},
-        item_ids=[str(i) for i in range(items)],
-        titles=[None] * items,
-        item_dense=np.zeros((items, 0), np.float32),
-        item_categories=np.zeros((items, 0), np.int64),
-        config={},
-    )
+    catalogue = Catalogue(item_ids=[str(i) for i in range(items)], titles=[None] * items)
+    nothing = ItemFeatures(dense=np.zeros((items, 0), np.float32), categories=np.zeros((items, 0), np.int64))
+    return source_from_model(UniPinRec(config, vocabulary), catalogue, nothing)
 
 
 class Stages:

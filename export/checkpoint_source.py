@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
 from unipinrec.export.protocol import Candidates, Events, ExportSource, Histories, KeyValues, Past
-from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.checkpoint import Catalogue, load_checkpoint
 from unipinrec.models.data_schema import read_dataset
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import sequences_of
+from unipinrec.models.sequences import ItemFeatures, sequences_of
 from unipinrec.runtime.manifest import ModelSpec
 
 
@@ -70,10 +70,18 @@ def source_from_checkpoint(folder: Path) -> ExportSource:
         CheckpointError: The folder is no usable checkpoint.
     """
     checkpoint = load_checkpoint(folder)
-    config, vocabulary = checkpoint.model.config, checkpoint.model.vocabulary
     metrics = folder / "metrics.json"
+    best = _best_epoch(msgspec.json.decode(metrics.read_bytes())) if metrics.exists() else None
+    return source_from_model(checkpoint.model, checkpoint.catalogue, checkpoint.features, best)
+
+
+def source_from_model(
+    model: UniPinRec, catalogue: Catalogue, features: ItemFeatures, metrics: dict[str, Any] | None = None
+) -> ExportSource:
+    """A model in memory as something to export; it is put in eval mode."""
+    config, vocabulary = model.config, model.vocabulary
     return ExportSource(
-        module=ServableUniPinRec(checkpoint.model).eval(),
+        module=ServableUniPinRec(model).eval(),
         model=ModelSpec(
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
@@ -89,12 +97,12 @@ def source_from_checkpoint(folder: Path) -> ExportSource:
         surfaces=vocabulary.surfaces,
         dense=vocabulary.dense,
         categories=vocabulary.categories,
-        item_ids=checkpoint.catalogue.item_ids,
-        titles=checkpoint.catalogue.titles,
-        item_dense=checkpoint.features.dense,
-        item_categories=checkpoint.features.categories,
+        item_ids=catalogue.item_ids,
+        titles=catalogue.titles,
+        item_dense=features.dense,
+        item_categories=features.categories,
         config={"architecture": "UniPinRec", **msgspec.to_builtins(config)},
-        metrics=_best_epoch(msgspec.json.decode(metrics.read_bytes())) if metrics.exists() else None,
+        metrics=metrics,
     )
 
 

@@ -25,6 +25,7 @@ Examples:
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json"""
 
 SOON_MS = 60_000
+TITLE_WIDTH = 12
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 device_option = click.option(
@@ -164,23 +165,22 @@ def _soon_after(event: Event) -> int | None:
 
 
 def _print_slate(slate: Slate, reason: str) -> None:
-    actions = list(slate.items[0].actions)
+    shown, hidden = _fitting_actions(slate)
     titled = any(item.title for item in slate.items)
-    numbers = ("score", *map(escape, actions), "retrieval")
-    longest_id = max(len(item.item) for item in slate.items)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column("item", no_wrap=True)
-    if titled:  # rich shrinks every column alike; only the title may give way
-        taken = longest_id + sum(max(5, len(name)) for name in numbers) + 3 * (len(numbers) + 3)
-        table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=max(8, stdout.width - taken))
-    for name in numbers:
+    if titled:
+        table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=TITLE_WIDTH)
+    for name in ("score", *map(escape, shown), "retrieval"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, item in enumerate(slate.items, 1):
         names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
-        values = [item.score, *item.actions.values(), item.retrieval_score]
+        values = [item.score, *(item.actions[name] for name in shown), item.retrieval_score]
         table.add_row(str(rank), *names, *(f"{value:.3f}" for value in values))
     stdout.print(table)
+    if hidden:
+        stdout.print(f"not shown for lack of width: {', '.join(hidden)} (--json has all)", markup=False)
     times = slate.stages_ms
     stdout.print(
         f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
@@ -191,3 +191,22 @@ def _print_slate(slate: Slate, reason: str) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _fitting_actions(slate: Slate) -> tuple[list[str], list[str]]:
+    """The actions whose columns fit the terminal beside rank, id, title, score and retrieval, and the others."""
+    titled = any(item.title for item in slate.items)
+    fixed = [
+        2,
+        max(len(item.item) for item in slate.items),
+        TITLE_WIDTH if titled else 0,
+        len("score"),
+        len("retrieval"),
+    ]
+    room = stdout.width - sum(width + 3 for width in fixed)
+    shown: list[str] = []
+    hidden: list[str] = []
+    for name in slate.items[0].actions:
+        room -= max(5, len(name)) + 3
+        (shown if room >= 0 else hidden).append(name)
+    return shown, hidden

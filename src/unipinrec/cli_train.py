@@ -68,7 +68,7 @@ def _follow(trainer: Trainer) -> EpochReport | None:
             if isinstance(report, EpochReport):
                 last = report
                 if not bar.disable:
-                    bar.console.print(_epoch_line(report), highlight=False)
+                    bar.console.print(_epoch_line(report), highlight=False, soft_wrap=True)
             else:
                 bar.update(task, completed=report.step, note=_step_note(report))
     return last
@@ -79,13 +79,13 @@ def _step_note(report: StepReport) -> str:
 
 
 def _epoch_line(report: EpochReport) -> str:
-    parts = [f"epoch {report.epoch + 1}", f"loss {report.losses['loss']:.3f}"]
+    parts = [f"epoch {report.epoch + 1}", f"{report.seconds:.0f} s", f"loss {report.losses['loss']:.3f}"]
     if report.metrics.retrieval:
-        parts.append(f"valid HR@10 {report.metrics.retrieval.hit_rate[10]:.4f}")
-    for name, metrics in (report.metrics.ranking or {}).items():
-        if metrics.auc is not None:
-            parts.append(f"{name} AUC {metrics.auc:.3f}")
-    return "  ".join([*parts, f"{report.seconds:.0f} s", "best" if report.best else ""])
+        parts.append(f"HR@10 {report.metrics.retrieval.hit_rate[10]:.4f}")
+    measured = {name: m.auc for name, m in (report.metrics.ranking or {}).items() if m.auc is not None}
+    if measured:
+        parts.append("AUC " + " ".join(f"{name} {auc:.3f}" for name, auc in measured.items()))
+    return "  ".join([*parts, "best" if report.best else ""]).rstrip()
 
 
 @click.command(epilog="Example: unipinrec evaluate checkpoint/ --data data/")
