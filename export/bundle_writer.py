@@ -39,7 +39,7 @@ def export_bundle(
     out: Path,
     *,
     histories: Histories | None = None,
-    keep_users: bool = True,
+    users: int = 1000,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
     """Write a bundle: graphs, item table, index, golden requests, manifest.
@@ -48,7 +48,7 @@ def export_bundle(
         source: The model and its catalogue.
         out: Folder to create; it must not exist.
         histories: Real histories for the golden requests and the index's recall; random ones if None.
-        keep_users: Whether `histories` go into the bundle, for `recommend --user`.
+        users: How many of `histories`, the first ones, go into the bundle, for `recommend --user`.
         progress: Called with the name of each stage as it begins.
 
     Returns:
@@ -63,7 +63,7 @@ def export_bundle(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        manifest = _write(source, partial, histories, keep_users, progress)
+        manifest = _write(source, partial, histories, users, progress)
         _sync(partial)
         partial.chmod(0o755)
         partial.rename(out)
@@ -87,7 +87,7 @@ def _write(
     source: ExportSource,
     folder: Path,
     histories: Histories | None,
-    keep_users: bool,
+    users: int,
     progress: Callable[[str], None],
 ) -> Manifest:
     progress("item table")
@@ -97,8 +97,8 @@ def _write(
     sample = histories or random_histories(source)
     golden = golden_tensors(source, sample, vectors)
     save_file(dict(golden), folder / "golden.safetensors")
-    if histories is not None and keep_users:
-        _write_users(histories, folder)
+    if histories is not None and users:
+        _write_users(histories, users, folder)
     progress("index")
     index = build_index(vectors, _queries(source, sample, vectors), folder / "index.hnsw")
     progress("manifest")
@@ -173,14 +173,16 @@ def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.flo
     return torch.cat(queries).numpy()
 
 
-def _write_users(histories: Histories, folder: Path) -> None:
-    (folder / "user_ids.json").write_bytes(msgspec.json.encode(histories.user_ids))
+def _write_users(histories: Histories, users: int, folder: Path) -> None:
+    user_ids = histories.user_ids[:users]
+    events = slice(0, int(histories.offsets[len(user_ids)]))
+    (folder / "user_ids.json").write_bytes(msgspec.json.encode(user_ids))
     arrays = {
-        "offsets": histories.offsets,
-        "item_rows": histories.item_rows,
-        "actions": histories.actions,
-        "surfaces": histories.surfaces,
-        "timestamps_ms": histories.timestamps_ms,
+        "offsets": histories.offsets[: len(user_ids) + 1],
+        "item_rows": histories.item_rows[events],
+        "actions": histories.actions[events],
+        "surfaces": histories.surfaces[events],
+        "timestamps_ms": histories.timestamps_ms[events],
     }
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "users.safetensors")
 

@@ -14,6 +14,8 @@ from unipinrec.cli_common import command, json_option, print_json, stderr, stdou
 if TYPE_CHECKING:
     from unipinrec.runtime.manifest import Manifest
 
+SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
+
 
 @click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -35,14 +37,14 @@ def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, as_jso
         from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
 
         source = source_from_checkpoint(checkpoint)
-        histories = histories_from_data(data, source, max(users, 100)) if data else None
+        histories = histories_from_data(data, source, max(users, SAMPLED_USERS)) if data else None
     began = time.monotonic()
     with stderr.status("exporting") as status:
         manifest = export_bundle(
             source,
             bundle,
             histories=histories,
-            keep_users=users > 0,
+            users=users,
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
     if as_json:

@@ -108,7 +108,10 @@ def test_export_json(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["parity"]["max_abs_diff"] < 1e-4
-    assert len(json.loads((tmp_path / "bundle/user_ids.json").read_bytes())) == 5
+    users = json.loads((tmp_path / "bundle/user_ids.json").read_bytes())
+    assert len(users) == 5
+    served = run("recommend", tmp_path / "bundle", "--user", users[4], "-k", "3", "--json")
+    assert len(json.loads(served.stdout)["items"]) == 3
 
 
 def test_demo_names_what_it_cannot_read(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_are_optional(
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
     source, again = source_from_checkpoint(checkpoint), tmp_path / "again"
-    export_bundle(source, again, histories=histories_from_data(dataset, source, 200), keep_users=False)
+    export_bundle(source, again, histories=histories_from_data(dataset, source, 200), users=0)
     names = {path.name for path in again.iterdir()}
     assert names == {path.name for path in bundle.iterdir()} - {"users.safetensors", "user_ids.json"}
     for name in names - {"manifest.json", "manifest.sha256"}:  # the manifest carries the date
