@@ -8,6 +8,7 @@ Rules worth knowing:
 - Events that repeat in (user, item, timestamp) are one event with the union of their actions. Without a
   timestamp a repeat is only recognised by the optional column `order`; a repeated item in an unordered
   history is legitimate.
+- A slate is scored with what was known when it began, so a row with a later time than the slate's first is dropped.
 - An item shown twice in one slate is one candidate with the union of its actions, at its first position.
 - Events are ordered by user, then time (unknown first), then `order`, then their place in the raw table.
 """
@@ -197,6 +198,8 @@ def _clean_slates(raw: RawTables, items: pl.DataFrame, dropped: Counter[str]) ->
     frame = _drop_foreign(frame, "slates", items, dropped)
     frame = _drop(frame, "slates: no slate id", pl.col("slate_id").is_null(), dropped)
     frame = _drop(frame, "slates: no time", pl.col("timestamp_ms").is_null(), dropped)
+    begins = pl.col("timestamp_ms").min().over("slate_id")
+    frame = _drop(frame, "slates: time in the future of its slate", pl.col("timestamp_ms") > begins, dropped)
     _refuse_contradictions(frame)
     unique = _merge_repeats(frame, ["slate_id", "item_id"])
     dropped["slates: duplicate row"] = frame.height - unique.height
@@ -210,8 +213,8 @@ def _refuse_contradictions(slates: pl.DataFrame) -> None:
     if below.height:
         row = below.row(0, named=True)
         raise DataError(f"slates: position {row['position']} in slate {row['slate_id']}; positions count from 0")
-    heads = slates.group_by("slate_id", maintain_order=True).agg("user_id", "timestamp_ms", "surface")
-    for column in ("user_id", "timestamp_ms", "surface"):
+    heads = slates.group_by("slate_id", maintain_order=True).agg("user_id", "surface")
+    for column in ("user_id", "surface"):
         bad = heads.filter(pl.col(column).list.n_unique() > 1)
         if bad.height:
             values = bad[column][0].unique(maintain_order=True).to_list()
