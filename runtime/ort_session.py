@@ -31,7 +31,7 @@ class OrtBackend:
         Raises:
             BackendError: ONNX Runtime is missing, or does not load a graph on the CPU.
         """
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime()
         self.threads = threads or available_threads()
         self.version: str = self._ort.__version__
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
@@ -125,7 +125,12 @@ def _fits(shape: list[int], expected: list[int | str | None], sizes: dict[str, i
     return all(size == want or not isinstance(want, int) for size, want in zip(shape, bound, strict=True))
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        BackendError: Neither of its wheels is installed.
+    """
     try:
         import onnxruntime  # noqa: PLC0415 - an extra; the only place that knows it
     except ImportError as error:

@@ -18,6 +18,9 @@ from unipinrec.errors import UnipinrecError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+TRAINING_MODULES = ("accelerate", "onnx", "onnxscript", "polars", "torch")
+INSTALL_TRAIN = "run pip install 'unipinrec[cpu,train]'"
+
 stderr = Console(stderr=True)
 stdout = Console()
 
@@ -33,7 +36,7 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors into exit code 1 with their message; a Ctrl-C is a failure without a traceback."""
+    """Turn our errors, a missing extra and Ctrl-C into exit code 1 with a message instead of a traceback."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -41,6 +44,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except UnipinrecError as error:
             fail(error)
+        except ModuleNotFoundError as error:
+            if error.name not in TRAINING_MODULES:
+                raise
+            fail(UnipinrecError(f"this command needs {error.name}, which serving does not; {INSTALL_TRAIN}"))
         except KeyboardInterrupt:
             fail(UnipinrecError("interrupted"))
 

@@ -52,12 +52,11 @@ def demo(data: Path | None, out: Path, config: str, epochs: int) -> None:
 
 def _run(*words: str | Path) -> float:
     """Run one subcommand in this process; a failure ends the demo with its exit code."""
-    from unipinrec.cli import main
-
+    root = click.get_current_context().find_root().command
     arguments = [str(word) for word in words]
     stderr.print(f"[bold]$ unipinrec {shlex.join(arguments)}[/]", highlight=False, soft_wrap=True)
     began = time.monotonic()
-    main.main(arguments, standalone_mode=False)
+    root.main(arguments, standalone_mode=False)
     return time.monotonic() - began
 
 

@@ -61,8 +61,10 @@ def test_links_of_the_documents_lead_somewhere() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_every_module_has_its_line_in_the_architecture() -> None:
-    text = (ROOT / "docs/architecture.md").read_text()
+def test_every_module_has_its_line_in_the_documents() -> None:
+    architecture, readme = (ROOT / "docs/architecture.md").read_text(), (ROOT / "README.md").read_text()
     for folder in FOLDERS:
         for path in (ROOT / folder).glob("*.py"):
-            assert path.name == "__init__.py" or f"`{path.name}`" in text, path.name
+            if path.name != "__init__.py":
+                assert f"`{path.name}`" in architecture, path.name
+                assert f"  {path.name} " in readme, path.name

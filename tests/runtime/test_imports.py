@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BLOCK = """
 import sys
 
@@ -12,8 +14,9 @@ TRAINING = ("torch", "polars", "onnx", "onnxscript", "accelerate")
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in TRAINING:
-            raise ImportError(f"{name} is not part of a serving installation")
+        root = name.partition(".")[0]
+        if root in TRAINING:
+            raise ModuleNotFoundError(f"{name} is not part of a serving installation", name=root)
 
 
 sys.meta_path.insert(0, Block())
@@ -54,3 +57,23 @@ def test_a_bundle_is_served_without_torch(bundle: Path) -> None:
         str(bundle),
     )
     assert '"retrieval_score"' in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--data", "data", "--out", "out"),
+        ("evaluate", "checkpoint", "--data", "data"),
+        ("export", "checkpoint", "bundle"),
+        ("prepare", "simulate", "--out", "data"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_needs_training_says_how_to_get_it(words: tuple[str, ...], tmp_path: Path) -> None:
+    code = BLOCK + "from unipinrec.cli import main\nmain(sys.argv[1:])\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "which serving does not; run pip install 'unipinrec[cpu,train]'" in done.stderr
+    assert "Traceback" not in done.stderr
