@@ -13,6 +13,8 @@ from torch import Tensor
 from unipinrec.export.protocol import Events, ExportSource
 
 START_MS = 1_700_000_000_000
+# None, a second, an hour, a day, 35 days (2^31 to 2^32 ms, where a 32-bit operation shows), ten years.
+GAPS_MS = (0, 1_000, 3_600_000, 86_400_000, 3_000_000_000, 315_360_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +84,12 @@ class CaseMaker:
 
     def ranker(self, past: Sequence[int], candidates: int) -> Case:
         """Candidates for histories of these lengths."""
-        batch = len(past)
+        batch, cached = len(past), self._past(past)
         feeds = {
-            **self._past(past),
+            **cached,
             "candidate_vectors": self._items(batch, candidates),
             "surfaces": self._integers(batch, len(self.source.surfaces)),
-            "timestamps_ms": torch.full((batch,), START_MS * 2),
+            "timestamps_ms": cached["past_timestamps_ms"] + self._gaps(batch),
         }
         return Case(name=f"past={list(past)}, candidates={candidates}", feeds=feeds)
 
@@ -103,8 +105,7 @@ class CaseMaker:
 
     def _events(self, lengths: Sequence[int]) -> Events:
         batch, width = len(lengths), max(lengths)
-        gaps = torch.randint(0, 10_000_000, (batch, width), generator=self.generator)
-        timestamps = START_MS + gaps.cumsum(1)
+        timestamps = START_MS + self._gaps(batch, width).cumsum(1)
         timestamps[:, 0] = torch.where(torch.arange(batch) % 2 == 0, timestamps[:, 0], -1)
         return Events(
             item_vectors=self._items(batch, width),
@@ -121,6 +122,9 @@ class CaseMaker:
         tensors = dict(zip(names, (t for pair in key_values for t in pair), strict=True))
         last = events.timestamps_ms.gather(1, (events.lengths - 1)[:, None])[:, 0]
         return {**tensors, "past_lengths": events.lengths, "past_timestamps_ms": last}
+
+    def _gaps(self, *shape: int) -> Tensor:
+        return torch.tensor(GAPS_MS)[self._integers(shape, len(GAPS_MS))]
 
     def _items(self, *shape: int) -> Tensor:
         return self.vectors[self._integers(shape, len(self.vectors))]

@@ -112,7 +112,8 @@ def time_features(timestamps_ms: Tensor, previous_ms: Tensor) -> Tensor:
     """
     known = (timestamps_ms >= 0).float()
     gap_known = known * (previous_ms >= 0).float()
-    gap_s = (timestamps_ms - previous_ms).clamp(min=0).float() / 1000.0
+    # Clamped as a float: ONNX Runtime's int64 Clip, Max and Min are wrong from 2^31 to 2^32, here 25 to 50 days.
+    gap_s = (timestamps_ms - previous_ms).float().clamp(min=0) / 1000.0
     day = (timestamps_ms % DAY_MS).float() * (2.0 * math.pi / DAY_MS)
     week = (timestamps_ms % (7 * DAY_MS)).float() * (2.0 * math.pi / (7 * DAY_MS))
     log_gap = torch.log1p(gap_s) / 10.0

@@ -42,7 +42,8 @@ def model(checkpoint: Path) -> UniPinRec:
 
 
 def random_history(rng: np.random.Generator, events: int) -> History:
-    times = NOW_MS - 10**10 + np.cumsum(rng.integers(0, 10**7, events))
+    gaps = (10 ** rng.uniform(0, 10.5, events)).astype(np.int64)  # a millisecond to a year
+    times = NOW_MS - gaps[::-1].cumsum()[::-1]
     times[: rng.integers(0, events + 1)] = -1
     return History(
         item_rows=rng.integers(0, ITEMS, events),
