@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
@@ -443,6 +443,7 @@ EVENT = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(EVENT, max_size=30))
 def test_cleaning_what_is_clean_changes_nothing(found: list[tuple[Any, ...]]) -> None:
     frame = events(("u", "a", "home", 1, True, False), *found)
@@ -453,6 +454,7 @@ def test_cleaning_what_is_clean_changes_nothing(found: list[tuple[Any, ...]]) ->
     assert twice.slates.equals(once.slates)
 
 
+@settings(deadline=None)
 @given(st.lists(EVENT, max_size=30))
 def test_every_row_is_kept_or_counted_once(found: list[tuple[Any, ...]]) -> None:
     frame = events(("u", "a", "home", 1, True, False), *found)

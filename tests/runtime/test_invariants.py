@@ -150,9 +150,11 @@ def test_the_same_request_has_the_same_answer(recommender: Recommender, lengths:
     for history, slate in zip(histories, batched, strict=True):
         alone, again = (recommender.recommend(history, 10, options) for _ in range(2))
         assert alone.items == again.items
-        assert [item.item for item in alone.items] == [item.item for item in slate.items]
-        scores = [item.score for item in alone.items]
-        np.testing.assert_allclose([item.score for item in slate.items], scores, atol=1e-5, rtol=0)
+        # Sums in another order differ in the last bit, so only items of equal score may change places.
+        scores = {item.item: item.score for item in slate.items}
+        np.testing.assert_allclose(sorted(scores.values()), sorted(item.score for item in alone.items), atol=1e-5)
+        for item in alone.items:
+            assert abs(scores.get(item.item, slate.items[-1].score) - item.score) < 1e-5
 
 
 @quick
