@@ -26,7 +26,7 @@ from unipinrec.export.golden import golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
 from unipinrec.export.index_build import build_index
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
-from unipinrec.export.protocol import Events, ExportSource, Histories
+from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, Histories
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.manifest import FORMAT_VERSION, FileSpec, GraphSpec, IndexSpec, Manifest, ParityReport
 
@@ -201,7 +201,7 @@ def _manifest(
         dense=source.dense,
         categories=source.categories,
         num_items=len(source.item_ids),
-        missing_timestamp_ms=-1,
+        missing_timestamp_ms=MISSING_TIMESTAMP_MS,
         precision="fp32",
         graphs=graphs,
         files={path.name: _fingerprint(path) for path in sorted(folder.iterdir())},

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unipinrec.export.protocol import Events, ExportSource
+from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource
 
 START_MS = 1_700_000_000_000
 # None, a second, an hour, a day, 35 days (2^31 to 2^32 ms, where a 32-bit operation shows), ten years.
@@ -106,7 +106,7 @@ class CaseMaker:
     def _events(self, lengths: Sequence[int]) -> Events:
         batch, width = len(lengths), max(lengths)
         timestamps = START_MS + self._gaps(batch, width).cumsum(1)
-        timestamps[:, 0] = torch.where(torch.arange(batch) % 2 == 0, timestamps[:, 0], -1)
+        timestamps[:, 0] = torch.where(torch.arange(batch) % 2 == 0, timestamps[:, 0], MISSING_TIMESTAMP_MS)
         return Events(
             item_vectors=self._items(batch, width),
             actions=self._bits(batch, width, len(self.source.actions)),

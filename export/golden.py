@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unipinrec.export.cases import START_MS
-from unipinrec.export.protocol import Candidates, Events, ExportSource, Histories, Past
+from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Candidates, Events, ExportSource, Histories, Past
 
 REQUESTS = 4
 MAX_EVENTS = 64
@@ -82,7 +82,7 @@ def _padded(source: ExportSource, histories: Histories) -> tuple[Tensor, dict[st
     return torch.from_numpy(np.where(real, histories.item_rows[index], 0)), {
         "actions": torch.from_numpy((histories.actions[index] * real[..., None]).astype(np.float32)),
         "surfaces": torch.from_numpy(np.where(real, histories.surfaces[index], 0)),
-        "timestamps_ms": torch.from_numpy(np.where(real, histories.timestamps_ms[index], -1)),
+        "timestamps_ms": torch.from_numpy(np.where(real, histories.timestamps_ms[index], MISSING_TIMESTAMP_MS)),
         "lengths": torch.from_numpy(real.sum(axis=1)),
     }
 

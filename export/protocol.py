@@ -23,6 +23,7 @@ from unipinrec.errors import ExportError
 from unipinrec.runtime.manifest import ModelSpec
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
+MISSING_TIMESTAMP_MS = -1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unipinrec.models.embedders import MISSING_TIMESTAMP_MS
+from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.sequences import Sequences
 
 POOL_BATCHES = 50

@@ -9,6 +9,7 @@ import msgspec
 from unipinrec.errors import ConfigError
 
 AttentionForm = Literal["sink", "self"]
+MISSING_TIMESTAMP_MS = -1  # what stands for an unknown time in tensors; a value of its own, not 1970
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

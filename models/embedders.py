@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipinrec.models.config import ModelConfig, Vocabulary
+from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 
-MISSING_TIMESTAMP_MS = -1
 DAY_MS = 86_400_000
 TIME_FEATURES = 7
 

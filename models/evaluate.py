@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from unipinrec.models.batches import pad_rows
-from unipinrec.models.embedders import MISSING_TIMESTAMP_MS
+from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.metrics import Metrics, action_metrics, retrieval_metrics, target_ranks
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.models.sequences import Sequences

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipinrec.models.attention import attend, attend_candidates, attend_extension, attend_history, joint_mask
-from unipinrec.models.config import ModelConfig, Vocabulary
+from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 from unipinrec.models.embedders import ItemEmbedder, TokenEmbedder, previous_timestamps
 from unipinrec.models.layers import Block, Rotary
 
@@ -196,7 +196,9 @@ class UniPinRec(nn.Module):
                 the reference that everything else is compared with.
         """
         events = history.vectors.shape[1]
-        known = torch.cat([torch.full_like(history.timestamps_ms[:, :1], -1), history.timestamps_ms], dim=1)
+        known = torch.cat(
+            [torch.full_like(history.timestamps_ms[:, :1], MISSING_TIMESTAMP_MS), history.timestamps_ms], dim=1
+        )
         x = torch.cat(
             [
                 self._event_tokens(history, masked, before=None),

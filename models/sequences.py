@@ -10,10 +10,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError
-from unipinrec.models.config import Vocabulary
+from unipinrec.models.config import MISSING_TIMESTAMP_MS, Vocabulary
 from unipinrec.models.data_schema import ACTION_PREFIX, CATEGORY_PREFIX, DENSE_PREFIX, Dataset, TimeSplit
-
-MISSING_TIMESTAMP_MS = -1
 
 
 @dataclass(frozen=True, kw_only=True)

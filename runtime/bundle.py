@@ -91,10 +91,6 @@ class Bundle:
             rows=rows,
         )
 
-    def row_of(self, item: str) -> int | None:
-        """Catalogue row of an external id, None if the catalogue lacks it."""
-        return self.rows.get(item)
-
     def graph_files(self) -> dict[str, Path]:
         """The graphs that answering a request takes, by name."""
         return {name: self.path / self.manifest.graphs[name].file for name in REQUIRED_GRAPHS}

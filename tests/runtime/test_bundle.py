@@ -37,8 +37,8 @@ def test_an_opened_bundle(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     assert opened.hash == hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
     assert opened.item_vectors.shape == (300, 64)
-    assert opened.row_of(opened.item_ids[17]) == 17
-    assert opened.row_of("no such item") is None
+    assert opened.rows[opened.item_ids[17]] == 17
+    assert "no such item" not in opened.rows
     assert len(opened.titles) == 300
     assert isinstance(opened.item_vectors.base, np.memmap)
     assert not opened.item_vectors.flags.writeable
@@ -179,7 +179,7 @@ def test_sample_users(bundle: Path) -> None:
     stored = load_file(bundle / "users.safetensors")
     events = opened.user_events(users[1])
     start, stop = stored["offsets"][1:3]
-    assert [opened.row_of(str(event.item)) for event in events] == stored["item_rows"][start:stop].tolist()
+    assert [opened.rows[str(event.item)] for event in events] == stored["item_rows"][start:stop].tolist()
     assert [event.timestamp_ms for event in events] == stored["timestamps_ms"][start:stop].tolist()
     assert [len(event.actions) for event in events] == stored["actions"][start:stop].sum(axis=1).tolist()
     with pytest.raises(RequestError, match=rf"'nobody' is not among the {len(users)} sample users.*--history"):

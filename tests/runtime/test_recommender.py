@@ -38,8 +38,7 @@ def test_a_slate(recommender: Recommender) -> None:
         expected = sum(item.actions[action] for action in manifest.positive_actions)
         assert item.score == pytest.approx(expected)
         assert -1 <= item.retrieval_score <= 1
-        row = recommender.bundle.row_of(item.item)
-        assert row is not None
+        row = recommender.bundle.rows[item.item]
         assert item.title == recommender.bundle.titles[row]
     assert [item.score for item in slate.items] == sorted((item.score for item in slate.items), reverse=True)
     assert (slate.kv, slate.kv_reason, slate.device) == ("miss", "new", "cpu")
