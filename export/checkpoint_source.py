@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unipinrec.errors import ExportError
 from unipinrec.export.protocol import Candidates, Events, ExportSource, Histories, KeyValues, Past
 from unipinrec.models.checkpoint import Catalogue, load_checkpoint
+from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import read_dataset
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.models.sequences import ItemFeatures, sequences_of
@@ -98,12 +99,22 @@ def source_from_model(
         dense=vocabulary.dense,
         categories=vocabulary.categories,
         item_ids=catalogue.item_ids,
-        titles=catalogue.titles,
+        titles=_labels(catalogue, features, vocabulary),
         item_dense=features.dense,
         item_categories=features.categories,
         config={"architecture": "UniPinRec", **msgspec.to_builtins(config)},
         metrics=metrics,
     )
+
+
+def _labels(catalogue: Catalogue, features: ItemFeatures, vocabulary: Vocabulary) -> list[str | None]:
+    """What people are shown of each item: its title, else its known category words, else nothing."""
+    words = list(vocabulary.categories.items())
+    labels: list[str | None] = []
+    for title, codes in zip(catalogue.titles, features.categories.tolist(), strict=True):
+        known = [f"{name} {names[code - 1]}" for (name, names), code in zip(words, codes, strict=True) if code]
+        labels.append(title or ", ".join(known) or None)
+    return labels
 
 
 def _best_epoch(document: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from unipinrec.errors import CheckpointError
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.data_schema import DatasetSpec, read_dataset
 from unipinrec.models.evaluate import (
+    EVALUATION_BATCH,
     Requests,
     Scores,
     Split,
@@ -51,7 +53,7 @@ def compare_scorers(
     parts = []
     for part in model_scores(loaded.model, data, requests):
         parts.append(part)
-        on_batch(len(parts), -(-len(requests) // 128))
+        on_batch(len(parts), math.ceil(len(requests) / EVALUATION_BATCH))
     scorers = {"model": gather_scores(parts), "popularity": popularity_scores(data, positive, requests)}
     if (data_folder / "oracle.parquet").exists():
         scorers["ceiling"] = ceiling_scores(read_oracle(data_folder), dataset.spec, data, requests)

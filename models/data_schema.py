@@ -26,6 +26,8 @@ slate's. This module knows the format and nothing of where data comes from.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,32 +137,31 @@ def item_columns(spec: DatasetSpec) -> dict[str, pl.DataType]:
     }
 
 
-def write_dataset(dataset: Dataset, folder: Path) -> None:
+def write_dataset(dataset: Dataset, folder: Path, also: Callable[[Path], None] = lambda folder: None) -> None:
     """Write a validated data set as a folder; a half-written folder never appears under its final name.
+
+    Args:
+        dataset: What to write.
+        folder: Where; it must not exist.
+        also: Writes further files into the folder that it is given, before that gets its final name.
 
     Raises:
         DataError: The folder exists, or it could not be written (disk full, no permission).
     """
     if folder.exists():
         raise DataError(f"{folder} exists; choose another --out or remove it first")
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        partial.mkdir(parents=True)
-        for name in ("events", "slates", "items"):
-            getattr(dataset, name).write_parquet(partial / f"{name}.parquet")
-        (partial / "dataset.json").write_bytes(msgspec.json.format(msgspec.json.encode(dataset.spec)))
-        partial.rename(folder)
-    except OSError as error:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as unfinished:
+            partial = Path(unfinished) / folder.name
+            partial.mkdir()
+            for name in ("events", "slates", "items"):
+                getattr(dataset, name).write_parquet(partial / f"{name}.parquet")
+            (partial / "dataset.json").write_bytes(msgspec.json.format(msgspec.json.encode(dataset.spec)))
+            also(partial)
+            partial.rename(folder)
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"could not write {folder}: {error}; nothing was left behind") from error
-    finally:
-        _remove_partial(partial)
-
-
-def _remove_partial(partial: Path) -> None:
-    if partial.exists():
-        for file in partial.iterdir():
-            file.unlink()
-        partial.rmdir()
 
 
 def read_dataset(folder: Path) -> Dataset:

@@ -25,6 +25,7 @@ from unipinrec.models.sequences import Sequences
 Split = Literal["valid", "test"]
 NO_TARGET = -1
 NO_SLATE = -1
+EVALUATION_BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,9 @@ def _item_rates(data: Sequences, cut: int | None, prior_rows: float = 20.0) -> N
 
 
 @torch.inference_mode()
-def model_scores(model: UniPinRec, data: Sequences, requests: Requests, batch_size: int = 128) -> Iterator[Scores]:
+def model_scores(
+    model: UniPinRec, data: Sequences, requests: Requests, batch_size: int = EVALUATION_BATCH
+) -> Iterator[Scores]:
     """Score requests batch by batch, in their order; `gather_scores` joins the parts."""
     model.eval()
     device = model.log_scale.device

@@ -72,8 +72,7 @@ def simulate(out: Path, as_json: bool, **settings: Any) -> None:
     with progress() as bar:
         task = bar.add_task("simulating users", total=config.users, note="")
         dataset, oracle = run(config, on_users=lambda users: bar.advance(task, users))
-    write_dataset(dataset, out)
-    write_oracle(oracle, out)
+    write_dataset(dataset, out, also=lambda folder: write_oracle(oracle, folder))
     report = {"out": str(out), **_summary(dataset), "seconds": round(time.monotonic() - started, 2)}
     if as_json:
         print_json(report)

@@ -66,3 +66,9 @@ def test_a_form_is_exported_and_served(tmp_path: Path, form: AttentionForm, cond
     else:
         with pytest.raises(RequestError, match="not conditioned on outcomes"):
             recommender.recommend(history, 5, RecommendOptions(outcomes=("save",)))
+
+
+def test_an_item_without_a_title_is_shown_by_its_features() -> None:
+    source = source_of("sink", False)
+    assert set(source.titles) == {"kind a", "kind b", None}
+    assert [title is None for title in source.titles] == [code == 0 for code in source.item_categories[:, 0]]
