@@ -165,13 +165,13 @@ def _soon_after(event: Event) -> int | None:
 
 
 def _print_slate(slate: Slate, reason: str) -> None:
-    shown, hidden = _fitting_actions(slate)
+    shown, hidden, spare = _fitting_actions(slate)
     titled = any(item.title for item in slate.items)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column("item", no_wrap=True)
     if titled:
-        table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=TITLE_WIDTH)
+        table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=TITLE_WIDTH + spare)
     for name in ("score", *map(escape, shown), "retrieval"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, item in enumerate(slate.items, 1):
@@ -193,8 +193,8 @@ def _print_slate(slate: Slate, reason: str) -> None:
     )
 
 
-def _fitting_actions(slate: Slate) -> tuple[list[str], list[str]]:
-    """The actions whose columns fit the terminal beside rank, id, title, score and retrieval, and the others."""
+def _fitting_actions(slate: Slate) -> tuple[list[str], list[str], int]:
+    """Actions whose columns fit the terminal beside rank, id, title, score and retrieval; the others; spare width."""
     titled = any(item.title for item in slate.items)
     fixed = [
         2,
@@ -209,4 +209,4 @@ def _fitting_actions(slate: Slate) -> tuple[list[str], list[str]]:
     for name in slate.items[0].actions:
         room -= max(5, len(name)) + 3
         (shown if room >= 0 else hidden).append(name)
-    return shown, hidden
+    return shown, hidden, 0 if hidden else room
