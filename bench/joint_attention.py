@@ -22,7 +22,7 @@ from common import card, finish
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from unipinrec.models.attention import attend, attend_candidates, attend_history, joint_mask
+from unipinrec.models.attention import attend, attend_history, joint_mask
 
 SHAPES = (
     {"batch": 64, "heads": 2, "head_dim": 32, "n": 64, "k": 64},
@@ -33,10 +33,9 @@ SHAPES = (
 
 def split(query: Tensor, key: Tensor, value: Tensor, cutoffs: Tensor, events: int) -> Tensor:
     past = key[:, :, : events + 1], value[:, :, : events + 1]
-    own = key[:, :, events + 1 :], value[:, :, events + 1 :]
     visible = torch.arange(events + 1, device=key.device) < (cutoffs + 1)[:, :, None]
     history = attend_history("sink", query[:, :, :events], *past)
-    return torch.cat([history, attend_candidates("sink", query[:, :, events:], past, own, visible)], dim=2)
+    return torch.cat([history, attend(query[:, :, events:], *past, visible[:, None])], dim=2)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, cutoffs: Tensor, events: int) -> Tensor:

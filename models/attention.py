@@ -31,39 +31,47 @@ def attend_history(form: AttentionForm, query: Tensor, key: Tensor, value: Tenso
     return attend(query, key, value, causal=True)
 
 
-def attend_extension(
-    form: AttentionForm,
-    query: Tensor,
-    past: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    past_slots: Tensor,
-) -> Tensor:
-    """Attention of m new events over `past` slots, of which `past_slots` [B] are valid per row, and the new ones."""
-    slots, events = past[0].shape[2], query.shape[2]
-    index = torch.arange(events, device=query.device)
-    among_new = index[None, :] < index[:, None] if form == "sink" else index[None, :] <= index[:, None]
-    in_past = torch.arange(slots, device=query.device)[None, :] < past_slots[:, None]
-    mask = torch.cat(
-        [
-            in_past[:, None, :].expand(-1, events, -1),
-            among_new[None].expand(query.shape[0], -1, -1),
-        ],
-        dim=-1,
-    )
+def attend_extension(query: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    """Attention over past slots and m new events, of which `visible` (see `extension_mask`) allows some."""
     key, value = torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
-    return attend(query, key, value, mask[:, None])
+    return attend(query, key, value, visible[:, None])
 
 
-def attend_candidates(
-    form: AttentionForm,
-    query: Tensor,
-    past: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    visible: Tensor,
-) -> Tensor:
-    """Attention of k candidates over the slots that `visible` [B, 1 or k, slots] allows and, in "self", themselves."""
-    if form == "sink":
-        return attend(query, *past, visible[:, None].expand(-1, -1, query.shape[2], -1))
+def extension_mask(form: AttentionForm, index: Tensor, past_slots: Tensor, slots: int, events: int) -> Tensor:
+    """What new events see of `slots` past slots and `events` new ones, (batch, queries, slots + events).
+
+    Args:
+        form: Which attention form.
+        index: [B, q] i64, place of each query among the new events.
+        past_slots: [B] i64, how many of the past slots are valid.
+        slots: Past slots, padding included.
+        events: New events, padding included.
+    """
+    new = torch.arange(events, device=index.device)
+    seen = new < index[..., None] if form == "sink" else new <= index[..., None]
+    in_past = torch.arange(slots, device=index.device)[None, :] < past_slots[:, None]
+    return torch.cat([in_past[:, None, :].expand(-1, index.shape[1], -1), seen], dim=-1)
+
+
+def attend_valid(query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+    """Attention over the first `valid` [B] i64 slots of each row; the others are padding."""
+    if torch.onnx.is_in_onnx_export():
+        # nonpad_kv_seqlen: ONNX Runtime runs it without the mask's extra pass, a quarter faster.
+        attended: Tensor = torch.onnx.ops.symbolic(
+            "::Attention",
+            (query, key, value, None, None, None, valid),
+            dtype=query.dtype,
+            shape=query.shape,
+            version=24,
+        )
+        return attended
+    slots = torch.arange(key.shape[2], device=key.device)
+    mask = (slots[None, :] < valid[:, None])[:, None, None]
+    return attend(query, key, value, mask.expand(-1, -1, query.shape[2], -1))
+
+
+def attend_with_own(query: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    """Attention of k candidates over the slots that `visible` [B, 1 or k, slots] allows, and each over its own."""
     groups = query.shape[1] // own[0].shape[1]
     past_key, past_value, own_key, own_value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in past + own)
     scale = query.shape[-1] ** -0.5

@@ -34,8 +34,8 @@ def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class Block(nn.Module):
     """Pre-norm transformer block, cut at the seam where attention looks at other tokens.
 
-    `project` makes queries, keys and values; the caller decides who sees whom; `finish` does the rest. The same
-    weights thus serve histories, extensions and candidates.
+    `project` makes queries, keys and values (`query` and `key_value` only what is named); the caller decides who sees
+    whom; `finish` does the rest. The same weights thus serve histories, extensions and candidates.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -55,12 +55,22 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Map x (batch, seq, d) to query, key, value (batch, heads, seq, head_dim), query and key rotated."""
-        batch, seq, _ = x.shape
-        parts = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
-        query, key, value = (
-            part.reshape(batch, seq, heads, -1).transpose(1, 2) for part, heads in zip(parts, self.heads, strict=True)
-        )
+        query, key, value = self._projected(x, (0, 1, 2))
         return rotate(query, rotation), rotate(key, rotation), value
+
+    def query(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """The query of `project` alone, for tokens that nothing looks at."""
+        return rotate(self._projected(x, (0,))[0], rotation)
+
+    def key_value(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Key and value of `project` alone, for tokens that look at nothing."""
+        key, value = self._projected(x, (1, 2))
+        return rotate(key, rotation), value
+
+    def _projected(self, x: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
+        """Chosen parts of (query, key, value), each by its own product: splitting a joint one copies it."""
+        normed, weights = self.attention_norm(x), self.qkv.weight.split(self.widths)
+        return [F.linear(normed, weights[part]).unflatten(-1, (self.heads[part], -1)).transpose(1, 2) for part in parts]
 
     def with_prefix(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the sink, where this form has one, into slot 0 of a history's keys and values."""
@@ -72,6 +82,7 @@ class Block(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention output (batch, heads, seq, head_dim) and the feed-forward to x (batch, seq, d)."""
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(x.shape)))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        normed = self.mlp_norm(x)
+        gate, up = (F.linear(normed, weight) for weight in self.gate_up.weight.chunk(2))
         finished: Tensor = x + self.dropout(self.down(F.silu(gate) * up))
         return finished

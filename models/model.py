@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipinrec.models.attention import attend, attend_candidates, attend_extension, attend_history, joint_mask
+from unipinrec.models.attention import (
+    attend,
+    attend_extension,
+    attend_history,
+    attend_valid,
+    attend_with_own,
+    extension_mask,
+    joint_mask,
+)
 from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 from unipinrec.models.embedders import ItemEmbedder, TokenEmbedder, previous_timestamps
 from unipinrec.models.layers import Block, Rotary
@@ -127,12 +135,17 @@ class UniPinRec(nn.Module):
         x = self._event_tokens(history, torch.zeros_like(history.timestamps_ms).float(), before=None)
         rotation = self.rotary(_positions(history.surfaces))
         cache: KeyValues = []
-        for block in self.layers():
+        *blocks, final = self.layers()
+        for block in blocks:
             query, key, value = block.project(x, rotation)
-            key, value = block.with_prefix(key, value)
-            cache.append((key, value))
-            x = block.finish(x, attend_history(self.config.attention, query, key, value))
-        return cache, self._last(x, history.lengths)
+            cache.append(block.with_prefix(key, value))
+            x = block.finish(x, attend_history(self.config.attention, query, *cache[-1]))
+        # Of what follows the last layer's keys and values, only the last event's share is ever used.
+        cache.append(final.with_prefix(*final.key_value(x, rotation)))
+        x, place = _pick(x, history.lengths - 1)
+        # Its place tells how many slots it sees: all before its own, and where there is no sink its own.
+        attended = attend_valid(final.query(x, self.rotary(place)), *cache[-1], history.lengths)
+        return cache, self.final_norm(final.finish(x, attended)[:, 0])
 
     def extend(
         self, history: HistoryTokens, past: KeyValues, past_lengths: Tensor, past_timestamps_ms: Tensor
@@ -151,12 +164,20 @@ class UniPinRec(nn.Module):
         x = self._event_tokens(history, torch.zeros_like(history.timestamps_ms).float(), before=past_timestamps_ms)
         rotation = self.rotary(_positions(history.surfaces) + past_lengths[:, None])
         slots = past_lengths + self.config.kv_prefix_slots
+        form, sizes = self.config.attention, (past[0][0].shape[2], x.shape[1])
+        visible = extension_mask(form, _positions(history.surfaces), slots, *sizes)
         added: KeyValues = []
-        for block, cached in zip(self.layers(), past, strict=True):
+        *blocks, final = self.layers()
+        for block, cached in zip(blocks, past, strict=False):
             query, key, value = block.project(x, rotation)
             added.append((key, value))
-            x = block.finish(x, attend_extension(self.config.attention, query, cached, (key, value), slots))
-        return added, self._last(x, history.lengths)
+            x = block.finish(x, attend_extension(query, cached, (key, value), visible))
+        added.append(final.key_value(x, rotation))
+        x, place = _pick(x, history.lengths - 1)
+        visible = extension_mask(form, place, slots, *sizes)
+        query = final.query(x, self.rotary(place + past_lengths[:, None]))
+        attended = attend_extension(query, past[-1], added[-1], visible)
+        return added, self.final_norm(final.finish(x, attended)[:, 0])
 
     def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None = None) -> Tensor:
         """Query vectors [B, 1, E] of unit length from last hidden states [B, d] (and outcomes [B, C])."""
@@ -175,13 +196,21 @@ class UniPinRec(nn.Module):
         count = slate.vectors.shape[1]
         x = self._candidate_tokens(slate, past_timestamps_ms[:, None].expand(-1, count))
         rotation = self.rotary(past_lengths[:, None].expand(-1, count))
-        slots = torch.arange(past[0][0].shape[2], device=x.device)
-        visible = (slots[None, :] < (past_lengths + self.config.kv_prefix_slots)[:, None])[:, None]
+        valid = past_lengths + self.config.kv_prefix_slots
         for block, cached in zip(self.layers(), past, strict=True):
-            query, key, value = block.project(x, rotation)
-            x = block.finish(x, attend_candidates(self.config.attention, query, cached, (key, value), visible))
+            x = block.finish(x, self._attend_past(block, x, rotation, cached, valid))
         logits: Tensor = self.action_heads(self.final_norm(x))
         return logits
+
+    def _attend_past(
+        self, block: Block, x: Tensor, rotation: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], valid: Tensor
+    ) -> Tensor:
+        """Attention of candidates over the `valid` [B] slots of the past and, in the "self" form, themselves."""
+        if self.config.attention == "sink":
+            return attend_valid(block.query(x, rotation), *past, valid)
+        query, key, value = block.project(x, rotation)
+        slots = torch.arange(past[0].shape[2], device=x.device)
+        return attend_with_own(query, past, (key, value), (slots[None, :] < valid[:, None])[:, None])
 
     def joint(
         self, history: HistoryTokens, masked: Tensor, slate: CandidateTokens, *, dense_mask: bool = False
@@ -227,13 +256,11 @@ class UniPinRec(nn.Module):
         past = block.with_prefix(past_key, past_value)
         slots = torch.arange(past[0].shape[2], device=query.device)
         visible = slots < (cutoffs + self.config.kv_prefix_slots)[:, :, None]
-        return torch.cat(
-            [
-                attend_history(form, past_query, *past),
-                attend_candidates(form, query, past, (key, value), visible),
-            ],
-            dim=2,
-        )
+        if form == "sink":
+            attended = attend(query, *past, visible[:, None])
+        else:
+            attended = attend_with_own(query, past, (key, value), visible)
+        return torch.cat([attend_history(form, past_query, *past), attended], dim=2)
 
     def _event_tokens(self, history: HistoryTokens, masked: Tensor, before: Tensor | None) -> Tensor:
         times = history.timestamps_ms, previous_timestamps(history.timestamps_ms, before)
@@ -247,10 +274,10 @@ class UniPinRec(nn.Module):
         token: Tensor = self.token_embedder(slate.vectors, actions, masked, slate.surfaces, times)
         return token
 
-    def _last(self, x: Tensor, lengths: Tensor) -> Tensor:
-        index = (lengths - 1)[:, None, None].expand(-1, 1, x.shape[-1])
-        last: Tensor = self.final_norm(x.gather(1, index)[:, 0])
-        return last
+
+def _pick(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row, (batch, 1, d), and its index, [B, 1]."""
+    return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[-1])), index[:, None]
 
 
 def _positions(like: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from unipinrec.models.attention import attend_candidates, attend_extension, attend_history, joint_mask
+from unipinrec.models.attention import (
+    attend,
+    attend_extension,
+    attend_history,
+    attend_valid,
+    attend_with_own,
+    extension_mask,
+    joint_mask,
+)
 from unipinrec.models.config import AttentionForm
 
 FORMS: tuple[AttentionForm, ...] = ("sink", "self")
@@ -57,7 +65,8 @@ def test_new_events_see_the_valid_past_and_the_new_ones_before(form: AttentionFo
     query = _random(1, HEADS, events)
     past = _random(2, kv_heads, slots), _random(3, kv_heads, slots)
     new = _random(4, kv_heads, events), _random(5, kv_heads, events)
-    out = attend_extension(form, query, past, new, torch.tensor(valid))
+    index = torch.arange(events).expand(2, -1)
+    out = attend_extension(query, past, new, extension_mask(form, index, torch.tensor(valid), slots, events))
     expected = {}
     for b in range(2):
         for h in range(HEADS):
@@ -70,6 +79,18 @@ def test_new_events_see_the_valid_past_and_the_new_ones_before(form: AttentionFo
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kv_heads", KV_HEADS)
+def test_the_last_event_alone_sees_what_it_sees_among_all(form: AttentionForm, kv_heads: int) -> None:
+    events, lengths = 5, [5, 2]
+    slots = events + (form == "sink")
+    query, key, value = _random(1, HEADS, events), _random(2, kv_heads, slots), _random(3, kv_heads, slots)
+    among_all = attend_history(form, query, key, value)
+    last = torch.stack([query[b, :, n - 1 : n] for b, n in enumerate(lengths)])
+    out = attend_valid(last, key, value, torch.tensor(lengths))
+    torch.testing.assert_close(out, torch.stack([among_all[b, :, n - 1 : n] for b, n in enumerate(lengths)]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_candidate_sees_its_visible_slots_and_itself_alone(form: AttentionForm, kv_heads: int, shared: bool) -> None:
     slots, candidates = 5, 3
@@ -78,7 +99,10 @@ def test_a_candidate_sees_its_visible_slots_and_itself_alone(form: AttentionForm
     own = _random(4, kv_heads, candidates), _random(5, kv_heads, candidates)
     counts = torch.tensor([[4, 4, 4], [1, 1, 1]] if shared else [[4, 1, 5], [2, 3, 1]])
     visible = torch.arange(slots) < counts[:, :1, None] if shared else torch.arange(slots) < counts[:, :, None]
-    out = attend_candidates(form, query, past, own, visible)
+    if form == "self":
+        out = attend_with_own(query, past, own, visible)
+    else:
+        out = attend(query, *past, visible[:, None].expand(-1, -1, candidates, -1))
     expected = {}
     for b in range(2):
         for h in range(HEADS):
@@ -95,7 +119,7 @@ def test_a_candidate_sees_its_visible_slots_and_itself_alone(form: AttentionForm
 def test_a_candidate_without_visible_history_attends_to_itself() -> None:
     own = _random(4, 4, 2), _random(5, 4, 2)
     past = _random(2, 4, 3), _random(3, 4, 3)
-    out = attend_candidates("self", _random(1, 4, 2), past, own, torch.zeros(2, 2, 3, dtype=torch.bool))
+    out = attend_with_own(_random(1, 4, 2), past, own, torch.zeros(2, 2, 3, dtype=torch.bool))
     torch.testing.assert_close(out, own[1])
 
 
