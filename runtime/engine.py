@@ -6,7 +6,7 @@ Knows how histories are padded and which tensor goes where; refuses to know exte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.device import CPU, Device, open_backend
+from unipinrec.runtime.kv_buffer import KvBuffer, row_of
 from unipinrec.runtime.manifest import ModelSpec
-from unipinrec.runtime.ort_session import OrtBackend
 from unipinrec.runtime.requests import History
 from unipinrec.runtime.session import Backend, Tensor
 
@@ -35,6 +36,21 @@ class HistoryBatch:
     surfaces: NDArray[np.int64]
     timestamps_ms: NDArray[np.int64]
     lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """n."""
+        return int(self.item_rows.shape[1])
+
+    def part(self, start: int, stop: int) -> HistoryBatch:
+        """Events `start` up to `stop` of histories of equal length."""
+        window = slice(start, stop)
+        return HistoryBatch(
+            item_rows=self.item_rows[:, window],
+            actions=self.actions[:, window],
+            surfaces=self.surfaces[:, window],
+            timestamps_ms=self.timestamps_ms[:, window],
+            lengths=np.minimum(self.lengths, stop) - start,
+        )
 
     def last_timestamps_ms(self) -> NDArray[np.int64]:
         """Time of each row's last event, [B]."""
@@ -57,6 +73,10 @@ class Encoded:
     lengths: NDArray[np.int64]
     last_timestamps_ms: NDArray[np.int64]
     last_hidden_state: Tensor
+
+    def over(self, buffer: KvBuffer) -> Encoded:
+        """The same histories with their keys and values in a buffer."""
+        return replace(self, key_values=buffer.tensors())
 
 
 def pad_histories(histories: Sequence[History]) -> HistoryBatch:
@@ -85,13 +105,13 @@ class Engine:
         self.backend, self.model, self.item_vectors = backend, model, item_vectors
 
     @classmethod
-    def open(cls, bundle: Bundle) -> Engine:
-        """Load a bundle's graphs on the CPU.
+    def open(cls, bundle: Bundle, device: Device = CPU) -> Engine:
+        """Load a bundle's graphs on a device.
 
         Raises:
-            BackendError: ONNX Runtime is missing or does not load a graph.
+            BackendError: It is not installed, does not load a graph, or cannot compute in its precision on this CPU.
         """
-        return cls(OrtBackend(bundle.graph_files()), bundle.manifest.model, bundle.item_vectors)
+        return cls(open_backend(device, bundle), bundle.manifest.model, bundle.item_vectors)
 
     def encode(self, batch: HistoryBatch) -> Encoded:
         """Encode histories from their first event."""
@@ -103,15 +123,52 @@ class Engine:
             last_hidden_state=outputs["last_hidden_state"],
         )
 
+    def prefill(self, batch: HistoryBatch) -> Encoded:
+        """Encode histories as `encode` does; a single long one in chunks, each of which sees what came before it.
+
+        A graph's causal attention computes all n x n scores and hides half of them; chunks leave most of those out.
+        """
+        events, chunk = len(batch), self.backend.prefill_chunk
+        if chunk is None or events <= chunk or len(batch.lengths) > 1:
+            return self.encode(batch)
+        size = -(-events // -(-events // chunk))  # chunks of nearly equal size
+        done = self.encode(batch.part(0, size))
+        buffer = KvBuffer(self.model, 1, events + self.model.kv_prefix_slots)
+        buffer.put(0, 0, row_of(done.key_values, 0, size + self.model.kv_prefix_slots))
+        for start in range(size, events, size):
+            part, slots = batch.part(start, start + size), start + self.model.kv_prefix_slots
+            added, last = self.encode_new(replace(done, key_values=buffer.beginning(slots)), part)
+            buffer.put(0, slots, row_of(added, 0, len(part)))
+            done = Encoded(
+                key_values=buffer.tensors(),
+                lengths=done.lengths + part.lengths,
+                last_timestamps_ms=part.last_timestamps_ms(),
+                last_hidden_state=last,
+            )
+        return done
+
     def extend(self, past: Encoded, batch: HistoryBatch) -> Encoded:
         """Encode the events that follow an encoded past; the result equals encoding both at once."""
+        prefix = self.model.kv_prefix_slots
+        buffer = KvBuffer(self.model, len(past.lengths), int((past.lengths + batch.lengths).max()) + prefix)
+        for row, slots in enumerate(past.lengths + prefix):
+            buffer.put(row, 0, row_of(past.key_values, row, slots))
+            buffer.clear_from(row, slots)
+        return self.extend_in_place(buffer, past.over(buffer), batch)
+
+    def extend_in_place(self, buffer: KvBuffer, past: Encoded, batch: HistoryBatch) -> Encoded:
+        """Encode the events that follow a past, and put their keys and values behind it.
+
+        Args:
+            buffer: What the past's keys and values lie in; its other slots are zero, and enough for the new events.
+            past: See `Encoded.over`.
+            batch: The new events.
+        """
         added, last_hidden_state = self.encode_new(past, batch)
-        slots = past.lengths + self.model.kv_prefix_slots
+        for row, (length, count) in enumerate(zip(past.lengths, batch.lengths, strict=True)):
+            buffer.put(row, length + self.model.kv_prefix_slots, row_of(added, row, count))
         return Encoded(
-            key_values=tuple(
-                self.backend.append(old, new, slots, batch.lengths)
-                for old, new in zip(past.key_values, added, strict=True)
-            ),
+            key_values=buffer.tensors(),
             lengths=past.lengths + batch.lengths,
             last_timestamps_ms=batch.last_timestamps_ms(),
             last_hidden_state=last_hidden_state,
@@ -141,6 +198,22 @@ class Engine:
         Raises:
             BackendError: The run failed or gave values that are not finite.
         """
+        parts = -(-candidates.shape[1] // (self.backend.rank_chunk or candidates.shape[1]))
+        logits = np.concatenate(
+            [self._logits(encoded, part, surfaces, now_ms) for part in np.array_split(candidates, parts, axis=1)],
+            axis=1,
+        )
+        if not np.isfinite(logits).all():
+            raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
+        return logits
+
+    def _logits(
+        self,
+        encoded: Encoded,
+        candidates: NDArray[np.int64],
+        surfaces: NDArray[np.int64],
+        now_ms: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
         inputs = {
             **self._past_inputs(encoded),
             "candidate_vectors": self.item_vectors[candidates],
@@ -148,8 +221,6 @@ class Engine:
             "timestamps_ms": now_ms,
         }
         logits: NDArray[np.float32] = self.backend.run("ranker", inputs)["logits"].numpy()
-        if not np.isfinite(logits).all():
-            raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
         return logits
 
     def _event_inputs(self, batch: HistoryBatch) -> Inputs:

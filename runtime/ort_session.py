@@ -12,14 +12,23 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.cpu import available_threads, flush_denormals
+from unipinrec.runtime.manifest import TensorSpec
 from unipinrec.runtime.session import Tensor
+from unipinrec.runtime.tensors import check_inputs, host_array
 
 PROVIDER = "CPUExecutionProvider"
+TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # those of the graphs
 log = logging.getLogger(__name__)
 
 
 class OrtBackend:
-    """The graphs of a bundle in ONNX Runtime on the CPU; see `Backend`. Tensors are `OrtValue`s, never copied."""
+    """The graphs of a bundle in ONNX Runtime on the CPU; see `Backend`. Tensors are `OrtValue`s, never copied.
+
+    The chunks are those of `bench/chunks.py`: scores of 256 x 1,000 fit the cache, and its attention skips no work.
+    """
+
+    prefill_chunk: int | None = 256
+    rank_chunk: int | None = 384
 
     def __init__(self, graphs: Mapping[str, Path], threads: int | None = None) -> None:
         """Load graphs.
@@ -37,7 +46,9 @@ class OrtBackend:
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
         with flush_denormals():
             self._sessions = {name: self._load(path) for name, path in graphs.items()}
-        self._inputs = {name: session.get_inputs() for name, session in self._sessions.items()}
+        self._inputs = {
+            name: [_spec(given) for given in session.get_inputs()] for name, session in self._sessions.items()
+        }
         self._outputs = {
             name: [output.name for output in session.get_outputs()] for name, session in self._sessions.items()
         }
@@ -59,70 +70,25 @@ class OrtBackend:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
-        values = self._checked(graph, inputs)
+        check_inputs(graph, self._inputs[graph], inputs)
         try:
+            values = {name: self._value(given) for name, given in inputs.items()}
             with flush_denormals():
                 outputs = self._sessions[graph].run_with_ort_values(self._outputs[graph], values)
         except Exception as error:  # its exceptions share no base class
             raise BackendError(f"{graph}: ONNX Runtime failed: {error}") from error
         return dict(zip(self._outputs[graph], outputs, strict=True))
 
-    def append(
-        self, past: Tensor, added: Tensor, past_slots: NDArray[np.int64], added_slots: NDArray[np.int64]
-    ) -> Tensor:
-        """See `Backend.append`."""
-        old, new = past.numpy(), added.numpy()
-        batch, heads, _, dim = old.shape
-        slots = past_slots + added_slots
-        # Allocated by ONNX Runtime: a view of an OrtValue made from an array dangles once the OrtValue is gone.
-        joined: Tensor = self._ort.OrtValue.ortvalue_from_shape_and_type(
-            [batch, heads, int(slots.max()), dim], old.dtype.type
-        )
-        values = joined.numpy()
-        for row, (kept, total) in enumerate(zip(past_slots, slots, strict=True)):
-            values[row, :, :kept] = old[row, :, :kept]
-            values[row, :, kept:total] = new[row, :, : total - kept]
-            values[row, :, total:] = 0.0
-        return joined
-
-    def _checked(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Any]:
-        """All inputs as OrtValues whose names, types and shapes fit the graph."""
-        wanted = [spec.name for spec in self._inputs[graph]]
-        if set(inputs) != set(wanted):
-            raise BackendError(f"{graph}: the inputs are {sorted(inputs)}, expected {sorted(wanted)}")
-        sizes: dict[str, int] = {}
-        values = {}
-        for spec in self._inputs[graph]:
-            value = self._value(graph, spec.name, inputs[spec.name])
-            shape = value.shape()
-            if value.data_type() != spec.type or not _fits(shape, spec.shape, sizes):
-                raise BackendError(
-                    f"{graph}: {spec.name} is {value.data_type()} {shape}, expected {spec.type} {spec.shape} "
-                    f"with {sizes}"
-                )
-            values[spec.name] = value
-        return values
-
-    def _value(self, graph: str, name: str, given: NDArray[Any] | Tensor) -> Any:
-        if not isinstance(given, np.ndarray):
+    def _value(self, given: NDArray[Any] | Tensor) -> Any:
+        if isinstance(given, self._ort.OrtValue):
             return given
-        if given.dtype.kind == "f" and not np.isfinite(given).all():
-            raise BackendError(f"{graph}: {name} holds values that are not finite; send finite numbers")
-        try:
-            return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(given))
-        except Exception as error:  # its exceptions share no base class
-            raise BackendError(f"{graph}: {name} of type {given.dtype} is not accepted: {error}") from error
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(host_array(given)))
 
 
-def _fits(shape: list[int], expected: list[int | str | None], sizes: dict[str, int]) -> bool:
-    """Whether a shape without empty dimensions fits; binds each named dimension to the first size it meets."""
-    if len(shape) != len(expected) or 0 in shape:
-        return False
-    bound = [
-        sizes.setdefault(want, size) if isinstance(want, str) and want.isidentifier() else want
-        for size, want in zip(shape, expected, strict=True)
-    ]
-    return all(size == want or not isinstance(want, int) for size, want in zip(shape, bound, strict=True))
+def _spec(given: Any) -> TensorSpec:
+    """A graph input as ONNX Runtime describes it; a dimension without a name or a size is any."""
+    shape = tuple("?" if size is None else size for size in given.shape)
+    return TensorSpec(name=given.name, dtype=TYPES.get(given.type, given.type), shape=shape)
 
 
 def import_onnxruntime() -> Any:

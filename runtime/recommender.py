@@ -12,11 +12,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import RequestError
-from unipinrec.runtime.bundle import INDEX, Bundle
+from unipinrec.errors import ConfigError, RequestError
+from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.device import Device, resolve_device
 from unipinrec.runtime.engine import Engine, pad_histories, pad_rows
-from unipinrec.runtime.index import ExactIndex, HnswIndex
+from unipinrec.runtime.grouping import Padding, grouped
+from unipinrec.runtime.histories import Found, HistoryEncoder
+from unipinrec.runtime.kv_cache import CacheOptions, KvCache
+from unipinrec.runtime.kv_pages import KvGeometry
+from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import (
     EventLike,
     RecommendOptions,
@@ -42,45 +46,80 @@ class Recommender:
     bundle: Bundle
     engine: Engine
     retriever: Retriever
+    encoder: HistoryEncoder
     device: Device
+    window_slack: int | None
 
     @classmethod
-    def load(cls, path: Path | str, device: str = "auto", *, verify: bool = True) -> Recommender:
+    def load(
+        cls,
+        path: Path | str,
+        device: str = "auto",
+        *,
+        verify: bool = True,
+        cache: CacheOptions | KvCache | None = None,
+        window_slack: int | None = None,
+    ) -> Recommender:
         """Open a bundle for serving.
 
         Args:
             path: The bundle's folder.
-            device: "auto" or "cpu".
+            device: "auto", "cpu", "openvino" or "openvino-bf16".
             verify: Refuse to serve if the golden requests' outputs do not reproduce on this machine.
+            cache: Keep encoded histories from request to request: how much of them, or the cache of a recommender that
+                this one replaces. None = encode every history anew.
+            window_slack: By how many events the window over a history that is too long moves at a time; None = an
+                eighth of the model's limit.
 
         Raises:
             BundleError: The bundle is damaged, of a newer format, or does not compute what PyTorch computed.
             BackendError: The device is not available, or does not run the graphs.
+            ConfigError: The cache or the slack cannot be had for this model.
         """
         running = resolve_device(device)
         bundle = Bundle.open(path)
-        engine = Engine.open(bundle)
+        model = bundle.manifest.model
+        if window_slack is not None and not 0 < window_slack <= model.max_history:
+            raise ConfigError(f"window_slack={window_slack} must be from 1 to {model.max_history}")
+        engine = Engine.open(bundle, running)
         if verify:
-            require_golden(engine, bundle)
-        vectors = bundle.item_vectors
-        index = HnswIndex(bundle.path / INDEX, bundle.manifest.index, vectors)
+            require_golden(engine, bundle, running)
+        retriever = Retriever.open(bundle)
         log.info("serving %s on %s (%s), bundle %s", bundle.path, running.name, running.reason, bundle.hash)
         return cls(
             bundle=bundle,
             engine=engine,
-            retriever=Retriever(index=index, scan=ExactIndex(vectors), item_vectors=vectors),
+            retriever=retriever,
+            encoder=HistoryEncoder(engine, _cache(cache, model), bundle.kv_namespace),
             device=running,
+            window_slack=window_slack,
         )
 
+    @property
+    def cache(self) -> KvCache | None:
+        """The cache of encoded histories."""
+        return self.encoder.cache
+
+    def padding(self) -> dict[str, Padding]:
+        """What was computed beside what was asked, by stage: encode, extend, rank."""
+        return self.encoder.padding.snapshot()
+
     def recommend(
-        self, history: Iterable[EventLike], k: int = 20, options: RecommendOptions = DEFAULT_OPTIONS
+        self,
+        history: Iterable[EventLike],
+        k: int = 20,
+        options: RecommendOptions = DEFAULT_OPTIONS,
+        *,
+        user: str | None = None,
     ) -> Slate:
         """The k best items after a history, given oldest event first as events or dictionaries with their keys.
+
+        With a cache, what is encoded of `user` serves the next request whose history begins with the same events.
 
         Raises:
             RequestError: The request cannot be answered as given.
         """
-        return self.recommend_many([Request(history=as_events(history), k=k, options=options)])[0]
+        return self.recommend_many([Request(history=as_events(history), k=k, options=options, user=user)])[0]
 
     def recommend_many(self, requests: Sequence[Request]) -> list[Slate]:
         """Answer requests together, in their order; each gets the slate that it would get alone.
@@ -88,29 +127,53 @@ class Recommender:
         Raises:
             RequestError: One of the requests cannot be answered as given; then none is.
         """
-        asked = [resolve_request(request, self.bundle.manifest, self.bundle.rows) for request in requests]
-        batches = (asked[start : start + MAX_BATCH] for start in range(0, len(asked), MAX_BATCH))
-        return [slate for batch in batches for slate in self._answer(batch)]
+        slates = []
+        for answer in self.answer([self.resolve(request) for request in requests]):
+            if isinstance(answer, Exception):
+                raise answer
+            slates.append(answer)
+        return slates
 
-    def _answer(self, asked: Sequence[ResolvedRequest]) -> list[Slate]:
-        start = time.perf_counter()
-        encoded = self.engine.encode(pad_histories([one.history for one in asked]))
+    def resolve(self, request: Request) -> ResolvedRequest:
+        """Validate a request.
+
+        Raises:
+            RequestError: It cannot be answered as given.
+        """
+        return resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
+
+    def answer(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
+        """Answer valid requests in groups; those of a group that fails get its error, the others their slates."""
+        answers: dict[int, Slate | Exception] = {}
+        with self.encoder.find(asked) as found:
+            for places in grouped([self.encoder.work(one) for one in found], self.engine.backend.prefill_chunk):
+                try:
+                    answers.update(zip(places, self._answer([found[place] for place in places]), strict=True))
+                except Exception as error:  # it belongs to those who asked, not to the other groups
+                    answers.update(dict.fromkeys(places, error))
+        return [answers[place] for place in range(len(asked))]
+
+    def _answer(self, group: Sequence[Found]) -> list[Slate]:
+        asked, start = [found.asked for found in group], time.perf_counter()
+        encoded = self.encoder.encode(group)
         encode_end = time.perf_counter()
         queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
-        found = [self._candidates(one, query) for one, query in zip(asked, queries, strict=True)]
+        candidates = [self._candidates(one, query) for one, query in zip(asked, queries, strict=True)]
         retrieve_end = time.perf_counter()
         surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
-        logits = self.engine.rank(encoded, pad_rows([one.rows for one in found]), surfaces, now_ms)
-        rank_end = time.perf_counter()
-        stages = _stages(start, encode_end, retrieve_end, rank_end)
-        return [self._slate(*parts, stages) for parts in zip(asked, found, logits, strict=True)]
+        logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
+        self.encoder.keep(group, encoded)
+        stages = _stages(start, encode_end, retrieve_end, time.perf_counter())
+        self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
+        return [self._slate(*parts, stages) for parts in zip(group, candidates, logits, strict=True)]
 
     def _candidates(self, asked: ResolvedRequest, queries: NDArray[np.float32]) -> Candidates:
-        return self.retriever.retrieve(queries, asked.candidates, asked.excluded, exact=asked.exact)
+        return self.retriever.retrieve(
+            queries, asked.candidates, asked.excluded, allowed=asked.allowed, exact=asked.exact
+        )
 
-    def _slate(
-        self, asked: ResolvedRequest, found: Candidates, logits: NDArray[np.float32], stages: StageTimes
-    ) -> Slate:
+    def _slate(self, request: Found, found: Candidates, logits: NDArray[np.float32], stages: StageTimes) -> Slate:
+        asked = request.asked
         # Rows of `logits` beyond the request's own candidates are padding.
         probabilities = _sigmoid(logits[: len(found.rows)])
         scores = probabilities @ asked.weights
@@ -121,8 +184,8 @@ class Recommender:
                 for i in best
             ),
             stages_ms=stages,
-            kv="miss",
-            kv_reason="new",
+            kv=request.kind,
+            kv_reason=request.reason,
             device=self.device.name,
             bundle=self.bundle.hash,
             exact=found.exact,
@@ -157,17 +220,28 @@ class Recommender:
         Raises:
             RequestError: The request cannot be answered as given.
         """
-        nothing_left_out = msgspec.structs.replace(options, exclude_seen=False, exclude=())
+        nothing_left_out = msgspec.structs.replace(options, exclude_seen=False, exclude=(), allow=None, categories=None)
         request = Request(history=as_events(history), k=1, options=nothing_left_out)
-        asked = resolve_request(request, self.bundle.manifest, self.bundle.rows)
+        asked = self.resolve(request)
         rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in candidates]], np.int64)
         if extend_at is not None and not 0 < extend_at < len(asked.history):
             raise RequestError(f"extend_at={extend_at} must be from 1 to {len(asked.history) - 1}")
-        encoded = self.engine.encode(pad_histories([asked.history.part(0, extend_at)]))
+        encoded = self.engine.prefill(pad_histories([asked.history.part(0, extend_at)]))
         if extend_at is not None:
             encoded = self.engine.extend(encoded, pad_histories([asked.history.part(extend_at)]))
         logits = self.engine.rank(encoded, rows, np.array([asked.surface]), np.array([asked.now_ms]))
         return logits.reshape(rows.size, -1)
+
+
+def _cache(wanted: CacheOptions | KvCache | None, model: ModelSpec) -> KvCache | None:
+    if not isinstance(wanted, KvCache):
+        return None if wanted is None else KvCache(model, wanted)
+    geometry = KvGeometry.of(model, wanted.geometry.dtype, wanted.geometry.page_slots)
+    if geometry != wanted.geometry:
+        raise ConfigError(
+            f"the cache was made for {wanted.geometry}, this model needs {geometry}; give it a cache of its own"
+        )
+    return wanted
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError
+from unipinrec.runtime.catalogue import Catalogue
 from unipinrec.runtime.manifest import Manifest
 
 UNKNOWN_SURFACE = "unknown"
@@ -59,8 +60,12 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         outcomes: Actions that retrieval aims at, where the model is conditioned on them. None = the positive actions.
         exclude_seen: Leave out the items of the history.
         exclude: Further item ids to leave out; ids that the catalogue lacks have no effect.
+        allow: The only item ids that may be recommended; ids that the catalogue lacks have no effect. None = all.
+        categories: The words that are accepted of categorical item features, by feature; an item must have one of the
+            words of each. None = all.
         exact: Scan all items instead of asking the index.
-        truncate: Keep the newest events of a history that is too long, instead of refusing it.
+        truncate: Of a history that is too long keep a window of the newest events (see `window_start`), instead of
+            refusing it.
     """
 
     surface: str = UNKNOWN_SURFACE
@@ -70,16 +75,23 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     outcomes: tuple[str, ...] | None = None
     exclude_seen: bool = True
     exclude: tuple[str, ...] = ()
+    allow: tuple[str, ...] | None = None
+    categories: dict[str, tuple[str, ...]] | None = None
     exact: bool = False
-    truncate: bool = False
+    truncate: bool = True
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One user's question: the k best items after this history (oldest event first)."""
+    """One user's question: the k best items after this history (oldest event first).
+
+    Under `user` the encoded history is kept for the next request, where the recommender has a cache; the history itself
+    must come with every request.
+    """
 
     history: tuple[Event, ...]
     k: int = 20
     options: RecommendOptions = RecommendOptions()
+    user: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +122,14 @@ class History:
 class ResolvedRequest:
     """A valid request in the terms of its bundle.
 
-    `excluded` holds distinct catalogue rows, `weights` is [C] f64, `outcomes` [C] f32; k <= candidates, and at least
-    `candidates` rows are not excluded.
+    `excluded` holds distinct catalogue rows, `allowed` is a mask [N] of the others or None (see `Catalogue`), `weights`
+    is [C] f64, `outcomes` [C] f32; k <= candidates, and at least `candidates` rows are allowed and not excluded.
+    `start` is the place of the first event of `history` among those that were sent.
     """
 
+    user: str | None
     history: History
+    start: int
     surface: int
     now_ms: int
     k: int
@@ -122,6 +137,7 @@ class ResolvedRequest:
     weights: NDArray[np.float64]
     outcomes: NDArray[np.float32]
     excluded: NDArray[np.int64]
+    allowed: NDArray[np.bool_] | None
     exact: bool
 
 
@@ -152,25 +168,46 @@ def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
     return tuple(events)
 
 
-def resolve_request(request: Request, manifest: Manifest, rows: Mapping[str, int]) -> ResolvedRequest:
-    """Validate a request against a bundle; `rows` maps external item ids to catalogue rows.
+def resolve_request(
+    request: Request, manifest: Manifest, catalogue: Catalogue, slack: int | None = None
+) -> ResolvedRequest:
+    """Validate a request against a bundle and its items.
+
+    Args:
+        request: What is asked.
+        manifest: Of the bundle.
+        catalogue: The bundle's items.
+        slack: See `window_start`; None = an eighth of the model's limit.
 
     Raises:
         RequestError: The request cannot be answered as given.
     """
-    options = request.options
-    history = read_history(request.history, manifest, rows, truncate=options.truncate)
-    denied = np.array([rows[item] for item in options.exclude if item in rows], np.int64)
-    excluded = np.unique(np.concatenate([history.item_rows, denied]) if options.exclude_seen else denied)
-    eligible = manifest.num_items - len(excluded)
+    options, limit = request.options, manifest.model.max_history
+    start = window_start(len(request.history), limit, slack or default_slack(limit)) if options.truncate else 0
+    history = read_history(request.history[start:], manifest, catalogue.rows, first=start)
+    denied = catalogue.known_rows(options.exclude)
+    if options.exclude_seen:
+        before = catalogue.known_rows(str(event.item) for event in request.history[:start])
+        denied = np.concatenate([history.item_rows, before, denied])
+    excluded = np.unique(denied)
+    allowed = catalogue.allowed(options.allow, options.categories)
+    eligible = catalogue.eligible(allowed, excluded)
     k = _at_least_one("k", request.k)
     if k > eligible:
+        filtered = (
+            ""
+            if options.allow is None and options.categories is None
+            else " and those that allow or categories rule out"
+        )
+        remedy = f"ask for at most {eligible}" if eligible else "loosen the filters"
         raise RequestError(
-            f"k={k} items were asked for, but only {eligible} of the {manifest.num_items} items are eligible after "
-            f"leaving out {len(excluded)} seen or excluded ones; ask for at most {eligible}"
+            f"k={k} items were asked for, but only {eligible} of the {catalogue.num_live} items are eligible after "
+            f"leaving out {len(excluded)} seen or excluded ones{filtered}; {remedy}"
         )
     return ResolvedRequest(
+        user=_user(request.user),
         history=history,
+        start=start,
         surface=_look_up(options.surface, _surfaces(manifest), "surface", "the request"),
         now_ms=_now(options.now_ms, history, manifest),
         k=k,
@@ -178,14 +215,33 @@ def resolve_request(request: Request, manifest: Manifest, rows: Mapping[str, int
         weights=_weights(options.weights, manifest),
         outcomes=_outcomes(options.outcomes, manifest),
         excluded=excluded,
+        allowed=allowed,
         exact=options.exact,
     )
 
 
-def read_history(
-    events: Sequence[Event], manifest: Manifest, rows: Mapping[str, int], *, truncate: bool = False
-) -> History:
+def window_start(count: int, limit: int, slack: int) -> int:
+    """Place of the first event that is encoded of a history of `count` events where the model takes `limit`.
+
+    The window moves on by `slack` events at a time, so that between two moves new events only extend what is encoded:
+    a history that grows is encoded anew once in `slack` events. It holds more than `limit - slack` events.
+    """
+    return -(-max(0, count - limit) // slack) * slack
+
+
+def default_slack(limit: int) -> int:
+    """An eighth of the model's limit."""
+    return max(1, limit // 8)
+
+
+def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str, int], *, first: int = 0) -> History:
     """Validate events and turn them into arrays.
+
+    Args:
+        events: Oldest first.
+        manifest: Of the bundle.
+        rows: Catalogue row of each external item id.
+        first: Place of the first event in what the caller sent, for errors.
 
     Raises:
         RequestError: The history is empty or too long, names an item, action or surface that the bundle does not
@@ -194,27 +250,52 @@ def read_history(
     limit = manifest.model.max_history
     if not events:
         raise RequestError("the history is empty; a recommendation needs at least one event")
-    if len(events) > limit and not truncate:
+    if len(events) > limit:
         raise RequestError(
             f"the history has {len(events)} events, this model takes at most {limit}; "
             "send the newest ones, or set truncate to keep them"
         )
-    first, kept = max(0, len(events) - limit), events[-limit:]
     actions, surfaces, missing = _actions(manifest), _surfaces(manifest), manifest.missing_timestamp_ms
-    bits = np.zeros((len(kept), len(actions)), np.float32)
-    columns: list[tuple[int, int, int]] = []
-    for place, event in enumerate(kept):
+    bits = np.zeros((len(events), len(actions)), np.float32)
+    try:
+        for place, event in enumerate(events):
+            for action in event.actions:
+                bits[place, actions[action]] = 1.0
+        item_rows = np.array([rows[str(event.item)] for event in events], np.int64)
+        surface_ids = np.array([surfaces[event.surface] for event in events], np.int64)
+    except KeyError:
+        for place, event in enumerate(events, first):
+            _check_names(event, actions, surfaces, rows, f"history[{place}]")
+        raise
+    return History(
+        item_rows=item_rows, actions=bits, surfaces=surface_ids, timestamps_ms=_times(events, missing, first)
+    )
+
+
+def _check_names(
+    event: Event, actions: Mapping[str, int], surfaces: Mapping[str, int], rows: Mapping[str, int], where: str
+) -> None:
+    for action in event.actions:
+        _look_up(action, actions, "action", where)
+    item_row(str(event.item), rows, where)
+    _look_up(event.surface, surfaces, "surface", where)
+
+
+def _times(events: Sequence[Event], missing: int, first: int) -> NDArray[np.int64]:
+    """Times of events [n] i64, in order, each at least the one before; `missing` stands for an unknown one."""
+    given = [event.timestamp_ms for event in events]
+    known = [time_ms for time_ms in given if time_ms is not None]
+    times = np.full(len(given), missing, np.int64)
+    if all(type(time_ms) is int and 0 <= time_ms < YEAR_10000_MS for time_ms in known):
+        times[len(given) - len(known) :] = known
+        if None not in given[len(given) - len(known) :] and (len(known) < 2 or (np.diff(known) >= 0).all()):
+            return times
+    for place, time_ms in enumerate(given):
         where = f"history[{first + place}]"
-        for action in event.actions:
-            bits[place, _look_up(action, actions, "action", where)] = 1.0
-        row = item_row(str(event.item), rows, where)
-        surface = _look_up(event.surface, surfaces, "surface", where)
-        time_ms = missing if event.timestamp_ms is None else _milliseconds(event.timestamp_ms, f"{where}.timestamp_ms")
-        if columns:
-            _check_order(columns[-1][2], time_ms, missing, where)
-        columns.append((row, surface, time_ms))
-    item_rows, surface_ids, times = np.array(columns, np.int64).T.copy()
-    return History(item_rows=item_rows, actions=bits, surfaces=surface_ids, timestamps_ms=times)
+        times[place] = missing if time_ms is None else _milliseconds(time_ms, f"{where}.timestamp_ms")
+        if place:
+            _check_order(int(times[place - 1]), int(times[place]), missing, where)
+    return times
 
 
 def item_row(item: str, rows: Mapping[str, int], where: str) -> int:
@@ -278,6 +359,12 @@ def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
     if now < last:
         raise RequestError(f"now_ms={now} is before the last event at {last}; send the time of the request")
     return now
+
+
+def _user(given: str | None) -> str | None:
+    if given == "":
+        raise RequestError("user='' is empty; send the user's id, or none for an answer that is not kept")
+    return given
 
 
 def _at_least_one(name: str, given: int) -> int:

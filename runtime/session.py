@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 
@@ -22,7 +21,15 @@ class Tensor(Protocol):
 
 
 class Backend(Protocol):
-    """Runs the graphs of one bundle on one device; safe to call from several threads."""
+    """Runs the graphs of one bundle on one device; safe to call from several threads.
+
+    Attributes:
+        prefill_chunk: Events of one history that are best encoded in one run; None = all.
+        rank_chunk: Candidates that are best ranked in one run; None = all.
+    """
+
+    prefill_chunk: int | None
+    rank_chunk: int | None
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """Run a graph.
@@ -36,21 +43,5 @@ class Backend(Protocol):
 
         Raises:
             BackendError: An input is missing, foreign, not finite, or has the wrong type or shape; or the run failed.
-        """
-        ...
-
-    def append(
-        self, past: Tensor, added: Tensor, past_slots: NDArray[np.int64], added_slots: NDArray[np.int64]
-    ) -> Tensor:
-        """Put `added` behind the valid slots of `past`, row by row.
-
-        Args:
-            past: [B, H_kv, p, D], of which `past_slots` [B] are valid.
-            added: [B, H_kv, m, D], of which `added_slots` [B] are valid.
-            past_slots: [B].
-            added_slots: [B].
-
-        Returns:
-            [B, H_kv, max(past_slots + added_slots), D], zero beyond the valid slots.
         """
         ...

@@ -12,6 +12,7 @@
     │   ├── BundleCorruptError  a file that is missing, truncated or altered
     │   └── BundleVersionError  a bundle written in a format that this version does not read
     ├── BackendError            an inference engine that is missing or failed
+    ├── CacheError              a key/value cache that contradicts itself
     └── RequestError            a request that cannot be answered as given
 
 A message names what was given, what is accepted, and what to do.
@@ -64,6 +65,10 @@ class BundleVersionError(BundleError):
 
 class BackendError(UnipinrecError):
     """An inference engine is missing or failed."""
+
+
+class CacheError(UnipinrecError):
+    """The key/value cache contradicts itself: a fault of this package."""
 
 
 class RequestError(UnipinrecError):

@@ -1,0 +1,175 @@
+"""Concurrent requests answered together: collected for a moment, grouped by what they need, computed in fewer runs.
+
+A request waits for company no longer than `max_wait_ms`, and only while a worker is free; while all workers compute,
+the next batch collects by itself. What is answered together is answered as it would be alone (`Recommender.answer`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+
+from unipinrec.errors import BackendError, ConfigError
+from unipinrec.runtime.grouping import MAX_ROWS
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.requests import Request, ResolvedRequest
+from unipinrec.runtime.slate import Slate
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How requests are collected.
+
+    Attributes:
+        max_batch: Most requests of a batch.
+        max_wait_ms: Longest that a request waits for others while a worker is free; 0 = never.
+        workers: Batches computed at the same time. They share the backend's threads: on a CPU one is best.
+    """
+
+    max_batch: int = MAX_ROWS
+    max_wait_ms: float = 2.0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or self.workers < 1 or not self.max_wait_ms >= 0:
+            raise ConfigError(
+                f"max_batch={self.max_batch} and workers={self.workers} must be at least 1, "
+                f"max_wait_ms={self.max_wait_ms} at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistics:
+    """What was collected since the start.
+
+    Attributes:
+        requests: Requests taken from the queue.
+        batches: How often.
+        largest: Most requests of a batch.
+        longest_wait_ms: Longest time that a request waited for company while a worker was free.
+        longest_queue_ms: Longest time from submission to the start of its batch, busy workers included.
+    """
+
+    requests: int = 0
+    batches: int = 0
+    largest: int = 0
+    longest_wait_ms: float = 0.0
+    longest_queue_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waiting:
+    asked: ResolvedRequest
+    answer: Future[Slate]
+    arrived: float
+
+
+class Batcher:
+    """Answers requests from any number of threads in batches. Close it, or use it as a context manager."""
+
+    def __init__(self, recommender: Recommender, options: BatchOptions | None = None) -> None:
+        self.recommender, self.options = recommender, options or BatchOptions()
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._statistics = BatchStatistics()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"unipinrec-batch-{place}", daemon=True)
+            for place in range(self.options.workers)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, request: Request) -> Future[Slate]:
+        """Queue a request; it is checked here, in the caller's thread. Cancelling the future frees its place.
+
+        Raises:
+            RequestError: It cannot be answered as given.
+            BackendError: The batcher is closed.
+        """
+        asked = self.recommender.resolve(request)
+        waiting = _Waiting(asked=asked, answer=Future(), arrived=time.perf_counter())
+        with self._changed:
+            if self._closed:
+                raise BackendError("the batcher is closed; make a new one")
+            self._queue.append(waiting)
+            self._changed.notify_all()
+        return waiting.answer
+
+    def recommend(self, request: Request) -> Slate:
+        """Answer one request together with those of other threads.
+
+        Raises:
+            RequestError: It cannot be answered as given.
+            BackendError: The backend failed, or the batcher is closed.
+        """
+        return self.submit(request).result()
+
+    def statistics(self) -> BatchStatistics:
+        """A consistent snapshot. What padding cost is in `Recommender.padding`."""
+        with self._changed:
+            return self._statistics
+
+    def close(self) -> None:
+        """Answer what is queued, then stop. Closing twice has no effect."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for worker in self._workers:
+            worker.join()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            running = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
+            try:
+                answers = self.recommender.answer([waiting.asked for waiting in running])
+            except BaseException as error:  # whatever it is, those who wait must hear of it
+                answers = [error if isinstance(error, Exception) else BackendError(repr(error))] * len(running)
+            for waiting, answer in zip(running, answers, strict=True):
+                if isinstance(answer, Exception):
+                    waiting.answer.set_exception(answer)
+                else:
+                    waiting.answer.set_result(answer)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Wait for requests; empty once the batcher is closed and all are taken."""
+        free = time.perf_counter()
+        with self._changed:
+            while not self._full():
+                left = None
+                if self._queue:
+                    left = self._queue[0].arrived + self.options.max_wait_ms / 1e3 - time.perf_counter()
+                if (left is not None and left <= 0) or (left is None and self._closed):
+                    break
+                self._changed.wait(left)
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.options.max_batch))]
+            if batch:
+                self._count(batch, free)
+            return batch
+
+    def _full(self) -> bool:
+        """Whether a batch need not wait any longer."""
+        return len(self._queue) >= self.options.max_batch or (self._closed and bool(self._queue))
+
+    def _count(self, batch: list[_Waiting], free: float) -> None:
+        now, before = time.perf_counter(), self._statistics
+        oldest = batch[0].arrived
+        self._statistics = BatchStatistics(
+            requests=before.requests + len(batch),
+            batches=before.batches + 1,
+            largest=max(before.largest, len(batch)),
+            longest_wait_ms=max(before.longest_wait_ms, (now - max(oldest, free)) * 1e3),
+            longest_queue_ms=max(before.longest_queue_ms, (now - oldest) * 1e3),
+        )

@@ -1,0 +1,150 @@
+"""From requests to encoded histories, through the cache: what is known is read, what is new is encoded and kept.
+
+What is ranked is always what the cache would give back: keys and values are rounded to its precision before anything
+looks at them, whether they were found there or not, so that a hit and a miss answer alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from unipinrec.runtime.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.grouping import PaddingMeter, Work
+from unipinrec.runtime.kv_buffer import HostTensor, KvBuffer, row_of
+from unipinrec.runtime.kv_cache import Kind, KvCache, Lease
+from unipinrec.runtime.kv_keys import CacheKey, event_records
+from unipinrec.runtime.kv_pages import as_stored
+from unipinrec.runtime.requests import ResolvedRequest
+
+NO_CACHE, ANONYMOUS = "no cache", "anonymous"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A request and what the cache has of its history; `lease` is None for the reason `unasked`."""
+
+    asked: ResolvedRequest
+    lease: Lease | None
+    unasked: str
+
+    @property
+    def kind(self) -> Kind:
+        """hit, extended or miss."""
+        return "miss" if self.lease is None else self.lease.kind
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is a miss, or what is new."""
+        if self.lease is None:
+            return self.unasked
+        return f"{self.new} new events" if self.kind == "extended" else self.lease.reason
+
+    @property
+    def cached(self) -> int:
+        """Events that the cache has."""
+        return 0 if self.lease is None else self.lease.count
+
+    @property
+    def new(self) -> int:
+        """Events to encode."""
+        return len(self.asked.history) - self.cached
+
+
+class HistoryEncoder:
+    """Encodes histories of one bundle; safe to use from several threads."""
+
+    def __init__(self, engine: Engine, cache: KvCache | None, namespace: str) -> None:
+        self.engine, self.cache, self.namespace = engine, cache, namespace
+        self.padding = PaddingMeter()
+        self._prefix = engine.model.kv_prefix_slots
+
+    @contextmanager
+    def find(self, asked: Sequence[ResolvedRequest]) -> Iterator[list[Found]]:
+        """Look all requests up; what was found stays in place, and what was not kept is dropped, when this ends."""
+        with ExitStack() as leases:
+            unasked = NO_CACHE if self.cache is None else ANONYMOUS
+            yield [Found(asked=one, lease=self._look_up(one, leases), unasked=unasked) for one in asked]
+
+    def work(self, found: Found) -> Work:
+        """What a request needs."""
+        slots = len(found.asked.history) + self._prefix
+        return Work(kind=found.kind, slots=slots, new=found.new, candidates=found.asked.candidates)
+
+    def encode(self, group: Sequence[Found]) -> Encoded:
+        """Encode requests of one kind together; what is new waits in their leases for `keep`.
+
+        Raises:
+            BackendError: A graph failed, or a value does not fit the cache's precision.
+        """
+        return self._encode_all(group) if group[0].kind == "miss" else self._encode_new(group)
+
+    def keep(self, group: Sequence[Found], encoded: Encoded) -> None:
+        """Let later requests find what was encoded."""
+        last = encoded.last_hidden_state.numpy()
+        for row, found in enumerate(group):
+            if found.lease is not None:
+                found.lease.commit(last[row].copy())
+
+    def _look_up(self, asked: ResolvedRequest, leases: ExitStack) -> Lease | None:
+        if self.cache is None or asked.user is None:
+            return None
+        key = CacheKey(
+            user=asked.user,
+            namespace=self.namespace,
+            events=event_records(asked.history),
+            count=len(asked.history),
+            start=asked.start,
+        )
+        return leases.enter_context(self.cache.lookup(key))
+
+    def _encode_all(self, group: Sequence[Found]) -> Encoded:
+        encoded = self.engine.prefill(pad_histories([found.asked.history for found in group]))
+        self.padding.add("encode", [found.new for found in group])
+        if self.cache is None:
+            return encoded
+        slots = encoded.lengths + self._prefix
+        rows = [row_of(encoded.key_values, row, count) for row, count in enumerate(slots)]
+        for found, key_values in zip(group, rows, strict=True):
+            if found.lease is not None:
+                found.lease.write(key_values)
+        if self.cache.geometry.dtype == "fp32":
+            return encoded
+        buffer = KvBuffer(self.engine.model, len(group), int(slots.max()))
+        for row, (found, key_values) in enumerate(zip(group, rows, strict=True)):
+            if found.lease is not None and found.lease.written:
+                found.lease.read(buffer.row(row))
+            else:
+                buffer.put(row, 0, [as_stored(values, self.cache.geometry.dtype) for values in key_values])
+            buffer.clear_from(row, slots[row])
+        return encoded.over(buffer)
+
+    def _encode_new(self, group: Sequence[Found]) -> Encoded:
+        """Of requests of which the cache has a beginning, or all."""
+        assert self.cache is not None
+        histories = [found.asked.history for found in group]
+        buffer = KvBuffer(self.engine.model, len(group), max(map(len, histories)) + self._prefix)
+        leases = [found.lease for found in group if found.lease is not None]
+        for row, lease in enumerate(leases):
+            lease.read(buffer.row(row))
+            buffer.clear_from(row, lease.slots)
+        cached = np.array([lease.count for lease in leases])
+        past = Encoded(
+            key_values=buffer.tensors(),
+            lengths=cached,
+            last_timestamps_ms=np.array([h.timestamps_ms[m - 1] for h, m in zip(histories, cached, strict=True)]),
+            last_hidden_state=HostTensor(np.stack([lease.last_hidden_state for lease in leases])),
+        )
+        if group[0].kind == "hit":
+            return past
+        added = pad_histories([h.part(int(m)) for h, m in zip(histories, cached, strict=True)])
+        encoded = self.engine.extend_in_place(buffer, past, added)
+        self.padding.add("extend", [found.new for found in group])
+        for row, (lease, count) in enumerate(zip(leases, added.lengths, strict=True)):
+            new = buffer.row(row)[:, :, lease.slots : lease.slots + count]
+            lease.write(list(new))
+            new[...] = as_stored(new, self.cache.geometry.dtype)
+        return encoded

@@ -1,0 +1,149 @@
+"""Concurrent requests on a real bundle: batched answers are those of single requests, and no one waits too long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unipinrec.errors import BackendError, ConfigError, RequestError
+from unipinrec.runtime import Batcher, BatchOptions, CacheOptions, Recommender, RecommendOptions, Request, Slate
+from unipinrec.runtime.requests import Event, ResolvedRequest
+
+NOW_MS = 1_760_000_000_000
+
+
+@pytest.fixture(scope="module")
+def recommender(bundle: Path) -> Recommender:
+    return Recommender.load(bundle, cache=CacheOptions(budget_bytes=1 << 22, dtype="fp32"))
+
+
+def random_requests(recommender: Recommender, count: int, seed: int = 0) -> list[Request]:
+    rng, items = np.random.default_rng(seed), recommender.bundle.item_ids
+    requests = []
+    for place in range(count):
+        rows = rng.integers(0, len(items), rng.integers(1, 65))
+        events = tuple(Event(item=items[row], actions=("click",), timestamp_ms=NOW_MS) for row in rows)
+        user = None if place % 3 == 0 else f"user-{place % 7}"
+        options = RecommendOptions(now_ms=NOW_MS + 1000, candidates=int(rng.integers(10, 60)))
+        requests.append(Request(history=events, k=10, options=options, user=user))
+    return requests
+
+
+def check_same(slate: Slate, alone: Slate) -> None:
+    """The same items but for neighbours of equal score, whose sums may differ in the last bit."""
+    scores = {item.item: item.score for item in slate.items}
+    np.testing.assert_allclose(sorted(scores.values()), sorted(item.score for item in alone.items), atol=1e-5)
+    for item in alone.items:
+        assert abs(scores.get(item.item, slate.items[-1].score) - item.score) < 1e-5
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_thread_gets_the_answer_of_its_own_request(bundle: Path, recommender: Recommender, workers: int) -> None:
+    requests = random_requests(recommender, 120)
+    alone = Recommender.load(bundle)
+    expected = [alone.recommend_many([request])[0] for request in requests]
+    options = BatchOptions(max_batch=16, max_wait_ms=5.0, workers=workers)
+    with Batcher(recommender, options) as batcher, ThreadPoolExecutor(24) as threads:
+        slates = list(threads.map(batcher.recommend, requests))
+        statistics = batcher.statistics()
+    for slate, single in zip(slates, expected, strict=True):
+        check_same(slate, single)
+    assert statistics.requests == 120
+    assert statistics.batches < 120
+    assert 1 < statistics.largest <= 16
+    padding = recommender.padding()
+    assert 0.0 <= padding["encode"].waste < 1 / 3
+    assert recommender.cache is not None
+    recommender.cache.check_integrity()
+    assert recommender.cache.statistics().pinned == 0
+
+
+def test_a_lone_request_waits_no_longer_than_the_deadline(recommender: Recommender) -> None:
+    request = random_requests(recommender, 1)[0]
+    with Batcher(recommender, BatchOptions(max_wait_ms=50.0)) as batcher:
+        began = time.perf_counter()
+        batcher.recommend(request)
+        took_ms = (time.perf_counter() - began) * 1e3
+        assert 50.0 <= batcher.statistics().longest_wait_ms < 80.0
+    assert took_ms >= 50.0
+    with Batcher(recommender, BatchOptions(max_wait_ms=0.0)) as batcher:
+        batcher.recommend(request)
+        assert batcher.statistics().longest_wait_ms < 25.0
+
+
+def test_a_full_batch_does_not_wait(recommender: Recommender) -> None:
+    requests = random_requests(recommender, 4)
+    with Batcher(recommender, BatchOptions(max_batch=4, max_wait_ms=60_000.0)) as batcher:
+        answers = [batcher.submit(request) for request in requests]
+        assert [len(answer.result(timeout=30).items) for answer in answers] == [10] * 4
+        assert batcher.statistics().largest == 4
+
+
+def test_a_bad_request_is_refused_to_its_own_caller(recommender: Recommender) -> None:
+    good = random_requests(recommender, 1)[0]
+    bad = Request(history=(Event(item="no such item", actions=()),))
+    with Batcher(recommender, BatchOptions(max_batch=2, max_wait_ms=20.0)) as batcher:
+        answer = batcher.submit(good)
+        with pytest.raises(RequestError, match="no such item"):
+            batcher.submit(bad)
+        assert len(answer.result(timeout=30).items) == 10
+
+
+def test_closing_answers_what_is_queued_and_refuses_the_rest(recommender: Recommender) -> None:
+    batcher = Batcher(recommender, BatchOptions(max_wait_ms=60_000.0))
+    answers = [batcher.submit(request) for request in random_requests(recommender, 5)]
+    batcher.close()
+    batcher.close()
+    assert all(len(answer.result(timeout=0).items) == 10 for answer in answers)
+    with pytest.raises(BackendError, match="closed"):
+        batcher.submit(random_requests(recommender, 1)[0])
+
+
+def test_a_cancelled_request_is_not_computed(recommender: Recommender) -> None:
+    batcher = Batcher(recommender, BatchOptions(max_wait_ms=60_000.0))
+    first, second = (batcher.submit(request) for request in random_requests(recommender, 2))
+    before = recommender.padding()["rank"].given
+    assert first.cancel()
+    batcher.close()
+    assert first.cancelled()
+    assert len(second.result(timeout=0).items) == 10
+    ranked = recommender.padding()["rank"].given - before
+    assert ranked == random_requests(recommender, 2)[1].options.candidates
+
+
+def test_a_failure_reaches_those_who_wait_and_no_one_else(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Recommender, _asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
+        raise BackendError("the device is gone")
+
+    request = random_requests(recommender, 1)[0]
+    with Batcher(recommender, BatchOptions(max_wait_ms=0.0)) as batcher:
+        with monkeypatch.context() as patched:
+            patched.setattr(Recommender, "answer", fail)
+            with pytest.raises(BackendError, match="the device is gone"):
+                batcher.recommend(request)
+        assert len(batcher.recommend(request).items) == 10
+
+
+def test_threads_end_with_the_batcher(recommender: Recommender) -> None:
+    before = threading.active_count()
+    with Batcher(recommender, BatchOptions(workers=4)) as batcher:
+        future: Future[Slate] = batcher.submit(random_requests(recommender, 1)[0])
+        assert threading.active_count() == before + 4
+    assert future.done()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_batch": 0}, {"workers": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": float("nan")}]
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        BatchOptions(**wrong)  # type: ignore[arg-type]
