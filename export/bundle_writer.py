@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import hashlib
 import importlib.metadata
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from unipinrec import __version__
@@ -24,11 +20,23 @@ from unipinrec.errors import ExportError
 from unipinrec.export.cases import CaseMaker
 from unipinrec.export.golden import golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
-from unipinrec.export.index_build import build_index
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, Histories
 from unipinrec.export.weights import SharedWeights
-from unipinrec.runtime.manifest import FORMAT_VERSION, FileSpec, GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.bundle import (
+    CATEGORIES,
+    GOLDEN,
+    INDEX,
+    ITEM_IDS,
+    ITEM_TITLES,
+    ITEM_VECTORS,
+    ITEMS,
+    USER_IDS,
+    USERS,
+)
+from unipinrec.runtime.bundle_files import fingerprint, seal, written_whole
+from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
+from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
 
 EMBED_CHUNK = 65_536
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "hnswlib", "numpy")
@@ -40,6 +48,7 @@ def export_bundle(
     *,
     histories: Histories | None = None,
     users: int = 1000,
+    recall: float = RECALL_TARGET,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
     """Write a bundle: graphs, item table, index, golden requests, manifest.
@@ -49,63 +58,31 @@ def export_bundle(
         out: Folder to create; it must not exist.
         histories: Real histories for the golden requests and the index's recall; random ones if None.
         users: How many of `histories`, the first ones, go into the bundle, for `recommend --user`.
+        recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
         progress: Called with the name of each stage as it begins.
 
     Returns:
-        The manifest, with the parity report.
+        The manifest, with the parity report and the measured recall.
 
     Raises:
         ParityError: A graph does not compute what PyTorch computes.
         ExportError: Anything else that went wrong, the disk being full included.
     """
-    if out.exists():
-        raise ExportError(f"{out} exists; a bundle is never overwritten, choose another name or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        manifest = _write(source, partial, histories, users, progress)
-        _sync(partial)
-        partial.chmod(0o755)
-        partial.rename(out)
-        _sync_folder(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"could not write {out}: {_reason(error)}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    # safetensors passes the system's error on only as text.
-    if getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full):
-        return "no space left on the disk"
-    return str(error)
-
-
-def _write(
-    source: ExportSource,
-    folder: Path,
-    histories: Histories | None,
-    users: int,
-    progress: Callable[[str], None],
-) -> Manifest:
-    progress("item table")
-    vectors = _item_table(source, folder)
-    graphs, parity = _graphs(source, vectors, folder, progress)
-    progress("golden requests")
-    sample = histories or random_histories(source)
-    golden = golden_tensors(source, sample, vectors)
-    save_file(dict(golden), folder / "golden.safetensors")
-    if histories is not None and users:
-        _write_users(histories, users, folder)
-    progress("index")
-    index = build_index(vectors, _queries(source, sample, vectors), folder / "index.hnsw")
-    progress("manifest")
-    manifest = _manifest(source, folder, graphs, parity, index)
-    content = msgspec.json.format(msgspec.json.encode(manifest))
-    (folder / "manifest.json").write_bytes(content)
-    (folder / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+    with written_whole(out) as folder:
+        progress("item table")
+        vectors = _item_table(source, folder)
+        graphs, parity = _graphs(source, vectors, folder, progress)
+        progress("golden requests")
+        sample = histories or random_histories(source)
+        save_file(dict(golden_tensors(source, sample, vectors)), folder / GOLDEN)
+        if histories is not None and users:
+            _write_users(histories, users, folder)
+        progress("index")
+        task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=recall)
+        index = build_index(task, folder / INDEX)
+        progress("manifest")
+        manifest = _manifest(source, folder, graphs, parity, index)
+        seal(folder, manifest)
     return manifest
 
 
@@ -121,10 +98,13 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     if not np.isfinite(vectors).all():
         rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         raise ExportError(f"{len(rows)} item vectors are not finite, first {source.item_ids[rows[0]]!r}; train again")
-    save_file({"item_vectors": vectors}, folder / "items.safetensors")
-    (folder / "item_ids.json").write_bytes(msgspec.json.encode(source.item_ids))
+    tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: vectors}
+    if source.categories:
+        tensors[CATEGORIES] = source.item_categories.astype(np.int32)
+    save_file(tensors, folder / ITEMS)
+    (folder / ITEM_IDS).write_bytes(msgspec.json.encode(source.item_ids))
     if any(source.titles):
-        (folder / "item_titles.json").write_bytes(msgspec.json.encode(source.titles))
+        (folder / ITEM_TITLES).write_bytes(msgspec.json.encode(source.titles))
     return vectors
 
 
@@ -176,7 +156,7 @@ def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.flo
 def _write_users(histories: Histories, users: int, folder: Path) -> None:
     user_ids = histories.user_ids[:users]
     events = slice(0, int(histories.offsets[len(user_ids)]))
-    (folder / "user_ids.json").write_bytes(msgspec.json.encode(user_ids))
+    (folder / USER_IDS).write_bytes(msgspec.json.encode(user_ids))
     arrays = {
         "offsets": histories.offsets[: len(user_ids) + 1],
         "item_rows": histories.item_rows[events],
@@ -184,7 +164,7 @@ def _write_users(histories: Histories, users: int, folder: Path) -> None:
         "surfaces": histories.surfaces[events],
         "timestamps_ms": histories.timestamps_ms[events],
     }
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "users.safetensors")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / USERS)
 
 
 def _manifest(
@@ -204,7 +184,7 @@ def _manifest(
         missing_timestamp_ms=MISSING_TIMESTAMP_MS,
         precision="fp32",
         graphs=graphs,
-        files={path.name: _fingerprint(path) for path in sorted(folder.iterdir())},
+        files={path.name: fingerprint(path) for path in sorted(folder.iterdir())},
         index=index,
         parity=parity,
         metrics=source.metrics,
@@ -213,29 +193,8 @@ def _manifest(
     )
 
 
-def _fingerprint(path: Path) -> FileSpec:
-    with path.open("rb") as file:
-        return FileSpec(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
-
-
 def _data_fingerprint(source: ExportSource) -> str:
     digest = hashlib.sha256(msgspec.json.encode([source.item_ids, source.actions, source.surfaces]))
     digest.update(source.item_dense.tobytes())
     digest.update(source.item_categories.tobytes())
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.chmod(0o644)
-        _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

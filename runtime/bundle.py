@@ -6,7 +6,8 @@ Every file that the manifest lists is checked before it is read; a file that it 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sized
+import itertools
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,16 +19,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
-from unipinrec.runtime.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, FileSpec, Manifest
-from unipinrec.runtime.requests import Event
+from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, file_problems
+from unipinrec.runtime.catalogue import NO_ROWS, Catalogue, mask_without
+from unipinrec.runtime.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
+from unipinrec.runtime.requests import Event, History
 
 T = TypeVar("T", bound=Sized)
 
-ITEMS, ITEM_IDS, ITEM_TITLES = "items.safetensors", "item_ids.json", "item_titles.json"
+ITEMS, ITEM_IDS, ITEM_TITLES, RETIRED = "items.safetensors", "item_ids.json", "item_titles.json", "retired.json"
 INDEX, GOLDEN = "index.hnsw", "golden.safetensors"
 USERS, USER_IDS = "users.safetensors", "user_ids.json"
 REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN)
 REMEDY = "copy the bundle again, or export it again"
+ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
+DTYPES = {"F32": "<f4", "I32": "<i4"}
 CHECK_ROWS = 65_536
 UNIT_TOLERANCE = 1e-3
 
@@ -47,7 +52,7 @@ class Bundle:
         item_vectors: [N, E] f32, mapped from disk, read-only; unit length.
         item_ids: External ids in row order.
         titles: Titles in row order, for people; None where there is none.
-        rows: Catalogue row of each external id.
+        catalogue: The items as a request names them.
     """
 
     path: Path
@@ -56,7 +61,7 @@ class Bundle:
     item_vectors: NDArray[np.float32]
     item_ids: tuple[str, ...]
     titles: tuple[str | None, ...]
-    rows: Mapping[str, int]
+    catalogue: Catalogue
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
@@ -78,9 +83,6 @@ class Bundle:
         titles: tuple[str | None, ...] = (None,) * count
         if ITEM_TITLES in manifest.files:
             titles = _read_list(folder / ITEM_TITLES, tuple[str | None, ...], count)
-        rows = {item: row for row, item in enumerate(item_ids)}
-        if len(rows) != count:
-            raise BundleError(f"{folder / ITEM_IDS}: {count - len(rows)} item ids occur twice; export the bundle again")
         return cls(
             path=folder,
             hash=digest,
@@ -88,8 +90,18 @@ class Bundle:
             item_vectors=_item_vectors(folder / ITEMS, count, manifest.model.item_dim),
             item_ids=item_ids,
             titles=titles,
-            rows=rows,
+            catalogue=_catalogue(folder, manifest, item_ids),
         )
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Catalogue row of each external id."""
+        return self.catalogue.rows
+
+    @property
+    def kv_namespace(self) -> str:
+        """Bundles that share it compute the same keys and values of the same history rows."""
+        return self.manifest.kv_namespace or self.hash
 
     def graph_files(self) -> dict[str, Path]:
         """The graphs that answering a request takes, by name."""
@@ -117,6 +129,20 @@ class Bundle:
         columns = (tensors[name][window] for name in ("item_rows", "actions", "surfaces", "timestamps_ms"))
         return tuple(self._event(*values) for values in zip(*columns, strict=True))
 
+    def sample_histories(self, limit: int) -> list[History]:
+        """The histories of the first sample users that the bundle carries, if any."""
+        if not self._user_ids():
+            return []
+        tensors = _read_tensors(self.path / USERS)
+        events = History(
+            item_rows=tensors["item_rows"],
+            actions=tensors["actions"].astype(np.float32),
+            surfaces=tensors["surfaces"],
+            timestamps_ms=tensors["timestamps_ms"],
+        )
+        offsets = tensors["offsets"][: limit + 1].tolist()
+        return [events.part(*window) for window in itertools.pairwise(offsets)]
+
     def _user_ids(self) -> tuple[str, ...]:
         carried = USERS in self.manifest.files and USER_IDS in self.manifest.files
         return _read_list(self.path / USER_IDS, tuple[str, ...]) if carried else ()
@@ -139,10 +165,10 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         BundleVersionError: Its format is newer than this version reads.
         BundleError: It does not describe a bundle.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         content = path.read_bytes()
-        expected = (folder / "manifest.sha256").read_text(encoding="ascii").strip()
+        expected = (folder / MANIFEST_HASH).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise BundleCorruptError(f"{folder} is not a bundle ({error}); `unipinrec export` writes one") from error
     digest = hashlib.sha256(content).hexdigest()
@@ -180,13 +206,22 @@ def _contradiction(manifest: Manifest) -> str | None:
     if absent:
         return f"lacks the graphs {', '.join(absent)}"
     needed = {*REQUIRED_FILES, *(graph.file for graph in manifest.graphs.values())}
+    needed |= {RETIRED} if manifest.num_retired else set()
     unlisted = sorted(needed - set(manifest.files))
     if unlisted:
         return f"does not list {', '.join(unlisted)}"
     if not set(manifest.positive_actions) <= set(manifest.actions):
         return f"positive_actions {list(manifest.positive_actions)} are not all among {list(manifest.actions)}"
-    index, want = manifest.index, ("ip", manifest.model.item_dim, manifest.num_items)
-    if (index.space, index.dim, index.count) != want:
+    return _index_contradiction(manifest)
+
+
+def _index_contradiction(manifest: Manifest) -> str | None:
+    index, count, retired = manifest.index, manifest.num_items, manifest.num_retired
+    if not 0 <= retired < count:
+        return f"{retired} of {count} items are retired"
+    want = ("ip", manifest.model.item_dim, count)
+    # Retired items are marked in an index that was grown, and absent from one that was built anew.
+    if (index.space, index.dim) != want[:2] or not count - retired <= index.count <= count:
         return (
             f"the index does not match the items: it has (space, dim, count) = "
             f"{(index.space, index.dim, index.count)}, the items need {want}"
@@ -194,24 +229,26 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def file_problems(folder: Path, files: Mapping[str, FileSpec]) -> dict[str, str]:
-    """What is wrong with each damaged file: missing, truncated or altered. Raises nothing."""
-    found = {name: _file_problem(folder / name, spec) for name, spec in files.items()}
-    return {name: problem for name, problem in found.items() if problem}
-
-
-def _file_problem(path: Path, spec: FileSpec) -> str | None:
-    try:
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
-        if size != spec.size_bytes:
-            return f"is truncated or altered: {size} bytes, expected {spec.size_bytes}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"cannot be read: {error}"
-    return None if digest == spec.sha256 else f"is altered: its sha256 is {digest}, expected {spec.sha256}"
+def _catalogue(folder: Path, manifest: Manifest, item_ids: Sequence[str]) -> Catalogue:
+    count, retired = manifest.num_items, NO_ROWS
+    if manifest.num_retired:
+        retired = np.array(_read_list(folder / RETIRED, tuple[int, ...]), np.int64)
+        distinct = np.unique(retired)
+        if len(distinct) != manifest.num_retired or not 0 <= distinct[0] <= distinct[-1] < count:
+            raise BundleError(f"{folder / RETIRED}: not {manifest.num_retired} distinct rows; export the bundle again")
+    rows = dict(zip(item_ids, range(count), strict=True))  # of an id that occurs again, the last row
+    if len(rows) != count:
+        live = np.flatnonzero(mask_without(count, retired)).tolist()
+        twice = sum(rows[item_ids[row]] != row for row in live)
+        if twice:
+            raise BundleError(f"{folder / ITEM_IDS}: {twice} item ids occur twice; export the bundle again")
+    return Catalogue(
+        rows=rows,
+        num_rows=count,
+        retired=retired,
+        words=manifest.categories,
+        codes=_category_codes(folder / ITEMS, count, manifest.categories),
+    )
 
 
 def _read_list(path: Path, kind: type[T], count: int | None = None) -> T:
@@ -233,7 +270,7 @@ def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 def _item_vectors(path: Path, count: int, dim: int) -> NDArray[np.float32]:
     """Map the item table [count, dim] f32 from disk and check it."""
-    vectors = _map_tensor(path, "item_vectors", (count, dim))
+    vectors: NDArray[np.float32] = _map_tensor(path, ITEM_VECTORS, "F32", (count, dim))
     for start in range(0, count, CHECK_ROWS):
         chunk = vectors[start : start + CHECK_ROWS]
         wrong = ~(np.abs(np.sqrt(np.einsum("ne,ne->n", chunk, chunk)) - 1.0) <= UNIT_TOLERANCE)
@@ -245,18 +282,38 @@ def _item_vectors(path: Path, count: int, dim: int) -> NDArray[np.float32]:
     return vectors
 
 
-def _map_tensor(path: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Map one f32 tensor of a safetensors file; the library itself only copies."""
+def _category_codes(path: Path, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:
+    """Map the category codes [count, features] i32 from disk and check them; None where the file lacks them."""
+    if not words or CATEGORIES not in _tensor_offsets(path):
+        return None
+    codes: NDArray[np.int32] = _map_tensor(path, CATEGORIES, "I32", (count, len(words)))
+    if (codes < 0).any() or (codes > [len(known) for known in words.values()]).any():
+        raise BundleError(f"{path}: a category code is not that of a word; export the bundle again")
+    return codes
+
+
+def _map_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Map one tensor of a safetensors file; the library itself only copies."""
+    offsets = _tensor_offsets(path)
+    if name not in offsets:
+        raise BundleError(f"{path}: does not contain tensor {name}; export the bundle again")
+    *given, begin = offsets[name]
+    if given != [dtype, shape]:
+        raise BundleError(f"{path}: {name} is {tuple(given)}, expected {(dtype, shape)}; export the bundle again")
+    return np.asarray(np.memmap(path, dtype=DTYPES[dtype], mode="r", offset=begin, shape=shape))
+
+
+def _tensor_offsets(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Type, shape and place in the file of every tensor; the library checks that they are consistent."""
     try:
         with safe_open(path, framework="numpy") as file:
-            view = file.get_slice(name)
-            given = (view.get_dtype(), tuple(view.get_shape()))
+            names = list(file.keys())
         with path.open("rb") as raw:
             header_bytes = int.from_bytes(raw.read(8), "little")
             header = msgspec.json.decode(raw.read(header_bytes))
     except (OSError, SafetensorError, msgspec.DecodeError) as error:
         raise BundleError(f"{path}: {error}; {REMEDY}") from error
-    if given != ("F32", shape):
-        raise BundleError(f"{path}: {name} is {given}, expected {('F32', shape)}; export the bundle again")
-    begin = 8 + header_bytes + header[name]["data_offsets"][0]
-    return np.asarray(np.memmap(path, dtype="<f4", mode="r", offset=begin, shape=shape))
+    return {
+        name: (header[name]["dtype"], tuple(header[name]["shape"]), 8 + header_bytes + header[name]["data_offsets"][0])
+        for name in names
+    }

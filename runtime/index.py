@@ -1,4 +1,4 @@
-"""Nearest neighbours among the item vectors: the hnswlib index, wrapped here and nowhere else, and the exact scan."""
+"""Nearest neighbours among the item vectors: the hnswlib index, which is loaded here and nowhere else, and the scan."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, BundleError
+from unipinrec.runtime.bundle import INDEX, Bundle
+from unipinrec.runtime.catalogue import NO_ROWS, mask_without
 from unipinrec.runtime.manifest import IndexSpec
 
 Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 HEADER = struct.Struct("<6Q")  # level-0 offset, capacity, count, bytes per element, label offset, data offset
 SAMPLED_ROWS = 32
+GATHER_COST = 4  # a row that is gathered costs as much as four that are read in passing: bench/retrieval_filters.py
+TIE = 1e-5  # similarities closer than this are equal: hnswlib rounds in its own way
+BEYOND = np.float32(8.0)  # more than any difference of two similarities
 
 
 class VectorIndex(Protocol):
     """Finds item rows by inner product with a query."""
+
+    ef: int
+    """How many items it visits at least."""
 
     def search(self, queries: NDArray[np.float32], k: int) -> Found:
         """Find the k rows most similar to each of `queries` [Q, E]: rows [Q, k], similarity [Q, k], best first.
@@ -32,25 +40,29 @@ class VectorIndex(Protocol):
 class HnswIndex:
     """The bundle's approximate index; safe to search from several threads."""
 
-    def __init__(self, path: Path, spec: IndexSpec, item_vectors: NDArray[np.float32]) -> None:
-        """Load an index whose sha256 was checked.
+    def __init__(
+        self, path: Path, spec: IndexSpec, item_vectors: NDArray[np.float32], retired: NDArray[np.int64] = NO_ROWS
+    ) -> None:
+        """Load an index whose sha256 was checked; `retired` rows are not in it, or marked as deleted.
 
         Raises:
-            BundleError: It is not an index of these items. Checked before loading where loading would read foreign
-                memory or crash: hnswlib believes the file and the caller.
+            BundleError: It is not an index of these items.
         """
-        import hnswlib  # noqa: PLC0415 - the only place that knows it
-
-        _check_header(path, spec)
-        self._index: Any = hnswlib.Index(space=spec.space, dim=spec.dim)
-        try:
-            self._index.load_index(str(path))
-        except RuntimeError as error:
-            raise BundleError(f"{path}: hnswlib does not load it: {error}; export the bundle again") from error
+        self._index = load_index(path, spec)
         self._index.set_num_threads(1)
         # Set once: it is state of the index, shared by all threads. hnswlib itself searches with max(ef, k).
         self._index.set_ef(spec.ef_search)
-        _check_vectors(path, self._index, item_vectors)
+        self.ef = spec.ef_search
+        _check_vectors(path, self._index, item_vectors, retired)
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> HnswIndex:
+        """Load a bundle's index.
+
+        Raises:
+            BundleError: It is not an index of the bundle's items.
+        """
+        return cls(bundle.path / INDEX, bundle.manifest.index, bundle.item_vectors, bundle.catalogue.retired)
 
     def search(self, queries: NDArray[np.float32], k: int) -> Found:
         """See `VectorIndex.search`."""
@@ -63,24 +75,67 @@ class HnswIndex:
 
 
 class ExactIndex:
-    """Scans all item vectors."""
+    """Scans item vectors; what it finds depends on nothing but the query, the eligible rows and their vectors."""
 
-    def __init__(self, item_vectors: NDArray[np.float32]) -> None:
-        self._vectors = item_vectors
+    def __init__(self, item_vectors: NDArray[np.float32], gather_cost: float = GATHER_COST) -> None:
+        self._vectors, self.gather_cost = item_vectors, gather_cost
+        # Four times the bound of the rounding error of one inner product of unit vectors.
+        self._margin = 2.0 * item_vectors.shape[1] * np.finfo(np.float32).eps
 
-    def search(self, queries: NDArray[np.float32], k: int, excluded: NDArray[np.int64] | None = None) -> Found:
-        """See `VectorIndex.search`; `excluded` rows are not found, unless k exceeds what remains."""
+    def search(self, queries: NDArray[np.float32], k: int, eligible: NDArray[np.bool_] | None = None) -> Found:
+        """See `VectorIndex.search`; of the mask `eligible` [N], at least k rows, or of all rows. Ties in row order."""
         _check_finite(queries)
-        scores = queries @ self._vectors.T  # (queries, items)
-        if excluded is not None:
-            scores[:, excluded] = -np.inf
-        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        similarity = np.take_along_axis(scores, best, axis=1)
-        order = np.lexsort((best, -similarity))
-        return (
-            np.take_along_axis(best, order, axis=1).astype(np.int64),
-            np.take_along_axis(similarity, order, axis=1),
-        )
+        rows: NDArray[np.int64] | None = None
+        table, penalty = self._vectors, np.zeros((), np.float32)
+        if eligible is not None and self.gather_cost * np.count_nonzero(eligible) < len(eligible):
+            rows = np.flatnonzero(eligible)
+            table = self._vectors[rows]
+        elif eligible is not None:
+            penalty = BEYOND * (~eligible).astype(np.float32)
+        found = []
+        for query in queries:
+            scores = table @ query - penalty
+            # The product's rounding depends on where a row lies: all that may be among the k are computed afresh.
+            near = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k] - self._margin)
+            found.append(best(self._vectors, query[None], near if rows is None else rows[near], k))
+        return np.stack([rows for rows, _ in found]), np.stack([similarity for _, similarity in found])
+
+
+def best(vectors: NDArray[np.float32], queries: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> Found:
+    """The k best of distinct rows by the similarity with the nearest of `queries` [Q, E], ties in row order.
+
+    The similarity of a row is the same whatever the other rows are; a matrix product's is not.
+    """
+    gathered = vectors[rows]
+    similarity: NDArray[np.float32] = np.max([np.einsum("ne,e->n", gathered, query) for query in queries], axis=0)
+    order = np.lexsort((rows, -similarity))[:k]
+    return rows[order], similarity[order]
+
+
+def recall(found: NDArray[np.float32], true: NDArray[np.float32]) -> float:
+    """Share of the true nearest items that was found, by the similarities [R, k] of both.
+
+    An item counts if it is as near as the k-th, so that one of several equal items is as good as another.
+    """
+    return float(np.mean(found >= true.min(axis=1, keepdims=True) - TIE))
+
+
+def load_index(path: Path, spec: IndexSpec, capacity: int = 0) -> Any:
+    """Load an hnswlib index whose sha256 was checked, with room for `capacity` items if that is more than it has.
+
+    Raises:
+        BundleError: It has another shape. Checked before loading, which would read foreign memory or crash: hnswlib
+            believes the file and the caller.
+    """
+    import hnswlib  # noqa: PLC0415 - a bundle can be opened without it
+
+    _check_header(path, spec)
+    index: Any = hnswlib.Index(space=spec.space, dim=spec.dim)
+    try:
+        index.load_index(str(path), max_elements=capacity)
+    except RuntimeError as error:
+        raise BundleError(f"{path}: hnswlib does not load it: {error}; export the bundle again") from error
+    return index
 
 
 def _check_finite(queries: NDArray[np.float32]) -> None:
@@ -102,9 +157,10 @@ def _check_header(path: Path, spec: IndexSpec) -> None:
         )
 
 
-def _check_vectors(path: Path, index: Any, item_vectors: NDArray[np.float32]) -> None:
+def _check_vectors(path: Path, index: Any, item_vectors: NDArray[np.float32], retired: NDArray[np.int64]) -> None:
     """Compare a sample of the index with the item table: an index of an older table has the same shape."""
-    rows = np.unique(np.linspace(0, len(item_vectors) - 1, SAMPLED_ROWS).astype(np.int64))
+    rows = np.flatnonzero(mask_without(len(item_vectors), retired))
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64))]
     try:
         stored = np.array(index.get_items(rows), np.float32)
     except RuntimeError as error:

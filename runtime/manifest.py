@@ -66,10 +66,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return [f"{prefix}.{layer}.{part}" for layer in range(self.num_layers) for part in ("key", "value")]
 
 
-class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The hnswlib index: what must be known to load it, and how well it finds.
 
-    `recall` is the share of the exact top `recall_k` that the index finds at `ef_search`, measured at build.
+    `count` is how many items are in the file, those marked as deleted included. `recall` is the share of the exact top
+    `recall_k` that the index finds at `ef_search`, measured when it was built; `recall_target` is what was aimed at.
     """
 
     space: str
@@ -81,6 +82,7 @@ class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int
     recall: float
     recall_k: int
+    recall_target: float = 0.99
 
 
 class ParityCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,8 +103,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checks: tuple[ParityCheck, ...]
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `manifest.json` holds.
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What `manifest.json` holds; a field that has its default is left out, as older versions know no such field.
 
     Attributes:
         format_version: Format of the bundle; a reader refuses a newer one.
@@ -114,7 +116,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         surfaces: Surface names; the index is the id, 0 = unknown.
         dense: Width of each dense item feature, in the order of the `dense` input of the item embedder.
         categories: Words of each categorical item feature; code = index + 1, 0 = unknown.
-        num_items: Rows of the item table.
+        num_items: Rows of the item table, retired ones included.
         missing_timestamp_ms: What stands for an unknown time in `timestamps_ms`.
         precision: Type of the weights.
         graphs: The graphs by name; `item_embedder` is absent where the model declares no content features.
@@ -124,6 +126,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         metrics: Offline metrics of the checkpoint, if it has any.
         data_fingerprint: sha256 of the catalogue and the training settings' data description.
         tools: Versions of what wrote the bundle.
+        num_retired: Rows that are never retrieved.
+        parent: Hash of the bundle that this one is an update of.
+        kv_namespace: What cached keys and values depend on: the hash of the exported bundle at the root of all updates.
+            None in that bundle itself.
     """
 
     format_version: int
@@ -145,3 +151,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     metrics: dict[str, Any] | None
     data_fingerprint: str
     tools: dict[str, str]
+    num_retired: int = 0
+    parent: str | None = None
+    kv_namespace: str | None = None

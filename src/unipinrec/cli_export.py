@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 
 from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli_index import recall_option, warn_of_low_recall
 
 if TYPE_CHECKING:
     from unipinrec.runtime.manifest import Manifest
@@ -28,13 +29,15 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     show_default=True,
     help="Histories of how many users go into the bundle, for `recommend --user`; 0 = none. They are personal data.",
 )
+@recall_option
 @json_option
 @command
-def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, as_json: bool) -> None:
+def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, recall: float | None, as_json: bool) -> None:
     """Write a trained checkpoint as a bundle, and prove that its graphs compute what PyTorch computes."""
     with stderr.status("loading"):
         from unipinrec.export.bundle_writer import export_bundle
         from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+        from unipinrec.runtime.index_build import RECALL_TARGET
 
         source = source_from_checkpoint(checkpoint)
         histories = histories_from_data(data, source, max(users, SAMPLED_USERS)) if data else None
@@ -45,8 +48,10 @@ def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, as_jso
             bundle,
             histories=histories,
             users=users,
+            recall=RECALL_TARGET if recall is None else recall,
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
+    warn_of_low_recall(manifest.index)
     if as_json:
         print_json({"bundle": str(bundle), "parity": manifest.parity, "index": manifest.index, "files": manifest.files})
     else:

@@ -119,17 +119,25 @@ def test_the_item_table_is_unit_length_and_in_row_order(bundle: Path, checkpoint
     assert vectors.shape == (len(ids), 64)
 
 
+def test_the_category_codes_are_those_of_the_catalogue(bundle: Path, checkpoint: Path, manifest: Manifest) -> None:
+    codes = load_file(bundle / "items.safetensors")["categories"]
+    assert (codes.shape, codes.dtype.name) == ((300, 2), "int32")
+    np.testing.assert_array_equal(codes, source_from_checkpoint(checkpoint).item_categories)
+    assert codes.max(axis=0).tolist() == [len(words) for words in manifest.categories.values()]
+
+
 def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
     assert manifest.index.count == 300
     assert manifest.index.recall_k == 100
     assert manifest.index.recall >= 0.99
 
 
-def test_the_same_checkpoint_gives_the_same_bytes_and_users_are_optional(
+def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_chosen(
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
     source, again = source_from_checkpoint(checkpoint), tmp_path / "again"
-    export_bundle(source, again, histories=histories_from_data(dataset, source, 200), users=0)
+    manifest = export_bundle(source, again, histories=histories_from_data(dataset, source, 200), users=0, recall=0.5)
+    assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
     names = {path.name for path in again.iterdir()}
     assert names == {path.name for path in bundle.iterdir()} - {"users.safetensors", "user_ids.json"}
     for name in names - {"manifest.json", "manifest.sha256"}:  # the manifest carries the date

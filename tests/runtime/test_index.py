@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, BundleError
-from unipinrec.runtime.index import ExactIndex, HnswIndex
+from unipinrec.runtime.index import ExactIndex, HnswIndex, recall
 from unipinrec.runtime.manifest import IndexSpec
 
 SPEC = IndexSpec(space="ip", dim=8, count=500, m=16, ef_construction=100, ef_search=50, seed=1, recall=1.0, recall_k=10)
@@ -62,8 +62,44 @@ def test_the_scan_leaves_out_excluded_rows_and_orders_ties_by_row() -> None:
     rows, similarity = ExactIndex(table).search(np.array([[1, 0]], np.float32), 3)
     assert rows.tolist() == [[0, 2, 3]]
     np.testing.assert_allclose(similarity, [[1, 1, 0.6]])
-    rows, _ = ExactIndex(table).search(np.array([[1, 0]], np.float32), 2, np.array([0, 3]))
+    rows, _ = ExactIndex(table).search(np.array([[1, 0]], np.float32), 2, np.array([False, True, True, False]))
     assert rows.tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.2, 0.02])
+def test_a_scan_finds_the_same_by_mask_and_by_gathering(vectors: NDArray[np.float32], share: float) -> None:
+    rng = np.random.default_rng(11)
+    table = np.concatenate([vectors, vectors[::-1]])  # every item twice, at places that the product rounds differently
+    eligible = rng.random(len(table)) < share
+    eligible[:3] = True
+    queries = unit(rng, 30)
+    rows, similarity = ExactIndex(table).search(queries, 3, eligible)
+    for query, found, values in zip(queries, rows, similarity, strict=True):
+        alone = np.array([np.einsum("e,e", row, query) for row in table])
+        alone[~eligible] = -np.inf
+        expected = np.lexsort((np.arange(len(table)), -alone))[:3]
+        assert found.tolist() == expected.tolist()
+        np.testing.assert_array_equal(values, alone[expected])
+
+
+def test_recall_counts_what_is_as_near_as_the_last() -> None:
+    true = np.array([[0.9, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32)
+    assert recall(np.array([[0.5, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32), true) == 1.0
+    assert recall(np.array([[0.9, 0.5, 0.4], [0.7, 0.6, 0.5]], np.float32), true) == 0.5
+
+
+def test_retired_items_are_marked_or_absent(vectors: NDArray[np.float32], tmp_path: Path) -> None:
+    retired = np.array([0, 17, 499])
+    kept = np.setdiff1d(np.arange(500), retired)
+    index: Any = hnswlib.Index(space="ip", dim=8)
+    index.init_index(497, M=16, ef_construction=100, random_seed=1)
+    index.add_items(vectors[kept], kept, num_threads=1)
+    index.save_index(str(tmp_path / "index.hnsw"))
+    absent = HnswIndex(tmp_path / "index.hnsw", msgspec.structs.replace(SPEC, count=497), vectors, retired)
+    rows, _ = absent.search(vectors[17:18], 497)
+    assert sorted(rows[0].tolist()) == kept.tolist()
+    with pytest.raises(BundleError, match=r"the index does not match the items: .*Label not found"):
+        HnswIndex(tmp_path / "index.hnsw", msgspec.structs.replace(SPEC, count=497), vectors)
 
 
 def test_a_query_that_is_not_finite_is_refused(path: Path, vectors: NDArray[np.float32]) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import hnswlib
 import numpy as np
 import pytest
@@ -8,11 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.index import ExactIndex, HnswIndex
+from unipinrec.runtime.catalogue import mask_without
+from unipinrec.runtime.index import ExactIndex, Found, HnswIndex, VectorIndex
 from unipinrec.runtime.manifest import IndexSpec
 from unipinrec.runtime.retrieval import Retriever
 
-ITEMS, DIM = 400, 8
+ITEMS, DIM, RETIRED = 400, 8, np.arange(7, 400, 40)
 NONE = np.array([], np.int64)
 
 
@@ -21,24 +25,53 @@ def unit(rng: np.random.Generator, rows: int) -> NDArray[np.float32]:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
-@pytest.fixture(scope="module")
-def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+def build(path: str, retired: NDArray[np.int64]) -> Retriever:
     vectors = unit(np.random.default_rng(2), ITEMS)
-    path = tmp_path_factory.mktemp("index") / "index.hnsw"
+    vectors[1::50] = vectors[0]  # equal items, to see the order of ties
     index = hnswlib.Index(space="ip", dim=DIM)
     index.init_index(ITEMS, M=16, ef_construction=200, random_seed=1)
     index.add_items(vectors, np.arange(ITEMS), num_threads=1)
-    index.save_index(str(path))
+    for row in retired:
+        index.mark_deleted(row)
+    index.save_index(path)
     spec = IndexSpec(
         space="ip", dim=DIM, count=ITEMS, m=16, ef_construction=200, ef_search=100, seed=1, recall=1.0, recall_k=10
     )
-    return Retriever(index=HnswIndex(path, spec, vectors), scan=ExactIndex(vectors), item_vectors=vectors)
+    return Retriever(
+        index=HnswIndex(Path(path), spec, vectors, retired),
+        scan=ExactIndex(vectors),
+        item_vectors=vectors,
+        live=mask_without(ITEMS, retired) if len(retired) else None,
+        visit_cost=0,
+    )
 
 
-def best(retriever: Retriever, queries: NDArray[np.float32], excluded: NDArray[np.int64]) -> list[int]:
-    """All rows by falling similarity with the nearest query, excluded ones left out."""
-    similarity = (retriever.item_vectors @ queries.T).max(axis=1)
-    return [row for row in np.argsort(-similarity).tolist() if row not in set(excluded.tolist())]
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    """Asks the index however few items there are."""
+    return build(str(tmp_path_factory.mktemp("index") / "index.hnsw"), NONE)
+
+
+@pytest.fixture(scope="module")
+def updated(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    """The same with some items retired."""
+    return build(str(tmp_path_factory.mktemp("updated") / "index.hnsw"), RETIRED)
+
+
+def best(
+    retriever: Retriever,
+    queries: NDArray[np.float32],
+    excluded: NDArray[np.int64],
+    allowed: NDArray[np.bool_] | None = None,
+) -> list[int]:
+    """All eligible rows by falling similarity with the nearest query, ties by row."""
+    eligible = np.ones(ITEMS, np.bool_) if allowed is None else allowed.copy()
+    eligible[excluded] = False
+    if retriever.live is not None:
+        eligible &= retriever.live
+    similarity = np.stack([[np.einsum("e,e", row, query) for query in queries] for row in retriever.item_vectors])
+    order = np.lexsort((np.arange(ITEMS), -similarity.max(axis=1)))
+    return [row for row in order.tolist() if eligible[row]]
 
 
 def test_the_index_finds_what_a_scan_finds(retriever: Retriever) -> None:
@@ -58,7 +91,7 @@ def test_several_queries_merge_by_the_highest_similarity(retriever: Retriever) -
     assert found.exact is None
     assert found.rows.tolist() == best(retriever, queries, NONE)[:12]
     expected = (retriever.item_vectors[found.rows] @ queries.T).max(axis=1)
-    np.testing.assert_array_equal(found.similarity, expected)
+    np.testing.assert_allclose(found.similarity, expected, atol=1e-6)
 
 
 def test_filters_that_leave_too_few_cause_a_scan(retriever: Retriever) -> None:
@@ -69,10 +102,27 @@ def test_filters_that_leave_too_few_cause_a_scan(retriever: Retriever) -> None:
     assert found.rows.tolist() == best(retriever, query, denied)[:10]
 
 
-def test_a_large_share_of_the_catalogue_is_scanned(retriever: Retriever) -> None:
+def test_what_is_scanned_sooner_is_scanned(retriever: Retriever) -> None:
+    query, costly = unit(np.random.default_rng(6), 1), replace(retriever, visit_cost=2)
+    assert costly.retrieve(query, 200, NONE).exact is None
+    assert costly.retrieve(query, 201, NONE).exact == "scanning 400 items is faster than searching the index for 201"
+
+
+def test_filters_make_a_scan_more_likely(retriever: Retriever) -> None:
+    query, costly = unit(np.random.default_rng(6), 1), replace(retriever, visit_cost=0.5)
+    assert costly.retrieve(query, 400, NONE).exact is None
+    seldom = mask_without(ITEMS, np.arange(60, ITEMS))
+    assert costly.retrieve(query, 10, NONE, allowed=seldom).exact == (
+        "scanning 60 items is faster than searching the index for 130"
+    )
+    half = mask_without(ITEMS, np.arange(0, ITEMS, 2))
+    assert costly.retrieve(query, 10, NONE, allowed=half).exact is None
+
+
+def test_a_small_catalogue_is_scanned_by_default(retriever: Retriever) -> None:
     query = unit(np.random.default_rng(6), 1)
-    assert retriever.retrieve(query, 100, NONE).exact is None
-    assert retriever.retrieve(query, 101, NONE).exact == "101 of 400 items would be fetched"
+    usual = Retriever(index=retriever.index, scan=retriever.scan, item_vectors=retriever.item_vectors)
+    assert usual.retrieve(query, 10, NONE).exact == "scanning 400 items is faster than searching the index for 10"
 
 
 def test_all_that_is_eligible_can_be_wanted(retriever: Retriever) -> None:
@@ -95,3 +145,60 @@ def test_exactly_the_wanted_number_comes_back(
     found = retriever.retrieve(unit(np.random.default_rng(seed), queries), wanted, np.array(sorted(excluded), np.int64))
     assert len(set(found.rows.tolist()) - excluded) == wanted == len(found.rows)
     assert (np.diff(found.similarity) <= 0).all()
+
+
+@pytest.mark.parametrize("share", [0.003, 0.05, 0.3, 0.9, 1.0])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 9999), queries=st.integers(1, 3), data=st.data())
+def test_filters_leave_exactly_the_best_eligible_items(
+    retriever: Retriever, updated: Retriever, share: float, seed: int, queries: int, data: st.DataObject
+) -> None:
+    """Exactly those by a scan, masked or gathered; by the index as many, all eligible, of the same similarity."""
+    rng = np.random.default_rng(seed)
+    asked = data.draw(st.sampled_from([retriever, updated]))
+    allowed = rng.random(ITEMS) < share
+    allowed[rng.integers(0, ITEMS)] = True
+    allowed = allowed if asked.live is None else allowed & asked.live
+    excluded = np.unique(rng.integers(0, ITEMS, rng.integers(0, 60)))
+    query = unit(rng, queries)
+    expected = best(asked, query, excluded, allowed)
+    if not expected:
+        return
+    wanted = data.draw(st.integers(1, len(expected)))
+    scanned = asked.retrieve(query, wanted, excluded, allowed=allowed, exact=True)
+    assert scanned.rows.tolist() == expected[:wanted]
+    found = asked.retrieve(query, wanted, excluded, allowed=allowed)
+    assert len(set(found.rows.tolist())) == wanted
+    assert set(found.rows.tolist()) <= set(expected)
+    similarity = dict(zip(found.rows.tolist(), found.similarity.tolist(), strict=True))
+    for row, value in zip(scanned.rows.tolist(), scanned.similarity.tolist(), strict=True):
+        assert similarity.get(row, value) == value
+    if found.exact is None:
+        assert found.rows.tolist() == [row for row in expected if row in similarity]
+
+
+def test_retired_items_are_not_found_without_any_filter(updated: Retriever) -> None:
+    query = updated.item_vectors[RETIRED[:1]]
+    for exact in (False, True):
+        found = updated.retrieve(query, ITEMS - len(RETIRED), NONE, exact=exact)
+        assert not set(found.rows.tolist()) & set(RETIRED.tolist())
+        assert len(set(found.rows.tolist())) == ITEMS - len(RETIRED)
+
+
+def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
+    queries = unit(np.random.default_rng(8), 20)
+    assert retriever.sampled_recall(queries, 10) == 1.0
+    assert updated.sampled_recall(queries, 10) == 1.0
+    worse = replace(retriever, index=Behind(retriever.index))
+    assert worse.sampled_recall(queries, 10) == pytest.approx(0.9)
+
+
+class Behind:
+    """An index that misses the nearest item."""
+
+    def __init__(self, index: VectorIndex) -> None:
+        self.index, self.ef = index, index.ef
+
+    def search(self, queries: NDArray[np.float32], k: int) -> Found:
+        rows, similarity = self.index.search(queries, k + 1)
+        return rows[:, 1:], similarity[:, 1:]

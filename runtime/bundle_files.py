@@ -1,0 +1,117 @@
+"""The files of a bundle as files: fingerprints, and a folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+
+from unipinrec.errors import ExportError
+from unipinrec.runtime.cpu import available_threads
+from unipinrec.runtime.manifest import FileSpec, Manifest
+
+MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"
+
+
+def fingerprint(path: Path) -> FileSpec:
+    """Size and sha256 of a file."""
+    with path.open("rb") as file:
+        return FileSpec(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
+
+
+def file_problems(folder: Path, files: Mapping[str, FileSpec]) -> dict[str, str]:
+    """What is wrong with each damaged file: missing, truncated or altered. Raises nothing."""
+    largest_first = sorted(files, key=lambda name: -files[name].size_bytes)
+    with ThreadPoolExecutor(available_threads()) as pool:  # hashing leaves Python's lock to others
+        problems = pool.map(lambda name: _file_problem(folder / name, files[name]), largest_first)
+        found = dict(zip(largest_first, problems, strict=True))
+    return {name: problem for name in files if (problem := found[name])}
+
+
+def _file_problem(path: Path, spec: FileSpec) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        size = path.stat().st_size
+        if size != spec.size_bytes:
+            return f"is truncated or altered: {size} bytes, expected {spec.size_bytes}"
+        digest = fingerprint(path).sha256
+    except OSError as error:
+        return f"cannot be read: {error}"
+    return None if digest == spec.sha256 else f"is altered: its sha256 is {digest}, expected {spec.sha256}"
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` if the block succeeds, and is removed if it fails.
+
+    Raises:
+        ExportError: `out` exists, or something cannot be written, the disk being full included.
+    """
+    if out.exists():
+        raise ExportError(f"{out} exists; a bundle is never overwritten, choose another name or remove it")
+    partial: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        yield partial
+        _sync(partial)
+        partial.chmod(0o755)
+        partial.rename(out)
+        _sync_path(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"could not write {out}: {_reason(error)}; nothing was left behind") from error
+    finally:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def seal(folder: Path, manifest: Manifest) -> str:
+    """Write a manifest and its sha256, which is returned."""
+    content = msgspec.json.format(msgspec.json.encode(manifest))
+    digest = hashlib.sha256(content).hexdigest()
+    (folder / MANIFEST).write_bytes(content)
+    (folder / MANIFEST_HASH).write_text(digest + "\n")
+    return digest
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a file appear under a second name; copied where the file system or its rules allow no link."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    # safetensors passes the system's error on only as text.
+    if getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full):
+        return "no space left on the disk"
+    return str(error)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.stat().st_nlink == 1:  # a linked file belongs to another bundle as well
+            path.chmod(0o644)
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

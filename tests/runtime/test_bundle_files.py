@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from unipinrec.errors import ExportError
+from unipinrec.runtime.bundle_files import file_problems, fingerprint, link_or_copy, written_whole
+from unipinrec.runtime.manifest import FileSpec
+
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "f") == FileSpec(sha256=ABC, size_bytes=3)
+
+
+def test_problems_are_named_in_the_order_of_the_manifest(tmp_path: Path) -> None:
+    for name in ("whole", "longer", "other"):
+        (tmp_path / name).write_bytes(b"abc")
+    specs = {"gone": (ABC, 3), "whole": (ABC, 3), "longer": (ABC, 9), "other": ("0" * 64, 3)}
+    found = file_problems(tmp_path, {n: FileSpec(sha256=s, size_bytes=b) for n, (s, b) in specs.items()})
+    assert list(found.items()) == [
+        ("gone", "is missing"),
+        ("longer", "is truncated or altered: 3 bytes, expected 9"),
+        ("other", f"is altered: its sha256 is {ABC}, expected {'0' * 64}"),
+    ]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "deep/out") as folder:
+        (folder / "f").write_text("x")
+        assert not (tmp_path / "deep/out").exists()
+        assert folder.parent == tmp_path / "deep"
+    assert (tmp_path / "deep/out/f").read_text() == "x"
+    assert oct((tmp_path / "deep/out").stat().st_mode)[-3:] == "755"
+    with (
+        pytest.raises(ExportError, match="out exists; a bundle is never overwritten"),
+        written_whole(tmp_path / "deep/out"),
+    ):
+        pass
+    with pytest.raises(ZeroDivisionError, match="by zero"), written_whole(tmp_path / "deep/other") as folder:
+        (folder / "f").write_text(str(1 // 0))
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (OSError(errno.ENOSPC, "full"), "could not write .*out: no space left on the disk; nothing was left behind"),
+        (OSError(errno.EIO, "broken"), r"could not write .*out: \[Errno 5\] broken; nothing was left behind"),
+    ],
+)
+def test_a_write_error_is_named(tmp_path: Path, error: OSError, match: str) -> None:
+    with pytest.raises(ExportError, match=match), written_whole(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_linked_and_its_mode_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("x")
+    (tmp_path / "old").chmod(0o600)
+    with written_whole(tmp_path / "out") as folder:
+        link_or_copy(tmp_path / "old", folder / "linked")
+        (folder / "own").write_text("y")
+        (folder / "own").chmod(0o600)
+    assert (tmp_path / "out/linked").samefile(tmp_path / "old")
+    assert oct((tmp_path / "old").stat().st_mode)[-3:] == "600"
+    assert oct((tmp_path / "out/own").stat().st_mode)[-3:] == "644"
+
+
+def test_a_file_is_copied_where_links_are_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "old").write_text("x")
+    link_or_copy(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "new").read_text() == "x"
+    assert not (tmp_path / "new").samefile(tmp_path / "old")
