@@ -8,6 +8,8 @@ from unipinrec import __version__
 from unipinrec.cli_data import prepare
 from unipinrec.cli_demo import demo
 from unipinrec.cli_export import export
+from unipinrec.cli_index import index
+from unipinrec.cli_plan import plan
 from unipinrec.cli_serve import recommend, verify
 from unipinrec.cli_train import evaluate, train
 
@@ -18,5 +20,5 @@ def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
 
 
-for subcommand in (prepare, train, evaluate, export, verify, recommend, demo):
+for subcommand in (prepare, train, evaluate, export, verify, recommend, index, plan, demo):
     main.add_command(subcommand)

@@ -1,0 +1,250 @@
+"""When users come back: a small model of request arrivals, and what a cache of recent users finds under it.
+
+After a request a user returns after one of three kinds of pause, each exponential (soon, about a day, several days);
+some requests come from users never seen before. That is the whole model. A cache that evicts the least recently seen
+user holds, at size s, the users seen within its characteristic time T (Che's approximation), so it finds a request if
+the pause before it was at most T, or the time to live where that is shorter.
+
+Knows nothing of bytes (`capacity.py`) and nothing of what is cached.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import ConfigError, DataError
+
+KINDS = 3
+MIN_RETURNS = 1000
+COLUMNS = ("user", "timestamp_ms")
+FOREVER = math.inf
+HOUR_MS = 3_600_000
+BINS_PER_DECADE = 100
+ROUNDS = 1000
+BISECTIONS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrivalModel:
+    """Pauses between a user's requests, and how many requests come from new users.
+
+    Attributes:
+        weights: Share of each kind of pause among the requests of returning users; they sum to 1.
+        mean_hours: Mean of each kind.
+        new_share: Share of requests whose user was not seen before. As many users leave.
+        requests_per_user_day: Requests per day over the distinct users of `users_days`.
+        users_days: The days over which distinct users are counted.
+        source: What it was measured on, for people.
+    """
+
+    weights: tuple[float, ...]
+    mean_hours: tuple[float, ...]
+    new_share: float
+    requests_per_user_day: float
+    users_days: float
+    source: str
+
+    def found_share(self, cached_share: float, ttl_hours: float = FOREVER) -> float:
+        """Share of requests that find their user in a cache of `cached_share` of the users, 0 to 1."""
+        pause = min(self.characteristic_hours(cached_share), ttl_hours)
+        return (1 - self.new_share) * sum(
+            weight * -math.expm1(-pause / mean) for weight, mean in zip(self.weights, self.mean_hours, strict=True)
+        )
+
+    def seen_share(self, hours: float) -> float:
+        """Users seen within the last `hours`, as a share of the users of `users_days`."""
+        returning = sum(
+            weight * mean * -math.expm1(-hours / mean)
+            for weight, mean in zip(self.weights, self.mean_hours, strict=True)
+        )
+        return self.requests_per_user_day / 24 * (self.new_share * hours + (1 - self.new_share) * returning)
+
+    def characteristic_hours(self, cached_share: float) -> float:
+        """T: how long ago the users were last seen that a full cache of this size is about to evict."""
+        if cached_share <= 0:
+            return 0.0
+        if cached_share >= min(1.0, self._present):
+            return FOREVER
+        low, high = 0.0, self.users_days * 24
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.seen_share(middle) < cached_share else (low, middle)
+        return high
+
+    def at_rate(self, requests_per_user_day: float, new_share: float | None = None) -> ArrivalModel:
+        """The same pattern, stretched in time to another rate of requests; as many users as before have left for good.
+
+        Args:
+            requests_per_user_day: The rate to stretch to.
+            new_share: Share of requests from new users; by default as many users as before are new each day.
+
+        Raises:
+            ConfigError: The rate or the share contradicts the number of users.
+        """
+        rate = requests_per_user_day
+        share = self.new_share * self.requests_per_user_day / rate if new_share is None else new_share
+        present = self._present
+        if rate * self.users_days <= present:
+            raise ConfigError(
+                f"{rate:.3g} requests per user and day are less than one of each user in {self.users_days:.3g} days; "
+                f"count the distinct users of {self.users_days:.3g} days, or give a rate above "
+                f"{present / self.users_days:.3g}"
+            )
+        if not 0 <= share * rate * self.users_days < present:
+            raise ConfigError(
+                f"a share of {share:.3g} new users among the requests, at {rate:.3g} requests per user and day, is not "
+                f"possible: in {self.users_days:.3g} days the new users alone would outnumber all users; give a share "
+                f"below {present / rate / self.users_days:.3g}, or the distinct users of {self.users_days:.3g} days"
+            )
+        low, high = 0.0, 1e6
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._stretched(middle, rate, share)._present < present else (low, middle)
+        return self._stretched(high, rate, share)
+
+    @property
+    def _present(self) -> float:
+        return self.seen_share(self.users_days * 24)
+
+    def _stretched(self, factor: float, rate: float, new_share: float) -> ArrivalModel:
+        hours = tuple(hours * factor for hours in self.mean_hours)
+        return replace(self, mean_hours=hours, new_share=new_share, requests_per_user_day=rate)
+
+
+# Fitted by bench/arrivals.py on KuaiRand-Pure, 25 April to 8 May 2022: 27,077 users, exposures to 7,583 videos only.
+KUAIRAND = {
+    "slate": ArrivalModel(
+        weights=(0.1478, 0.5207, 0.3315),
+        mean_hours=(2.1472, 21.6051, 90.4883),
+        new_share=0.0032,
+        requests_per_user_day=0.5078,
+        users_days=29.4193,
+        source="KuaiRand-Pure, a request begins a slate",
+    ),
+    "exposure": ArrivalModel(
+        weights=(0.2071, 0.4629, 0.33),
+        mean_hours=(0.5323, 17.4119, 85.0875),
+        new_share=0.0028,
+        requests_per_user_day=0.582,
+        users_days=29.4193,
+        source="KuaiRand-Pure, every exposure is a request",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pauses:
+    """The pause before each request from some time on.
+
+    Attributes:
+        hours: [R] f64, of the requests whose user was seen before.
+        new: Requests whose user was not.
+        days: Time observed.
+        users: Distinct users of the whole log.
+        users_days: Length of the whole log.
+    """
+
+    hours: NDArray[np.float64]
+    new: int
+    days: float
+    users: int
+    users_days: float
+
+
+def pauses_of(
+    users: NDArray[np.int64], times_ms: NDArray[np.int64], from_ms: int | None = None, to_ms: int | None = None
+) -> Pauses:
+    """Measure pauses in a log of requests, in any order.
+
+    The log before `from_ms` only tells when users were last seen, so that the first request of each is no false
+    newcomer.
+
+    Args:
+        users: [R] user of each request, as any number.
+        times_ms: [R] time of each request.
+        from_ms: Measure requests from here on; by default the second half of the time that the log covers.
+        to_ms: Leave out requests from here on; by default none.
+
+    Raises:
+        DataError: Too few users came back.
+    """
+    end = int(times_ms.max(initial=0)) + 1 if to_ms is None else to_ms
+    users, times_ms = users[times_ms < end], times_ms[times_ms < end]
+    begin = int(times_ms.min(initial=end))
+    start = (begin + end) // 2 if from_ms is None else from_ms
+    order = np.lexsort((times_ms, users))
+    user, time = users[order], times_ms[order]
+    returns = np.flatnonzero((np.diff(user) == 0) & (time[1:] >= start)) + 1
+    if len(returns) < MIN_RETURNS:
+        raise DataError(
+            f"{len(returns)} requests of returning users in the measured part of the log; at least {MIN_RETURNS} are "
+            "needed; give a longer log, or more users"
+        )
+    measured = int((time >= start).sum())
+    return Pauses(
+        hours=(time[returns] - time[returns - 1]) / HOUR_MS,
+        new=measured - len(returns),
+        days=(end - start) / HOUR_MS / 24,
+        users=len(np.unique(user)),
+        users_days=(end - begin) / HOUR_MS / 24,
+    )
+
+
+def fit_arrivals(pauses: Pauses, source: str) -> ArrivalModel:
+    """Fit the mixture of pauses by expectation maximisation (maximum likelihood) over logarithmic bins."""
+    seconds = np.maximum(pauses.hours * 3600, 1.0)
+    bins = (np.log10(seconds) * BINS_PER_DECADE).astype(np.int64)
+    counts = np.bincount(bins)
+    hours = np.bincount(bins, weights=seconds)[counts > 0] / counts[counts > 0] / 3600
+    share = counts[counts > 0] / len(seconds)
+    weights = np.full(KINDS, 1 / KINDS)
+    means = np.quantile(seconds / 3600, (np.arange(KINDS) + 0.5) / KINDS) * np.linspace(0.9, 1.1, KINDS)
+    for _ in range(ROUNDS):
+        density = weights / means * np.exp(-hours[:, None] / means)  # (bins, kinds)
+        belongs = share[:, None] * density / np.maximum(density.sum(1, keepdims=True), 1e-300)
+        weights = belongs.sum(0) / belongs.sum()
+        means = (belongs * hours[:, None]).sum(0) / np.maximum(belongs.sum(0), 1e-300)
+        means = np.maximum(means, 1 / 3600)
+    order = np.argsort(means)
+    requests = len(seconds) + pauses.new
+    return ArrivalModel(
+        weights=tuple(weights[order].tolist()),
+        mean_hours=tuple(means[order].tolist()),
+        new_share=pauses.new / requests,
+        requests_per_user_day=requests / pauses.days / pauses.users,
+        users_days=pauses.users_days,
+        source=source,
+    )
+
+
+def read_log(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Read a log of requests: CSV with the columns `user` and `timestamp_ms`, in any order; others are ignored.
+
+    Returns:
+        [R] user numbers and [R] times.
+
+    Raises:
+        DataError: Not readable, a column is missing, or a time is not a whole number.
+    """
+    codes: dict[str, int] = {}
+    users, times = [], []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            missing = set(COLUMNS) - set(rows.fieldnames or ())
+            if missing:
+                raise DataError(f"{path}: no column {sorted(missing)}; a log needs a header line with {list(COLUMNS)}")
+            for row in rows:
+                users.append(codes.setdefault(row["user"], len(codes)))
+                times.append(int(row["timestamp_ms"]))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as CSV: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: line {len(times) + 2}: timestamp_ms is Unix time in whole ms: {error}") from error
+    return np.array(users, np.int64), np.array(times, np.int64)
