@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 FLUSH_DENORMALS = 0x8040  # MXCSR: flush to zero, denormals are zero
 MXCSR = 7  # its word in fenv_t of x86-64 Linux, glibc and musl alike
 
@@ -28,6 +30,15 @@ def available_threads(cgroup: Path = CGROUP) -> int:
         if quota not in ("max", "-1"):
             return max(1, min(cores, math.ceil(int(quota) / int(period))))
     return cores
+
+
+def has_bf16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the CPU multiplies bf16 numbers by instructions of its own."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return False
+    return any(BF16_FLAGS & set(line.split()) for line in lines if line.startswith("flags"))
 
 
 @functools.cache

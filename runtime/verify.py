@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.bundle import GOLDEN, INDEX, Bundle, file_problems, read_manifest
-from unipinrec.runtime.device import Device, resolve_device
+from unipinrec.runtime.agreement import Agreement, measure_agreement
+from unipinrec.runtime.bundle import GOLDEN, Bundle, read_manifest
+from unipinrec.runtime.bundle_files import file_problems
+from unipinrec.runtime.device import CPU, Device, resolve_device
 from unipinrec.runtime.engine import Engine, pad_histories
+from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.index import HnswIndex
-from unipinrec.runtime.requests import History
 from unipinrec.runtime.session import Tensor
 
 TOLERANCE = 1e-4
-Golden = dict[str, NDArray[Any]]
+log = logging.getLogger(__name__)
+Outputs = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,11 @@ class GoldenCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """All checks of a bundle. `golden` is empty where damage kept the graphs from running."""
+    """All checks of a bundle.
+
+    `golden` judges a device that computes in fp32, `agreement` one that rounds; the other is empty or None, as both are
+    where damage kept the graphs from running.
+    """
 
     bundle: str
     hash: str | None
@@ -48,6 +56,7 @@ class VerifyReport:
     tolerance: float
     files: tuple[FileCheck, ...]
     golden: tuple[GoldenCheck, ...]
+    agreement: Agreement | None
     ok: bool
 
 
@@ -60,13 +69,19 @@ def verify_bundle(path: Path | str, device: str = "auto") -> VerifyReport:
     folder, running = Path(path), resolve_device(device)
     files, digest = _check_files(folder)
     golden: tuple[GoldenCheck, ...] = ()
+    agreement = None
     if not any(check.problem for check in files):
         try:
             bundle = Bundle.open(folder)
-            HnswIndex(folder / INDEX, bundle.manifest.index, bundle.item_vectors)
-            golden = compare_golden(Engine.open(bundle), bundle)
+            HnswIndex.open(bundle)
+            engine = Engine.open(bundle, running)
+            if running.precision == "fp32":
+                golden = compare_golden(engine, bundle)
+            else:
+                agreement = measure_agreement(engine, bundle)
         except BundleError as error:
             files = (*files, FileCheck(file="contents", problem=str(error)))
+    judged = golden if agreement is None else (agreement,)
     return VerifyReport(
         bundle=str(folder),
         hash=digest,
@@ -74,16 +89,27 @@ def verify_bundle(path: Path | str, device: str = "auto") -> VerifyReport:
         tolerance=TOLERANCE,
         files=files,
         golden=golden,
-        ok=bool(golden) and not any([check.problem for check in files] + [check.problem for check in golden]),
+        agreement=agreement,
+        ok=bool(judged) and not any(check.problem for check in (*files, *judged)),
     )
 
 
-def require_golden(engine: Engine, bundle: Bundle) -> None:
-    """Refuse a bundle whose golden outputs do not reproduce here.
+def require_golden(engine: Engine, bundle: Bundle, device: Device = CPU) -> None:
+    """Refuse to serve unless the golden requests' outputs reproduce, or nearly so where the device rounds.
 
     Raises:
-        BundleError: At least one does not.
+        BundleError: They do not.
+        BackendError: A graph does not run.
     """
+    if device.precision != "fp32":
+        agreement = measure_agreement(engine, bundle)
+        log.info("%s on %s agrees with fp32: %s", bundle.path, device.name, agreement)
+        if agreement.problem:
+            raise BundleError(
+                f"{bundle.path}: {device.name} does not recommend what fp32 recommends: {agreement.problem}; "
+                "use device openvino or cpu"
+            )
+        return
     wrong = [check for check in compare_golden(engine, bundle) if check.problem]
     if wrong:
         raise BundleError(
@@ -99,13 +125,8 @@ def compare_golden(engine: Engine, bundle: Bundle) -> tuple[GoldenCheck, ...]:
         BundleError: The golden requests themselves cannot be read.
         BackendError: A graph does not run.
     """
-    golden, manifest = bundle.golden(), bundle.manifest
-    try:
-        histories = _histories(golden)
-        prefixes = golden["prefix_lengths"]
-        candidates = tuple(golden[f"candidates.{name}"] for name in ("rows", "surfaces", "timestamps_ms"))
-    except KeyError as error:
-        raise BundleError(f"{bundle.path / GOLDEN}: {error} is missing; export the bundle again") from error
+    golden, manifest = read_golden(bundle), bundle.manifest
+    histories, prefixes, expected = golden.histories, golden.prefixes, golden.outputs
     names = manifest.model.kv_names("present")
     encoded = engine.encode(pad_histories(histories))
     lengths = encoded.lengths
@@ -115,12 +136,12 @@ def compare_golden(engine: Engine, bundle: Bundle) -> tuple[GoldenCheck, ...]:
     outcomes = np.array([[name in manifest.positive_actions for name in manifest.actions]] * len(histories), np.float32)
     slots = lengths + manifest.model.kv_prefix_slots
     return (
-        *_compare_kv(golden, "encoder", dict(zip(names, encoded.key_values, strict=True)), slots),
-        _compare(golden, "encoder.last_hidden_state", encoded.last_hidden_state.numpy()),
-        *_compare_kv(golden, "extend", dict(zip(names, added, strict=True)), after.lengths),
-        _compare(golden, "extend.last_hidden_state", last.numpy()),
-        _compare(golden, "retrieval.queries", engine.retrieve(encoded, outcomes)),
-        _compare(golden, "ranker.logits", engine.rank(encoded, *candidates)),
+        *_compare_kv(expected, "encoder", dict(zip(names, encoded.key_values, strict=True)), slots),
+        _compare(expected, "encoder.last_hidden_state", encoded.last_hidden_state.numpy()),
+        *_compare_kv(expected, "extend", dict(zip(names, added, strict=True)), after.lengths),
+        _compare(expected, "extend.last_hidden_state", last.numpy()),
+        _compare(expected, "retrieval.queries", engine.retrieve(encoded, outcomes)),
+        _compare(expected, "ranker.logits", engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms)),
     )
 
 
@@ -135,23 +156,15 @@ def _check_files(folder: Path) -> tuple[tuple[FileCheck, ...], str | None]:
     ), digest
 
 
-def _histories(golden: Golden) -> list[History]:
-    columns = [golden[f"history.{name}"] for name in ("item_rows", "actions", "surfaces", "timestamps_ms")]
-    return [
-        History(item_rows=rows, actions=actions, surfaces=surfaces, timestamps_ms=times).part(0, int(length))
-        for rows, actions, surfaces, times, length in zip(*columns, golden["history.lengths"], strict=True)
-    ]
-
-
 def _compare_kv(
-    golden: Golden, graph: str, given: dict[str, Tensor], valid: NDArray[np.int64]
+    outputs: Outputs, graph: str, given: dict[str, Tensor], valid: NDArray[np.int64]
 ) -> tuple[GoldenCheck, ...]:
     """Compare keys/values [B, H_kv, slots, D], of which `valid` [B] slots count."""
-    return tuple(_compare(golden, f"{graph}.{name}", tensor.numpy(), valid) for name, tensor in given.items())
+    return tuple(_compare(outputs, f"{graph}.{name}", tensor.numpy(), valid) for name, tensor in given.items())
 
 
-def _compare(golden: Golden, output: str, given: NDArray[Any], valid: NDArray[np.int64] | None = None) -> GoldenCheck:
-    expected = golden.get(output)
+def _compare(outputs: Outputs, output: str, given: NDArray[Any], valid: NDArray[np.int64] | None = None) -> GoldenCheck:
+    expected = outputs.get(output)
     if expected is None:
         return GoldenCheck(output=output, max_abs_diff=None, problem=f"is missing in {GOLDEN}")
     if expected.shape != given.shape:

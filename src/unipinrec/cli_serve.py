@@ -15,6 +15,7 @@ from unipinrec.cli_common import command, json_option, print_json, stderr, stdou
 from unipinrec.errors import BundleError
 
 if TYPE_CHECKING:
+    from unipinrec.runtime.agreement import Agreement
     from unipinrec.runtime.requests import Event
     from unipinrec.runtime.slate import Slate
     from unipinrec.runtime.verify import GoldenCheck, VerifyReport
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 RECOMMEND_EXAMPLES = """\b
 Examples:
   unipinrec recommend bundle/ --user user-17 -k 10
-  unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json"""
+  unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json
+  unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
 
 SOON_MS = 60_000
 TITLE_WIDTH = 12
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+ids_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto or cpu; what really runs is in the output."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu (ONNX Runtime), openvino or openvino-bf16; what really runs is in the output.",
 )
 
 
@@ -49,7 +55,8 @@ def verify(bundle: Path, device: str, as_json: bool) -> None:
     else:
         _print_report(report)
     if not report.ok:
-        problems = [check.problem for checks in (report.files, report.golden) for check in checks]
+        judged = (report.agreement,) if report.agreement else report.golden
+        problems = [check.problem for check in (*report.files, *judged)]
         failed = sum(problem is not None for problem in problems)
         raise BundleError(f"{bundle}: {failed} of {len(problems)} checks failed; copy or export the bundle again")
 
@@ -59,9 +66,17 @@ def _print_report(report: VerifyReport) -> None:
     for check in report.files:
         files.add_row(Text(check.file), _state(check.problem))
     stdout.print(files)
-    if not report.golden:
+    if report.agreement:
+        _print_agreement(report.agreement)
+    elif report.golden:
+        _print_golden(report)
+    else:
         stdout.print("golden outputs were not compared: the bundle is damaged")
         return
+    stdout.print(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}", highlight=False)
+
+
+def _print_golden(report: VerifyReport) -> None:
     golden = Table("output", "largest difference", "", title=f"golden outputs, allowed {report.tolerance:g}")
     for name, checks in _grouped(report.golden).items():
         differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
@@ -69,7 +84,19 @@ def _print_report(report: VerifyReport) -> None:
         largest = f"{max(differences):.1e}" if differences else "-"
         golden.add_row(name, largest, _state("; ".join(problems) or None))
     stdout.print(golden)
-    stdout.print(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}", highlight=False)
+
+
+def _print_agreement(agreement: Agreement) -> None:
+    from unipinrec.runtime.agreement import MAX_LOGIT_DIFF, MIN_COSINE, MIN_OVERLAP, TOP
+
+    table = Table("", "measured", "needed", title=f"agreement with fp32 on {agreement.requests} requests")
+    for stage in ("ranked", "retrieved"):
+        overlap, strict = getattr(agreement, f"{stage}_overlap"), getattr(agreement, f"{stage}_overlap_strict")
+        measured = f"{overlap:.4f} ({strict:.4f} without ties)"
+        table.add_row(f"overlap of {TOP} {stage}", measured, f"at least {MIN_OVERLAP:g}")
+    table.add_row("cosine of queries", f"{agreement.min_query_cosine:.6f}", f"at least {MIN_COSINE:g}")
+    table.add_row("difference of logits", f"{agreement.max_logit_diff:.2g}", f"at most {MAX_LOGIT_DIFF:g}")
+    stdout.print(table, _state(agreement.problem))
 
 
 def _grouped(checks: tuple[GoldenCheck, ...]) -> dict[str, list[GoldenCheck]]:
@@ -96,6 +123,24 @@ def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> 
         except ValueError as error:
             raise click.BadParameter(f"{part!r} is not ACTION=NUMBER, such as click=1,save=2") from error
     return weights
+
+
+def _ids(path: Path) -> tuple[str, ...]:
+    from unipinrec.runtime.catalogue import parse_ids
+
+    return tuple(parse_ids(path.read_bytes(), str(path)).values())
+
+
+def _categories(
+    _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
+) -> dict[str, tuple[str, ...]] | None:
+    categories: dict[str, tuple[str, ...]] = {}
+    for text in given:
+        name, equals, words = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not NAME=WORD[,WORD], such as genre=Drama,Comedy")
+        categories[name] = (*categories.get(name, ()), *words.split(","))
+    return categories or None
 
 
 @click.command(epilog=RECOMMEND_EXAMPLES)
@@ -126,6 +171,16 @@ def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> 
     metavar="ACTION=W,...",
     help="Weight of each action's probability in the score.  [default: 1 for each positive action]",
 )
+@click.option("--allow", type=ids_file, metavar="IDS.txt", help="Recommend only these items, one id a line.")
+@click.option("--deny", type=ids_file, metavar="IDS.txt", help="Recommend none of these items.")
+@click.option(
+    "--category",
+    "categories",
+    multiple=True,
+    callback=_categories,
+    metavar="NAME=WORD[,WORD]",
+    help="Recommend only items that have one of these words; may be given for several features.",
+)
 @click.option("--exact", is_flag=True, help="Scan all items instead of asking the index.")
 @click.option("--truncate", is_flag=True, help="Keep the newest events of a history that is too long.")
 @device_option
@@ -144,6 +199,8 @@ def recommend(
     events = _events(recommender.bundle, user, history)
     if user is not None and options["now_ms"] is None:
         options["now_ms"] = _soon_after(events[-1])
+    allow, deny = options.pop("allow"), options.pop("deny")
+    options |= {"allow": _ids(allow) if allow else None, "exclude": _ids(deny) if deny else ()}
     slate = recommender.recommend(events, k, RecommendOptions(**options))
     if as_json:
         print_json(slate.to_json())

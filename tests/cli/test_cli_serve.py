@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
 
 from unipinrec.cli import main
+from unipinrec.runtime.cpu import has_bf16
 
 
 def run(*words: str | Path) -> Result:
@@ -33,7 +37,7 @@ def test_verify_prints_every_check(bundle: Path) -> None:
     assert result.exit_code == 0
     for name in ("manifest.json", "index.hnsw", "encoder.present.*", "ranker.logits"):
         assert name in result.stdout
-    assert "on cpu (auto: this version runs on the CPU only)" in result.stdout
+    assert "on cpu (auto: ONNX Runtime on the CPU; openvino" in " ".join(result.stdout.split())
 
 
 def test_verify_json(bundle: Path) -> None:
@@ -42,6 +46,18 @@ def test_verify_json(bundle: Path) -> None:
     assert (result.exit_code, document["ok"], document["device"]["name"]) == (0, True, "cpu")
     assert document["golden"][-1]["output"] == "ranker.logits"
     assert 0 <= document["golden"][-1]["max_abs_diff"] < 1e-4
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+@pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
+def test_verify_of_a_device_that_rounds(bundle: Path) -> None:
+    result = run("verify", bundle, "--device", "openvino-bf16")
+    assert result.exit_code == 0
+    assert "agreement with fp32 on 56 requests" in result.stdout
+    assert "at most 0.1" in result.stdout
+    document = json.loads(run("verify", bundle, "--device", "openvino-bf16", "--json").stdout)
+    assert (document["ok"], document["golden"], document["device"]["name"]) == (True, [], "openvino-bf16")
+    assert document["agreement"]["ranked_overlap"] >= 0.99
 
 
 def test_verify_of_a_damaged_bundle_fails_with_the_reason(bundle: Path, tmp_path: Path) -> None:
@@ -64,7 +80,7 @@ def test_recommend_for_a_sample_user(bundle: Path, user: str) -> None:
     assert "item" in result.stdout
     assert "score" in result.stdout
     assert "encode" in result.stdout.splitlines()[-1]
-    assert "history miss (new)" in result.stdout.splitlines()[-1]
+    assert "history miss (no cache)" in result.stdout.splitlines()[-1]
 
 
 def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
@@ -73,7 +89,7 @@ def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
     assert result.exit_code == 0
     document = json.loads(result.stdout)
     assert [list(item) for item in document["items"]] == [["item", "score", "actions", "retrieval_score"]] * 4
-    assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "new", "cpu")
+    assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "no cache", "cpu")
     assert {item["item"] for item in document["items"]}.isdisjoint(
         event["item"] for event in json.loads(events.read_bytes())
     )
@@ -84,6 +100,38 @@ def test_weights_make_the_score(bundle: Path, user: str) -> None:
     document = json.loads(run("recommend", bundle, "--user", user, "--weights", "click=1,save=2.5", "--json").stdout)
     for item in document["items"]:
         assert item["score"] == pytest.approx(item["actions"]["click"] + 2.5 * item["actions"]["save"])
+
+
+def test_filters(bundle: Path, user: str, tmp_path: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    ids = json.loads((bundle / "item_ids.json").read_bytes())
+    codes = load_file(bundle / "items.safetensors")["categories"]
+    word = manifest["categories"]["topic"][1]
+    (tmp_path / "allow.txt").write_text("\n".join(ids[:200]))
+    (tmp_path / "deny.txt").write_text("\n".join(ids[:100]))
+    words = ("recommend", bundle, "--user", user, "--allow", tmp_path / "allow.txt", "--deny", tmp_path / "deny.txt")
+    document = json.loads(run(*words, "--category", f"topic={word}", "-k", "3", "--json").stdout)
+    rows = [ids.index(item["item"]) for item in document["items"]]
+    assert len(rows) == 3
+    assert all(100 <= row < 200 and codes[row, 0] == 2 for row in rows)
+    result = run(*words, "--category", "topic=nothing")
+    assert result.exit_code == 1
+    assert "categories: topic has no word 'nothing'; it has" in result.stderr
+    result = run(*words, "--category", "topic")
+    assert result.exit_code == 2
+    assert "'topic' is not NAME=WORD[,WORD]" in result.stderr
+
+
+def test_words_of_a_feature_are_collected(bundle: Path, user: str) -> None:
+    words = json.loads((bundle / "manifest.json").read_bytes())["categories"]["topic"]
+    codes = load_file(bundle / "items.safetensors")["categories"]
+    some = f"topic={words[0]},{words[1]}"
+    count = str(int(np.isin(codes[:, 0], [1, 2, 3]).sum()) + 1)
+    result = run(
+        "recommend", bundle, "--user", user, "--category", some, "--category", f"topic={words[2]}", "-k", count
+    )
+    assert result.exit_code == 1
+    assert f"k={count} items were asked for" in result.stderr
 
 
 @pytest.mark.parametrize("words", [(), ("--user", "u", "--history", "events")])

@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
         expected |= {f"unipinrec/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert names == expected
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
-    assert sorted(required) == ["click", "hnswlib", "msgspec", "numpy", "rich", "safetensors"]
+    assert sorted(required) == ["click", "hnswlib", "ml_dtypes", "msgspec", "numpy", "rich", "safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unipinrec.runtime.cpu import available_threads, flush_denormals
+from unipinrec.runtime.cpu import available_threads, flush_denormals, has_bf16
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,13 @@ def test_the_flag_is_put_back_after_an_error() -> None:
     with pytest.raises(ValueError, match="inside"), flush_denormals():
         raise ValueError("inside")
     assert half_of_the_smallest_normal() == 2.0**-127
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu avx512_bf16 sse", True), ("amx_bf16", True), ("fpu avx512f avx512_vnni", False), ("not_amx_bf16_", False)],
+)
+def test_bf16_instructions_are_found_by_their_flags(tmp_path: Path, flags: str, expected: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nbugs\t\t: amx_bf16\nflags\t\t: {flags}\n")
+    assert has_bf16(tmp_path / "cpuinfo") is expected
+    assert not has_bf16(tmp_path / "missing")

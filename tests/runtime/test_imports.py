@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,22 +43,36 @@ def test_serving_imports_nothing_of_training() -> None:
     run(
         "import unipinrec.runtime, unipinrec.cli\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
-        "assert not loaded & set(TRAINING), loaded\n"
+        "assert not loaded & {*TRAINING, 'onnxruntime', 'openvino'}, loaded\n"
         "ours = {name for name in sys.modules if name.startswith('unipinrec.')}\n"
         "assert 'unipinrec.runtime.recommender' in ours\n"
         "assert not any(name.startswith(('unipinrec.models', 'unipinrec.export')) for name in ours), ours\n"
     )
 
 
-def test_a_bundle_is_served_without_torch(bundle: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_a_bundle_is_served_without_torch(bundle: Path, device: str) -> None:
+    if find_spec(device.replace("cpu", "onnxruntime")) is None:
+        pytest.skip(f"{device} is not installed")
     printed = run(
         "from unipinrec.cli import main\n"
         "import json, pathlib\n"
         "user = json.loads(pathlib.Path(sys.argv[1], 'user_ids.json').read_text())[0]\n"
-        "main(['recommend', sys.argv[1], '--user', user, '-k', '3', '--json'])\n",
+        "main(['recommend', sys.argv[1], '--user', user, '-k', '3', '--json', '--device', sys.argv[2]])\n",
         str(bundle),
+        device,
     )
     assert '"retrieval_score"' in printed
+
+
+def test_items_are_added_and_retired_without_torch(bundle: Path, tmp_path: Path) -> None:
+    item = {"item": "late", "dense": {"content": [0.5] * 16, "log_duration": [2.0]}}
+    (tmp_path / "items.json").write_text(json.dumps([item]))
+    (tmp_path / "gone.txt").write_text("item-3")
+    words = ("index", bundle, "--out", tmp_path / "new", "--add", tmp_path / "items.json", "--json")
+    code = "from unipinrec.cli import main\nmain(sys.argv[1:])\n"
+    printed = run(code, *map(str, (*words, "--retire", tmp_path / "gone.txt")))
+    assert '"items_after": 300' in printed
 
 
 @pytest.mark.parametrize(

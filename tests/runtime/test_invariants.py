@@ -1,4 +1,4 @@
-"""The five invariants on ONNX Runtime, as properties of a real exported bundle."""
+"""The five invariants on every backend, as properties of a real exported bundle."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 
 
 @pytest.fixture(scope="module")
-def recommender(bundle: Path) -> Recommender:
-    return Recommender.load(bundle)
+def recommender(bundle: Path, device: str) -> Recommender:
+    return Recommender.load(bundle, device)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def test_a_score_depends_on_nothing_else(engine: Engine, length: int, count: int
     np.testing.assert_allclose(in_a_batch, together, atol=1e-5, rtol=0)
 
 
-def test_golden_outputs_reproduce_here(bundle: Path) -> None:
-    report = verify_bundle(bundle)
+def test_golden_outputs_reproduce_here(bundle: Path, device: str) -> None:
+    report = verify_bundle(bundle, device)
     assert report.ok
     outputs = {check.output for check in report.golden}
     assert {"encoder.present.1.value", "extend.last_hidden_state", "retrieval.queries", "ranker.logits"} <= outputs

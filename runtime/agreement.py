@@ -1,0 +1,209 @@
+"""Whether a backend that rounds to bf16 still recommends what fp32 recommends.
+
+Rounded values never reproduce golden outputs to 1e-4, so they are judged by what a caller sees: over the golden
+requests, with PyTorch's outputs as the truth, and over sample users of the bundle, whose histories are longer, with
+fp32 ONNX Runtime as the truth and the candidates that it retrieves. Half of the requests are encoded at once, half are
+extended. Which requests, and how many, depends on the bundle alone; `MAX_USERS` and `MAX_EVENTS` keep it to about a
+second for a model that suits a CPU.
+
+Three things must hold. No logit is off by more than `MAX_LOGIT_DIFF`, and no query turns beyond `MIN_COSINE`: bounds
+some times wider than what rounding was seen to do, which wrong arithmetic breaks. And the best ten, ranked and
+retrieved, overlap with those of fp32 by `MIN_OVERLAP` on average. There, two items may stand for each other if the fp32
+values that order them are closer than rounding resolves: a model whose best scores lie close together would otherwise
+fail for swaps that are as good as a draw. Such a tie (`TIED_LOGIT`, `TIED_SIMILARITY`) is far narrower than the bounds,
+so that the overlap does not follow from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import BundleError
+from unipinrec.runtime.bundle import GOLDEN, Bundle
+from unipinrec.runtime.engine import Engine, pad_histories
+from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.requests import History
+
+TOP = 10
+MIN_OVERLAP = 0.99
+MAX_LOGIT_DIFF, TIED_LOGIT = 0.1, 0.01
+MIN_COSINE, TIED_SIMILARITY = 0.999, 0.0005
+MAX_USERS, MAX_EVENTS, MAX_ITEMS = 48, 4096, 50_000
+CANDIDATES = 200
+SOON_MS = 60_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far rounded answers agree with fp32; means over requests, except for the two extremes.
+
+    Attributes:
+        requests: How many were compared.
+        ranked_overlap: Share of the best ten by score that fp32 has among its best ten, ties included.
+        ranked_overlap_strict: The same without ties.
+        retrieved_overlap: Share of the ten items most similar to the query, likewise.
+        retrieved_overlap_strict: The same without ties.
+        min_query_cosine: Of the query that turned furthest.
+        max_logit_diff: Of the logit that is furthest off.
+        problem: What is out of bounds; None where nothing is.
+    """
+
+    requests: int
+    ranked_overlap: float
+    ranked_overlap_strict: float
+    retrieved_overlap: float
+    retrieved_overlap_strict: float
+    min_query_cosine: float
+    max_logit_diff: float
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """A request and its fp32 answer.
+
+    Attributes:
+        history: n events.
+        split: Events to encode before extending by the others; None = encode all at once.
+        candidates: [k] i64 rows, shown at `surface` and `now_ms`.
+        logits: [k, C] f32.
+        queries: [Q, E] f32.
+    """
+
+    history: History
+    split: int | None
+    candidates: NDArray[np.int64]
+    surface: int
+    now_ms: int
+    logits: NDArray[np.float32]
+    queries: NDArray[np.float32]
+
+
+def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
+    """Compare an engine that rounds with fp32 on the golden requests and on sample users.
+
+    Raises:
+        BundleError: The golden requests or the sample users cannot be read.
+        BackendError: A graph does not run, or ONNX Runtime, which gives the fp32 answers for users, is missing.
+    """
+    manifest = bundle.manifest
+    positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
+    items = bundle.item_vectors[:: -(-manifest.num_items // MAX_ITEMS)]
+    exact = Engine.open(bundle)
+    cases = [*_golden_cases(bundle), *(_user_case(exact, *user, positive) for user in enumerate(_users(bundle)))]
+    figures = np.array([_compare(engine, case, positive, items) for case in cases])
+    ranked, ranked_strict, retrieved, retrieved_strict = figures[:, :4].mean(axis=0).tolist()
+    cosine, difference = float(figures[:, 4].min()), float(figures[:, 5].max())
+    return Agreement(
+        requests=len(cases),
+        ranked_overlap=ranked,
+        ranked_overlap_strict=ranked_strict,
+        retrieved_overlap=retrieved,
+        retrieved_overlap_strict=retrieved_strict,
+        min_query_cosine=cosine,
+        max_logit_diff=difference,
+        problem=_problem(min(ranked, retrieved), cosine, difference),
+    )
+
+
+def _problem(overlap: float, cosine: float, difference: float) -> str | None:
+    # Written so that a value that is no number is a problem too.
+    if not difference <= MAX_LOGIT_DIFF:
+        return f"a logit is off by {difference:.3g}, allowed are {MAX_LOGIT_DIFF:g}"
+    if not cosine >= MIN_COSINE:
+        return f"the cosine of a query with the exact one is {cosine:.6g}, at least {MIN_COSINE:g} is needed"
+    if not overlap >= MIN_OVERLAP:
+        return f"the best {TOP} items overlap by {overlap:.4f}, at least {MIN_OVERLAP:g} is needed"
+    return None
+
+
+def _golden_cases(bundle: Bundle) -> list[_Case]:
+    """Each golden request twice: encoded at once and extended."""
+    golden = read_golden(bundle)
+    try:
+        logits, queries = golden.outputs["ranker.logits"], golden.outputs["retrieval.queries"]
+    except KeyError as error:
+        raise BundleError(f"{bundle.path / GOLDEN}: {error} is missing; export the bundle again") from error
+    return [
+        _Case(
+            history=golden.histories[row],
+            split=split,
+            candidates=golden.candidates[row],
+            surface=int(golden.surfaces[row]),
+            now_ms=int(golden.now_ms[row]),
+            logits=logits[row],
+            queries=queries[row],
+        )
+        for row in range(len(golden.histories))
+        for split in (None, int(golden.prefixes[row]))
+    ]
+
+
+def _users(bundle: Bundle) -> list[History]:
+    """Histories of the first sample users, within the limits; none where the bundle carries none."""
+    histories = bundle.sample_histories(MAX_USERS)
+    events = np.cumsum([len(history) for history in histories])
+    return histories[: int((events <= MAX_EVENTS).sum())]
+
+
+def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np.float32]) -> _Case:
+    """What fp32 answers to a user soon after the last event; every other user is to be extended half-way."""
+    encoded = exact.encode(pad_histories([history]))
+    queries = exact.retrieve(encoded, positive[None])[0]
+    candidates = _best(_similarity(exact.item_vectors, queries), CANDIDATES)
+    last = int(history.timestamps_ms[-1])
+    now_ms = last if last < 0 else last + SOON_MS
+    return _Case(
+        history=history,
+        split=len(history) // 2 if place % 2 and len(history) > 1 else None,
+        candidates=candidates,
+        surface=0,
+        now_ms=now_ms,
+        logits=exact.rank(encoded, candidates[None], np.zeros(1, np.int64), np.array([now_ms]))[0],
+        queries=queries,
+    )
+
+
+def _compare(
+    engine: Engine, case: _Case, positive: NDArray[np.float32], items: NDArray[np.float32]
+) -> tuple[float, ...]:
+    """Overlap of the ranked and of the retrieved, each with ties and strictly; lowest cosine; largest difference."""
+    encoded = engine.encode(pad_histories([case.history.part(0, case.split)]))
+    if case.split is not None:
+        encoded = engine.extend(encoded, pad_histories([case.history.part(case.split)]))
+    queries = engine.retrieve(encoded, positive[None])[0]
+    logits = engine.rank(encoded, case.candidates[None], np.array([case.surface]), np.array([case.now_ms]))[0]
+    exact, rounded = (0.5 + 0.5 * np.tanh(values.astype(np.float64) / 2.0) for values in (case.logits, logits))
+    tied = TIED_LOGIT * (exact * (1.0 - exact)) @ positive
+    similarity = _similarity(items, case.queries)
+    found = _best(_similarity(items, queries), TOP)
+    ranked = _best(rounded @ positive, TOP)
+    return (
+        _overlap(exact @ positive, ranked, tied[ranked]),
+        _overlap(exact @ positive, ranked, 0.0),
+        _overlap(similarity, found, TIED_SIMILARITY),
+        _overlap(similarity, found, 0.0),
+        float((case.queries * queries).sum(axis=-1).min()),
+        float(np.abs(case.logits - logits).max()),
+    )
+
+
+def _similarity(items: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Similarity [N] of items [N, E] with the query, of [Q, E], that each is most similar to."""
+    similarity: NDArray[np.float32] = (items @ queries.T).max(axis=1)
+    return similarity
+
+
+def _best(values: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Places of the largest values, best first, equal ones in order."""
+    return np.argsort(-values, kind="stable")[:count]
+
+
+def _overlap(exact: NDArray[Any], chosen: NDArray[np.int64], tied: NDArray[np.float64] | float) -> float:
+    """Share of the chosen that are among as many best by `exact`, or no more than `tied` below the last of them."""
+    last = exact[_best(exact, len(chosen))[-1]]
+    return float((exact[chosen] >= last - tied).mean())

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from unipinrec.errors import BundleError
+from unipinrec.runtime import Bundle, Recommender, verify_bundle
+from unipinrec.runtime.agreement import measure_agreement
+from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
+
+Reseal = Callable[..., None]
+GOLDEN_REQUESTS, USERS = 4, 48
+
+
+class Rounded(Engine):
+    """ONNX Runtime with answers that are off."""
+
+    rng = np.random.default_rng(0)
+    noise, queries_turned_by, last_logit_off_by = 0.0, 0.0, 0.0
+
+    def rank(self, *given: Any) -> NDArray[np.float32]:
+        logits = super().rank(*given)
+        logits += self.rng.uniform(-self.noise, self.noise, logits.shape)
+        logits[..., -1, -1] += self.last_logit_off_by
+        return logits
+
+    def retrieve(self, *given: Any) -> NDArray[np.float32]:
+        queries = super().retrieve(*given)
+        aside = np.roll(queries, 1, axis=-1)
+        aside -= (aside * queries).sum(-1, keepdims=True) * queries
+        aside /= np.linalg.norm(aside, axis=-1, keepdims=True)
+        return np.float32(np.cos(self.queries_turned_by)) * queries + np.float32(np.sin(self.queries_turned_by)) * aside
+
+
+class Forgetful(Engine):
+    """ONNX Runtime that drops new events."""
+
+    def extend(self, past: Encoded, batch: HistoryBatch) -> Encoded:
+        return past
+
+
+@pytest.fixture
+def rounded(bundle: Path) -> Rounded:
+    engine = Rounded.open(Bundle.open(bundle))
+    assert isinstance(engine, Rounded)
+    return engine
+
+
+def test_fp32_agrees_with_itself(rounded: Rounded, bundle: Path) -> None:
+    found = measure_agreement(rounded, Bundle.open(bundle))
+    assert found.problem is None
+    assert found.requests == 2 * GOLDEN_REQUESTS + USERS
+    assert (found.ranked_overlap, found.retrieved_overlap) == (1.0, 1.0)
+    assert (found.ranked_overlap_strict, found.retrieved_overlap_strict) == (1.0, 1.0)
+    assert found.max_logit_diff < 1e-4
+    assert found.min_query_cosine > 0.99999
+
+
+def test_swaps_of_close_items_are_ties(rounded: Rounded, bundle: Path) -> None:
+    rounded.noise = 0.004
+    found = measure_agreement(rounded, Bundle.open(bundle))
+    assert found.problem is None
+    assert found.ranked_overlap_strict < found.ranked_overlap == 1.0
+    assert found.retrieved_overlap_strict == 1.0
+
+
+def test_noise_within_the_logit_bound_fails_by_overlap(rounded: Rounded, bundle: Path) -> None:
+    rounded.noise = 0.08
+    found = measure_agreement(rounded, Bundle.open(bundle))
+    assert 0.07 < found.max_logit_diff <= 0.0801
+    assert found.ranked_overlap < 0.99
+    assert found.problem == f"the best 10 items overlap by {found.ranked_overlap:.4f}, at least 0.99 is needed"
+
+
+def test_one_wrong_logit_fails(rounded: Rounded, bundle: Path) -> None:
+    rounded.last_logit_off_by = 0.2
+    found = measure_agreement(rounded, Bundle.open(bundle))
+    assert found.problem == "a logit is off by 0.2, allowed are 0.1"
+
+
+@pytest.mark.parametrize(("angle", "cosine"), [(0.05, "0.99875"), (np.nan, "nan")])
+def test_queries_that_turn_fail(rounded: Rounded, bundle: Path, angle: float, cosine: str) -> None:
+    rounded.queries_turned_by = angle
+    found = measure_agreement(rounded, Bundle.open(bundle))
+    assert found.problem == f"the cosine of a query with the exact one is {cosine}, at least 0.999 is needed"
+
+
+def test_queries_that_turn_a_little_fail_by_what_they_retrieve(rounded: Rounded, bundle: Path) -> None:
+    rounded.queries_turned_by = 0.04
+    found = measure_agreement(rounded, Bundle.open(bundle))
+    assert found.min_query_cosine > 0.999
+    assert found.retrieved_overlap < 0.99
+    assert found.problem is not None
+    assert "overlap" in found.problem
+
+
+def test_extension_is_compared_too(bundle: Path) -> None:
+    found = measure_agreement(Forgetful.open(Bundle.open(bundle)), Bundle.open(bundle))
+    assert found.problem is not None
+
+
+def test_bf16_agrees(bundle: Path, bf16_device: str) -> None:
+    report = verify_bundle(bundle, bf16_device)
+    assert report.ok
+    assert report.golden == ()
+    assert report.agreement is not None
+    assert report.agreement.problem is None
+    assert 1e-4 < report.agreement.max_logit_diff < 0.1
+    assert report.agreement.ranked_overlap >= 0.99
+    assert Recommender.load(bundle, bf16_device).device.name == "openvino-bf16"
+
+
+def test_what_does_not_agree_is_reported_and_not_served(copy: Path, reseal: Reseal, bf16_device: str) -> None:
+    golden = load_file(copy / "golden.safetensors")
+    golden["ranker.logits"][1, 2, 0] += 0.5
+    save_file(golden, copy / "golden.safetensors")
+    reseal(copy)
+    report = verify_bundle(copy, bf16_device)
+    assert not report.ok
+    assert report.agreement is not None
+    assert "a logit is off by 0." in (report.agreement.problem or "")
+    with pytest.raises(BundleError, match="openvino-bf16 does not recommend what fp32 recommends: a logit is off by"):
+        Recommender.load(copy, bf16_device)
+    assert Recommender.load(copy, bf16_device, verify=False).bundle.path == copy
+
+
+def test_golden_outputs_that_are_missing_are_named(copy: Path, reseal: Reseal, rounded: Rounded) -> None:
+    golden = load_file(copy / "golden.safetensors")
+    del golden["retrieval.queries"]
+    save_file(golden, copy / "golden.safetensors")
+    reseal(copy)
+    with pytest.raises(BundleError, match=r"golden\.safetensors: 'retrieval\.queries' is missing"):
+        measure_agreement(rounded, Bundle.open(copy))
