@@ -18,24 +18,17 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
-from common import card, finish
+from common import card, finish, milliseconds, spread
 from numpy.typing import NDArray
+from synthetic import ACTIONS, NOW_MS, random_source
 
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import source_from_model
-from unipinrec.export.protocol import ExportSource
-from unipinrec.models.checkpoint import Catalogue
-from unipinrec.models.config import SMALL, AttentionForm, Vocabulary
-from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import ItemFeatures
+from unipinrec.models.config import SMALL, AttentionForm
 from unipinrec.runtime.bundle import INDEX, Bundle
 from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
 from unipinrec.runtime.index import ExactIndex, HnswIndex
@@ -43,21 +36,7 @@ from unipinrec.runtime.ort_session import OrtBackend
 from unipinrec.runtime.retrieval import Retriever
 
 HISTORIES, CANDIDATES = (256, 512, 992), (128, 656)
-ACTIONS = ("click", "save", "share", "hide")
 FORMS: tuple[AttentionForm, ...] = ("sink", "self")
-NOW_MS = 1_750_000_000_000
-
-
-def random_source(form: AttentionForm, items: int) -> ExportSource:
-    """The `small` model with random weights over a random catalogue."""
-    config = msgspec.structs.replace(SMALL, attention=form)
-    vocabulary = Vocabulary(
-        num_items=items, actions=ACTIONS, positive_actions=("save",), surfaces=("unknown",), dense={}, categories={}
-    )
-    torch.manual_seed(0)
-    catalogue = Catalogue(item_ids=[str(i) for i in range(items)], titles=[None] * items)
-    nothing = ItemFeatures(dense=np.zeros((items, 0), np.float32), categories=np.zeros((items, 0), np.int64))
-    return source_from_model(UniPinRec(config, vocabulary), catalogue, nothing)
 
 
 class Stages:
@@ -95,12 +74,6 @@ class Stages:
         self.rank(self.encode(), rows)
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return (time.perf_counter() - began) * 1e3
-
-
 def one_round(stages: Stages) -> dict[str, float]:
     """Every figure once, in an order that puts both sides of each ratio next to each other."""
     encoded = stages.encode()
@@ -112,11 +85,6 @@ def one_round(stages: Stages) -> dict[str, float]:
         "shared": milliseconds(stages.shared),
         "separate": milliseconds(stages.separate),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [10, 50, 90])
-    return {"median": round(float(middle), 3), "p10": round(float(low), 3), "p90": round(float(high), 3)}
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
