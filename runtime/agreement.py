@@ -6,12 +6,12 @@ fp32 ONNX Runtime as the truth and the candidates that it retrieves. Half of the
 extended. Which requests, and how many, depends on the bundle alone; `MAX_USERS` and `MAX_EVENTS` keep it to about a
 second for a model that suits a CPU.
 
-Three things must hold. No logit is off by more than `MAX_LOGIT_DIFF`, and no query turns beyond `MIN_COSINE`: bounds
-some times wider than what rounding was seen to do, which wrong arithmetic breaks. And the best ten, ranked and
-retrieved, overlap with those of fp32 by `MIN_OVERLAP` on average. There, two items may stand for each other if the fp32
-values that order them are closer than rounding resolves: a model whose best scores lie close together would otherwise
-fail for swaps that are as good as a draw. Such a tie (`TIED_LOGIT`, `TIED_SIMILARITY`) is far narrower than the bounds,
-so that the overlap does not follow from them.
+Three things must hold. No logit is off by more than `MAX_LOGIT_DIFF`, a `LOGIT_ROUNDING` of itself left aside, and no
+query turns beyond `MIN_COSINE`: bounds some times wider than what rounding was seen to do, which wrong arithmetic
+breaks. And the best ten, ranked and retrieved, overlap with those of fp32 by `MIN_OVERLAP` on average. There, two items
+may stand for each other if the fp32 values that order them are closer than rounding resolves: a model whose best scores
+lie close together would otherwise fail for swaps that are as good as a draw. Such a tie (`TIED_LOGIT`,
+`TIED_SIMILARITY`) is far narrower than the bounds, so that the overlap does not follow from them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from unipinrec.runtime.requests import History
 TOP = 10
 MIN_OVERLAP = 0.99
 MAX_LOGIT_DIFF, TIED_LOGIT = 0.1, 0.01
+LOGIT_ROUNDING = 2.0**-6  # four times what bf16 resolves
 MIN_COSINE, TIED_SIMILARITY = 0.999, 0.0005
 MAX_USERS, MAX_EVENTS, MAX_ITEMS = 48, 4096, 50_000
 CANDIDATES = 200
@@ -48,7 +49,7 @@ class Agreement:
         retrieved_overlap: Share of the ten items most similar to the query, likewise.
         retrieved_overlap_strict: The same without ties.
         min_query_cosine: Of the query that turned furthest.
-        max_logit_diff: Of the logit that is furthest off.
+        max_logit_diff: By how much the logit that is furthest off differs beyond `LOGIT_ROUNDING` of itself.
         problem: What is out of bounds; None where nothing is.
     """
 
@@ -188,7 +189,7 @@ def _compare(
         _overlap(similarity, found, TIED_SIMILARITY),
         _overlap(similarity, found, 0.0),
         float((case.queries * queries).sum(axis=-1).min()),
-        float(np.abs(case.logits - logits).max()),
+        max(0.0, float((np.abs(case.logits - logits) - LOGIT_ROUNDING * np.abs(case.logits)).max())),
     )
 
 

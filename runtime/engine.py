@@ -6,6 +6,7 @@ Knows how histories are padded and which tensor goes where; refuses to know exte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import History
 from unipinrec.runtime.session import Backend, Tensor
 
+MIN_RANK_PART = 32  # candidates; less is not worth a thread
 Scalar = TypeVar("Scalar", bound=np.generic)
 Inputs = dict[str, NDArray[Any] | Tensor]
 
@@ -103,6 +105,7 @@ class Engine:
 
     def __init__(self, backend: Backend, model: ModelSpec, item_vectors: NDArray[np.float32]) -> None:
         self.backend, self.model, self.item_vectors = backend, model, item_vectors
+        self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
 
     @classmethod
     def open(cls, bundle: Bundle, device: Device = CPU) -> Engine:
@@ -198,14 +201,19 @@ class Engine:
         Raises:
             BackendError: The run failed or gave values that are not finite.
         """
-        parts = -(-candidates.shape[1] // (self.backend.rank_chunk or candidates.shape[1]))
-        logits = np.concatenate(
-            [self._logits(encoded, part, surfaces, now_ms) for part in np.array_split(candidates, parts, axis=1)],
-            axis=1,
-        )
+        parts = np.array_split(candidates, self._rank_parts(candidates.shape[1]), axis=1)
+        others = [self._threads.submit(self._logits, encoded, part, surfaces, now_ms) for part in parts[1:]]
+        first = self._logits(encoded, parts[0], surfaces, now_ms)
+        logits = np.concatenate([first, *(other.result() for other in others)], axis=1)
         if not np.isfinite(logits).all():
             raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
         return logits
+
+    def _rank_parts(self, candidates: int) -> int:
+        """How many parts to rank candidates in: none too large, and as many at once as the backend runs."""
+        chunks = -(-candidates // (self.backend.rank_chunk or candidates))
+        at_once = min(self.backend.rank_runs, candidates // MIN_RANK_PART or 1)
+        return max(1, -(-chunks // at_once) * at_once)
 
     def _logits(
         self,

@@ -8,7 +8,7 @@ Then it is a *hit* (nothing is new) or is *extended* by what is new; everything 
     edited       an event that was encoded is no longer in its place
     truncated    the history is now a shorter beginning of what was encoded
     shifted      the window over a long history has moved on
-    version      the entry is of another bundle
+    version      the entry is of another bundle, or was computed in another precision
     evicted      the entry had to make room
     expired      it was not used for longer than the time to live
     invalidated  it was dropped on request
@@ -31,7 +31,8 @@ class CacheKey:
 
     Attributes:
         user: External user id.
-        namespace: What keys and values depend on besides the history (`Bundle.kv_namespace`).
+        namespace: What keys and values depend on besides the history: `Bundle.kv_namespace`, and the precision that
+            they were computed in.
         events: The history, see `event_records`.
         count: Events in it.
         start: Place of the first of them in the user's whole history; not 0 where a window leaves the oldest out.

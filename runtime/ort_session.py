@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class OrtBackend:
     """The graphs of a bundle in ONNX Runtime on the CPU; see `Backend`. Tensors are `OrtValue`s, never copied.
 
     The chunks are those of `bench/chunks.py`: scores of 256 x 1,000 fit the cache, and its attention skips no work.
+    Candidates need nothing of each other, so the ranker has one thread, and as many runs at once as there are threads:
+    no thread waits for others between operators.
     """
 
     prefill_chunk: int | None = 256
@@ -44,8 +47,11 @@ class OrtBackend:
         self.threads = threads or available_threads()
         self.version: str = self._ort.__version__
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
+        self.rank_runs = self.threads
         with flush_denormals():
-            self._sessions = {name: self._load(path) for name, path in graphs.items()}
+            self._sessions = {
+                name: self._load(path, 1 if name == "ranker" else self.threads) for name, path in graphs.items()
+            }
         self._inputs = {
             name: [_spec(given) for given in session.get_inputs()] for name, session in self._sessions.items()
         }
@@ -53,9 +59,9 @@ class OrtBackend:
             name: [output.name for output in session.get_outputs()] for name, session in self._sessions.items()
         }
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, threads: int) -> Any:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         # The idle threads of one graph must not spin on the cores while the next graph runs.
@@ -97,6 +103,8 @@ def import_onnxruntime() -> Any:
     Raises:
         BackendError: Neither of its wheels is installed.
     """
+    # Else it looks up its vendor's collector on the network and writes to ~/.cache; its own switch comes too late.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime  # noqa: PLC0415 - an extra; the only place that knows it
     except ImportError as error:

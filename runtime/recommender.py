@@ -90,7 +90,7 @@ class Recommender:
             bundle=bundle,
             engine=engine,
             retriever=retriever,
-            encoder=HistoryEncoder(engine, _cache(cache, model), bundle.kv_namespace),
+            encoder=HistoryEncoder(engine, _cache(cache, model), f"{bundle.kv_namespace} {running.precision}"),
             device=running,
             window_slack=window_slack,
         )

@@ -26,10 +26,12 @@ class Backend(Protocol):
     Attributes:
         prefill_chunk: Events of one history that are best encoded in one run; None = all.
         rank_chunk: Candidates that are best ranked in one run; None = all.
+        rank_runs: Runs of the ranker that are best made at the same time.
     """
 
     prefill_chunk: int | None
     rank_chunk: int | None
+    rank_runs: int
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """Run a graph.

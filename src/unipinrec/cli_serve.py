@@ -95,7 +95,7 @@ def _print_agreement(agreement: Agreement) -> None:
         measured = f"{overlap:.4f} ({strict:.4f} without ties)"
         table.add_row(f"overlap of {TOP} {stage}", measured, f"at least {MIN_OVERLAP:g}")
     table.add_row("cosine of queries", f"{agreement.min_query_cosine:.6f}", f"at least {MIN_COSINE:g}")
-    table.add_row("difference of logits", f"{agreement.max_logit_diff:.2g}", f"at most {MAX_LOGIT_DIFF:g}")
+    table.add_row("difference of logits, 1/64 aside", f"{agreement.max_logit_diff:.2g}", f"at most {MAX_LOGIT_DIFF:g}")
     stdout.print(table, _state(agreement.problem))
 
 
@@ -182,7 +182,12 @@ def _categories(
     help="Recommend only items that have one of these words; may be given for several features.",
 )
 @click.option("--exact", is_flag=True, help="Scan all items instead of asking the index.")
-@click.option("--truncate", is_flag=True, help="Keep the newest events of a history that is too long.")
+@click.option(
+    "--truncate/--no-truncate",
+    default=True,
+    show_default=True,
+    help="Of a history that is too long keep a window of the newest events, or refuse it.",
+)
 @device_option
 @json_option
 @command

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError
+from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender
 from unipinrec.runtime.arrivals import KUAIRAND, ArrivalModel
 from unipinrec.runtime.capacity import (
     ACTIVITY_EXPONENT,
@@ -29,8 +31,9 @@ from unipinrec.runtime.capacity import (
     smallest_fleet,
     user_pages,
 )
-from unipinrec.runtime.kv_pages import KvDtype, KvGeometry
+from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry
 from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.runtime.requests import window_start
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"
 COSTS = StageCosts(encode_ms=30.0, extend_ms=3.0, retrieve_ms=2.0, rank_ms=11.0)
@@ -212,3 +215,33 @@ def test_the_constants_are_the_measured_ones() -> None:
     measured = json.loads(RESULTS.read_bytes())["slate"]["histories"]
     assert list(HISTORY_SHAPE) == measured["quantiles_over_mean"]
     assert measured["activity_exponent"] == ACTIVITY_EXPONENT
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_the_formula_gives_the_bytes_that_a_real_cache_uses(bundle: Path, dtype: KvDtype) -> None:
+    recommender = Recommender.load(bundle, cache=CacheOptions(budget_bytes=1 << 22, dtype=dtype))
+    lengths = [1, 14, 15, 16, 40, 64, 70]  # a page has 16 slots, one is the sink's; the last is beyond the limit of 64
+    for user, events in enumerate(lengths):
+        history = [Event(item=recommender.bundle.item_ids[0], actions=())] * events
+        recommender.recommend(history, 5, user=str(user))
+    model = recommender.bundle.manifest.model
+    footprint = Footprint.of(model, dtype)
+    kept = [min(events, events - window_start(events, model.max_history, 8)) for events in lengths]
+    expected = footprint.pages(np.array(kept, np.float64)).sum() * footprint.geometry.page_bytes
+    assert recommender.cache is not None
+    statistics = recommender.cache.statistics()
+    assert statistics.bytes_used == expected
+    assert statistics.bytes_budget <= 1 << 22 < statistics.bytes_budget + footprint.geometry.page_bytes
+
+
+def test_the_budget_is_resident_memory_from_the_start(bundle: Path) -> None:
+    model, before = Recommender.load(bundle).bundle.manifest.model, resident_bytes()
+    cache = KvCache(model, CacheOptions(budget_bytes=1 << 28))
+    grown = resident_bytes() - before
+    assert cache.pages.nbytes == pytest.approx(1 << 28, rel=1e-3)
+    assert grown == pytest.approx(1 << 28, rel=0.05)
+
+
+def resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) * 1024  # type: ignore[union-attr]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,7 @@ def test_a_half_octave_ends_at_its_limit() -> None:
 
 
 def test_sizes_of_a_group_are_within_a_third() -> None:
-    for below, limit in zip(LIMITS, LIMITS[1:], strict=False):
+    for below, limit in pairwise(LIMITS):
         assert 1 - (below + 1) / limit < 1 / 3
 
 

@@ -197,5 +197,7 @@ def test_threads_use_their_own_slots_at_the_same_time(dtype: KvDtype) -> None:
 @pytest.mark.parametrize("size_bytes", [1 << 50, 1 << 66])
 def test_memory_that_cannot_be_had(size_bytes: int) -> None:
     count = size_bytes // SMALL.page_bytes
-    with pytest.raises(ConfigError, match=rf"a key/value cache of {size_bytes:,} bytes does not fit .*; lower its budget"):
+    with pytest.raises(
+        ConfigError, match=rf"a key/value cache of {size_bytes:,} bytes does not fit .*; lower its budget"
+    ):
         KvPages(SMALL, count)

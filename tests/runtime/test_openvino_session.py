@@ -162,3 +162,21 @@ def test_a_time_that_is_chosen_by_a_condition_on_times_is_exact_too(tmp_path: Pa
     backend = OpenVinoBackend({"hours": tmp_path / "hours.xml"}, {"hours": spec}, threads=1)
     given = np.array([[1_760_000_012_344, -1, 5]])
     assert backend.run("hours", {"timestamps_ms": given})["hours"].numpy().tolist() == [[32_012_344.0, 0.0, 5.0]]
+
+
+def test_angles_are_not_rounded_to_bf16(tmp_path: Path, bf16_device: str) -> None:
+    ops = openvino.opset13
+    lengths = ops.parameter([-1, -1], np.int64, name="lengths")
+    lengths.output(0).set_names({"lengths"})
+    angles = ops.multiply(ops.convert(lengths, "f32"), ops.constant(np.array([1.0, 0.7], np.float32)))
+    mixed = ops.matmul(ops.concat([ops.cos(angles), ops.sin(angles)], -1), np.eye(4, dtype=np.float32), False, False)
+    mixed.output(0).set_names({"waves"})
+    openvino.save_model(openvino.Model([mixed], [lengths]), tmp_path / "waves.xml", compress_to_fp16=False)
+    spec = GraphSpec(
+        file="waves.xml", inputs=(TensorSpec(name="lengths", dtype="int64", shape=("batch", 2)),), outputs=()
+    )
+    backend = OpenVinoBackend({"waves": tmp_path / "waves.xml"}, {"waves": spec}, threads=1, precision="bf16")
+    given = np.array([[501, 997], [3, 1009]])
+    exact = given * np.array([1.0, np.float32(0.7)])
+    waves = backend.run("waves", {"lengths": given})["waves"].numpy()
+    np.testing.assert_allclose(waves, np.concatenate([np.cos(exact), np.sin(exact)], -1), atol=2**-8, rtol=0)

@@ -82,3 +82,18 @@ def test_a_missing_onnxruntime_names_the_extra(bundle: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"pip install 'unipinrec\[cpu\]', or 'unipinrec\[gpu\]'.*never both"):
         Recommender.load(bundle)
+
+
+def test_onnxruntime_is_told_to_stay_off_the_network(tmp_path: Path) -> None:
+    code = (
+        "import os\n"
+        "from unipinrec.runtime.ort_session import import_onnxruntime\n"
+        "import_onnxruntime()\n"
+        "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    for given, expected in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        environment = {**os.environ, "HOME": str(tmp_path), **given}
+        if not given:
+            environment.pop("ORT_DISABLE_TELEMETRY", None)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
