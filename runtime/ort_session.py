@@ -18,6 +18,7 @@ from unipinrec.runtime.session import Tensor
 from unipinrec.runtime.tensors import check_inputs, host_array
 
 PROVIDER = "CPUExecutionProvider"
+ONE_THREAD = ("retrieval", "ranker")
 TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # those of the graphs
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class OrtBackend:
 
     The chunks are those of `bench/chunks.py`: scores of 256 x 1,000 fit the cache, and its attention skips no work.
     Candidates need nothing of each other, so the ranker has one thread, and as many runs at once as there are threads:
-    no thread waits for others between operators.
+    no thread waits for others between operators. The retrieval graph is too small for a second thread.
     """
 
     prefill_chunk: int | None = 256
@@ -50,7 +51,7 @@ class OrtBackend:
         self.rank_runs = self.threads
         with flush_denormals():
             self._sessions = {
-                name: self._load(path, 1 if name == "ranker" else self.threads) for name, path in graphs.items()
+                name: self._load(path, 1 if name in ONE_THREAD else self.threads) for name, path in graphs.items()
             }
         self._inputs = {
             name: [_spec(given) for given in session.get_inputs()] for name, session in self._sessions.items()
