@@ -4,8 +4,8 @@
 
 BUNDLE is any bundle. Threads pick users at random and come back with a few more events, the same history, an edited or
 a shortened one, histories beyond the model's limit, several users at once, or have a user or everyone forgotten. The
-budget is too small for all users. One answer in `--check` is compared with that of a recommender without a cache: scores
-within 1e-4 in fp32 (0.01 otherwise), items alike but for equal scores. Resident memory is read once a second.
+budget is too small for all users. One answer in `--check` is compared with that of a recommender without a cache: its
+scores within 1e-4 in fp32 (0.01 otherwise), items alike but for equal scores. Resident memory is read once a second.
 
 Exits with 1 if an answer was wrong, an operation failed, the books do not add up, or memory grew by more than 1 % of
 its size after the first tenth of the time.
