@@ -201,19 +201,26 @@ class Engine:
         Raises:
             BackendError: The run failed or gave values that are not finite.
         """
-        parts = np.array_split(candidates, self._rank_parts(candidates.shape[1]), axis=1)
-        others = [self._threads.submit(self._logits, encoded, part, surfaces, now_ms) for part in parts[1:]]
-        first = self._logits(encoded, parts[0], surfaces, now_ms)
-        logits = np.concatenate([first, *(other.result() for other in others)], axis=1)
-        if not np.isfinite(logits).all():
+        lanes = max(1, min(self.backend.rank_runs, candidates.shape[1] // MIN_RANK_PART))
+        mine, *others = np.array_split(candidates, lanes, axis=1)
+        running = [self._threads.submit(self._ranked, encoded, part, surfaces, now_ms) for part in others]
+        logits = [self._ranked(encoded, mine, surfaces, now_ms), *(lane.result() for lane in running)]
+        joined = np.concatenate(logits, axis=1)
+        if not np.isfinite(joined).all():
             raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
-        return logits
+        return joined
 
-    def _rank_parts(self, candidates: int) -> int:
-        """How many parts to rank candidates in: none too large, and as many at once as the backend runs."""
-        chunks = -(-candidates // (self.backend.rank_chunk or candidates))
-        at_once = min(self.backend.rank_runs, candidates // MIN_RANK_PART or 1)
-        return max(1, -(-chunks // at_once) * at_once)
+    def _ranked(
+        self,
+        encoded: Encoded,
+        candidates: NDArray[np.int64],
+        surfaces: NDArray[np.int64],
+        now_ms: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Logits of candidates, in runs of no more than a chunk."""
+        count = candidates.shape[1]
+        parts = np.array_split(candidates, -(-count // (self.backend.rank_chunk or count)), axis=1)
+        return np.concatenate([self._logits(encoded, part, surfaces, now_ms) for part in parts], axis=1)
 
     def _logits(
         self,
