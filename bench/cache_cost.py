@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from common import card, finish, spread
 
-from unipinrec.runtime.kv_cache import CacheOptions, KvCache
+from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_keys import CacheKey, event_records
+from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import History
 

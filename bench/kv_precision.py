@@ -29,7 +29,7 @@ from unipinrec.models.config import SMALL
 from unipinrec.models.metrics import action_metrics
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
 from unipinrec.runtime.bundle import USER_IDS, Bundle
-from unipinrec.runtime.kv_cache import CacheOptions
+from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
 from unipinrec.runtime.requests import ResolvedRequest
 

@@ -6,7 +6,8 @@ slate = rec.recommend([Event(item="42", actions=("click",))], k=20)
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
 from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.kv_cache import CacheOptions, KvCache
+from unipinrec.runtime.kv_cache import KvCache
+from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions, Request, parse_events
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes

@@ -21,7 +21,7 @@ from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import History
 from unipinrec.runtime.session import Backend, Tensor
 
-MIN_RANK_PART = 32  # candidates; less is not worth a thread
+LANE_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond; less is not worth a thread
 Scalar = TypeVar("Scalar", bound=np.generic)
 Inputs = dict[str, NDArray[Any] | Tensor]
 
@@ -201,7 +201,8 @@ class Engine:
         Raises:
             BackendError: The run failed or gave values that are not finite.
         """
-        lanes = max(1, min(self.backend.rank_runs, candidates.shape[1] // MIN_RANK_PART))
+        work = candidates.size * self.model.num_layers * self.model.hidden_size**2
+        lanes = max(1, min(self.backend.rank_runs, candidates.shape[1], work // LANE_WORK))
         mine, *others = np.array_split(candidates, lanes, axis=1)
         running = [self._threads.submit(self._ranked, encoded, part, surfaces, now_ms) for part in others]
         logits = [self._ranked(encoded, mine, surfaces, now_ms), *(lane.result() for lane in running)]

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unipinrec.runtime.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.grouping import PaddingMeter, Work
@@ -107,20 +108,24 @@ class HistoryEncoder:
         if self.cache is None:
             return encoded
         slots = encoded.lengths + self._prefix
-        rows = [row_of(encoded.key_values, row, count) for row, count in enumerate(slots)]
-        for found, key_values in zip(group, rows, strict=True):
-            if found.lease is not None:
-                found.lease.write(key_values)
-        if self.cache.geometry.dtype == "fp32":
-            return encoded
-        buffer = KvBuffer(self.engine.model, len(group), int(slots.max()))
-        for row, (found, key_values) in enumerate(zip(group, rows, strict=True)):
-            if found.lease is not None and found.lease.written:
-                found.lease.read(buffer.row(row))
-            else:
-                buffer.put(row, 0, [as_stored(values, self.cache.geometry.dtype) for values in key_values])
-            buffer.clear_from(row, slots[row])
-        return encoded.over(buffer)
+        exact = self.cache.geometry.dtype == "fp32"
+        buffer = None if exact else KvBuffer(self.engine.model, len(group), int(slots.max()))
+        for row, (found, count) in enumerate(zip(group, slots, strict=True)):
+            key_values = row_of(encoded.key_values, row, count)
+            self._store(found, key_values, None if buffer is None else buffer.row(row)[:, :, :count])
+            if buffer is not None:
+                buffer.clear_from(row, count)
+        return encoded if buffer is None else encoded.over(buffer)
+
+    def _store(
+        self, found: Found, key_values: Sequence[NDArray[np.float32]], rounded: NDArray[np.float32] | None
+    ) -> None:
+        """Put new slots into the lease, if there is one and there is room, and what they become into `rounded`."""
+        if found.lease is not None and found.lease.write(key_values, rounded):
+            return
+        if rounded is not None and self.cache is not None:
+            for place, values in zip(rounded, key_values, strict=True):
+                place[...] = as_stored(values, self.cache.geometry.dtype)
 
     def _encode_new(self, group: Sequence[Found]) -> Encoded:
         """Of requests of which the cache has a beginning, or all."""
@@ -143,8 +148,8 @@ class HistoryEncoder:
         added = pad_histories([h.part(int(m)) for h, m in zip(histories, cached, strict=True)])
         encoded = self.engine.extend_in_place(buffer, past, added)
         self.padding.add("extend", [found.new for found in group])
-        for row, (lease, count) in enumerate(zip(leases, added.lengths, strict=True)):
-            new = buffer.row(row)[:, :, lease.slots : lease.slots + count]
-            lease.write(list(new))
-            new[...] = as_stored(new, self.cache.geometry.dtype)
+        for row, (found, count) in enumerate(zip(group, added.lengths, strict=True)):
+            first = found.cached + self._prefix
+            new = buffer.row(row)[:, :, first : first + count]
+            self._store(found, list(new), new)
         return encoded

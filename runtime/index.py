@@ -94,7 +94,8 @@ class ExactIndex:
             penalty = BEYOND * (~eligible).astype(np.float32)
         found = []
         for query in queries:
-            scores = table @ query - penalty
+            # Not `@`: the threads of BLAS spin and fight where several requests scan at once.
+            scores = np.einsum("ne,e->n", table, query) - penalty
             # The product's rounding depends on where a row lies: all that may be among the k are computed afresh.
             near = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k] - self._margin)
             found.append(best(self._vectors, query[None], near if rows is None else rows[near], k))

@@ -20,61 +20,13 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import CacheError, ConfigError
 from unipinrec.runtime.kv_keys import CacheKey, mismatch
-from unipinrec.runtime.kv_pages import PAGE_SLOTS, KvDtype, KvGeometry, KvPages
+from unipinrec.runtime.kv_options import CacheOptions, CacheStatistics
+from unipinrec.runtime.kv_pages import KvGeometry, KvPages
 from unipinrec.runtime.manifest import ModelSpec
 
 Kind = Literal["hit", "extended", "miss"]
 REMEMBERED = 100_000  # users whose loss is remembered, so that their next miss has its true reason
 NOTHING: NDArray[np.float32] = np.empty(0, np.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """How much to cache, and how.
-
-    Attributes:
-        budget_bytes: Bytes to allocate, rounded down to whole pages.
-        dtype: Precision that keys and values are stored in; int8 is the smallest that keeps the ten best items of real
-            users (`bench/kv_precision.py`).
-        ttl_s: Drop entries that were not used for so many seconds; None = never.
-        page_slots: Events of a page; a user's last page is half empty on average.
-    """
-
-    budget_bytes: int = 1 << 30
-    dtype: KvDtype = "int8"
-    ttl_s: float | None = None
-    page_slots: int = PAGE_SLOTS
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheStatistics:
-    """What the cache holds and has done since it was made.
-
-    Attributes:
-        entries: Users with an entry.
-        pinned: Entries in use at this moment.
-        bytes_budget: What was allocated.
-        bytes_used: Pages in use.
-        bytes_high_water: The most that was ever in use.
-        bytes_beside: Held beside the budget: events and last hidden states of the entries.
-        hits, extended: Lookups that found all, or a beginning.
-        misses: Other lookups, by reason.
-        evictions: Entries that made room.
-        unstored: Answers that were not kept: all pages were in use, another request was writing the same user, or the
-            user was invalidated meanwhile.
-    """
-
-    entries: int
-    pinned: int
-    bytes_budget: int
-    bytes_used: int
-    bytes_high_water: int
-    bytes_beside: int
-    hits: int
-    extended: int
-    misses: dict[str, int]
-    evictions: int
-    unstored: int
 
 
 @dataclass(kw_only=True, eq=False)
@@ -233,7 +185,6 @@ class KvCache:
     def _drop(self, user: str, reason: str) -> None:
         """Take an entry out of the table and remember why."""
         self._lost[user] = (self._entries[user].key.namespace, reason)
-        self._lost.move_to_end(user)
         if len(self._lost) > REMEMBERED:
             self._lost.popitem(last=False)
         self._detach(user)
@@ -369,11 +320,15 @@ class Lease:
         """Copy the slots that were cached or written into `out` [tensors, H_kv, at least so many, D] f32."""
         self._cache.pages.read([*self.pages, *self.staged], self._written or self.slots, out)
 
-    def write(self, key_values: Sequence[NDArray[np.float32]]) -> None:
-        """Store the slots that follow the cached ones, visible to no one before `commit`; no effect without room.
+    def write(self, key_values: Sequence[NDArray[np.float32]], out: NDArray[np.float32] | None = None) -> bool:
+        """Store the slots that follow the cached ones, visible to no one before `commit`.
 
         Args:
             key_values: Each tensor's new slots [H_kv, m, D] f32, the model's prefix slots included on a miss.
+            out: Filled with what reading these slots gives, [tensors, H_kv, m, D]; may be the given ones.
+
+        Returns:
+            `written`; without room nothing is done.
 
         Raises:
             BackendError: A value is beyond what the precision can hold.
@@ -381,8 +336,9 @@ class Lease:
         slots = self.slots + key_values[0].shape[1]
         self._unstored = not self._cache.stage(self, slots)
         if not self._unstored:
-            self._cache.pages.write([*self.pages, *self.staged], self.slots, key_values)
+            self._cache.pages.write([*self.pages, *self.staged], self.slots, key_values, out)
             self._written = slots
+        return self.written
 
     def commit(self, last_hidden_state: NDArray[np.float32]) -> None:
         """Let later requests find what was written, and the last hidden state [d] that belongs to it."""

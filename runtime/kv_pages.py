@@ -5,21 +5,25 @@ Knows how slots lie in pages and how they are rounded; refuses to know users and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
+from unipinrec.runtime.cpu import available_threads
 from unipinrec.runtime.manifest import ModelSpec
 
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 PAGE_SLOTS = 16
+PARALLEL_PAGES = 16  # fewer are copied before another thread wakes up
 INT8_MAX = 127.0
+T = TypeVar("T")
 STORED: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
 
 
@@ -85,6 +89,8 @@ class KvPages:
             ConfigError: The machine has not enough memory.
         """
         self.geometry, self.count = geometry, count
+        self._lanes = available_threads()
+        self._threads = ThreadPoolExecutor(max(1, self._lanes - 1), "unipinrec-pages")
         shape = (count, geometry.tensors, geometry.heads, geometry.page_slots)
         try:
             self._values: NDArray[Any] = np.empty((*shape, geometry.head_dim), STORED[geometry.dtype])
@@ -101,32 +107,65 @@ class KvPages:
         """Bytes allocated."""
         return self._values.nbytes + self._scales.nbytes
 
-    def write(self, pages: Sequence[int], first: int, key_values: Sequence[NDArray[np.float32]]) -> None:
+    def write(
+        self,
+        pages: Sequence[int],
+        first: int,
+        key_values: Sequence[NDArray[np.float32]],
+        out: NDArray[np.float32] | None = None,
+    ) -> None:
         """Round and store consecutive slots of one history.
 
         Args:
             pages: The history's pages, in order.
             first: Slot of the history that the given ones begin at.
             key_values: Each tensor's [H_kv, m, D] f32.
+            out: Filled with what reading these slots gives, [tensors, H_kv, m, D]; may be the given ones.
 
         Raises:
             BackendError: A value is beyond what the precision can hold.
         """
-        count = key_values[0].shape[1]
-        for tensor, given in enumerate(key_values):
-            values, scales = _rounded(given, self.geometry.dtype)
-            for page, inside, outside in self._spans(pages, first, count):
+        spans = self._spans(pages, first, key_values[0].shape[1])
+
+        def store(tensor: int) -> None:
+            values, scales = _rounded(key_values[tensor], self.geometry.dtype)
+            for page, inside, outside in spans:
                 self._values[page, tensor, :, inside] = values[:, outside]
                 if scales is not None:
                     self._scales[page, tensor, :, inside] = scales[:, outside]
+            if out is not None:
+                out[tensor] = values if scales is None else values * scales
+
+        self._in_parallel(store, range(len(key_values)), len(spans))
 
     def read(self, pages: Sequence[int], count: int, out: NDArray[np.float32]) -> None:
         """Copy the first `count` slots of a history into `out` [tensors, H_kv, at least count, D] f32."""
-        for page, inside, outside in self._spans(pages, 0, count):
+
+        def load(span: tuple[int, slice, slice]) -> None:
+            page, inside, outside = span
             if self.geometry.dtype == "int8":
                 np.multiply(self._values[page, :, :, inside], self._scales[page, :, :, inside], out=out[:, :, outside])
             else:
                 out[:, :, outside] = self._values[page, :, :, inside]
+
+        spans = self._spans(pages, 0, count)
+        self._in_parallel(load, spans, len(spans))
+
+    def _in_parallel(self, work: Callable[[T], None], items: Sequence[T], pages: int) -> None:
+        """Do all items, on several threads where there are pages enough to be worth it."""
+        lanes = self._lanes if pages >= PARALLEL_PAGES else 1
+
+        def lane(start: int) -> None:
+            for item in items[start::lanes]:
+                work(item)
+
+        others = [self._threads.submit(lane, start) for start in range(1, lanes)]
+        try:
+            lane(0)
+        finally:
+            wait(others)  # none may go on reading and writing behind the caller's back
+        for other in others:
+            other.result()
 
     def _spans(self, pages: Sequence[int], first: int, count: int) -> list[tuple[int, slice, slice]]:
         """(page, slots inside it, slots of the given run) for slots `first` up to `first + count` of a history."""

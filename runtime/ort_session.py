@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 class OrtBackend:
     """The graphs of a bundle in ONNX Runtime on the CPU; see `Backend`. Tensors are `OrtValue`s, never copied.
 
-    The chunks are those of `bench/chunks.py`: scores of 256 x 1,000 fit the cache, and its attention skips no work.
+    The chunks are those of `bench/chunks.py`: scores of 384 x 1,000 fit the cache, and its attention skips no work.
     Candidates need nothing of each other, so the ranker has one thread, and as many runs at once as there are threads:
     no thread waits for others between operators. The retrieval graph is too small for a second thread.
     """
 
-    prefill_chunk: int | None = 256
+    prefill_chunk: int | None = 384
     rank_chunk: int | None = 384
 
     def __init__(self, graphs: Mapping[str, Path], threads: int | None = None) -> None:

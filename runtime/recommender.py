@@ -18,7 +18,8 @@ from unipinrec.runtime.device import Device, resolve_device
 from unipinrec.runtime.engine import Engine, pad_histories, pad_rows
 from unipinrec.runtime.grouping import Padding, grouped
 from unipinrec.runtime.histories import Found, HistoryEncoder
-from unipinrec.runtime.kv_cache import CacheOptions, KvCache
+from unipinrec.runtime.kv_cache import KvCache
+from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import (
@@ -176,7 +177,7 @@ class Recommender:
         asked = request.asked
         # Rows of `logits` beyond the request's own candidates are padding.
         probabilities = _sigmoid(logits[: len(found.rows)])
-        scores = probabilities @ asked.weights
+        scores = np.einsum("kc,c->k", probabilities, asked.weights)
         best = np.lexsort((found.rows, -scores))[: asked.k]  # equal scores in row order
         return Slate(
             items=tuple(

@@ -276,6 +276,26 @@ def test_an_edited_entry_is_replaced_while_another_reads_it(cache: KvCache) -> N
     assert cache.statistics().unstored == 1
 
 
+@pytest.mark.parametrize("loss", ["edited", "expired"])
+def test_what_is_lost_while_it_is_extended_stays_lost(make: Callable[..., KvCache], clock: Clock, loss: str) -> None:
+    cache = make(ttl_s=10.0)
+    ask(cache, key("abc"))
+    with cache.lookup(key("abcd")) as lease:
+        lease.write(slots_of(key("abcd"), 4))
+        if loss == "edited":
+            ask(cache, key("xbc"))
+        else:
+            clock.now += 10.0
+            assert cache.statistics().entries == 0
+        before = cache.statistics()
+        lease.commit(state_of(key("abcd")))
+        assert cache.statistics() == before
+        check_content(lease)
+    assert cache.statistics().unstored == 1
+    assert found(ask(cache, key("abcd"))) == ("miss", loss)
+    cache.check_integrity()
+
+
 def test_two_that_miss_the_same_user_are_both_answered(cache: KvCache) -> None:
     first, second = cache.lookup(key("ab")), cache.lookup(key("ab"))
     for lease in (first, second):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,13 @@ def normal(rng: np.random.Generator, geometry: KvGeometry, slots: int) -> list[N
     """Each tensor's [H_kv, slots, D]."""
     shape = (geometry.heads, slots, geometry.head_dim)
     return [rng.standard_normal(shape, np.float32) for _ in range(geometry.tensors)]
+
+
+def make(geometry: KvGeometry, count: int, lanes: int = 3) -> KvPages:
+    """Pages that are copied in so many threads, whatever this machine has; 16 pages at least are needed for it."""
+    pages = KvPages(geometry, count)
+    pages._lanes = lanes
+    return pages
 
 
 def read(pages: KvPages, order: list[int], slots: int) -> NDArray[np.float32]:
@@ -67,23 +75,26 @@ def test_a_geometry_that_is_none(changes: dict[str, Any], match: str) -> None:
 @given(
     dtype=st.sampled_from(KV_DTYPES),
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 33), st.integers(1, 5)),
-    runs=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    runs=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    lanes=st.integers(1, 4),
     seed=st.integers(0, 2**31),
 )
 def test_what_is_written_in_parts_is_read_as_stored(
-    dtype: KvDtype, sizes: tuple[int, int, int, int], runs: list[int], seed: int
+    dtype: KvDtype, sizes: tuple[int, int, int, int], runs: list[int], lanes: int, seed: int
 ) -> None:
     tensors, heads, head_dim, page_slots = sizes
     geometry = KvGeometry(tensors=tensors, heads=heads, head_dim=head_dim, dtype=dtype, page_slots=page_slots)
     rng, slots = np.random.default_rng(seed), sum(runs)
     needed = geometry.pages_for(slots)
-    pages = KvPages(geometry, 2 * needed)
+    pages = make(geometry, 2 * needed, lanes)
     mine, others = np.split(rng.permutation(2 * needed), 2)
     theirs = normal(rng, geometry, needed * page_slots)
     pages.write(others.tolist(), 0, theirs)
     given, done = normal(rng, geometry, slots), 0
     for count in runs:
-        pages.write(mine.tolist(), done, [tensor[:, done : done + count] for tensor in given])
+        run = np.stack([tensor[:, done : done + count] for tensor in given])
+        pages.write(mine.tolist(), done, list(run), run)
+        np.testing.assert_array_equal(run, [as_stored(tensor[:, done : done + count], dtype) for tensor in given])
         done += count
     for count in (slots, runs[0]):
         expected = [as_stored(tensor[:, :count], dtype) for tensor in given]
@@ -171,16 +182,47 @@ def test_values_beyond_fp16_are_refused(value: float) -> None:
     assert np.isfinite(as_stored(given, "bf16")).all()
 
 
+@pytest.mark.parametrize("tensor", range(4))
+def test_a_value_that_does_not_fit_is_refused_by_every_lane(tensor: int) -> None:
+    geometry = KvGeometry(tensors=4, heads=1, head_dim=2, dtype="fp16", page_slots=1)
+    given = np.ones((4, 1, 20, 2), np.float32)
+    given[tensor, 0, 7] = 1e5
+    with pytest.raises(BackendError, match=r"of 100000 does not fit into fp16"):
+        make(geometry, 20).write(range(20), 0, list(given))
+
+
+def test_no_lane_goes_on_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages may belong to someone else by then."""
+    begun, done = [], []
+
+    def slowly(values: NDArray[np.float32], _dtype: KvDtype) -> tuple[NDArray[np.float32], None]:
+        begun.append(values)
+        if values[0, 0, 0] == 0.0:
+            raise BackendError("the first tensor fails")
+        time.sleep(0.02)
+        done.append(values)
+        return values, None
+
+    monkeypatch.setattr("unipinrec.runtime.kv_pages._rounded", slowly)
+    geometry = KvGeometry(tensors=6, heads=1, head_dim=2, dtype="fp32", page_slots=1)
+    given = np.repeat(np.arange(6, dtype=np.float32), 40).reshape(6, 1, 20, 2)
+    with pytest.raises(BackendError, match="the first tensor fails"):
+        make(geometry, 20).write(range(20), 0, list(given))
+    assert len(begun) == len(done) + 1 > 3
+    time.sleep(0.1)
+    assert len(begun) == len(done) + 1
+
+
 @dtypes
 def test_threads_use_their_own_slots_at_the_same_time(dtype: KvDtype) -> None:
     """Of each thread's history the first 13 slots are read while those behind are written; a page holds both."""
     geometry = KvGeometry(tensors=4, heads=2, head_dim=48, dtype=dtype, page_slots=3)
-    pages = KvPages(geometry, 80)
+    pages = make(geometry, 8 * 20)
 
     def use(thread: int) -> None:
-        rng, order = np.random.default_rng(thread), list(range(thread, 80, 8))
-        for _ in range(30):
-            given = normal(rng, geometry, 30)
+        rng, order = np.random.default_rng(thread), list(range(thread, 8 * 20, 8))
+        for _ in range(20):
+            given = normal(rng, geometry, 60)
             expected = np.stack([as_stored(tensor, dtype) for tensor in given])
             pages.write(order, 0, [tensor[:, :13] for tensor in given])
             with ThreadPoolExecutor(1) as other:
@@ -188,7 +230,7 @@ def test_threads_use_their_own_slots_at_the_same_time(dtype: KvDtype) -> None:
                 for _ in range(5):
                     np.testing.assert_array_equal(read(pages, order, 13), expected[:, :, :13])
                 behind.result()
-            np.testing.assert_array_equal(read(pages, order, 30), expected)
+            np.testing.assert_array_equal(read(pages, order, 60), expected)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(use, range(8)))
