@@ -24,7 +24,7 @@ from unipinrec.runtime.session import Backend, Tensor
 from unipinrec.runtime.slate import SlateItem
 
 T = 1_760_000_000_000
-OPTIONS = RecommendOptions(now_ms=T + 10**9, candidates=50)
+OPTIONS = RecommendOptions(now_ms=T + 10**9, candidates=300)  # all, so that no near tie decides who is ranked
 ERRORS = [BackendError("out of memory"), KeyboardInterrupt("stop"), MemoryError("no more")]
 # Events that the cache has, and that are asked for; both of the user's one long history unless edited.
 ASKED = {"hit": (40, 40), "extended": (30, 40), "miss": (0, 40), "edited": (30, 40)}
@@ -51,7 +51,7 @@ class FailingBackend:
     """A backend that encodes and ranks in small chunks, and fails when its fuse says so."""
 
     prefill_chunk: int | None = 16
-    rank_chunk: int | None = 20
+    rank_chunk: int | None = 100
     rank_runs: int = 1
 
     def __init__(self, backend: Backend, fuse: Fuse, graphs: Sequence[str]) -> None:
@@ -140,11 +140,14 @@ def rig(fresh: Recommender) -> Rig:
 
 
 def make_rig(
-    fresh: Recommender, graphs: Sequence[str] = ("encoder", "extend", "retrieval", "ranker"), dtype: KvDtype = "fp16"
+    fresh: Recommender,
+    graphs: Sequence[str] = ("encoder", "extend", "retrieval", "ranker"),
+    dtype: KvDtype = "fp16",
+    budget_bytes: int = 1 << 18,
 ) -> Rig:
     fuses = {name: Fuse() for name in ("run", "write", "read", "retrieve")}
     model = fresh.bundle.manifest.model
-    cache = KvCache(model, CacheOptions(budget_bytes=1 << 18, dtype=dtype, page_slots=4))
+    cache = KvCache(model, CacheOptions(budget_bytes=budget_bytes, dtype=dtype, page_slots=4))
     cache.pages = FailingPages(cache.pages, fuses["write"], fuses["read"])
     backend = FailingBackend(fresh.engine.backend, fuses["run"], graphs)
     engine = Engine(backend, model, fresh.engine.item_vectors)
@@ -218,7 +221,7 @@ def attempt(rig: Rig, events: Sequence[Event], fuse: Fuse, at: int, error: BaseE
 @pytest.mark.parametrize(
     ("kind", "calls"),
     [
-        # Three for forty events in chunks of at most 16, one for the query, three for fifty candidates, 20 at a time.
+        # Three for forty events in chunks of at most 16, one for the query, three for 263 candidates.
         ("miss", {"run": 7, "write": 1, "read": 0, "retrieve": 1}),
         ("edited", {"run": 7, "write": 1, "read": 0, "retrieve": 1}),
         ("extended", {"run": 5, "write": 1, "read": 1, "retrieve": 1}),
@@ -303,6 +306,26 @@ def test_what_memory_held_before_is_nothing_to_a_history(
             check_same(slate.items, fresh.recommend_many([one])[0].items, TOLERANCES[dtype])
     statistics = rig.cache.statistics()
     assert (statistics.misses, statistics.extended, statistics.hits) == ({"new": 4}, 4, 4)
+
+
+@pytest.mark.parametrize(("dtype", "slot_bytes"), [("fp32", 1024), ("fp16", 512), ("bf16", 512), ("int8", 288)])
+@pytest.mark.parametrize("before", [0, 9])
+def test_an_answer_that_finds_no_room_is_the_same(
+    fresh: Recommender, dtype: KvDtype, slot_bytes: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pages of four slots hold nine events, but not forty."""
+    monkeypatch.setattr("unipinrec.runtime.histories.KvBuffer", DirtyBuffer)
+    slates = []
+    for budget_bytes in (12 * slot_bytes, 1 << 18):
+        rig = make_rig(fresh, dtype=dtype, budget_bytes=budget_bytes)
+        if before:
+            ask(rig, history(fresh, before))
+        slates.append(ask(rig, history(fresh, 40)))
+        assert rig.cache.statistics().unstored == (budget_bytes < 1 << 18)
+        assert rig.cache.statistics().entries == (1 if before or budget_bytes == 1 << 18 else 0)
+        rig.check()
+    assert [slate.kv for slate in slates] == ["extended" if before else "miss"] * 2
+    assert slates[0].items == slates[1].items
 
 
 def test_an_entry_holds_nothing_but_its_own_state(rig: Rig) -> None:
