@@ -1,0 +1,133 @@
+"""What the CPU allows: arithmetic over the measured rate of matrix products, and where the time above it goes.
+
+    OMP_NUM_THREADS=1 python bench/limits.py [--rounds 15]
+
+Card: the `small` size with random weights, one thread, ONNX Runtime. `limit_ms` of a stage is its multiplications over
+the rate that ONNX Runtime's own matrix product reaches at the model's widest layer: what it would take if softmax,
+norms, rotations, copies and the narrow products of attention (32 columns) cost nothing. `share` is the part of the
+graph's time in each operator, from ONNX Runtime's profiler. `copy_gb_per_s` is the rate of copying 8 MB, the keys and
+values of 992 events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from backends import ITEMS, history_of
+from common import card, finish, interleaved, spread
+from onnx import TensorProto, helper
+from synthetic import NOW_MS, random_bundle
+
+from unipinrec.models.config import SMALL
+from unipinrec.runtime import Bundle
+from unipinrec.runtime.cpu import flush_denormals
+from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.ort_session import OrtBackend
+
+WIDTH, INNER, LAYERS = SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_layers
+LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER  # multiplications of one token in one layer, attention left out
+KEYS = 2 * WIDTH * WIDTH
+
+
+def encode_macs(events: int) -> float:
+    """Causal attention, and nothing behind the last layer's keys and values."""
+    attention = (LAYERS - 1) * 2 * WIDTH * events * (events + 1) / 2
+    return events * ((LAYERS - 1) * LAYER + KEYS) + attention
+
+
+def rank_macs(events: int, candidates: int, actions: int) -> float:
+    attention = LAYERS * 2 * WIDTH * candidates * (events + 1)
+    return candidates * (LAYERS * (LAYER - KEYS) + actions * WIDTH * WIDTH) + attention
+
+
+def product_rate(rounds: int) -> float:
+    """Multiplications per millisecond of ONNX Runtime's product [496, 256] x [256, 704]."""
+    rows = 496
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    given = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, WIDTH]),
+        helper.make_tensor_value_info("w", TensorProto.FLOAT, [WIDTH, INNER]),
+    ]
+    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, INNER])]
+    opset = [helper.make_opsetid("", 24)]
+    model = helper.make_model(helper.make_graph(nodes, "product", given, made), opset_imports=opset, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.random((rows, WIDTH), np.float32), "w": rng.random((WIDTH, INNER), np.float32)}
+    times = interleaved({"product": partial(session.run, None, feeds)}, 20 * rounds)["product"]
+    return rows * WIDTH * INNER / float(np.median(times))
+
+
+def copy_rate(rounds: int) -> float:
+    source = np.ones(2 * LAYERS * WIDTH * 993, np.float32)
+    target = np.empty_like(source)
+    times = interleaved({"copy": partial(np.copyto, target, source)}, 5 * rounds)["copy"]
+    return source.nbytes / float(np.median(times)) / 1e6
+
+
+class Profiled(OrtBackend):
+    """Writes a profile of each graph."""
+
+    def _load(self, path: Path, threads: int) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_profiling = True
+        options.profile_file_prefix = str(path.with_suffix(""))
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        with flush_denormals():
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def shares(self, graph: str) -> dict[str, float]:
+        """Share of a graph's time by operator, the largest first."""
+        events = json.loads(Path(self._sessions[graph].end_profiling()).read_text())
+        spent: Counter[str] = Counter()
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                spent[event["args"]["op_name"]] += event["dur"]
+        return {name: round(time / spent.total(), 3) for name, time in spent.most_common(8)}
+
+
+def main() -> None:
+    """Measure rates and stages, profile the graphs; write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    rate = product_rate(rounds)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Bundle.open(random_bundle(Path(folder) / "bundle", ITEMS))
+        model, actions = bundle.manifest.model, len(bundle.manifest.actions)
+        engine = Engine(OrtBackend(bundle.graph_files(), 1), model, bundle.item_vectors)
+        profiled = Profiled(bundle.graph_files(), 1)
+        watched = Engine(profiled, model, bundle.item_vectors)
+        context = np.zeros(1, np.int64), np.array([NOW_MS])
+        for events in (256, 992):
+            history = history_of(events)
+            past = engine.prefill(history)
+            took = spread(interleaved({"": partial(engine.prefill, history)}, rounds)[""])
+            limit = round(encode_macs(events) / rate, 2)
+            rows.append({"stage": "encode", "n": events, "ms": took, "limit_ms": limit})
+            watched.prefill(history)
+            for count in (128, 656):
+                shown = np.arange(count)[None]
+                took = spread(interleaved({"": partial(engine.rank, past, shown, *context)}, rounds)[""])
+                limit = round(rank_macs(events, count, actions) / rate, 2)
+                rows.append({"stage": "rank", "n": events, "k": count, "ms": took, "limit_ms": limit})
+                watched.rank(past, shown, *context)
+        shares = {graph: profiled.shares(graph) for graph in ("encoder", "extend", "ranker")}
+    rates = {"gflop_per_s": round(2 * rate / 1e6, 1), "copy_gb_per_s": round(copy_rate(rounds), 1)}
+    finish({**card("limits"), "threads": 1, "rounds": rounds, **rates, "rows": rows, "share": shares}, "limits")
+
+
+if __name__ == "__main__":
+    main()
