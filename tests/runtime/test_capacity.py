@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender
+from unipinrec.runtime import CacheOptions, Event, Recommender
 from unipinrec.runtime.arrivals import KUAIRAND, ArrivalModel
 from unipinrec.runtime.capacity import (
     ACTIVITY_EXPONENT,
