@@ -201,43 +201,25 @@ class Engine:
         Raises:
             BackendError: The run failed or gave values that are not finite.
         """
+        request: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
         lanes = max(1, min(self.backend.rank_runs, candidates.shape[1], work // LANE_WORK))
         mine, *others = np.array_split(candidates, lanes, axis=1)
-        running = [self._threads.submit(self._ranked, encoded, part, surfaces, now_ms) for part in others]
-        logits = [self._ranked(encoded, mine, surfaces, now_ms), *(lane.result() for lane in running)]
-        joined = np.concatenate(logits, axis=1)
-        if not np.isfinite(joined).all():
+        running = [self._threads.submit(self._logits, request, part) for part in others]
+        logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)
+        if not np.isfinite(logits).all():
             raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
-        return joined
+        return logits
 
-    def _ranked(
-        self,
-        encoded: Encoded,
-        candidates: NDArray[np.int64],
-        surfaces: NDArray[np.int64],
-        now_ms: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        """Logits of candidates, in runs of no more than a chunk."""
+    def _logits(self, request: Inputs, candidates: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of candidates [B, k], in runs of no more than a chunk; `request` holds the ranker's other inputs."""
         count = candidates.shape[1]
         parts = np.array_split(candidates, -(-count // (self.backend.rank_chunk or count)), axis=1)
-        return np.concatenate([self._logits(encoded, part, surfaces, now_ms) for part in parts], axis=1)
-
-    def _logits(
-        self,
-        encoded: Encoded,
-        candidates: NDArray[np.int64],
-        surfaces: NDArray[np.int64],
-        now_ms: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        inputs = {
-            **self._past_inputs(encoded),
-            "candidate_vectors": self.item_vectors[candidates],
-            "surfaces": surfaces,
-            "timestamps_ms": now_ms,
-        }
-        logits: NDArray[np.float32] = self.backend.run("ranker", inputs)["logits"].numpy()
-        return logits
+        runs = [
+            self.backend.run("ranker", {**request, "candidate_vectors": self.item_vectors[part]})["logits"].numpy()
+            for part in parts
+        ]
+        return np.concatenate(runs, axis=1)
 
     def _event_inputs(self, batch: HistoryBatch) -> Inputs:
         return {
