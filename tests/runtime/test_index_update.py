@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, DataError, ExportError, RequestError
-from unipinrec.runtime import Bundle, Recommender, RecommendOptions, bundle_files, verify_bundle
+from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, bundle_files, verify_bundle
 from unipinrec.runtime.index_update import UpdateReport, update_bundle
 from unipinrec.runtime.new_items import NewItem
 
@@ -112,6 +112,23 @@ def test_cached_keys_and_values_stay_valid(bundle: Path, updated: tuple[Path, Up
     assert new.kv_namespace == old.hash != new.hash
     assert (old.manifest.parent, new.manifest.parent) == (None, old.hash)
     assert b"kv_namespace" not in (bundle / "manifest.json").read_bytes()
+    before = Recommender.load(bundle, cache=CacheOptions(budget_bytes=1 << 20, dtype="fp32"))
+    after, fresh = Recommender.load(updated[0], cache=before.cache), Recommender.load(updated[0])
+    # One of the thirty is retired by now.
+    history = [{"item": item, "actions": ["click"], "timestamp_ms": T} for item in old.item_ids[10:40]]
+    assert before.recommend(history, 10, OPTIONS, user="u").kv == "miss"
+    grown = [*history, {"item": new.item_ids[-1], "actions": ["save"], "timestamp_ms": T}]
+    for events, kind in ((history, "hit"), (grown, "extended")):
+        slate, expected = after.recommend(events, 10, OPTIONS, user="u"), fresh.recommend(events, 10, OPTIONS)
+        assert slate.kv == kind
+        assert [item.item for item in slate.items] == [item.item for item in expected.items]
+        np.testing.assert_allclose(
+            [item.score for item in slate.items], [item.score for item in expected.items], atol=1e-5
+        )
+    # An id that was retired and added again names another row.
+    again = [{"item": old.item_ids[5], "actions": ["click"], "timestamp_ms": T}]
+    before.recommend(again, 10, OPTIONS, user="v")
+    assert after.recommend(again, 10, OPTIONS, user="v").kv_reason == "edited"
 
 
 def test_a_new_vector_is_that_of_the_model(checkpoint: Path, updated: tuple[Path, UpdateReport]) -> None:
