@@ -1,6 +1,6 @@
 """Concurrent requests with and without batching: throughput, latency and padding.
 
-    python bench/batching.py [--clients 16] [--seconds 8] [--threads 2] [--rounds 5]
+    python bench/batching.py [--clients 16] [--seconds 5] [--threads 2] [--rounds 5]
 
 Card: the `tiny` and the `small` size with random weights over 10,000 items, k = 128, no cache; histories as long as
 those of KuaiRand-Pure (10th to 90th percentile 8 to 66, `bench/kv_pages.py`). `--clients` threads each send the next
@@ -96,7 +96,7 @@ def main() -> None:
     """Load both ways; write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -7,6 +7,7 @@ is). Each figure is for one request of a random user, whose history has 50 or 99
 percentile, in microseconds:
 
     records    turn the history into the records that are compared
+    hash       blake2b over those records: what a fingerprint instead of a comparison would cost
     lookup     find, compare, pin and unpin
     keep       the same, with 8 new events: take pages, evict who must go, publish; all pages are in use
 
@@ -16,6 +17,7 @@ Bytes beside the budget are what Python allocates for an entry besides its pages
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -97,6 +99,7 @@ def row(users: int, rounds: int, events: int) -> dict[str, Any]:
     return {
         "events": events,
         "records_us": microseconds(lambda _: event_records(history), chosen),
+        "hash_us": microseconds(lambda user: hashlib.blake2b(keys[user].events).digest(), chosen),
         "lookup_us": microseconds(lambda user: cache.lookup(keys[user]).close(), chosen),
         "keep_and_evict_us": microseconds(lambda user: store(cache, grown[user]), strangers),
         "bytes_beside_per_user": round(beside / users),

@@ -1,20 +1,23 @@
 """What the CPU allows: arithmetic over the measured rate of matrix products, and where the time above it goes.
 
-    OMP_NUM_THREADS=1 python bench/limits.py [--rounds 15]
+    OMP_NUM_THREADS=1 python bench/limits.py [--rounds 31]
 
 Card: the `small` size with random weights, one thread, ONNX Runtime. `limit_ms` of a stage is its multiplications over
 the rate that ONNX Runtime's own matrix product reaches at the model's widest layer: what it would take if softmax,
 norms, rotations, copies and the narrow products of attention (32 columns) cost nothing. `share` is the part of the
 graph's time in each operator, from ONNX Runtime's profiler. `copy_gb_per_s` is the rate of copying 8 MB, the keys and
-values of 992 events.
+values of 992 events. `openvino_bf16` says the same of OpenVINO in bf16, where the CPU computes in it: its own rate, the
+encoder's time and limit at 992 events, and its own profile.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,18 @@ import numpy as np
 import onnxruntime
 from backends import ITEMS, history_of
 from common import card, finish, interleaved, spread
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from synthetic import NOW_MS, random_bundle
 
 from unipinrec.models.config import SMALL
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cpu import flush_denormals
+from unipinrec.runtime.cpu import flush_denormals, has_bf16
 from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.openvino_session import OpenVinoBackend, import_openvino
 from unipinrec.runtime.ort_session import OrtBackend
 
 WIDTH, INNER, LAYERS = SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_layers
+ROWS = 496
 LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER  # multiplications of one token in one layer, attention left out
 KEYS = 2 * WIDTH * WIDTH
 
@@ -48,24 +53,29 @@ def rank_macs(events: int, candidates: int, actions: int) -> float:
     return candidates * (LAYERS * (LAYER - KEYS) + actions * WIDTH * WIDTH) + attention
 
 
-def product_rate(rounds: int) -> float:
-    """Multiplications per millisecond of ONNX Runtime's product [496, 256] x [256, 704]."""
-    rows = 496
+def product() -> bytes:
+    """The graph of a product [496, 256] x [256, 704], the model's widest, with fixed weights."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    given = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, WIDTH]),
-        helper.make_tensor_value_info("w", TensorProto.FLOAT, [WIDTH, INNER]),
-    ]
-    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, INNER])]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [ROWS, WIDTH])]
+    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [ROWS, INNER])]
+    weights = [numpy_helper.from_array(np.random.default_rng(0).random((WIDTH, INNER), np.float32), "w")]
     opset = [helper.make_opsetid("", 24)]
-    model = helper.make_model(helper.make_graph(nodes, "product", given, made), opset_imports=opset, ir_version=10)
+    graph = helper.make_graph(nodes, "product", given, made, weights)
+    serialized: bytes = helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+    return serialized
+
+
+def rate_of(run: Callable[[], object], rounds: int) -> float:
+    """Multiplications per millisecond of that product."""
+    return ROWS * WIDTH * INNER / float(np.median(interleaved({"": run}, 20 * rounds)[""]))
+
+
+def product_rate(rounds: int) -> float:
+    """What ONNX Runtime reaches."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng(0)
-    feeds = {"x": rng.random((rows, WIDTH), np.float32), "w": rng.random((WIDTH, INNER), np.float32)}
-    times = interleaved({"product": partial(session.run, None, feeds)}, 20 * rounds)["product"]
-    return rows * WIDTH * INNER / float(np.median(times))
+    session = onnxruntime.InferenceSession(product(), options, providers=["CPUExecutionProvider"])
+    return rate_of(partial(session.run, None, {"x": np.ones((ROWS, WIDTH), np.float32)}), rounds)
 
 
 def copy_rate(rounds: int) -> float:
@@ -97,10 +107,60 @@ class Profiled(OrtBackend):
         return {name: round(time / spent.total(), 3) for name, time in spent.most_common(8)}
 
 
+class WatchedRequests:
+    """A compiled model of OpenVINO that keeps the requests made of it."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.inputs, self.outputs, self._compiled = compiled.inputs, compiled.outputs, compiled
+        self.requests: list[Any] = []
+
+    def create_infer_request(self) -> Any:
+        self.requests.append(self._compiled.create_infer_request())
+        return self.requests[-1]
+
+
+class ProfiledOpenVino(OpenVinoBackend):
+    """Counts the time of each layer."""
+
+    def _load(self, path: Path, inputs: Any) -> Any:
+        self._core.set_property("CPU", {"PERF_COUNT": True})
+        graph = super()._load(path, inputs)
+        return dataclasses.replace(graph, compiled=WatchedRequests(graph.compiled))
+
+    def shares(self, graph: str) -> dict[str, float]:
+        """Share of the last run of a graph by kind of layer and the precision it ran in, the largest first."""
+        spent: Counter[str] = Counter()
+        for layer in self._graphs[graph].compiled.requests[-1].get_profiling_info():
+            spent[f"{layer.node_type} {layer.exec_type.split('_')[-1]}"] += layer.real_time.total_seconds()
+        return {name: round(time / spent.total(), 3) for name, time in spent.most_common(8) if time}
+
+
+def openvino_bf16(bundle: Bundle, rounds: int) -> dict[str, Any]:
+    graphs, specs, model = bundle.graph_files(), bundle.manifest.graphs, bundle.manifest.model
+    backend = OpenVinoBackend(graphs, specs, 1, precision="bf16")
+    engine = Engine(backend, model, bundle.item_vectors)
+    profiled = ProfiledOpenVino(graphs, specs, 1, precision="bf16")
+    history = history_of(992)
+    took = spread(interleaved({"": partial(engine.prefill, history)}, rounds)[""])
+    Engine(profiled, model, bundle.item_vectors).prefill(history)
+    options = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    ov = import_openvino()
+    core = ov.Core()
+    request = core.compile_model(core.read_model(product(), b""), "CPU", options).create_infer_request()
+    request.set_input_tensor(ov.Tensor(np.ones((ROWS, WIDTH), np.float32)))
+    rate = rate_of(request.infer, rounds)
+    return {
+        "gflop_per_s": round(2 * rate / 1e6, 1),
+        "encode_992_ms": took,
+        "encode_992_limit_ms": round(encode_macs(992) / rate, 2),
+        "share": profiled.shares("encoder"),
+    }
+
+
 def main() -> None:
     """Measure rates and stages, profile the graphs; write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     rounds = parser.parse_args().rounds
     rate = product_rate(rounds)
     rows: list[dict[str, Any]] = []
@@ -124,9 +184,11 @@ def main() -> None:
                 limit = round(rank_macs(events, count, actions) / rate, 2)
                 rows.append({"stage": "rank", "n": events, "k": count, "ms": took, "limit_ms": limit})
                 watched.rank(past, shown, *context)
+        beside = {"openvino_bf16": openvino_bf16(bundle, rounds)} if has_bf16() else {}
         shares = {graph: profiled.shares(graph) for graph in ("encoder", "extend", "ranker")}
     rates = {"gflop_per_s": round(2 * rate / 1e6, 1), "copy_gb_per_s": round(copy_rate(rounds), 1)}
-    finish({**card("limits"), "threads": 1, "rounds": rounds, **rates, "rows": rows, "share": shares}, "limits")
+    document = {**card("limits"), "threads": 1, "rounds": rounds, **rates, "rows": rows, "share": shares, **beside}
+    finish(document, "limits")
 
 
 if __name__ == "__main__":

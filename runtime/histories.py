@@ -42,7 +42,9 @@ class Found:
         """Why it is a miss, or what is new."""
         if self.lease is None:
             return self.unasked
-        return f"{self.new} new events" if self.kind == "extended" else self.lease.reason
+        if self.kind != "extended":
+            return self.lease.reason
+        return "1 new event" if self.new == 1 else f"{self.new} new events"
 
     @property
     def cached(self) -> int:

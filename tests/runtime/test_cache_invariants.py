@@ -245,7 +245,7 @@ def test_a_long_history_is_encoded_anew_once_in_a_slack(fresh: Recommender, slac
         slate = ask(served, history, "u")
         kinds[slate.kv_reason] += 1
         assert difference(slate, ask(replace(fresh, window_slack=slack), history)) < TOLERANCE
-    assert kinds == Counter({"shifted": 2, "1 new events": 2 * slack - 2})
+    assert kinds == Counter({"shifted": 2, "1 new event": 2 * slack - 2})
 
 
 def test_a_cache_is_handed_on(bundle: Path, lively: Path) -> None:

@@ -361,5 +361,5 @@ def test_the_reason_of_an_extension_says_how_much_is_new(rig: Rig) -> None:
     assert [(slate.kv, slate.kv_reason) for slate in slates] == [
         ("miss", "new"),
         ("extended", "7 new events"),
-        ("extended", "1 new events"),
+        ("extended", "1 new event"),
     ]
