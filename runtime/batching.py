@@ -26,8 +26,8 @@ class BatchOptions:
 
     Attributes:
         max_batch: Most requests of a batch.
-        max_wait_ms: Longest that a request waits for others while a worker is free; 0 = never. The operating system wakes the
-            worker up to half a millisecond later.
+        max_wait_ms: Longest that a request waits for others while a worker is free; 0 = never. The
+            operating system wakes the worker up to half a millisecond later.
         workers: Batches computed at the same time. They share the backend's threads: on a CPU one is best.
     """
 
