@@ -26,6 +26,7 @@ from unipinrec.errors import BundleError
 from unipinrec.runtime.bundle import GOLDEN, Bundle
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.manifest import Agreement
 from unipinrec.runtime.requests import History
 
 TOP = 10
@@ -36,31 +37,6 @@ MIN_COSINE, TIED_SIMILARITY = 0.999, 0.0005
 MAX_USERS, MAX_EVENTS, MAX_ITEMS = 48, 4096, 50_000
 CANDIDATES = 200
 SOON_MS = 60_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """How far rounded answers agree with fp32; means over requests, except for the two extremes.
-
-    Attributes:
-        requests: How many were compared.
-        ranked_overlap: Share of the best ten by score that fp32 has among its best ten, ties included.
-        ranked_overlap_strict: The same without ties.
-        retrieved_overlap: Share of the ten items most similar to the query, likewise.
-        retrieved_overlap_strict: The same without ties.
-        min_query_cosine: Of the query that turned furthest.
-        max_logit_diff: By how much the logit that is furthest off differs beyond `LOGIT_ROUNDING` of itself.
-        problem: What is out of bounds; None where nothing is.
-    """
-
-    requests: int
-    ranked_overlap: float
-    ranked_overlap_strict: float
-    retrieved_overlap: float
-    retrieved_overlap_strict: float
-    min_query_cosine: float
-    max_logit_diff: float
-    problem: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

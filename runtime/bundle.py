@@ -103,9 +103,9 @@ class Bundle:
         """Bundles that share it compute the same keys and values of the same history rows."""
         return self.manifest.kv_namespace or self.hash
 
-    def graph_files(self) -> dict[str, Path]:
-        """The graphs that answering a request takes, by name."""
-        return {name: self.path / self.manifest.graphs[name].file for name in REQUIRED_GRAPHS}
+    def graph_files(self, precision: str = "fp32") -> dict[str, Path]:
+        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
+        return {name: self.path / graph.file for name, graph in self.manifest.graphs_in(precision).items()}
 
     def golden(self) -> dict[str, NDArray[Any]]:
         """The golden requests with every output that PyTorch gave for them."""
@@ -206,6 +206,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     if absent:
         return f"lacks the graphs {', '.join(absent)}"
     needed = {*REQUIRED_FILES, *(graph.file for graph in manifest.graphs.values())}
+    needed |= {graph.file for spec in manifest.precisions.values() for graph in spec.graphs.values()}
+    needed |= {engine.file for engine in manifest.engines}
     needed |= {RETIRED} if manifest.num_retired else set()
     unlisted = sorted(needed - set(manifest.files))
     if unlisted:

@@ -19,6 +19,11 @@ class HostTensor:
 
     values: NDArray[Any]
 
+    @property
+    def dtype(self) -> str:
+        """See `Tensor.dtype`."""
+        return self.values.dtype.name
+
     def shape(self) -> list[int]:
         """See `Tensor.shape`."""
         return list(self.values.shape)

@@ -103,6 +103,67 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checks: tuple[ParityCheck, ...]
 
 
+class Agreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far answers in less precision agree with fp32; means over requests, except for the two extremes.
+
+    Attributes:
+        requests: How many were compared.
+        ranked_overlap: Share of the best ten by score that fp32 has among its best ten, ties included.
+        ranked_overlap_strict: The same without ties.
+        retrieved_overlap: Share of the ten items most similar to the query, likewise.
+        retrieved_overlap_strict: The same without ties.
+        min_query_cosine: Of the query that turned furthest.
+        max_logit_diff: By how much the logit that is furthest off differs, what rounding explains left aside.
+        problem: What is out of bounds; None where nothing is.
+    """
+
+    requests: int
+    ranked_overlap: float
+    ranked_overlap_strict: float
+    retrieved_overlap: float
+    retrieved_overlap_strict: float
+    min_query_cosine: float
+    max_logit_diff: float
+    problem: str | None
+
+
+class PrecisionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Graphs in another precision than fp32; graphs that are not among them run in fp32.
+
+    Attributes:
+        graphs: The graphs by name. Their keys and values have this precision, all other inputs and outputs are f32.
+        agreement: Proof that they recommend what fp32 recommends.
+        auc_change: AUC of each action less that of fp32, on held-out events; empty where the bundle was exported
+            without data.
+    """
+
+    graphs: dict[str, GraphSpec]
+    agreement: Agreement
+    auc_change: dict[str, float]
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A TensorRT engine that was built ahead of time and travels in the bundle.
+
+    Attributes:
+        file: Its file.
+        key: What it was built from and for, as one hash.
+        graph: Name of the graph.
+        precision: Of the graph.
+        flavor: "tensorrt" or "tensorrt_rtx".
+        version: Of the library that built it.
+        targets: GPU architectures that it runs on, as "sm_89".
+    """
+
+    file: str
+    key: str
+    graph: str
+    precision: str
+    flavor: str
+    version: str
+    targets: tuple[str, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What `manifest.json` holds; a field that has its default is left out, as older versions know no such field.
 
@@ -118,7 +179,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         categories: Words of each categorical item feature; code = index + 1, 0 = unknown.
         num_items: Rows of the item table, retired ones included.
         missing_timestamp_ms: What stands for an unknown time in `timestamps_ms`.
-        precision: Type of the weights.
+        precision: Type of the weights of `graphs`.
         graphs: The graphs by name; `item_embedder` is absent where the model declares no content features.
         files: Every other file of the bundle.
         index: The nearest-neighbour index.
@@ -130,6 +191,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         parent: Hash of the bundle that this one is an update of.
         kv_namespace: What cached keys and values depend on: the hash of the exported bundle at the root of all updates.
             None in that bundle itself.
+        precisions: Further graphs, by precision: bf16, fp16, fp8.
+        engines: TensorRT engines built ahead of time.
     """
 
     format_version: int
@@ -154,3 +217,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_retired: int = 0
     parent: str | None = None
     kv_namespace: str | None = None
+    precisions: dict[str, PrecisionSpec] = {}
+    engines: tuple[EngineSpec, ...] = ()
+
+    def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
+        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
+        graphs = {name: self.graphs[name] for name in REQUIRED_GRAPHS}
+        return graphs if precision == self.precision else {**graphs, **self.precisions[precision].graphs}

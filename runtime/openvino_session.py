@@ -36,6 +36,11 @@ class OpenVinoTensor:
 
     value: Any
 
+    @property
+    def dtype(self) -> str:
+        """See `Tensor.dtype`."""
+        return str(self.value.data.dtype)
+
     def shape(self) -> list[int]:
         """See `Tensor.shape`."""
         return list(self.value.shape)

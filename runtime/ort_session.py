@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,28 @@ PROVIDER = "CPUExecutionProvider"
 ONE_THREAD = ("retrieval", "ranker")
 TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # those of the graphs
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OrtTensor:
+    """An `OrtValue` on the host; see `Tensor`."""
+
+    value: Any
+
+    @property
+    def dtype(self) -> str:
+        """See `Tensor.dtype`."""
+        return _type_name(self.value.data_type())
+
+    def shape(self) -> list[int]:
+        """See `Tensor.shape`."""
+        sizes: list[int] = self.value.shape()
+        return sizes
+
+    def numpy(self) -> NDArray[Any]:
+        """See `Tensor.numpy`."""
+        values: NDArray[Any] = self.value.numpy()
+        return values
 
 
 class OrtBackend:
@@ -84,18 +107,23 @@ class OrtBackend:
                 outputs = self._sessions[graph].run_with_ort_values(self._outputs[graph], values)
         except Exception as error:  # its exceptions share no base class
             raise BackendError(f"{graph}: ONNX Runtime failed: {error}") from error
-        return dict(zip(self._outputs[graph], outputs, strict=True))
+        return {name: OrtTensor(value=value) for name, value in zip(self._outputs[graph], outputs, strict=True)}
 
     def _value(self, given: NDArray[Any] | Tensor) -> Any:
-        if isinstance(given, self._ort.OrtValue):
-            return given
+        if isinstance(given, OrtTensor):
+            return given.value
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(host_array(given)))
 
 
 def _spec(given: Any) -> TensorSpec:
     """A graph input as ONNX Runtime describes it; a dimension without a name or a size is any."""
     shape = tuple("?" if size is None else size for size in given.shape)
-    return TensorSpec(name=given.name, dtype=TYPES.get(given.type, given.type), shape=shape)
+    return TensorSpec(name=given.name, dtype=_type_name(given.type), shape=shape)
+
+
+def _type_name(ort_type: str) -> str:
+    """Numpy's name of a type."""
+    return TYPES.get(ort_type, ort_type)
 
 
 def import_onnxruntime() -> Any:

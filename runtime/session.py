@@ -11,12 +11,20 @@ from numpy.typing import NDArray
 class Tensor(Protocol):
     """A tensor on a backend's device; never modified. It lives as long as it, or a view of it, is held."""
 
+    @property
+    def dtype(self) -> str:
+        """Type of its elements on the device, as numpy names it ("bfloat16" included)."""
+        ...
+
     def shape(self) -> list[int]:
         """Its dimensions."""
         ...
 
     def numpy(self) -> NDArray[Any]:
-        """Its values on the host: a view where the device is the host, else a copy. Not to be written to."""
+        """Its values on the host: a view where the device is the host, else a copy. Not to be written to.
+
+        Floating-point numbers are f32 there, whatever they are on the device.
+        """
         ...
 
 
@@ -39,6 +47,7 @@ class Backend(Protocol):
         Args:
             graph: Its name in the manifest.
             inputs: All inputs by name, from the host or from an earlier run; the latter are used where they lie.
+                Numbers from the host are f32, and rounded where the graph takes another floating-point type.
 
         Returns:
             All outputs by name, left on the device.

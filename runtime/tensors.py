@@ -1,4 +1,4 @@
-"""What every backend whose tensors lie on the host shares: the check of a run's inputs, and the joining of slots."""
+"""What backends share: the check of a run's inputs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.manifest import TensorSpec
 from unipinrec.runtime.session import Tensor
 
+REDUCED = ("bfloat16", "float16")  # what f32 may be rounded to on its way into a graph
+
 
 def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any] | Tensor]) -> None:
-    """Check that names, types and shapes fit a graph, and that arrays hold finite numbers.
+    """Check that names, types and shapes fit a graph, and that arrays hold finite numbers. Copies nothing.
+
+    f32 fits inputs of less precision as well; see `Backend.run`.
 
     Raises:
         BackendError: They do not; names the graph, the input, what was given and what is expected.
@@ -25,19 +29,29 @@ def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, 
     sizes: dict[str, int] = {}
     for spec in wanted:
         given = inputs[spec.name]
-        values = host_array(given)
-        if values.dtype.name != spec.dtype or not values.dtype.isnative or not _fits(values.shape, spec.shape, sizes):
+        dtype, shape = _description(given)
+        if not _converts(dtype, spec.dtype) or not _fits(shape, spec.shape, sizes):
             raise BackendError(
-                f"{graph}: {spec.name} is {values.dtype} {list(values.shape)}, expected {spec.dtype} "
-                f"{list(spec.shape)} with {sizes}"
+                f"{graph}: {spec.name} is {dtype} {list(shape)}, expected {spec.dtype} {list(spec.shape)} with {sizes}"
             )
-        if given is values and values.dtype.kind == "f" and not np.isfinite(values).all():
+        if isinstance(given, np.ndarray) and given.dtype.kind == "f" and not np.isfinite(given).all():
             raise BackendError(f"{graph}: {spec.name} holds values that are not finite; send finite numbers")
 
 
 def host_array(given: NDArray[Any] | Tensor) -> NDArray[Any]:
     """An array as it is, a host tensor as a view."""
     return given if isinstance(given, np.ndarray) else given.numpy()
+
+
+def _description(given: NDArray[Any] | Tensor) -> tuple[str, Sequence[int]]:
+    """Type, as numpy names it, and shape."""
+    if not isinstance(given, np.ndarray):
+        return given.dtype, given.shape()
+    return given.dtype.name if given.dtype.isnative else str(given.dtype), given.shape
+
+
+def _converts(dtype: str, wanted: str) -> bool:
+    return dtype == wanted or (dtype == "float32" and wanted in REDUCED)
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | str], sizes: dict[str, int]) -> bool:

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.agreement import Agreement, measure_agreement
+from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle import GOLDEN, Bundle, read_manifest
 from unipinrec.runtime.bundle_files import file_problems
 from unipinrec.runtime.device import CPU, Device, resolve_device
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.index import HnswIndex
+from unipinrec.runtime.manifest import Agreement
 from unipinrec.runtime.session import Tensor
 
 TOLERANCE = 1e-4

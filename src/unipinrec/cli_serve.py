@@ -15,7 +15,7 @@ from unipinrec.cli_common import command, json_option, print_json, stderr, stdou
 from unipinrec.errors import BundleError
 
 if TYPE_CHECKING:
-    from unipinrec.runtime.agreement import Agreement
+    from unipinrec.runtime.manifest import Agreement
     from unipinrec.runtime.requests import Event
     from unipinrec.runtime.slate import Slate
     from unipinrec.runtime.verify import GoldenCheck, VerifyReport

@@ -59,7 +59,7 @@ def test_keys_and_values_reach_the_ranker_without_a_copy(engine: Engine, monkeyp
     engine.rank(encoded, np.zeros((2, 3), np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64))
     names = engine.model.kv_names("past_key_values")
     assert len(names) == 4
-    assert [seen[name] for name in names] == [tensor.data_ptr() for tensor in encoded.key_values]  # type: ignore[attr-defined] # an OrtValue
+    assert [seen[name] for name in names] == [tensor.value.data_ptr() for tensor in encoded.key_values]  # type: ignore[attr-defined] # an OrtTensor
 
 
 def test_an_error_inside_the_engine_is_ours(engine: Engine) -> None:
