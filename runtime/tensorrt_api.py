@@ -1,0 +1,147 @@
+"""Which TensorRT is installed: TensorRT proper or TensorRT-RTX, one API, chosen here and nowhere else.
+
+Nothing here needs a GPU. A `Runtime` is never made here: without a driver its constructor ends the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from unipinrec.errors import BackendError
+
+Flavor = Literal["tensorrt", "tensorrt_rtx"]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+NAMES: dict[Flavor, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+# The bindings alone come without the package that gives them the short name.
+MODULES: dict[Flavor, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt", "tensorrt_bindings"),
+    "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+}
+VERSIONS: dict[Flavor, tuple[tuple[int, int], tuple[int, int]]] = {
+    "tensorrt": ((10, 16), (12, 0)),
+    "tensorrt_rtx": ((1, 5), (2, 0)),
+}
+EXTRAS: dict[Flavor, str] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+MAX_ERRORS = 20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TensorRT:
+    """An installed TensorRT.
+
+    Attributes:
+        module: Its Python module.
+        flavor: Which of the two.
+        version: As it names itself.
+    """
+
+    module: Any
+    flavor: Flavor
+    version: str
+
+    def __str__(self) -> str:
+        return f"{NAMES[self.flavor]} {self.version}"
+
+
+def import_tensorrt(flavor: Flavor | None = None) -> TensorRT:
+    """Import TensorRT.
+
+    Args:
+        flavor: Which; None = TensorRT proper where it is installed, else TensorRT-RTX.
+
+    Raises:
+        BackendError: It is not installed, does not load, or is of a version that this package was not written for.
+    """
+    missing = []
+    for wanted in (flavor,) if flavor else FLAVORS:
+        module, problem = _import(wanted)
+        if module is not None:
+            return _checked(wanted, module)
+        missing.append(f"{NAMES[wanted]} {problem}; run pip install 'unipinrec[{EXTRAS[wanted]}]'")
+    raise BackendError("; ".join(missing))
+
+
+def _import(flavor: Flavor) -> tuple[Any, str]:
+    """The module, or why there is none."""
+    problem = "is not installed"
+    for name in MODULES[flavor]:
+        try:
+            return importlib.import_module(name), ""
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # a wheel without its libraries fails with whatever its loader raises
+            problem = f"is installed, but does not load ({error})"
+    return None, problem
+
+
+def _checked(flavor: Flavor, module: Any) -> TensorRT:
+    version = str(module.__version__)
+    first, end = VERSIONS[flavor]
+    if not first <= _major_minor(version) < end:
+        raise BackendError(
+            f"{NAMES[flavor]} {version} is installed; at least {'.'.join(map(str, first))} and less than {end[0]} is "
+            f"needed: run pip install 'unipinrec[{EXTRAS[flavor]}]'"
+        )
+    return TensorRT(module=module, flavor=flavor, version=version)
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    major, minor, *_ = *version.split("."), "0"
+    return int(major), int(minor)
+
+
+@dataclass(kw_only=True, eq=False)
+class LogLines:
+    """What a logger was told; written to from any thread.
+
+    Attributes:
+        errors: The first error messages.
+        kept: Other messages that `keep` chose.
+    """
+
+    keep: Callable[[str], bool] = lambda line: False
+    errors: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, level: int, message: str) -> None:
+        """Keep a message where it is wanted, and hand it on to `logging`; an error is left to who raises it."""
+        if level >= logging.ERROR:
+            with self._lock:
+                self.errors += [message] if len(self.errors) < MAX_ERRORS else []
+        elif self.keep(message):
+            with self._lock:
+                self.kept.append(message)
+        log.log(min(level, logging.WARNING), "%s", message)
+
+    def reason(self) -> str:
+        """The errors as one line, to be shown to people."""
+        return "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
+
+
+def tensorrt_logger(module: Any, lines: LogLines) -> Any:
+    """A logger for a module's objects, each of which must not outlive it."""
+    severity = module.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.CRITICAL,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.INFO,
+        severity.VERBOSE: logging.DEBUG,
+    }
+
+    class Logger(module.ILogger):  # type: ignore[misc]  # its base comes with the module
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, msg: str) -> None:
+            """Take one message; called by TensorRT."""
+            lines.add(levels[severity], msg)
+
+    return Logger()
