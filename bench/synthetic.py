@@ -13,8 +13,8 @@ from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
 from unipinrec.models.checkpoint import Catalogue
 from unipinrec.models.config import SMALL, AttentionForm, ModelConfig, Vocabulary
+from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import ItemFeatures
 from unipinrec.runtime import Event, RecommendOptions, Request
 
 ACTIONS = ("click", "save", "share", "hide")

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from torch import Tensor, nn
 
-from unipinrec.errors import ExportError
-from unipinrec.export.protocol import Candidates, Events, ExportSource, Histories, KeyValues, Past
+from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.models.checkpoint import Catalogue, load_checkpoint
 from unipinrec.models.config import Vocabulary
-from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import ItemFeatures, sequences_of
 from unipinrec.runtime.manifest import ModelSpec
 
 
@@ -120,32 +117,3 @@ def _labels(catalogue: Catalogue, features: ItemFeatures, vocabulary: Vocabulary
 def _best_epoch(document: dict[str, Any]) -> dict[str, Any] | None:
     best = [epoch for epoch in document["epochs"] if epoch["best"]]
     return {"split": "valid", **best[-1]["metrics"]} if best else None
-
-
-def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:
-    """The newest events of up to `limit` users, those with the latest activity first.
-
-    Raises:
-        DataError: The folder is no prepared data set, or its items are not those of the model.
-    """
-    dataset = read_dataset(folder)
-    data = sequences_of(dataset)
-    if data.item_ids != source.item_ids or dataset.spec.actions != source.actions:
-        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: items or actions differ")
-    counts = np.diff(data.event_start)
-    latest = np.where(counts > 0, data.timestamps_ms[np.maximum(data.event_start[1:] - 1, 0)], -1)
-    users = np.argsort(-latest, kind="stable")
-    users = users[counts[users] > 0][:limit]
-    spans = [
-        np.arange(max(data.event_start[u], data.event_start[u + 1] - source.model.max_history), data.event_start[u + 1])
-        for u in users
-    ]
-    events = np.concatenate([np.zeros(0, np.int64), *spans])
-    return Histories(
-        user_ids=[data.user_ids[u] for u in users],
-        offsets=np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64),
-        item_rows=data.rows[events],
-        actions=data.actions[events],
-        surfaces=data.surfaces[events],
-        timestamps_ms=data.timestamps_ms[events],
-    )

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from unipinrec.errors import CheckpointError, ConfigError
 from unipinrec.models.config import ModelConfig, Vocabulary
+from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import ItemFeatures
 
 FORMAT_VERSION = 1
 T = TypeVar("T")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipinrec.models.batches import Batch
+from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import ItemFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class LossOptions:
     retrieval_weight: float = 1.0
     ranking_weight: float = 1.0
     max_targets: int = 4096
+    label_smoothing: float = 0.0
 
 
 class Objective(nn.Module):
@@ -72,11 +73,9 @@ class Objective(nn.Module):
         outcomes = batch.target_actions[at] if self.model.config.outcome_conditioned else None
         queries = self.model.retrieval_head(hidden[at], outcomes)
         scale = self.model.log_scale.clamp(max=5.0).exp()
-        logits: Tensor = scale * queries @ vectors[batch.sampled_items].T - batch.sampled_log_q
         labels = torch.searchsorted(batch.sampled_items, batch.targets[at])
-        if not len(chosen):
-            return logits.sum() * 0.0  # keeps every weight in the graph, as a distributed wrapper demands
-        return F.cross_entropy(logits.float(), labels)
+        items = vectors[batch.sampled_items]
+        return softmax_loss(scale * queries, items, batch.sampled_log_q, labels, self.options.label_smoothing)
 
     def _actions(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum over actions of w_c times the mean BCE."""

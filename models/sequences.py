@@ -12,14 +12,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import DataError
 from unipinrec.models.config import MISSING_TIMESTAMP_MS, Vocabulary
 from unipinrec.models.data_schema import ACTION_PREFIX, CATEGORY_PREFIX, DENSE_PREFIX, Dataset, TimeSplit
-
-
-@dataclass(frozen=True, kw_only=True)
-class ItemFeatures:
-    """Raw item features by catalogue row: dense [N, F] f32, categories [N, features] i64 (0 = unknown)."""
-
-    dense: NDArray[np.float32]
-    categories: NDArray[np.int64]
+from unipinrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True, kw_only=True)

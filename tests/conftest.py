@@ -43,7 +43,8 @@ def checkpoint(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of that checkpoint. Read-only by convention: copy it before damaging it."""
     from unipinrec.export.bundle_writer import export_bundle
-    from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+    from unipinrec.export.checkpoint_source import source_from_checkpoint
+    from unipinrec.export.data_histories import histories_from_data
 
     folder = tmp_path_factory.mktemp("exported") / "bundle"
     source = source_from_checkpoint(checkpoint)

@@ -36,7 +36,8 @@ def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, recall
     """Write a trained checkpoint as a bundle, and prove that its graphs compute what PyTorch computes."""
     with stderr.status("loading"):
         from unipinrec.export.bundle_writer import export_bundle
-        from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+        from unipinrec.export.checkpoint_source import source_from_checkpoint
+        from unipinrec.export.data_histories import histories_from_data
         from unipinrec.runtime.index_build import RECALL_TARGET
 
         source = source_from_checkpoint(checkpoint)

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import histories_from_data, source_from_checkpoint
+from unipinrec.export.checkpoint_source import source_from_checkpoint
+from unipinrec.export.data_histories import histories_from_data
 from unipinrec.runtime.manifest import Manifest
 
 GRAPHS = ["encoder", "extend", "item_embedder", "ranker", "retrieval"]

@@ -15,8 +15,8 @@ from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
 from unipinrec.models.checkpoint import Catalogue
 from unipinrec.models.config import TINY, AttentionForm, Vocabulary
+from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import ItemFeatures
 from unipinrec.runtime import Recommender, RecommendOptions
 
 ITEMS = 60

@@ -1,0 +1,41 @@
+"""Histories of real users from a prepared data set, for golden requests, the index and `recommend --user`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from unipinrec.errors import ExportError
+from unipinrec.export.protocol import ExportSource, Histories
+from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.sequences import sequences_of
+
+
+def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:
+    """The newest events of up to `limit` users, those with the latest activity first.
+
+    Raises:
+        DataError: The folder is no prepared data set, or its items are not those of the model.
+    """
+    dataset = read_dataset(folder)
+    data = sequences_of(dataset)
+    if data.item_ids != source.item_ids or dataset.spec.actions != source.actions:
+        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: items or actions differ")
+    counts = np.diff(data.event_start)
+    latest = np.where(counts > 0, data.timestamps_ms[np.maximum(data.event_start[1:] - 1, 0)], -1)
+    users = np.argsort(-latest, kind="stable")
+    users = users[counts[users] > 0][:limit]
+    spans = [
+        np.arange(max(data.event_start[u], data.event_start[u + 1] - source.model.max_history), data.event_start[u + 1])
+        for u in users
+    ]
+    events = np.concatenate([np.zeros(0, np.int64), *spans])
+    return Histories(
+        user_ids=[data.user_ids[u] for u in users],
+        offsets=np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64),
+        item_rows=data.rows[events],
+        actions=data.actions[events],
+        surfaces=data.surfaces[events],
+        timestamps_ms=data.timestamps_ms[events],
+    )
