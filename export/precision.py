@@ -1,0 +1,290 @@
+"""A graph in less precision: which of its values become bf16 or fp16, and which stay fp32.
+
+Works on any fp32 ONNX graph. Matrix products and attention compute in the low type, and so do the cheap operators
+between two of them. fp32 are norms, softmax and every other operator that is not listed here, the cheap operators
+between a product and one of those (the residual stream is such), what is computed from positions and times, and all
+inputs and outputs but keys and values (docs/decisions/0009-precision-in-the-graph.md).
+
+The same decisions make a second graph, the emulation: fp32 throughout, but every value that the typed graph holds in
+the low type is rounded to it. It computes what the typed graph computes on hardware that accumulates in fp32, and runs
+where the typed one does not: on ONNX Runtime's CPU, which has no bf16 product.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from unipinrec.errors import ExportError
+
+LowType = Literal["bf16", "fp16"]
+State = Literal["plain", "low", "careful"]
+
+TYPES: dict[LowType, int] = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
+NUMPY_TYPES: dict[LowType, np.dtype[np.generic]] = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
+KEY_VALUES = ("past_key_values.", "present.")
+PRODUCTS = {"Attention", "Gemm", "MatMul"}
+# Operators that only move values: rounding before or after them is the same.
+MOVES = {
+    *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity"),
+    *("Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+CHEAP = MOVES | {
+    *("Add", "Clip", "Gelu", "LeakyRelu", "Max", "Min", "Mul", "Neg", "Relu"),
+    *("Sigmoid", "Sub", "Swish", "Tanh", "Where"),
+}
+BLIND = {"Shape", "Size"}  # they read no values
+SMALL_BYTES = 1024  # weights that shape inference may want to read
+
+
+def typed_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
+    """A graph whose types say what runs.
+
+    Args:
+        model: An fp32 graph with its weights inside; not modified.
+        precision: What products compute in; `past_key_values.*` and `present.*` have this type as well.
+
+    Raises:
+        ExportError: A weight does not fit the type, or the graph has control flow.
+    """
+    return _Writer(_Graph(model, precision), emulate=False).write()
+
+
+def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
+    """An fp32 graph, fp32 at its border too, that rounds every value that `typed_graph` holds in the low type.
+
+    Raises:
+        ExportError: As `typed_graph`.
+    """
+    return _Writer(_Graph(model, precision), emulate=True).write()
+
+
+class _Graph:
+    """An fp32 graph, and which of its nodes are to compute in less precision.
+
+    Attributes:
+        floats: Names of all f32 values.
+        weights: The constants, by name.
+        low: Per node, whether its f32 inputs and outputs become low.
+    """
+
+    def __init__(self, model: onnx.ModelProto, precision: LowType) -> None:
+        self.model, self.precision = model, precision
+        self.nodes = list(model.graph.node)
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._require_flat()
+        self.floats = _float_values(model)
+        self.readers: dict[str, list[int]] = {}
+        for place, node in enumerate(self.nodes):
+            for name in set(node.input) & self.floats if node.op_type not in BLIND else ():
+                self.readers.setdefault(name, []).append(place)
+        self.outputs = {value.name for value in model.graph.output} & self.floats
+        self.low = [False] * len(self.nodes)
+        self._follow_inputs()
+        self._follow_readers()
+
+    def array(self, weight: str) -> NDArray[np.float32]:
+        """Values of a weight."""
+        array: NDArray[np.float32] = numpy_helper.to_array(self.weights[weight])
+        return array
+
+    def rounded(self, weight: str) -> NDArray[np.generic]:
+        """Values of a weight in the low type.
+
+        Raises:
+            ExportError: A finite one becomes infinite.
+        """
+        array = self.array(weight)
+        with np.errstate(over="ignore"):
+            rounded = array.astype(NUMPY_TYPES[self.precision])
+        lost = np.isfinite(array) & ~np.isfinite(rounded.astype(np.float32))
+        if lost.any():
+            raise ExportError(
+                f"{self.model.graph.name}: {weight} holds {float(array[lost][0]):g}, which {self.precision} cannot; "
+                "export in bf16, which has the range of fp32, or in fp32 alone"
+            )
+        return rounded
+
+    def at_border(self, name: str) -> bool:
+        """Whether an input or output of the graph is low."""
+        return name.startswith(KEY_VALUES)
+
+    def _require_flat(self) -> None:
+        nested = [node for node in self.nodes if any(a.HasField("g") or a.graphs for a in node.attribute)]
+        if nested or self.model.functions:
+            found = nested[0].op_type if nested else self.model.functions[0].name
+            raise ExportError(
+                f"{self.model.graph.name}: {found} holds a graph of its own, which has no form in less "
+                "precision; export in fp32 alone"
+            )
+
+    def _follow_inputs(self) -> None:
+        """Products are low, and cheap operators on what they give, up to the next operator that must be exact."""
+        states: dict[str, State] = dict.fromkeys(self.floats, "plain")
+        states |= {v.name: "low" for v in self.model.graph.input if v.name in self.floats and self.at_border(v.name)}
+        for place, node in enumerate(self.nodes):
+            given = {states[name] for name in node.input if name in self.floats}
+            if node.op_type in PRODUCTS:
+                state: State = "low"
+            elif node.op_type in CHEAP and "careful" not in given and not self._misfit(node):
+                state = "low" if "low" in given else "plain"
+            else:
+                state = "careful" if given - {"plain"} else "plain"
+            self.low[place] = state == "low"
+            states |= {name: state for name in node.output if name in self.floats}
+
+    def _follow_readers(self) -> None:
+        """Cheap operators that only exact ones read are exact, and values are moved in the type that is read."""
+        final = [False] * len(self.nodes)
+        for place in reversed(range(len(self.nodes))):
+            node = self.nodes[place]
+            outputs = [name for name in node.output if name in self.floats]
+            readers = [reader for name in outputs for reader in self.readers.get(name, [])]
+            wanted = {self.low[reader] for reader in readers}
+            wanted |= {self.at_border(name) for name in outputs if name in self.outputs}
+            # Nothing but cheap operators between here and the outputs: they stay fp32 to the last product.
+            final[place] = (
+                node.op_type in CHEAP | {"Gemm", "MatMul"}
+                and wanted == {False}
+                and all(final[reader] and self.nodes[reader].op_type in CHEAP for reader in readers)
+            )
+            if final[place] or (node.op_type in CHEAP and wanted == {False}):
+                self.low[place] = False
+            elif node.op_type in MOVES - {"Concat"} and wanted == {True}:
+                self.low[place] = True
+
+    def _misfit(self, node: NodeProto) -> bool:
+        """Whether it reads a constant that the low type cannot hold, such as a mask's -1e9."""
+        if node.op_type in MOVES:
+            return False
+        constants = [name for name in node.input if name in self.weights and name in self.floats]
+        largest = float(ml_dtypes.finfo(NUMPY_TYPES[self.precision]).max)
+        return any(np.abs(a[np.isfinite(a)]).max(initial=0.0) > largest for a in map(self.array, constants))
+
+
+def _float_values(model: onnx.ModelProto) -> set[str]:
+    """Names of all f32 values of a graph."""
+    graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node, output=model.graph.output)
+    graph.input.extend(model.graph.input)
+    for tensor in model.graph.initializer:  # large ones only by type: inference takes no more than 2 GiB
+        if tensor.ByteSize() < SMALL_BYTES:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    slim = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, graph=graph)
+    typed = onnx.shape_inference.infer_shapes(slim, strict_mode=True).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in [*typed.input, *typed.output, *typed.value_info]}
+    kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for name in node.output:
+            if name and not kinds.get(name):
+                raise ExportError(
+                    f"{graph.name}: the type of {name} is not known, {node.op_type} is not of standard ONNX"
+                )
+    return {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
+
+
+class _Writer:
+    """Writes a graph anew, with conversions where types meet, each value converted once."""
+
+    def __init__(self, graph: _Graph, *, emulate: bool) -> None:
+        self.graph, self.emulate = graph, emulate
+        self.nodes: list[NodeProto] = []
+        self.weights: dict[str, TensorProto] = {}
+        self.low: dict[str, bool] = {}  # of every f32 value of the old graph, whether it is low in the new one
+        self.names: dict[tuple[str, bool], str] = {}  # its name in the new graph, as low and as fp32
+
+    def write(self) -> onnx.ModelProto:
+        """The graph."""
+        graph, new = self.graph, onnx.ModelProto()
+        new.CopyFrom(graph.model)
+        for field in ("node", "initializer", "value_info"):
+            new.graph.ClearField(field)
+        for value in new.graph.input:
+            if value.name in graph.floats:
+                self._enter(value.name)
+        for node, low in zip(graph.nodes, graph.low, strict=True):
+            self._add(node, low)
+        for value in [*new.graph.input, *new.graph.output]:
+            if value.name in graph.floats and graph.at_border(value.name) and not self.emulate:
+                value.type.tensor_type.elem_type = TYPES[graph.precision]
+        new.graph.node.extend(self.nodes)
+        new.graph.initializer.extend(self.weights.values())
+        return new
+
+    def _enter(self, name: str) -> None:
+        self.low[name] = self.graph.at_border(name)
+        if self.low[name] and self.emulate:
+            self.low[name] = False  # what comes from outside is not known to be rounded
+        self.names[name, self.low[name]] = name
+
+    def _add(self, node: NodeProto, low: bool) -> None:
+        written = NodeProto()
+        written.CopyFrom(node)
+        for place, name in enumerate(node.input):
+            written.input[place] = self._read(name, self.low.get(name, False) if node.op_type in BLIND else low)
+        self.nodes.append(written)
+        for place, name in enumerate(node.output):
+            if name in self.graph.floats:
+                written.output[place] = self._computed(node, name, low)
+
+    def _computed(self, node: NodeProto, name: str, low: bool) -> str:
+        """Note what a node computes; returns what the node itself is to call it."""
+        self.low[name] = low
+        wanted = self.graph.at_border(name) if name in self.graph.outputs else low
+        if self.emulate and low and node.op_type not in MOVES:
+            self.names[name, True] = name
+            self._convert(f"{name}_exact", name, low=True)
+            return f"{name}_exact"
+        if wanted == low or (self.emulate and low):
+            self.names[name, low] = name
+            return name
+        own = self._suffixed(name, low)
+        self.names[name, low], self.names[name, wanted] = own, name
+        self._convert(own, name, low=wanted)
+        return own
+
+    def _read(self, name: str, low: bool) -> str:
+        """The name under which a value is read in a type."""
+        if name not in self.graph.floats:
+            if name in self.graph.weights:
+                self.weights[name] = self.graph.weights[name]
+            return name
+        if name in self.graph.weights:
+            return self._weight(name, low)
+        if self.emulate and not low and self.low[name]:
+            low = True  # a rounded value is an fp32 one
+        if (name, low) not in self.names:
+            self.names[name, low] = self._suffixed(name, low)
+            self._convert(self.names[name, not low], self.names[name, low], low=low)
+        return self.names[name, low]
+
+    def _weight(self, name: str, low: bool) -> str:
+        if not low:
+            self.weights[name] = self.graph.weights[name]
+            return name
+        given = self._suffixed(name, low)
+        if given not in self.weights:
+            rounded = self.graph.rounded(name)
+            self.weights[given] = numpy_helper.from_array(
+                rounded.astype(np.float32) if self.emulate else rounded, given
+            )
+        return given
+
+    def _convert(self, name: str, to: str, *, low: bool) -> None:
+        """Convert a value, which in the emulation is to round it."""
+        kind = TYPES[self.graph.precision] if low else TensorProto.FLOAT
+        if not self.emulate:
+            self.nodes.append(helper.make_node("Cast", [name], [to], name=f"cast {to}", to=kind))
+            return
+        between = f"{to}_as_{self.graph.precision}"
+        self.nodes.append(helper.make_node("Cast", [name], [between], name=f"cast {between}", to=kind))
+        self.nodes.append(helper.make_node("Cast", [between], [to], name=f"cast {to}", to=TensorProto.FLOAT))
+
+    def _suffixed(self, name: str, low: bool) -> str:
+        return f"{name}_{self.graph.precision if low else 'fp32'}"
