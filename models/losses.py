@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unipinrec.models.batches import Batch
 from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.softmax_loss import softmax_loss
 
 
 @dataclass(frozen=True, kw_only=True)
