@@ -22,7 +22,7 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.cpu import available_threads, has_bf16
 from unipinrec.runtime.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.session import Tensor
-from unipinrec.runtime.tensors import check_inputs, host_array
+from unipinrec.runtime.tensors import check_inputs, host_array, opened
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours: OpenVINO's
 ATTENTION = ("ScaledDotProductAttention", "Softmax")
@@ -134,13 +134,17 @@ class OpenVinoBackend:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`. Runs of one graph that come in together are computed one after the other."""
-        parts = self._graphs[graph]
+        parts = opened(self._graphs, graph)
         check_inputs(graph, parts.inputs, inputs)
         try:
             tensors = {name: self._value(given) for name, given in inputs.items()}
             return self._infer(parts, tensors)
         except Exception as error:  # its exceptions share no base class
             raise BackendError(f"{graph}: OpenVINO failed: {error}") from error
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._graphs = {}
 
     def _infer(self, graph: _Graph, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         # Of its own for each run: the next run of a request would overwrite its outputs.

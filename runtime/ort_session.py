@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, wrapped here and nowhere else."""
+"""ONNX Runtime on the CPU, and what its other backend shares with this one: sessions and tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,32 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.cpu import available_threads, flush_denormals
 from unipinrec.runtime.manifest import TensorSpec
 from unipinrec.runtime.session import Tensor
-from unipinrec.runtime.tensors import check_inputs, host_array
+from unipinrec.runtime.tensors import REDUCED, check_inputs, host_array, in_type, opened, widened
 
 PROVIDER = "CPUExecutionProvider"
 ONE_THREAD = ("retrieval", "ranker")
-TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}  # those of the graphs
+# Types of the graphs, as numpy names them.
+TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+}
+BFLOAT16 = 16  # in ONNX
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OrtTensor:
-    """An `OrtValue` on the host; see `Tensor`."""
+    """An `OrtValue`, on the host or on another device; see `Tensor`.
+
+    Attributes:
+        value: The `OrtValue`.
+        owner: What its memory belongs to, kept as long as this is; None = itself.
+    """
 
     value: Any
+    owner: Any = None
 
     @property
     def dtype(self) -> str:
@@ -42,8 +56,11 @@ class OrtTensor:
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`."""
-        values: NDArray[Any] = self.value.numpy()
-        return values
+        if self.dtype != "bfloat16":
+            return widened(self.value.numpy())
+        host = np.empty(self.shape(), REDUCED["bfloat16"])  # ONNX Runtime makes no array of this type by itself
+        bf16_value(type(self.value), host).update_inplace(self.value)
+        return widened(host)
 
 
 class OrtBackend:
@@ -84,35 +101,74 @@ class OrtBackend:
         }
 
     def _load(self, path: Path, threads: int) -> Any:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options = session_options(self._ort, threads)
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        # The idle threads of one graph must not spin on the cores while the next graph runs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = self._ort.InferenceSession(str(path), options, providers=[PROVIDER])
-        except Exception as error:  # its exceptions share no base class
-            raise BackendError(f"{path}: ONNX Runtime {self.version} does not load it: {error}") from error
-        if session.get_providers()[0] != PROVIDER:
-            raise BackendError(f"{path}: runs on {session.get_providers()[0]}, not on {PROVIDER}")
-        return session
+        return load_session(self._ort, path, options, PROVIDER)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
+        session = opened(self._sessions, graph)
         check_inputs(graph, self._inputs[graph], inputs)
         try:
-            values = {name: self._value(given) for name, given in inputs.items()}
+            values = {spec.name: ort_value(self._ort, inputs[spec.name], spec.dtype) for spec in self._inputs[graph]}
             with flush_denormals():
-                outputs = self._sessions[graph].run_with_ort_values(self._outputs[graph], values)
+                outputs = session.run_with_ort_values(self._outputs[graph], values)
         except Exception as error:  # its exceptions share no base class
             raise BackendError(f"{graph}: ONNX Runtime failed: {error}") from error
         return {name: OrtTensor(value=value) for name, value in zip(self._outputs[graph], outputs, strict=True)}
 
-    def _value(self, given: NDArray[Any] | Tensor) -> Any:
-        if isinstance(given, OrtTensor):
-            return given.value
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(host_array(given)))
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._sessions = {}
+
+
+def session_options(ort: Any, threads: int) -> Any:
+    """Options that fit a process which holds several sessions: no thread of an idle one spins."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def load_session(
+    ort: Any, path: Path, options: Any, provider: str, settings: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """Load a graph on one provider and on no other.
+
+    Args:
+        ort: The onnxruntime module.
+        path: File of the graph.
+        options: Its `SessionOptions`.
+        provider: Name of the provider.
+        settings: The provider's own options.
+
+    Raises:
+        BackendError: ONNX Runtime does not load it, or would run it on another provider, which it does without a word.
+    """
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[(provider, dict(settings))], enable_fallback=0)
+    except Exception as error:  # its exceptions share no base class
+        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
+    running = session.get_providers()[0]
+    if running != provider:
+        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} would run it on {running}, not on {provider}")
+    return session
+
+
+def ort_value(ort: Any, given: NDArray[Any] | Tensor, dtype: str) -> Any:
+    """The `OrtValue` of an earlier run as it is, else one over an array, copied if it is rounded or not contiguous."""
+    if isinstance(given, OrtTensor):
+        return given.value
+    values = in_type(host_array(given), dtype)
+    if dtype == "bfloat16":
+        return bf16_value(ort.OrtValue, values)
+    return ort.OrtValue.ortvalue_from_numpy(values)
+
+
+def bf16_value(ort_value: Any, array: NDArray[Any]) -> Any:
+    """An `OrtValue` over a bf16 array, whose type numpy does not tell ONNX Runtime."""
+    return ort_value.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
 
 
 def _spec(given: Any) -> TensorSpec:

@@ -56,3 +56,7 @@ class Backend(Protocol):
             BackendError: An input is missing, foreign, not finite, or has the wrong type or shape; or the run failed.
         """
         ...
+
+    def close(self) -> None:
+        """Release the graphs and the memory that they take, beside tensors that are still held; later runs fail."""
+        ...

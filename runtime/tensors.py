@@ -1,10 +1,11 @@
-"""What backends share: the check of a run's inputs."""
+"""What backends share: the check of a run's inputs, and the types of numbers on their way in and out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +13,21 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.manifest import TensorSpec
 from unipinrec.runtime.session import Tensor
 
-REDUCED = ("bfloat16", "float16")  # what f32 may be rounded to on its way into a graph
+# What f32 may be rounded to on its way into a graph.
+REDUCED: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+Graph = TypeVar("Graph")
+
+
+def opened(graphs: Mapping[str, Graph], graph: str) -> Graph:
+    """A backend's graph, of which it has none left once it is closed.
+
+    Raises:
+        BackendError: It was closed.
+    """
+    if graph not in graphs:
+        raise BackendError(f"{graph}: the graphs were closed; load the bundle again")
+    return graphs[graph]
 
 
 def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any] | Tensor]) -> None:
@@ -41,6 +56,16 @@ def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, 
 def host_array(given: NDArray[Any] | Tensor) -> NDArray[Any]:
     """An array as it is, a host tensor as a view."""
     return given if isinstance(given, np.ndarray) else given.numpy()
+
+
+def in_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """An array in the type of a graph's input, contiguous; copied only where it is rounded or was not contiguous."""
+    return np.ascontiguousarray(array if array.dtype.name == dtype else array.astype(REDUCED[dtype]))
+
+
+def widened(array: NDArray[Any]) -> NDArray[Any]:
+    """An array as the host sees it: f32 where it holds floating-point numbers of less precision."""
+    return array.astype(np.float32) if array.dtype.name in REDUCED else array
 
 
 def _description(given: NDArray[Any] | Tensor) -> tuple[str, Sequence[int]]:

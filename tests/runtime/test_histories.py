@@ -62,6 +62,9 @@ class FailingBackend:
             self.fuse.burn()
         return self.backend.run(graph, inputs)
 
+    def close(self) -> None:
+        self.backend.close()
+
 
 class LoudBackend(FailingBackend):
     """A backend of a model with enormous keys and values."""
