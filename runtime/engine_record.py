@@ -188,7 +188,7 @@ def _mismatches(record: EngineRecord, need: Need, machine: Machine) -> Iterator[
         yield "was built from another graph"
     if key.flavor != need.flavor or not _version_fits(key, need.version):
         yield f"was built with {NAMES[key.flavor]} {key.version}, here is {NAMES[need.flavor]} {need.version}"
-    if not _runs_on(key.target, machine.architecture):
+    if not runs_on(key.target, machine.architecture):
         yield f"was built for {key.target}, here is {machine.architecture or 'no GPU'}"
     if record.machine.id != machine.id:
         yield "was built on another machine; a plan is executable code, it is not run here"
@@ -204,7 +204,8 @@ def _version_fits(key: EngineKey, version: str) -> bool:
     return key.version == version or (key.options.version_compatible and later)
 
 
-def _runs_on(target: str, architecture: str) -> bool:
+def runs_on(target: str, architecture: str) -> bool:
+    """Whether an engine for a target of `EngineKey` runs on a GPU architecture."""
     if target != PORTABLE:
         return architecture in target.split(",")
     number = architecture.removeprefix("sm_")
