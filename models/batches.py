@@ -62,7 +62,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How batches are made: rows per batch, window length, candidates per row, MAM's p, random negatives, the seed."""
+    """How batches are made: rows per batch, window length, candidates per row, MAM's p, random negatives, the seed.
+
+    With `fit_validation` the validation part is trained on as well.
+    """
 
     batch_size: int
     max_history: int
@@ -70,20 +73,23 @@ class BatchOptions:
     mask_probability: float
     num_negatives: int
     seed: int
+    fit_validation: bool = False
 
 
-def training_windows(data: Sequences, max_history: int) -> list[Window]:
+def training_windows(data: Sequences, max_history: int, *, fit_validation: bool = False) -> list[Window]:
     """Cut each user's training events into windows of at most `max_history`, aligned to the newest event.
 
     With a time split, training events and slates lie before `valid_start_ms`; without, the last two events of each
-    user are held out, and so are slates that no training event follows. A slate belongs to the window that holds the
-    event right before it. A user's first event is left out where it would make a window alone, without a slate.
+    user are held out, and so are slates that no training event follows. `fit_validation` holds out the test part alone.
+    A slate belongs to the window that holds the event right before it. A user's first event is left out where it would
+    make a window alone, without a slate.
     """
     event_end = data.event_start[1:].copy()
+    cut = 0
     if data.split is None:
-        event_end = np.maximum(event_end - 2, data.event_start[:-1])
+        event_end = np.maximum(event_end - (1 if fit_validation else 2), data.event_start[:-1])
     else:
-        cut = data.split.valid_start_ms
+        cut = data.split.test_start_ms if fit_validation else data.split.valid_start_ms
         event_end -= _counts_by_user(data, data.timestamps_ms >= cut)
     slate_bounds = np.searchsorted(data.slate_user, np.arange(data.num_users + 1))
     windows = []
@@ -91,7 +97,7 @@ def training_windows(data: Sequences, max_history: int) -> list[Window]:
         first, end = int(data.event_start[user]), int(event_end[user])
         slates = np.arange(slate_bounds[user], slate_bounds[user + 1])
         if data.split is not None:
-            slates = slates[data.slate_timestamp_ms[slates] < data.split.valid_start_ms]
+            slates = slates[data.slate_timestamp_ms[slates] < cut]
         else:
             slates = slates[data.slate_cutoff[slates] < end - first]
         while end > first:
@@ -117,7 +123,7 @@ class Batches:
     def __init__(self, data: Sequences, positive: NDArray[np.bool_], options: BatchOptions) -> None:
         """Prepare windows; `positive` [C] says which actions make an event a retrieval target."""
         self.data, self.options = data, options
-        self.windows = training_windows(data, options.max_history)
+        self.windows = training_windows(data, options.max_history, fit_validation=options.fit_validation)
         self.is_positive: NDArray[np.bool_] = np.any(data.actions[:, positive] > 0, axis=1)
         self.last_event = np.repeat(data.event_start[1:] - 1, np.diff(data.event_start))
         train_end = np.zeros(len(data.rows), bool)
@@ -137,6 +143,16 @@ class Batches:
         for index in indices:
             rng = np.random.default_rng([self.options.seed, epoch, index])
             yield self._collate([self.windows[i] for i in plan[index]], rng)
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """One batch of these windows, drawn as the first batch of a run would be."""
+        return self._collate([self.windows[i] for i in indices], np.random.default_rng([self.options.seed, 0, 0]))
+
+    def padding(self) -> float:
+        """Share of the event slots of the first epoch's batches that are padding."""
+        lengths = np.array([w.end - w.begin for w in self.windows])
+        padded = sum(int(lengths[part].max()) * len(part) for part in self._plan(0))
+        return 1.0 - float(lengths.sum()) / padded
 
     def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
         """Shuffle, sort by length within pools of batches so that padding stays small, shuffle the batches."""

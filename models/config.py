@@ -9,6 +9,7 @@ import msgspec
 from unipinrec.errors import ConfigError
 
 AttentionForm = Literal["sink", "self"]
+ItemForm = Literal["mlp", "residual"]
 MISSING_TIMESTAMP_MS = -1  # what stands for an unknown time in tensors; a value of its own, not 1970
 
 
@@ -28,7 +29,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         attention: "sink": an event sees a learned sink key and strictly earlier events; "self": it sees earlier
             events and itself (the paper's form). docs/decisions/0001 holds the measurement.
         outcome_conditioned: Whether a query is conditioned on the wanted actions.
+        item_form: "mlp": an item's vector is an MLP of its id embedding and content; "residual": the id embedding plus
+            that MLP, so that ids are learned directly (id_dim must equal item_dim).
         dropout: Dropout probability on each residual branch in training.
+        token_dropout: Dropout probability on the tokens that enter the first block, in training.
         rope_theta: Base of the rotary position encoding, over the event index.
         norm_eps: Epsilon of every RMSNorm.
     """
@@ -44,7 +48,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     feature_dim: int
     attention: AttentionForm = "sink"
     outcome_conditioned: bool = False
+    item_form: ItemForm = "mlp"
     dropout: float = 0.0
+    token_dropout: float = 0.0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
 
@@ -62,8 +68,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.item_form == "residual" and self.id_dim != self.item_dim:
+            raise ConfigError(
+                f'item_form="residual" adds the id embedding to the item vector: id_dim={self.id_dim} must equal '
+                f"item_dim={self.item_dim}"
+            )
+        for name in ("dropout", "token_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
     @property
     def head_dim(self) -> int:

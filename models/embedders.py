@@ -35,6 +35,7 @@ class ItemEmbedder(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * config.item_dim), nn.SiLU(), nn.Linear(2 * config.item_dim, config.item_dim)
         )
+        self.residual = config.item_form == "residual"
         self.id_dropout = id_dropout if vocabulary.dense_width or vocabulary.categories else 0.0
 
     def forward(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
@@ -53,7 +54,8 @@ class ItemEmbedder(nn.Module):
             ids = ids * (torch.rand(ids.shape, device=ids.device) >= self.id_dropout)
         parts = [self.ids(ids), (dense - self.dense_mean) / self.dense_std]
         parts += [table(categories[:, i]) for i, table in enumerate(self.words)]
-        return F.normalize(self.mlp(torch.cat(parts, dim=-1)).float(), dim=-1)
+        vectors = self.mlp(torch.cat(parts, dim=-1)).float()
+        return F.normalize(vectors + parts[0] if self.residual else vectors, dim=-1)
 
 
 class TokenEmbedder(nn.Module):
@@ -69,6 +71,7 @@ class TokenEmbedder(nn.Module):
         self.surfaces = nn.Embedding(len(vocabulary.surfaces), width)
         self.time = nn.Linear(TIME_FEATURES, width)
         self.projector = nn.Linear(config.item_dim + 3 * width, config.hidden_size)
+        self.dropout = nn.Dropout(config.token_dropout)
         self.item_scale = math.sqrt(config.item_dim)
 
     def forward(
@@ -93,7 +96,7 @@ class TokenEmbedder(nn.Module):
             self.surfaces(surfaces),
             self.time(time_features(*times)),
         ]
-        token: Tensor = self.projector(torch.cat(parts, dim=-1))
+        token: Tensor = self.dropout(self.projector(torch.cat(parts, dim=-1)))
         return token
 
 

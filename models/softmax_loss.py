@@ -6,6 +6,7 @@ turned into its share of the gradient while it is still in the cache, so memory 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ def softmax_loss(queries: Tensor, items: Tensor, log_q: Tensor, labels: Tensor, 
         smoothing: Share of each target's probability that is spread evenly over the S items.
     """
     with torch.autocast(queries.device.type, enabled=False):
-        loss: Tensor = _SoftmaxLoss.apply(queries.float(), items.float(), log_q, labels, smoothing)
-    return loss
+        apply: Callable[..., Tensor] = _SoftmaxLoss.apply
+        return apply(queries.float(), items.float(), log_q, labels, smoothing)
 
 
 class _SoftmaxLoss(torch.autograd.Function):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,8 @@ from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.train_log import StepReport, TrainLog
 from unipinrec.models.training_state import STATE_FILE, Position, read_state, write_state
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """After one step: how far the run is, and the losses of the step."""
-
-    epoch: int
-    step: int
-    losses: dict[str, float]
 
 
 class EpochReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,19 +50,21 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
 class Trainer:
     """Trains one model on one data set and writes a checkpoint folder as it goes."""
 
-    def __init__(self, dataset: Dataset, config: RunConfig, out: Path, *, resume: bool = False) -> None:
-        """Set up a run, or take one up again.
+    def __init__(
+        self, dataset: Dataset, config: RunConfig, out: Path, *, resume: bool = False, tensorboard: bool = False
+    ) -> None:
+        """Set up a run, or take one up again; `tensorboard` writes events beside `log.csv`.
 
         Raises:
             CheckpointError: `out` holds a run already and `resume` is False, or there is nothing to resume.
-            ConfigError: The settings do not fit the data.
+            ConfigError: The settings do not fit the data, or TensorBoard is wanted but not installed.
         """
         self.config, self.out, self.stop_requested = config, out, False
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
         self.data = sequences_of(dataset)
         self.vocabulary = vocabulary_of(dataset)
         self.positive = np.array([name in self.vocabulary.positive_actions for name in self.vocabulary.actions])
-        self.batches = Batches(self.data, self.positive, _batch_options(config))
+        self.batches = Batches(self.data, self.positive, batch_options(config))
         self.steps_per_epoch: int = len(self.batches) // self.accelerator.num_processes
         if not self.steps_per_epoch:
             raise ConfigError(
@@ -84,11 +77,18 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config.train.weight_decay), lr=config.train.learning_rate
         )
-        objective = Objective(self.model, self.data.features, _loss_options(config.train, self.vocabulary.actions))
+        objective = Objective(self.model, self.data.features, loss_options(config.train, self.vocabulary.actions))
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
         self.position = Position(settings=_settings(config, self.data))
         self._open(dataset, resume)
+        self.log = self._log(tensorboard)
+
+    def _log(self, tensorboard: bool) -> TrainLog | None:
+        if not self.accelerator.is_main_process:
+            return None
+        every = self.config.train.log_every
+        return TrainLog(self.out, every=every, steps_done=self._steps_done(), tensorboard=tensorboard)
 
     def _open(self, dataset: Dataset, resume: bool) -> None:
         if resume:
@@ -127,9 +127,11 @@ class Trainer:
         while not self.finished:
             began = time.monotonic()
             for batch in self._epoch_batches():
-                losses = self._step(batch)
-                self.position.add(losses)
-                yield StepReport(epoch=self.position.epoch, step=self._steps_done(), losses=losses)
+                report = self._step(batch)
+                self.position.add(report.losses)
+                if self.log is not None:
+                    self.log.step(report)
+                yield report
                 if self.stop_requested:
                     self._stop()
             yield self._finish_epoch(time.monotonic() - began)
@@ -142,19 +144,27 @@ class Trainer:
     def _steps_done(self) -> int:
         return self.position.epoch * self.steps_per_epoch + self.position.batch
 
-    def _step(self, batch: Batch) -> dict[str, float]:
+    def _step(self, batch: Batch) -> StepReport:
         train, done = self.config.train, self._steps_done()
         torch.manual_seed(int(np.random.SeedSequence([train.seed, done]).generate_state(1)[0]))
+        rate = _learning_rate(train, done, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = _learning_rate(train, done, self.total_steps)
+            group["lr"] = rate
         self.objective.train()
         with self.accelerator.autocast():
             losses = self.objective(batch.to(self.accelerator.device))
         self.accelerator.backward(losses["loss"])
-        self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._finite({name: float(value.detach()) for name, value in losses.items()})
+        return StepReport(
+            epoch=self.position.epoch,
+            step=done + 1,
+            losses=self._finite({name: float(value.detach()) for name, value in losses.items()}),
+            learning_rate=rate,
+            gradient_norm=float(norm) if norm is not None else math.nan,
+            events=int(batch.lengths.sum()),
+        )
 
     def _finite(self, losses: dict[str, float]) -> dict[str, float]:
         if not math.isfinite(losses["loss"]):
@@ -191,11 +201,15 @@ class Trainer:
             document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports)
             write_atomically(self.out / "metrics.json", msgspec.json.format(msgspec.json.encode(document)))
             write_state(self.out, self.position, self.model, self.optimizer)
+        if self.log is not None:
+            self.log.epoch(metrics, self._steps_done())
         self.accelerator.wait_for_everyone()
         return report
 
     def _validate(self) -> Metrics:
         """Metrics on validation requests; every process computes the same, so all agree on when to stop."""
+        if self.config.train.fit_validation:
+            return Metrics(retrieval=None, ranking=None)
         requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
         return metrics_of(scores, self.data, requests, self.vocabulary.actions)
@@ -211,7 +225,7 @@ class Trainer:
 def _settings(config: RunConfig, data: Sequences) -> dict[str, Any]:
     """What must stay as it is when a run goes on; its length and how it is watched may change."""
     train = msgspec.to_builtins(config.train)
-    for name in ("epochs", "patience", "valid_requests", "precision"):
+    for name in ("epochs", "patience", "valid_requests", "precision", "log_every"):
         del train[name]
     sizes = {"items": data.num_items, "events": len(data.rows), "slate items": len(data.slate_rows)}
     return {**msgspec.to_builtins(config.model), **train, **sizes}
@@ -234,7 +248,8 @@ def _standardise(model: UniPinRec, data: Sequences) -> None:
         model.item_embedder.dense_std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32)))
 
 
-def _batch_options(config: RunConfig) -> BatchOptions:
+def batch_options(config: RunConfig) -> BatchOptions:
+    """How batches of a run are made."""
     train = config.train
     return BatchOptions(
         batch_size=train.batch_size,
@@ -243,15 +258,18 @@ def _batch_options(config: RunConfig) -> BatchOptions:
         mask_probability=train.mask_probability,
         num_negatives=train.num_negatives,
         seed=train.seed,
+        fit_validation=train.fit_validation,
     )
 
 
-def _loss_options(train: TrainConfig, actions: tuple[str, ...]) -> LossOptions:
+def loss_options(train: TrainConfig, actions: tuple[str, ...]) -> LossOptions:
+    """What a run minimises."""
     return LossOptions(
         action_weights=train.weights_of(actions),
         retrieval_weight=train.retrieval_weight,
         ranking_weight=train.ranking_weight,
         max_targets=train.max_targets,
+        label_smoothing=train.label_smoothing,
     )
 
 
@@ -266,6 +284,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, o
 
 def _learning_rate(train: TrainConfig, done: int, total: int) -> float:
     warm = min(1.0, (done + 1) / max(1, train.warmup_steps))
+    if train.schedule == "constant":
+        return train.learning_rate * warm
     cosine = 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / max(1, total)))
     return train.learning_rate * warm * cosine
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         batch_size: Windows per step and process.
         learning_rate: Peak of the schedule.
         weight_decay: AdamW decay of matrices; embeddings, norms and biases have none.
-        warmup_steps: Steps of linear warm-up; after it the rate falls along a cosine to a tenth.
+        warmup_steps: Steps of linear warm-up.
+        schedule: After it: "cosine" falls to a tenth over the run, "constant" stays.
         grad_clip: Largest gradient norm.
         mask_probability: p of Masked Action Modeling (paper: 0.2).
         num_negatives: Random items added to the in-batch ones; at or above the catalogue's size: full softmax.
+        label_smoothing: Share of a retrieval target's probability that is spread over the sampled items.
         max_candidates: Shown items per window and step; whole slates are left out at random beyond it.
         max_targets: Retrieval targets per step; more are subsampled.
         action_weights: w_c by action name; actions not named weigh 1.
@@ -42,6 +45,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         precision: "fp32", "bf16" or "fp16" autocast, or "auto": bf16 on a GPU that has it, else fp32.
         patience: Stop after this many epochs without a better validation score; None = never.
         valid_requests: Held-out requests scored after each epoch.
+        fit_validation: Train on the validation part too, as a last fit before serving; nothing is left to choose an
+            epoch by, so the latest weights are kept.
+        log_every: Steps per row of log.csv.
         seed: Of initial weights, order, masks and negatives.
     """
 
@@ -50,9 +56,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 50
+    schedule: Literal["cosine", "constant"] = "cosine"
     grad_clip: float = 1.0
     mask_probability: float = 0.2
     num_negatives: int = 2048
+    label_smoothing: float = 0.0
     max_candidates: int = 256
     max_targets: int = 4096
     action_weights: dict[str, float] = {}
@@ -61,22 +69,23 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     patience: int | None = None
     valid_requests: int = 2000
+    fit_validation: bool = False
+    log_every: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
+        counts = (
             "epochs",
             "batch_size",
             "num_negatives",
             "max_candidates",
             "max_targets",
             "valid_requests",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} must be positive and finite")
+            "log_every",
+        )
+        _require(self, counts, lambda value: value >= 1, "at least 1")
+        _require(self, ("learning_rate", "grad_clip"), lambda value: 0 < value < math.inf, "positive and finite")
+        _require(self, ("mask_probability", "label_smoothing"), lambda value: 0 <= value < 1, "in [0, 1)")
         weights = {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
         for name in ("weight_decay", "warmup_steps", "retrieval_weight", "ranking_weight"):
             weights[name] = getattr(self, name)
@@ -85,10 +94,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ConfigError(f"{name}={weight} must be finite and not negative")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience} must be at least 1; leave it out to never stop early")
+        if self.patience is not None and self.fit_validation:
+            raise ConfigError(f"patience={self.patience} needs held-out requests; leave it out with fit_validation")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be in [0, 2**32)")
-        if not 0.0 <= self.mask_probability < 1.0:
-            raise ConfigError(f"mask_probability={self.mask_probability} must be in [0, 1)")
         if self.retrieval_weight == 0 and self.ranking_weight == 0:
             raise ConfigError("retrieval_weight and ranking_weight are both 0: nothing would be trained")
 
@@ -102,6 +111,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if foreign:
             raise ConfigError(f"action_weights names {sorted(foreign)}; the data has {list(actions)}")
         return tuple(self.action_weights.get(name, 1.0) for name in actions)
+
+
+def _require(config: TrainConfig, names: tuple[str, ...], accepted: Callable[[float], bool], rule: str) -> None:
+    for name in names:
+        if not accepted(getattr(config, name)):
+            raise ConfigError(f"{name}={getattr(config, name)} must be {rule}")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -65,6 +65,19 @@ def test_wrong_use_and_missing_data(tmp_path: Path) -> None:
     assert not (tmp_path / "ck").exists()
 
 
+def test_a_dry_run_prints_the_cost_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+    table = run("train", "--data", dataset, "--dry-run")
+    assert table.exit_code == 0, table.stderr
+    for words in ("parameters, blocks", "FLOPs per example", "memory of a step"):
+        assert words in table.stdout
+    document = json.loads(run("train", "--data", dataset, "--dry-run", "--out", tmp_path / "ck", "--json").stdout)
+    assert document["parameters"]["total"] > document["parameters"]["blocks"] == 107008
+    assert not (tmp_path / "ck").exists()
+    missing = run("train", "--data", dataset)
+    assert missing.exit_code == 2
+    assert "give --out, the checkpoint folder to write, or --dry-run" in missing.stderr
+
+
 def test_ctrl_c_leaves_a_state_to_resume_from(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "ck"
     train = [sys.executable, "-m", "unipinrec", "train", "--data", str(dataset), "--out", str(out)]

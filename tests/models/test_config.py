@@ -34,6 +34,8 @@ def test_head_width_and_prefix_follow_from_the_architecture() -> None:
         ({"hidden_size": 66}, "hidden_size=66 must be a multiple of 2 \\* num_heads=4"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"dropout": 1.0}, "dropout=1.0 must be in"),
+        ({"token_dropout": 1.0}, "token_dropout=1.0 must be in"),
+        ({"item_form": "residual", "id_dim": 32}, "id_dim=32 must equal item_dim=64"),
         ({"dropout": -0.1}, "dropout=-0.1 must be in"),
     ],
 )

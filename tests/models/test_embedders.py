@@ -6,6 +6,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unipinrec.models.config import Vocabulary
@@ -40,6 +41,17 @@ def test_item_vectors_have_unit_length_and_depend_on_every_feature(make_model: M
         ):
             assert torch.equal(changed[[0, 2]], vectors[[0, 2]]), "other items stay as they are"
             assert not torch.allclose(changed[1], vectors[1], atol=1e-3)
+
+
+def test_a_residual_item_vector_is_the_id_embedding_plus_the_mlp(make_model: Make) -> None:
+    plain = make_model(id_dim=8).item_embedder
+    residual = make_model(id_dim=8, item_form="residual").item_embedder
+    inputs = torch.tensor([3, -1]), torch.ones(2, 3), torch.tensor([[1, 0], [2, 1]])
+    before: list[torch.Tensor] = []
+    plain.mlp.register_forward_hook(lambda module, given, out: before.append(out))
+    plain(*inputs)
+    expected = F.normalize(before[0] + plain.ids.weight[[4, 0]], dim=-1)
+    torch.testing.assert_close(residual(*inputs), expected)
 
 
 def test_dense_features_are_standardised_inside(make_model: Make) -> None:

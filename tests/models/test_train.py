@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,8 +19,9 @@ from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import ModelConfig
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
-from unipinrec.models.train import EpochReport, RunMetrics, StepReport, Trainer
+from unipinrec.models.train import EpochReport, RunMetrics, Trainer
 from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.train_log import StepReport
 
 Make = Callable[..., Dataset]
 MODEL = ModelConfig(
@@ -334,6 +336,49 @@ def test_the_rate_warms_up_and_falls_along_a_cosine_to_a_tenth(noise: Dataset, t
     assert rates[5] == pytest.approx(0.55)
     assert rates[9] == pytest.approx(0.55 + 0.45 * math.cos(math.pi * 0.9))
     assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+
+
+def test_a_constant_rate_only_warms_up(noise: Dataset, tmp_path: Path) -> None:
+    settings = {"epochs": 1, "learning_rate": 1.0e-3, "warmup_steps": 2, "schedule": "constant"}
+    trainer = Trainer(noise, _config(settings), tmp_path)
+    assert [r.learning_rate for r in trainer.run() if isinstance(r, StepReport)] == [0.0005, *[0.001] * 4]
+
+
+def test_the_last_fit_trains_on_the_validation_part_and_keeps_the_latest_weights(
+    noise: Dataset, tmp_path: Path
+) -> None:
+    config = _config({"epochs": 2, "fit_validation": True})
+    trainer = Trainer(noise, config, tmp_path)
+    newest = max(noise.events["timestamp_ms"].drop_nulls().filter(noise.events["timestamp_ms"].drop_nulls() < 80))
+    assert trainer.data.timestamps_ms[trainer.batches.trainable].max() == newest
+    _, epochs = _run(trainer)
+    assert [(r.best, r.metrics.retrieval, r.metrics.ranking) for r in epochs] == [(True, None, None)] * 2
+    assert torch.equal(load_checkpoint(tmp_path).model.log_scale, trainer.model.log_scale)
+
+
+@pytest.mark.parametrize("change", [{"token_dropout": 0.5}, {"item_form": "residual"}])
+def test_a_model_option_takes_part_in_training(noise: Dataset, tmp_path: Path, change: dict[str, Any]) -> None:
+    plain, _ = _run(Trainer(noise, _config({"epochs": 1}), tmp_path / "plain"))
+    other, _ = _run(Trainer(noise, _config({"epochs": 1}, **change), tmp_path / "other"))
+    assert plain[0] != other[0]
+
+
+def test_label_smoothing_takes_part_in_training(noise: Dataset, tmp_path: Path) -> None:
+    plain, _ = _run(Trainer(noise, _config({"epochs": 1}), tmp_path / "plain"))
+    other, _ = _run(Trainer(noise, _config({"epochs": 1, "label_smoothing": 0.2}), tmp_path / "other"))
+    assert plain[0]["retrieval"] != other[0]["retrieval"]
+    assert plain[0]["candidate_actions"] == other[0]["candidate_actions"]
+
+
+def test_the_log_holds_every_step_of_an_interrupted_run_once(noise: Dataset, tmp_path: Path) -> None:
+    config = _config({"epochs": 1, "log_every": 1})
+    with pytest.raises(TrainingInterrupted):
+        _run(Trainer(noise, config, tmp_path), stop_after=2)
+    steps, _ = _run(Trainer(noise, config, tmp_path, resume=True))
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [float(row["loss"]) for row in rows[2:]] == [step["loss"] for step in steps]
 
 
 def test_only_matrices_decay(noise: Dataset, tmp_path: Path) -> None:

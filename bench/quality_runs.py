@@ -1,0 +1,134 @@
+"""Training runs of the quality benchmarks: each is kept, resumed where it was cut off, and never trained twice."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from common import ROOT, card
+
+from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.data_schema import Dataset
+from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
+from unipinrec.models.metrics import Metrics, retrieval_metrics
+from unipinrec.models.sequences import sequences_of
+from unipinrec.models.train import EpochReport, Trainer
+from unipinrec.models.train_config import RunConfig
+from unipinrec.models.training_state import STATE_FILE
+
+RESULTS = ROOT / "bench" / "results" / "quality"
+CUTOFFS = (1, 10, 50, 200)
+
+
+def trained(dataset: Dataset, config: RunConfig, out: Path, name: str) -> dict[str, Any]:
+    """Train and measure one run, or return what an earlier call left; also written to bench/results/quality."""
+    result = out / "result.json"
+    if result.exists():
+        document: dict[str, Any] = json.loads(result.read_bytes())
+        _require_config(out, document["config"], config)
+        return document
+    reports = _train(dataset, config, out, name)
+    began = time.monotonic()
+    metrics = test_metrics(dataset, out)
+    document = {
+        **card("quality"),
+        "name": name,
+        "seed": config.train.seed,
+        "data": dataset.spec.name,
+        "config": msgspec.to_builtins(config),
+        "parameters": _parameters(out),
+        "training_seconds": round(sum(r.seconds for r in reports), 1),
+        "test_seconds": round(time.monotonic() - began, 1),
+        "best_epoch": max((r.epoch for r in reports if r.best), default=None),
+        "metrics": msgspec.to_builtins(metrics, str_keys=True),
+        "curve": [_curve_point(r) for r in reports],
+    }
+    result.write_text(json.dumps(document))
+    keep(document, name)
+    return document
+
+
+def keep(document: Mapping[str, Any], name: str) -> None:
+    """Write a result to bench/results/quality."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def test_metrics(dataset: Dataset, checkpoint: Path) -> Metrics:
+    """Metrics of a checkpoint on the whole test split."""
+    data, model = sequences_of(dataset), load_checkpoint(checkpoint).model
+    positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
+    requests = held_out_requests(data, positive, "test")
+    scores = gather_scores(list(model_scores(model, data, requests)))
+    metrics = metrics_of(scores, data, requests, dataset.spec.actions)
+    return Metrics(retrieval=retrieval_metrics(scores.ranks, CUTOFFS), ranking=metrics.ranking)
+
+
+def figures(metrics: Mapping[str, Any], actions: Sequence[str]) -> dict[str, float | None]:
+    """The figures of a table row from the metrics of a run."""
+    row: dict[str, float | None] = {}
+    if metrics["retrieval"] is not None:
+        for k in ("10", "50"):
+            row[f"HR@{k}"] = metrics["retrieval"]["hit_rate"][k]
+            row[f"NDCG@{k}"] = metrics["retrieval"]["ndcg"][k]
+    for action in actions:
+        for field in ("auc", "gauc", "logloss"):
+            row[f"{action} {field}"] = metrics["ranking"][action][field]
+    return row
+
+
+def summary(rows: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    """Mean, median, smallest and largest of each figure over the seeds."""
+    merged: dict[str, dict[str, float]] = {}
+    for name in rows[0]:
+        values = [value for row in rows if (value := row[name]) is not None]
+        if values:
+            merged[name] = {
+                "mean": round(statistics.fmean(values), 5),
+                "median": round(statistics.median(values), 5),
+                "min": round(min(values), 5),
+                "max": round(max(values), 5),
+            }
+    return merged
+
+
+def _train(dataset: Dataset, config: RunConfig, out: Path, name: str) -> list[EpochReport]:
+    trainer = Trainer(dataset, config, out, resume=(out / STATE_FILE).exists())
+    for report in trainer.run():
+        if isinstance(report, EpochReport):
+            score = report.metrics.selection_score()
+            losses = " ".join(f"{part} {value:.4f}" for part, value in report.losses.items())
+            best = " best" if report.best else ""
+            sys.stderr.write(
+                f"{name} epoch {report.epoch + 1} {report.seconds:.0f} s {losses} valid {score:.4f}{best}\n"
+            )
+            sys.stderr.flush()
+    return trainer.reports
+
+
+def _parameters(out: Path) -> int:
+    count: int = json.loads((out / "metrics.json").read_bytes())["parameters"]
+    return count
+
+
+def _curve_point(report: EpochReport) -> dict[str, Any]:
+    found = report.metrics.retrieval
+    return {
+        "epoch": report.epoch + 1,
+        "losses": {name: round(value, 5) for name, value in report.losses.items()},
+        "NDCG@10": round(found.ndcg[10], 5) if found else None,
+        "auc": {name: round(m.auc, 5) for name, m in (report.metrics.ranking or {}).items() if m.auc is not None},
+    }
+
+
+def _require_config(out: Path, kept: dict[str, Any], config: RunConfig) -> None:
+    wanted = msgspec.to_builtins(config)
+    if kept != wanted:
+        raise SystemExit(f"{out} holds a finished run with other settings; choose another --out or delete it")
