@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ VERSIONS: dict[Flavor, tuple[tuple[int, int], tuple[int, int]]] = {
 }
 EXTRAS: dict[Flavor, str] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 MAX_ERRORS = 20
+KNOWN = ("has Int64 binding",)
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +100,7 @@ def _major_minor(version: str) -> tuple[int, int]:
 
 @dataclass(kw_only=True, eq=False)
 class LogLines:
-    """What a logger was told; written to from any thread.
+    """What TensorRT said while this was held; written to from any thread.
 
     Attributes:
         errors: The first error messages.
@@ -111,28 +113,41 @@ class LogLines:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, level: int, message: str) -> None:
-        """Keep a message where it is wanted, and hand it on to `logging`; an error is left to who raises it."""
-        if level >= logging.ERROR:
-            with self._lock:
+        """Keep a message where it is wanted."""
+        with self._lock:
+            if level >= logging.ERROR:
                 self.errors += [message] if len(self.errors) < MAX_ERRORS else []
-        elif self.keep(message):
-            with self._lock:
+            elif self.keep(message):
                 self.kept.append(message)
-        log.log(min(level, logging.WARNING), "%s", message)
 
     def reason(self) -> str:
         """The errors as one line, to be shown to people."""
         return "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
 
 
+# All objects of a TensorRT share one logger: the first one that it is given, which it may use until the process ends.
+_loggers: dict[int, tuple[Any, Any, weakref.WeakSet[LogLines]]] = {}  # by the identity of the module
+_making = threading.Lock()
+
+
 def tensorrt_logger(module: Any, lines: LogLines) -> Any:
-    """A logger for a module's objects, each of which must not outlive it."""
+    """The logger to make a module's objects with; from now on `lines` gets what they say, for as long as it is held."""
+    with _making:
+        if id(module) not in _loggers:
+            readers: weakref.WeakSet[LogLines] = weakref.WeakSet()
+            _loggers[id(module)] = module, _logger(module, readers), readers
+        _, logger, readers = _loggers[id(module)]
+        readers.add(lines)
+    return logger
+
+
+def _logger(module: Any, readers: weakref.WeakSet[LogLines]) -> Any:
     severity = module.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.CRITICAL,
         severity.ERROR: logging.ERROR,
         severity.WARNING: logging.WARNING,
-        severity.INFO: logging.INFO,
+        severity.INFO: logging.DEBUG,
         severity.VERBOSE: logging.DEBUG,
     }
 
@@ -142,6 +157,13 @@ def tensorrt_logger(module: Any, lines: LogLines) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             """Take one message; called by TensorRT."""
-            lines.add(levels[severity], msg)
+            level = levels[severity]
+            with _making:
+                told = list(readers)
+            for lines in told:
+                lines.add(level, msg)
+            # Whoever reads errors raises them; warnings of what is meant so are left out.
+            quiet = (level > logging.WARNING and told) or any(part in msg for part in KNOWN)
+            log.log(logging.DEBUG if quiet else min(level, logging.WARNING), "%s", msg)
 
     return Logger()

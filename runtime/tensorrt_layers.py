@@ -16,18 +16,22 @@ import msgspec
 from unipinrec.errors import BackendError
 
 FP32 = "float32"
-TYPES = {"Float": FP32, "Half": "float16", "BFloat16": "bfloat16", "FP8": "float8_e4m3fn"}
-NETWORK_TYPES = {"FLOAT": FP32, "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
-REDUCED = frozenset(TYPES.values()) - {FP32}
+FLOATS = {"float": FP32, "half": "float16", "bfloat16": "bfloat16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
+FORMATS = FLOATS | {"fp32": FP32, "fp16": "float16"}  # a word of such as "Row major linear FP16 format"
+REDUCED = frozenset(FLOATS.values()) - {FP32}
 ATTENTION_SUFFIX = "_AttentionInput"
 LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)$")
 TENSOR = re.compile(r"^\W*Name: (?P<name>.*?), IOMode: \w+, DataType: (?P<type>\w+),")
-DATATYPE = re.compile(r"Datatype: (\w+)")
+DATATYPE = re.compile(r"Datatype: ([^,}]+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 TACTIC = re.compile(r"TacticName: (.*?), StreamId: ")
 FUSED = "mha"
 CHEAP = "kgen"  # generated for what surrounds a product
 MAX_NAMED = 5
+UNTOLD = (
+    "TensorRT did not describe the layers of the engine, so that their precision cannot be checked; the engine was not "
+    "installed: report this with the version of TensorRT"
+)
 Attention = Literal["fused", "decomposed", "unseen"]
 
 
@@ -94,8 +98,8 @@ def products_of(module: Any, network: Any) -> Products:
 
 def network_type(tensor: Any) -> str:
     """Type of a network's tensor as numpy names it; other types than floating-point ones as TensorRT does."""
-    name: str = tensor.dtype.name
-    return NETWORK_TYPES.get(name, name.lower())
+    name: str = tensor.dtype.name.lower()
+    return FLOATS.get(name, name)
 
 
 def _type_read(module: Any, tensor: Any, producers: Mapping[str, Any]) -> str:
@@ -113,19 +117,12 @@ def report_layers(text: str, products: Products) -> LayerReport:
     """Read a description of an engine and compare it with what was asked for.
 
     Raises:
-        BackendError: It describes no layers.
+        BackendError: It does not tell what the products compute in.
     """
     layers = tuple(_layers(text))
     if not layers:
-        raise BackendError(
-            "TensorRT did not describe the layers of the engine, so that their precision cannot be checked; "
-            "report this with the version of TensorRT"
-        )
-    tensors = {
-        found["name"]: TYPES.get(found["type"], found["type"].lower())
-        for found in map(TENSOR.match, text.splitlines())
-        if found
-    }
+        raise BackendError(UNTOLD)
+    tensors = {found["name"]: _type(found["type"]) for found in map(TENSOR.match, text.splitlines()) if found}
     return LayerReport(
         layers=layers,
         tensors=tensors,
@@ -169,24 +166,44 @@ def _types(rest: str, section: str) -> tuple[str, ...]:
     """Types of the tensors that a section of a layer's line lists, each in braces."""
     _, _, after = rest.partition(section)
     within = "" if after.startswith("]") else after.partition("}]")[0]
-    return tuple(TYPES.get(name, name.lower()) for name in DATATYPE.findall(within))
+    return tuple(map(_type, DATATYPE.findall(within)))
+
+
+def _type(described: str) -> str:
+    words = described.lower().split()
+    return next((FORMATS[word] for word in words if word in FORMATS), described.strip().lower())
 
 
 def _fallen(layers: tuple[Layer, ...], products: Products) -> dict[str, str]:
-    """Layers that compute in less than every product asked for, and products that no layer computes as asked."""
+    """Layers that compute in less than every product asked for, and products that no layer computes as asked.
+
+    Raises:
+        BackendError: No product can be told.
+    """
     wanted = {**products.matrices, **products.attentions}
-    fallen = {}
-    if set(wanted.values()) <= {FP32}:
-        for layer in layers:
-            found = (REDUCED & {*layer.inputs, *layer.outputs}) or ({"tf32"} if "tf32" in layer.tactic else None)
-            if found:
-                fallen[layer.name] = ", ".join(sorted(found))
+    fallen = _reduced(layers) if set(wanted.values()) <= {FP32} else {}
+    told = False
     for node, kind in wanted.items():
         computing = [layer for layer in layers if node in layer.nodes]
         computing = [layer for layer in computing if layer.kind != CHEAP or layer.fused_attention] or computing
-        if computing and not any(kind in layer.inputs for layer in computing):
-            fallen[node] = ", ".join(sorted({name for layer in computing for name in layer.inputs})) or "unknown"
+        read = {name for layer in computing for name in layer.inputs} & {FP32, *REDUCED}
+        told = told or bool(read)
+        if read and kind not in read:
+            fallen[node] = ", ".join(sorted(read))
+    if wanted and not told:
+        raise BackendError(UNTOLD)
     return fallen
+
+
+def _reduced(layers: tuple[Layer, ...]) -> dict[str, str]:
+    """Layers that compute in less than fp32."""
+    found = {
+        layer.name: sorted(
+            (REDUCED & {*layer.inputs, *layer.outputs}) | ({"tf32"} if "tf32" in layer.tactic else set())
+        )
+        for layer in layers
+    }
+    return {name: ", ".join(kinds) for name, kinds in found.items() if kinds}
 
 
 def _attention(node: str, layers: tuple[Layer, ...]) -> Attention:
