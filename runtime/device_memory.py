@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,12 +18,7 @@ from unipinrec.runtime.tensors import REDUCED
 
 ALIGNMENT = 256  # what TensorRT asks of an address
 SMALLEST = 1 << 16  # bytes; less is not worth growing for
-TYPES: Mapping[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int64": np.dtype(np.int64),
-}
+TYPES = {**REDUCED, "float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 
 def size_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -133,6 +127,10 @@ class Reader:
             self.cuda.copy_out(pinned.address, address, nbytes, lane.stream)
             self.cuda.synchronize(lane.stream)
             return _view(pinned, 0, dtype, shape).astype(np.float32 if dtype in REDUCED else TYPES[dtype])
+        except BaseException:
+            with suppressed("after a failed copy"):
+                self.cuda.synchronize(lane.stream)  # it writes to memory that the next copy uses
+            raise
         finally:
             self._give_back(lane)
 
@@ -146,7 +144,7 @@ class Reader:
     def _take(self) -> _Lane:
         with self._lock:
             if self._closed:
-                raise BackendError("the engines are closed, and their tensors cannot be read any more")
+                raise BackendError("the graphs were closed, and what they gave cannot be read any more")
             if self._idle:
                 return self._idle.pop()
         return _Lane(self.cuda)

@@ -26,9 +26,8 @@ from unipinrec.runtime.profiles import ProfileShapes, covering
 from unipinrec.runtime.session import Tensor
 from unipinrec.runtime.tensorrt_api import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.tensorrt_io import differences, engine_profiles, uncovered
-from unipinrec.runtime.tensors import check_inputs, host_array
+from unipinrec.runtime.tensors import check_inputs, host_array, opened
 
-CLOSED = "the engines are closed; load the bundle again"
 Shapes = dict[str, tuple[int, ...]]
 Given = Mapping[str, NDArray[Any] | Tensor]
 log = logging.getLogger(__name__)
@@ -89,9 +88,7 @@ class TensorRtBackend:
         """See `Backend.run`. Runs in one profile are made one after the other."""
         spec = self._specs[graph]
         check_inputs(graph, spec.inputs, inputs)
-        engine = self._graphs.get(graph)
-        if engine is None:
-            raise BackendError(CLOSED if not self._release.alive else f"{graph} has no engine")
+        engine = opened(self._graphs, graph)
         shapes = {name: tuple(_shape(given)) for name, given in inputs.items()}
         place = covering(engine.profiles, shapes)
         if place is None:
@@ -227,7 +224,7 @@ class _Lane:
         with self._lock:
             context = self._context
             if context is None:
-                raise BackendError(CLOSED)
+                raise BackendError(f"{self._graph}: the graphs were closed; load the bundle again")
             try:
                 return self._execute(context, inputs, shapes, reader)
             except BaseException as error:

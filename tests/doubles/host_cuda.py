@@ -59,6 +59,17 @@ class Injected(Exception):
     """A call that was told to fail."""
 
 
+class FailOnce:
+    """Lets the call behind `before` others fail."""
+
+    def __init__(self, before: int, error: CudaError) -> None:
+        self._left, self._error = before, error
+
+    def __call__(self, name: str) -> CudaError | None:
+        self._left -= 1
+        return self._error if self._left == -1 else None
+
+
 class HostRuntime:
     """See the module.
 
@@ -68,6 +79,7 @@ class HostRuntime:
         pinned: Pinned host memory by address.
         streams: What is to happen, by stream.
         calls: How often each function was called.
+        log: The names of the functions that were called, in order.
         faults: What went wrong without an error code.
         fail: Asked before each call whether it is to fail, by the function's name.
     """
@@ -84,6 +96,7 @@ class HostRuntime:
         self.pinned: dict[int, NDArray[np.uint8]] = {}
         self.streams: dict[int, deque[Callable[[], None]]] = {}
         self.calls: Counter[str] = Counter()
+        self.log: list[str] = []
         self.faults: list[str] = []
         self.fail: Callable[[str], CudaError | None] = lambda name: None
         self._freed: set[int] = set()
@@ -226,8 +239,12 @@ class HostRuntime:
         return sum(len(values) for values in self.blocks.values())
 
     def left(self) -> dict[str, int]:
-        """What is allocated, by kind; empty where nothing is."""
-        counts = {"blocks": len(self.blocks), "pinned": len(self.pinned), "streams": len(self.streams)}
+        """What is allocated and not to be freed, by kind; empty where nothing is."""
+        counts = {
+            "blocks": len(self.blocks) - len(self._freed),
+            "pinned": len(self.pinned),
+            "streams": len(self.streams),
+        }
         return {kind: count for kind, count in counts.items() if count}
 
     def take(self, size: int) -> int | None:
@@ -259,6 +276,7 @@ class HostRuntime:
     def _enter(self, name: str, *, on_device: bool = False) -> CudaError | None:
         with self._lock:
             self.calls[name] += 1
+            self.log.append(name)
         if on_device:
             self._check(getattr(self._thread, "device", 0) == DEVICE, f"{name} is called for another device")
         return self.fail(name)

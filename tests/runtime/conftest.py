@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import STORED, engine_of
+from fake_tensorrt import double_backend
+from host_cuda import HostRuntime
 
-from unipinrec.runtime import Recommender
+from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.cpu import has_bf16
+from unipinrec.runtime.engine import Engine
 from unipinrec.runtime.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
+from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.tensorrt_session import TensorRtBackend
 
 Reseal = Callable[..., None]
 
@@ -126,3 +133,31 @@ def manifest() -> Manifest:
         data_fingerprint="",
         tools={},
     )
+
+
+@pytest.fixture(scope="session")
+def stored() -> Bundle:
+    """A very small bundle, as an earlier version wrote it."""
+    return Bundle.open(STORED)
+
+
+@pytest.fixture(scope="session")
+def exact(stored: Bundle) -> Engine:
+    """What answers to its requests are to be."""
+    return engine_of(OrtBackend(stored.graph_files(), threads=1), stored)
+
+
+@pytest.fixture
+def memory() -> HostRuntime:
+    """A GPU that is none."""
+    return HostRuntime()
+
+
+@pytest.fixture
+def backend(stored: Bundle, memory: HostRuntime) -> Iterator[TensorRtBackend]:
+    """TensorRT on it; it must leave nothing behind."""
+    with double_backend(stored, memory) as opened:
+        yield opened
+    gc.collect()
+    assert memory.left() == {}
+    assert memory.faults == []
