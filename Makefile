@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+# What our calls of TensorRT are checked against; they hold nothing of TensorRT itself.
+BINDINGS := tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.106 tensorrt-rtx-cu13-bindings==1.7.1.116
 # hnswlib compiles for the building machine's CPU unless told not to; its wheel may be cached and used on another.
 export HNSWLIB_NO_NATIVE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,6 +30,9 @@ $(VENV)/installed: pyproject.toml | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	for bindings in $(BINDINGS); do \
+	  $(BIN)/pip install --quiet --no-deps --upgrade --target "$(VENV)/tensorrt-bindings/$$bindings" "$$bindings" || \
+	    echo "no $$bindings for this Python or system: the test against it will be skipped"; done
 	touch $@
 
 compiler:

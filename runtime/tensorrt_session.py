@@ -71,11 +71,10 @@ class TensorRtBackend:
         self._graphs: dict[str, _Graph] = {}
         self._reader = Reader(cuda)
         lines = LogLines()
-        logger = tensorrt_logger(trt.module, lines)
-        self._release = weakref.finalize(self, _release, self._graphs, self._reader, cuda, logger)
+        self._release = weakref.finalize(self, _release, self._graphs, self._reader, cuda)
         try:
             cuda.activate()
-            runtime = trt.module.Runtime(logger)
+            runtime = trt.module.Runtime(tensorrt_logger(trt.module, lines))
             for name, plan in engines.items():
                 loader = _Loader(trt, cuda, name, lines)
                 self._graphs[name] = loader.load(runtime, plan, specs[name], (kernels or {}).get(name))
@@ -88,13 +87,13 @@ class TensorRtBackend:
         """See `Backend.run`. Runs in one profile are made one after the other."""
         spec = self._specs[graph]
         check_inputs(graph, spec.inputs, inputs)
-        engine = opened(self._graphs, graph)
+        loaded = opened(self._graphs, graph)
         shapes = {name: tuple(_shape(given)) for name, given in inputs.items()}
-        place = covering(engine.profiles, shapes)
+        place = covering(loaded.profiles, shapes)
         if place is None:
-            raise BackendError(uncovered(graph, spec, engine.profiles, shapes))
+            raise BackendError(uncovered(graph, spec, loaded.profiles, shapes))
         self.cuda.activate()
-        return engine.lanes[place].run(inputs, shapes, self._reader)
+        return loaded.lanes[place].run(inputs, shapes, self._reader)
 
     def compiled_kernels(self) -> dict[str, bytes]:
         """What TensorRT-RTX compiled for this GPU when it loaded and ran the engines, by graph; it spares the next
@@ -130,8 +129,8 @@ class _Graph:
     cache: Any | None
 
 
-def _release(graphs: dict[str, _Graph], reader: Reader, cuda: Cuda, _logger: Any) -> None:
-    """Release contexts before their engines, and those before the logger that they write to."""
+def _release(graphs: dict[str, _Graph], reader: Reader, cuda: Cuda) -> None:
+    """Release contexts before their engines."""
     with suppressed("memory of the GPU may be lost"):
         cuda.activate()
     while graphs:

@@ -1,0 +1,232 @@
+"""All that our code uses of TensorRT's Python API, in one place.
+
+`tests/runtime/test_tensorrt_contract.py` compares it with three things: with our source, which may use nothing else and
+must use all of it; with the bindings of NVIDIA's own wheels; and with the double, which must be no wider.
+"""
+
+from __future__ import annotations
+
+MODULE = "module"
+CLASS, MEMBER = "class", "member"
+
+# By class and member: a method's signature as the bindings' docstrings have it, in plain types; a property's type;
+# CLASS for a class within a class; MEMBER for one of an enumeration. Several signatures are overloads.
+SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "Builder": {
+        "__init__": "(logger: ILogger) -> None",
+        "build_serialized_network": "(network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory",
+        "create_builder_config": "() -> IBuilderConfig",
+        "create_network": "(flags: int = ...) -> INetworkDefinition",
+        "create_optimization_profile": "() -> IOptimizationProfile",
+    },
+    "BuilderFlag": {
+        "STRIP_PLAN": MEMBER,
+        "TF32": MEMBER,
+        "VERSION_COMPATIBLE": MEMBER,
+    },
+    "DataType": {
+        "name": "str",
+    },
+    "EngineInspector": {
+        "get_engine_information": "(format: LayerInformationFormat) -> str",
+    },
+    "ExecutionContextAllocationStrategy": {
+        "ON_PROFILE_CHANGE": MEMBER,
+    },
+    "IAttention": {
+        "decomposable": "bool",
+    },
+    "IAttentionInputLayer": {
+        "attention": "IAttention",
+    },
+    "IBuilderConfig": {
+        "add_optimization_profile": "(profile: IOptimizationProfile) -> int",
+        "builder_optimization_level": "int",
+        "clear_flag": "(flag: BuilderFlag) -> None",
+        "create_timing_cache": "(serialized_timing_cache: Buffer) -> ITimingCache",
+        "get_timing_cache": "() -> ITimingCache",
+        "num_compute_capabilities": "int",
+        "profiling_verbosity": "ProfilingVerbosity",
+        "progress_monitor": "IProgressMonitor",
+        "set_compute_capability": "(compute_capability: ComputeCapability, index: int) -> bool",
+        "set_flag": "(flag: BuilderFlag) -> None",
+        "set_memory_pool_limit": "(pool: MemoryPoolType, pool_size: int) -> None",
+        "set_timing_cache": "(cache: ITimingCache, ignore_mismatch: bool) -> bool",
+    },
+    "ICudaEngine": {
+        "create_engine_inspector": "() -> EngineInspector",
+        "create_execution_context": (
+            "(strategy: ExecutionContextAllocationStrategy = ...) -> IExecutionContext",
+            "(runtime_config: IRuntimeConfig = ...) -> IExecutionContext",
+        ),
+        "create_runtime_config": "() -> IRuntimeConfig",
+        "get_tensor_dtype": "(name: str) -> DataType",
+        "get_tensor_location": "(name: str) -> TensorLocation",
+        "get_tensor_mode": "(name: str) -> TensorIOMode",
+        "get_tensor_name": "(index: int) -> str",
+        "get_tensor_profile_shape": "(name: str, profile_index: int) -> list[Dims]",
+        "get_tensor_shape": "(name: str) -> Dims",
+        "num_io_tensors": "int",
+        "num_optimization_profiles": "int",
+    },
+    "IExecutionContext": {
+        "execute_async_v3": "(stream_handle: int) -> bool",
+        "get_tensor_shape": "(name: str) -> Dims",
+        "infer_shapes": "() -> list[str]",
+        "set_input_shape": "(name: str, shape: tuple) -> bool",
+        "set_optimization_profile_async": "(profile_index: int, stream_handle: int) -> bool",
+        "set_tensor_address": "(name: str, memory: int) -> bool",
+    },
+    "ILayer": {
+        "get_input": "(index: int) -> ITensor",
+        "get_output": "(index: int) -> ITensor",
+        "name": "str",
+        "num_outputs": "int",
+        "type": "LayerType",
+    },
+    "ILogger": {
+        "Severity": CLASS,
+        "log": "(severity: ILogger.Severity, msg: str) -> None",
+    },
+    "ILogger.Severity": {
+        "ERROR": MEMBER,
+        "INFO": MEMBER,
+        "INTERNAL_ERROR": MEMBER,
+        "VERBOSE": MEMBER,
+        "WARNING": MEMBER,
+    },
+    "INetworkDefinition": {
+        "get_layer": "(index: int) -> ILayer",
+        "num_layers": "int",
+    },
+    "IOptimizationProfile": {
+        "set_shape": "(input: str, min: Dims, opt: Dims, max: Dims) -> None",
+    },
+    "IProgressMonitor": {
+        "phase_finish": "(phase_name: str) -> None",
+        "phase_start": "(phase_name: str, parent_phase: str, num_steps: int) -> None",
+        "step_complete": "(phase_name: str, step: int) -> bool",
+    },
+    "IRuntimeCache": {
+        "deserialize": "(blob: Buffer) -> bool",
+        "serialize": "() -> IHostMemory",
+    },
+    "IRuntimeConfig": {
+        "create_runtime_cache": "() -> IRuntimeCache",
+        "set_execution_context_allocation_strategy": "(strategy: ExecutionContextAllocationStrategy = ...) -> None",
+        "set_runtime_cache": "(cache: IRuntimeCache = ...) -> bool",
+    },
+    "ITensor": {
+        "dtype": "DataType",
+        "name": "str",
+        "shape": "Dims",
+    },
+    "ITimingCache": {
+        "serialize": "() -> IHostMemory",
+    },
+    "LayerInformationFormat": {
+        "ONELINE": MEMBER,
+    },
+    "LayerType": {
+        "ATTENTION_INPUT": MEMBER,
+        "DEQUANTIZE": MEMBER,
+        "MATRIX_MULTIPLY": MEMBER,
+        "SHUFFLE": MEMBER,
+    },
+    "MemoryPoolType": {
+        "WORKSPACE": MEMBER,
+    },
+    "NetworkDefinitionCreationFlag": {
+        "STRONGLY_TYPED": MEMBER,
+    },
+    "OnnxParser": {
+        "__init__": "(network: INetworkDefinition, logger: ILogger) -> None",
+        "get_error": "(index: int) -> ParserError",
+        "num_errors": "int",
+        "parse_from_file": "(model: str) -> bool",
+    },
+    "OnnxParserRefitter": {
+        "__init__": "(refitter: Refitter, logger: ILogger) -> None",
+        "refit_from_file": "(model: str) -> bool",
+    },
+    "ParserError": {
+        "desc": "() -> str",
+    },
+    "ProfilingVerbosity": {
+        "DETAILED": MEMBER,
+    },
+    "Refitter": {
+        "__init__": "(engine: ICudaEngine, logger: ILogger) -> None",
+        "refit_cuda_engine": "() -> bool",
+    },
+    "Runtime": {
+        "__init__": "(logger: ILogger) -> None",
+        "deserialize_cuda_engine": "(serialized_engine: Buffer) -> ICudaEngine",
+        "engine_host_code_allowed": "bool",
+    },
+    "TensorIOMode": {
+        "INPUT": MEMBER,
+    },
+    "TensorLocation": {
+        "DEVICE": MEMBER,
+    },
+}
+
+RTX_ONLY = {
+    "ComputeCapability",
+    "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+    "IRuntimeCache",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.set_runtime_cache",
+}
+
+# What parameters and attributes hold, by file and function, "*" for all of a file.
+SEEDS: dict[str, dict[str, dict[str, str]]] = {
+    "tensorrt_api.py": {"*": {"module": MODULE}},
+    "tensorrt_build.py": {
+        "*": {"module": MODULE},
+        "_build": {"config": "IBuilderConfig"},
+        "_config": {"builder": "Builder"},
+        "_set_targets": {"config": "IBuilderConfig"},
+        "_use_timings": {"config": "IBuilderConfig"},
+        "_keep_timings": {"config": "IBuilderConfig"},
+        "_let_fp32_attention_fall_apart": {"network": "INetworkDefinition"},
+        "refit_engine": {"engine": "ICudaEngine"},
+    },
+    "tensorrt_layers.py": {
+        "*": {"module": MODULE},
+        "products_of": {"network": "INetworkDefinition"},
+        "network_type": {"tensor": "ITensor"},
+        "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
+    },
+    "tensorrt_io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
+    "tensorrt_session.py": {
+        "*": {
+            "module": MODULE,
+            "engine": "ICudaEngine",
+            "runtime": "Runtime",
+            "context": "IExecutionContext",
+            "cache": "IRuntimeCache",
+        },
+    },
+}
+
+
+def overloads(owner: str, member: str) -> tuple[str, ...]:
+    """Signatures of a method; empty for all else."""
+    listed = SURFACE.get(owner, {}).get(member, "")
+    return tuple(one for one in ((listed,) if isinstance(listed, str) else listed) if one.startswith("("))
+
+
+def result_of(owner: str, member: str) -> str | None:
+    """What a method returns or a property holds, where that is a class of TensorRT or a list of one."""
+    listed = SURFACE.get(owner, {}).get(member)
+    if listed == CLASS:
+        return f"type:{owner}.{member}"
+    if listed == MEMBER:
+        return owner
+    signatures = overloads(owner, member)
+    found = signatures[0].rpartition(" -> ")[2] if signatures else listed
+    known = isinstance(found, str) and found.removeprefix("list[").removesuffix("]") in SURFACE
+    return found if isinstance(found, str) and known else None
