@@ -51,6 +51,17 @@ class EngineStore:
         """Use a folder, which need not exist; None = `cache_root()`."""
         self.root = cache_root() if root is None else root
 
+    def prepare(self) -> None:
+        """Make the folder where it is missing, and remove what interrupted compilations left there long ago.
+
+        Raises:
+            BackendError: It is not private, or cannot be made.
+        """
+        try:
+            self._make_private()
+        except (OSError, UnsafeError) as error:
+            raise BackendError(f"{self.root}: {_reason(error)}; {REMOVE}") from error
+
     def put(
         self, record: EngineRecord, plan: bytes, kernels: bytes | None = None, *, replace: bool = False
     ) -> EngineRecord:
@@ -60,7 +71,7 @@ class EngineStore:
             record: What it is; the hashes and the size of its files are filled in.
             plan: The engine.
             kernels: What TensorRT-RTX compiled from it for this GPU.
-            replace: Take the place of a sound entry of the same key, which else stays.
+            replace: Take the place of a sound entry that this machine made, which else stays.
 
         Returns:
             The record of the entry: of two builds at the same time, that of the first one to finish.
@@ -133,6 +144,17 @@ class EngineStore:
         """
         return None if record.kernels_sha256 is None else self._read(record, KERNELS, record.kernels_sha256)
 
+    def sound(self, key: EngineKey) -> EngineRecord | None:
+        """The entry of a key, if there is one and its plan is what its record lists."""
+        there = self.find(key)
+        if isinstance(there, Refusal):
+            return None
+        try:
+            self.plan(there)
+        except BackendError:
+            return None
+        return there
+
     def remove(self, digest: str) -> None:
         """Remove an entry, whatever state it is in.
 
@@ -179,7 +201,7 @@ class EngineStore:
         return content
 
     def _make_private(self) -> None:
-        """Make the folder where it is missing; remove what interrupted compilations left there long ago."""
+        """See `prepare`."""
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.root.mkdir(mode=0o700)
@@ -202,23 +224,16 @@ class EngineStore:
             else:
                 sync_folder(self.root)
                 return record
-            there = self._sound(record.key)
-            if there is not None and not replace:
+            there = self.sound(record.key)
+            same = there is not None and (there.machine.id, there.machine.gpu) == (
+                record.machine.id,
+                record.machine.gpu,
+            )
+            if there is not None and same and not replace:
                 return there
             with contextlib.suppress(FileNotFoundError):
                 self._discard(entry)
         raise OSError(errno.EBUSY, f"{entry} keeps coming back")
-
-    def _sound(self, key: EngineKey) -> EngineRecord | None:
-        """The entry of a key, if its plan is what its record lists."""
-        there = self.find(key)
-        if isinstance(there, Refusal):
-            return None
-        try:
-            self.plan(there)
-        except BackendError:
-            return None
-        return there
 
     def _discard(self, entry: Path) -> None:
         """Take an entry away by one rename, so that nobody finds half of it."""

@@ -81,7 +81,9 @@ def check_task(trt: TensorRT, task: BuildTask) -> None:
     options, rtx = task.options, trt.flavor == "tensorrt_rtx"
     if task.targets is not None:
         if not rtx:
-            raise BackendError(f"{trt} builds on the GPU that it builds for; TensorRT-RTX builds without: --flavor rtx")
+            raise BackendError(
+                f"{trt} builds on the GPU that it builds for; TensorRT-RTX builds without: --flavor tensorrt_rtx"
+            )
         known = known_targets(trt)
         unknown = [target for target in task.targets if target not in known]
         if unknown and task.targets != (PORTABLE,):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from unipinrec import __version__
+from unipinrec.cli_compile import compile_engines
 from unipinrec.cli_data import prepare
 from unipinrec.cli_demo import demo
 from unipinrec.cli_export import export
@@ -20,5 +21,5 @@ def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
 
 
-for subcommand in (prepare, train, evaluate, export, verify, recommend, index, plan, demo):
+for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, index, plan, demo):
     main.add_command(subcommand)
