@@ -41,6 +41,13 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     retrieval: RetrievalMetrics | None
     ranking: dict[str, ActionMetrics] | None
 
+    def trained_part(self, *, retrieval: bool, ranking: bool) -> Metrics:
+        """Without the metrics of a head that was not trained, whose figures are chance."""
+        return Metrics(
+            retrieval=self.retrieval if retrieval else None,
+            ranking=self.ranking if ranking else None,
+        )
+
     def selection_score(self) -> float:
         """What "best by validation" means: NDCG@10 plus the mean AUC of the actions, weighted by their positive rows.
 

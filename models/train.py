@@ -212,7 +212,9 @@ class Trainer:
             return Metrics(retrieval=None, ranking=None)
         requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
-        return metrics_of(scores, self.data, requests, self.vocabulary.actions)
+        metrics = metrics_of(scores, self.data, requests, self.vocabulary.actions)
+        train = self.config.train
+        return metrics.trained_part(retrieval=train.retrieval_weight > 0, ranking=train.ranking_weight > 0)
 
     def _stop(self) -> None:
         if self.accelerator.is_main_process:

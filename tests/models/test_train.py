@@ -255,6 +255,15 @@ def test_the_checkpoint_is_the_best_epoch_not_the_last(noise: Dataset, tmp_path:
     assert all(torch.equal(latest[f"model.{name}"], tensor) for name, tensor in weights[-1].items())
 
 
+def test_a_head_that_is_not_trained_does_not_choose_the_epoch(noise: Dataset, tmp_path: Path) -> None:
+    _, epochs = _run(Trainer(noise, _config({"epochs": 1, "ranking_weight": 0.0}), tmp_path / "retrieval"))
+    assert epochs[0].metrics.retrieval is not None
+    assert epochs[0].metrics.ranking is None
+    _, epochs = _run(Trainer(noise, _config({"epochs": 1, "retrieval_weight": 0.0}), tmp_path / "ranking"))
+    assert epochs[0].metrics.retrieval is None
+    assert epochs[0].metrics.ranking is not None
+
+
 def test_patience_ends_a_run_that_no_longer_improves(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config({"epochs": 9, "learning_rate": 1e-12, "patience": 2}), tmp_path)
     _, epochs = _run(trainer)

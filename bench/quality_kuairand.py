@@ -1,0 +1,94 @@
+"""One model for both jobs against one model for each, on KuaiRand-Pure; several seeds per row.
+
+    python bench/quality_kuairand.py KUAIRAND_FOLDER --out RUNS [--rows joint retrieval_only ...] [--seeds 0 1 2]
+
+Trained before 30 April, chosen by 30 April, tested from 1 May 2022 on (on `time_ms`, repeated rows merged). All rows
+have the same budget and see the same batches. Runs are kept in RUNS: the command goes on where it was stopped. Every
+run is written to bench/results/quality, and so is the summary of the rows that are complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from common import card
+from quality_runs import figures, keep, summary, trained
+
+from unipinrec.models.data_kuairand import read_kuairand
+from unipinrec.models.data_schema import CATEGORY_PREFIX, DENSE_PREFIX, Dataset
+from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.train_config import RunConfig, load_run_config
+
+ACTIONS = ("click", "long_view", "like")
+ROWS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "retrieval_only": {"ranking_weight": 0.0},
+    "ranking_only": {"retrieval_weight": 0.0},
+    "mask_0": {"mask_probability": 0.0},
+    "mask_0.1": {"mask_probability": 0.1},
+    "mask_0.3": {"mask_probability": 0.3},
+    "no_content": {},
+    "self_attention": {},
+}
+MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}}
+
+
+def without_content(dataset: Dataset) -> Dataset:
+    """The same data with items that are ids alone."""
+    content = [c for c in dataset.items.columns if c.startswith((DENSE_PREFIX, CATEGORY_PREFIX))]
+    return Dataset(
+        spec=msgspec.structs.replace(dataset.spec, dense={}, categories={}),
+        events=dataset.events,
+        slates=dataset.slates,
+        items=dataset.items.drop(content),
+    )
+
+
+def config_of(options: argparse.Namespace, row: str, seed: int) -> RunConfig:
+    """The settings of one run."""
+    config = load_run_config(str(options.config), {"seed": seed, "epochs": options.epochs, **ROWS[row]})
+    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, **MODEL.get(row, {})))
+
+
+def row_figures(row: str, run: dict[str, Any]) -> dict[str, float | None]:
+    """The figures of a run, without those of a head that was not trained."""
+    found = figures(run["metrics"], ACTIONS)
+    if row == "retrieval_only":
+        return {name: value for name, value in found.items() if "@" in name}
+    if row == "ranking_only":
+        return {name: value for name, value in found.items() if "@" not in name}
+    return found
+
+
+def main() -> None:
+    """Train and measure seed by seed, row by row, so that what is there can be compared at any time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "kuairand.toml")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dataset = build_dataset(read_kuairand(options.folder))
+    runs: dict[str, list[dict[str, float | None]]] = {row: [] for row in options.rows}
+    for seed in options.seeds:
+        for row in options.rows:
+            name = f"{options.config.stem}_{row}_seed{seed}"
+            data = without_content(dataset) if row == "no_content" else dataset
+            runs[row].append(row_figures(row, trained(data, config_of(options, row, seed), options.out / name, name)))
+            done = {row: summary(found) for row, found in runs.items() if found}
+            counts = {row: len(found) for row, found in runs.items()}
+            keep({**card("quality_kuairand"), "seeds_done": counts, "rows": done}, options.config.stem)
+    for row, found in done.items():
+        print(row, " ".join(f"{name} {values['mean']:.4f}" for name, values in found.items()))
+
+
+if __name__ == "__main__":
+    main()
