@@ -16,6 +16,7 @@ lie close together would otherwise fail for swaps that are as good as a draw. Su
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,9 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
     manifest = bundle.manifest
     positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
     items = bundle.item_vectors[:: -(-manifest.num_items // MAX_ITEMS)]
-    exact = Engine.open(bundle)
-    cases = [*_golden_cases(bundle), *(_user_case(exact, *user, positive) for user in enumerate(_users(bundle)))]
+    with closing(Engine.open(bundle)) as exact:
+        users = [_user_case(exact, *user, positive) for user in enumerate(_users(bundle))]
+    cases = [*_golden_cases(bundle), *users]
     figures = np.array([_compare(engine, case, positive, items) for case in cases])
     ranked, ranked_strict, retrieved, retrieved_strict = figures[:, :4].mean(axis=0).tolist()
     cosine, difference = float(figures[:, 4].min()), float(figures[:, 5].max())

@@ -1,69 +1,211 @@
-"""Which device serves, and why."""
+"""Which device serves, why, and what was tried before it.
+
+A wanted device stands for candidates, best first. The first that opens serves; each before it leaves a reason.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypedDict, cast
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.openvino_session import OpenVinoBackend, import_openvino
+from unipinrec.runtime.cuda import Cuda, driver_problem
+from unipinrec.runtime.engine_store import EngineStore
+from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.openvino_session import OpenVinoBackend
+from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
 from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.serving_engines import EngineFinder
 from unipinrec.runtime.session import Backend
+from unipinrec.runtime.tensorrt_api import FLAVORS, TensorRT, import_tensorrt
+from unipinrec.runtime.tensorrt_session import TensorRtBackend
 
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 OPENVINO_DEVICES = ("openvino", "openvino-bf16")
-DEVICES = ("auto", "cpu", *OPENVINO_DEVICES)
-GPU_DEVICES = ("cuda", "tensorrt")
+CUDA_DEVICES = ("cuda", "cuda-fp32", "cuda-bf16", "cuda-fp16")
+TENSORRT_DEVICES = ("tensorrt", "tensorrt-fp32", "tensorrt-bf16", "tensorrt-fp16", "tensorrt-fp8")
+DEVICES = ("auto", "cpu", *OPENVINO_DEVICES, *CUDA_DEVICES, *TENSORRT_DEVICES)
+log = logging.getLogger(__name__)
+
+
+class DeviceRules(TypedDict, total=False):
+    """What an operator lays down beside the wanted device; what is left out is False.
+
+    Attributes:
+        strict: Fail instead of falling back to another device. With "auto": fail if this machine has an NVIDIA driver
+            and TensorRT does not serve.
+        allow_bundle_engines: Run engines that travel in the bundle, built elsewhere. They are executable code.
+    """
+
+    strict: bool
+    allow_bundle_engines: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What really runs, and why it was chosen."""
+    """What really runs.
+
+    Attributes:
+        name: One of `DEVICES`, never "auto".
+        reason: Why it was chosen.
+        precision: What it computes in.
+        refused: What was preferred to it, each with the reason why it does not run.
+    """
 
     name: str
     reason: str
-
-    @property
-    def precision(self) -> Literal["fp32", "bf16"]:
-        """What it computes in."""
-        return "bf16" if self.name == "openvino-bf16" else "fp32"
+    precision: Precision = "fp32"
+    refused: tuple[str, ...] = ()
 
 
 CPU = Device(name="cpu", reason="asked for")
 
 
-def resolve_device(wanted: str) -> Device:
-    """Turn a wanted device into the one that runs.
+def open_backend(
+    bundle: Bundle, wanted: str, *, strict: bool = False, allow_bundle_engines: bool = False
+) -> tuple[Device, Backend]:
+    """Load a bundle's graphs on the wanted device or, where it does not run, on the next; see `DeviceRules`.
 
     Raises:
-        BackendError: It does not exist, or this version or this installation cannot run on it.
+        BackendError: There is no such device, or none that may be used runs; says why each does not.
     """
-    if wanted == "auto":
-        return Device(name="cpu", reason=f"auto: ONNX Runtime on the CPU; {_others()}")
-    if wanted in GPU_DEVICES:
-        raise BackendError(f"device {wanted!r} is not available in this version; use one of {', '.join(DEVICES)}")
+    names = candidates(wanted, bundle.manifest)
+    bound = strict and (wanted != "auto" or driver_problem() is None)
+    refused: list[str] = []
+    for name in names[:1] if bound else names:
+        try:
+            backend = _open(name, bundle, allow_bundle_engines)
+        except BackendError as error:
+            if len(names) == 1:
+                raise
+            refused.append(f"{name}: {error}")
+        else:
+            device = Device(
+                name=name, reason=_reason(wanted, name, refused), precision=precision_of(name), refused=tuple(refused)
+            )
+            _tell(device, wanted)
+            return device, backend
+    rule = " and strict allows no other device" if bound else ""
+    raise BackendError(f"{bundle.path} does not run on {wanted}{rule}: {'; '.join(refused)}")
+
+
+def candidates(wanted: str, manifest: Manifest) -> tuple[str, ...]:
+    """What a wanted device stands for with a bundle, best first.
+
+    Raises:
+        BackendError: There is no such device.
+    """
+    require_device(wanted)
+    tensorrt = "tensorrt-bf16" if "bf16" in manifest.precisions else "tensorrt-fp32"
+    if wanted in ("auto", "tensorrt"):
+        return tensorrt, "cuda", "cpu"
+    if wanted in TENSORRT_DEVICES:
+        return wanted, "cuda", "cpu"
+    if wanted in CUDA_DEVICES:
+        return wanted.removesuffix("-fp32"), "cpu"
+    return (wanted,)
+
+
+def require_device(wanted: str) -> None:
+    """Check that there is such a device.
+
+    Raises:
+        BackendError: There is none.
+    """
     if wanted not in DEVICES:
         raise BackendError(f"unknown device {wanted!r}; use one of {', '.join(DEVICES)}")
-    if wanted in OPENVINO_DEVICES:
-        import_openvino()
-    return Device(name=wanted, reason="asked for")
 
 
-def open_backend(device: Device, bundle: Bundle) -> Backend:
-    """Load a bundle's graphs on a device.
+def precision_of(name: str) -> Precision:
+    """What a device computes in."""
+    return cast(Precision, name.partition("-")[2] or "fp32")
+
+
+def _open(name: str, bundle: Bundle, allow_bundle_engines: bool) -> Backend:
+    """Load a bundle's graphs on one device.
 
     Raises:
-        BackendError: It is not installed, does not load a graph, or cannot compute in its precision on this CPU.
+        BackendError: It is not there or not installed, does not run a graph, or the bundle has nothing for it.
     """
-    if device.name == "cpu":
+    kind, precision, manifest = name.partition("-")[0], precision_of(name), bundle.manifest
+    if kind == "cpu":
         return OrtBackend(bundle.graph_files())
-    return OpenVinoBackend(bundle.graph_files(), bundle.manifest.graphs, precision=device.precision)
+    if kind == "openvino":
+        rounded = precision == "bf16"
+        return OpenVinoBackend(bundle.graph_files(), manifest.graphs, precision="bf16" if rounded else "fp32")
+    if precision not in (manifest.precision, *manifest.precisions):
+        raise BackendError(
+            f"the bundle has graphs in {', '.join((manifest.precision, *manifest.precisions))}, not in {precision}; "
+            f"export it again with --precision {precision}"
+        )
+    if kind == "cuda":
+        return OrtCudaBackend(bundle.graph_files(precision), manifest.graphs_in(precision))
+    return _open_tensorrt(bundle, precision, allow_bundle_engines)
+
+
+class _TensorRtOnOwnGpu(TensorRtBackend):
+    """Closes what its GPU was opened with."""
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        super().close()
+        self.cuda.close()
+
+
+def _open_tensorrt(bundle: Bundle, precision: Precision, allow_bundle_engines: bool) -> Backend:
+    """Load engines of the first installed TensorRT that has one for every graph."""
+    missing = driver_problem()
+    if missing:
+        raise BackendError(missing)
+    installed, absent, problems = [], [], []
+    for flavor in FLAVORS:
+        try:
+            installed.append(import_tensorrt(flavor))
+        except BackendError as error:
+            absent.append(str(error))
+    for trt in installed:
+        try:
+            return _open_engines(trt, bundle, precision, allow_bundle_engines)
+        except BackendError as error:
+            problems.append(str(error))
+    raise BackendError("; ".join(problems or absent))
+
+
+def _open_engines(trt: TensorRT, bundle: Bundle, precision: Precision, allow_bundle_engines: bool) -> Backend:
+    cuda = Cuda.open()
+    try:
+        finder = EngineFinder(trt=trt, gpu=cuda.info, allow_bundle_engines=allow_bundle_engines, store=EngineStore())
+        found = finder.load(bundle, precision)
+        specs = bundle.manifest.graphs_in(precision)
+        return _TensorRtOnOwnGpu(trt, cuda, found.plans, specs, precision, found.kernels)
+    except BaseException:
+        cuda.close()
+        raise
+
+
+def _reason(wanted: str, name: str, refused: list[str]) -> str:
+    if wanted != "auto":
+        return f"instead of {wanted}, which does not run here" if refused else "asked for"
+    if name == "cpu":
+        return f"auto: ONNX Runtime on the CPU; {_others()}"
+    return "auto: ONNX Runtime on the GPU" if name == "cuda" else "auto: engines of this bundle for this GPU"
 
 
 def _others() -> str:
-    """What else could be asked for here."""
+    """What else could be asked for on the CPU, which is never chosen unasked."""
     if find_spec("openvino") is None:
         return "openvino is not installed"
     return f"{' and '.join(OPENVINO_DEVICES if has_bf16() else OPENVINO_DEVICES[:1])} can be asked for"
+
+
+def _tell(device: Device, wanted: str) -> None:
+    """Say what was not used; as a warning where somebody wanted it, or paid for a GPU."""
+    level = logging.INFO if wanted == "auto" and driver_problem() else logging.WARNING
+    for reason in device.refused:
+        log.log(level, "not used: %s", reason)
+    if device.refused:
+        log.log(level, "%s was wanted, %s serves", wanted, device.name)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.device import CPU, Device, open_backend
+from unipinrec.runtime.device import CPU, Device, DeviceRules, open_backend
 from unipinrec.runtime.kv_buffer import KvBuffer, row_of
 from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import History
@@ -101,20 +101,32 @@ def pad_rows(rows: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
 
 
 class Engine:
-    """Runs a model's graphs on a backend over one item table; safe to call from several threads."""
+    """Runs a model's graphs on a backend over one item table; safe to call from several threads.
 
-    def __init__(self, backend: Backend, model: ModelSpec, item_vectors: NDArray[np.float32]) -> None:
-        self.backend, self.model, self.item_vectors = backend, model, item_vectors
+    Attributes:
+        device: What the backend runs on, and why.
+    """
+
+    def __init__(
+        self, backend: Backend, model: ModelSpec, item_vectors: NDArray[np.float32], device: Device = CPU
+    ) -> None:
+        self.backend, self.model, self.item_vectors, self.device = backend, model, item_vectors, device
         self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
 
     @classmethod
-    def open(cls, bundle: Bundle, device: Device = CPU) -> Engine:
-        """Load a bundle's graphs on a device.
+    def open(cls, bundle: Bundle, wanted: str = "cpu", **rules: Unpack[DeviceRules]) -> Engine:
+        """Load a bundle's graphs on the wanted device, or on the next best that the rules allow.
 
         Raises:
-            BackendError: It is not installed, does not load a graph, or cannot compute in its precision on this CPU.
+            BackendError: See `open_backend`.
         """
-        return cls(open_backend(device, bundle), bundle.manifest.model, bundle.item_vectors)
+        device, backend = open_backend(bundle, wanted, **rules)
+        return cls(backend, bundle.manifest.model, bundle.item_vectors, device)
+
+    def close(self) -> None:
+        """Release the graphs and the memory that they take; requests that are under way, and later ones, fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.backend.close()
 
     def encode(self, batch: HistoryBatch) -> Encoded:
         """Encode histories from their first event."""

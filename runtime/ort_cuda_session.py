@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
+from unipinrec.runtime.cuda import driver_problem
 from unipinrec.runtime.manifest import GraphSpec
 from unipinrec.runtime.ort_session import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
 from unipinrec.runtime.session import Tensor
@@ -67,7 +68,7 @@ class OrtCudaBackend:
         """
         self._ort = import_onnxruntime()
         self.version: str = self._ort.__version__
-        problem = provider_problem(self._ort, self._provider)
+        problem = (driver_problem() if self._memory == "cuda" else None) or provider_problem(self._ort, self._provider)
         if problem:
             raise BackendError(problem)
         missing = preload(self._ort)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import msgspec
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.device import Device, resolve_device
+from unipinrec.runtime.device import Device, DeviceRules
 from unipinrec.runtime.engine import Engine, pad_histories, pad_rows
 from unipinrec.runtime.grouping import Padding, grouped
 from unipinrec.runtime.histories import Found, HistoryEncoder
@@ -42,13 +44,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recommender:
-    """Serves one bundle on one device; safe to call from several threads."""
+    """Serves one bundle on one device; safe to call from several threads.
+
+    It is its own context manager, which closes it.
+    """
 
     bundle: Bundle
     engine: Engine
     retriever: Retriever
     encoder: HistoryEncoder
-    device: Device
     window_slack: int | None
 
     @classmethod
@@ -60,41 +64,62 @@ class Recommender:
         verify: bool = True,
         cache: CacheOptions | KvCache | None = None,
         window_slack: int | None = None,
+        **rules: Unpack[DeviceRules],
     ) -> Recommender:
         """Open a bundle for serving.
 
         Args:
             path: The bundle's folder.
-            device: "auto", "cpu", "openvino" or "openvino-bf16".
+            device: One of `runtime.device.DEVICES`; `Recommender.device` says what really runs, and why. A GPU device
+                that does not run is replaced by the next best unless `strict`.
             verify: Refuse to serve if the golden requests' outputs do not reproduce on this machine.
             cache: Keep encoded histories from request to request: how much of them, or the cache of a recommender that
                 this one replaces. None = encode every history anew.
             window_slack: By how many events the window over a history that is too long moves at a time; None = an
                 eighth of the model's limit.
+            **rules: `strict` and `allow_bundle_engines`, both False unless given; see `DeviceRules`.
 
         Raises:
             BundleError: The bundle is damaged, of a newer format, or does not compute what PyTorch computed.
-            BackendError: The device is not available, or does not run the graphs.
+            BackendError: The device is not available and nothing else may be used, or it does not run the graphs.
             ConfigError: The cache or the slack cannot be had for this model.
         """
-        running = resolve_device(device)
         bundle = Bundle.open(path)
         model = bundle.manifest.model
         if window_slack is not None and not 0 < window_slack <= model.max_history:
             raise ConfigError(f"window_slack={window_slack} must be from 1 to {model.max_history}")
-        engine = Engine.open(bundle, running)
-        if verify:
-            require_golden(engine, bundle, running)
-        retriever = Retriever.open(bundle)
+        engine = Engine.open(bundle, device, **rules)
+        with ExitStack() as unless_served:
+            unless_served.callback(engine.close)
+            if verify:
+                require_golden(engine, bundle)
+            namespace = f"{bundle.kv_namespace} {engine.device.precision}"
+            recommender = cls(
+                bundle=bundle,
+                engine=engine,
+                retriever=Retriever.open(bundle),
+                encoder=HistoryEncoder(engine, _cache(cache, model), namespace),
+                window_slack=window_slack,
+            )
+            unless_served.pop_all()
+        running = engine.device
         log.info("serving %s on %s (%s), bundle %s", bundle.path, running.name, running.reason, bundle.hash)
-        return cls(
-            bundle=bundle,
-            engine=engine,
-            retriever=retriever,
-            encoder=HistoryEncoder(engine, _cache(cache, model), f"{bundle.kv_namespace} {running.precision}"),
-            device=running,
-            window_slack=window_slack,
-        )
+        return recommender
+
+    def close(self) -> None:
+        """Release the graphs and the memory that they take, a GPU's above all; later requests fail."""
+        self.engine.close()
+
+    def __enter__(self) -> Recommender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def device(self) -> Device:
+        """What runs, why, and what was tried before it."""
+        return self.engine.device
 
     @property
     def cache(self) -> KvCache | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from unipinrec.errors import BundleError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle import GOLDEN, Bundle, read_manifest
 from unipinrec.runtime.bundle_files import file_problems
-from unipinrec.runtime.device import CPU, Device, resolve_device
+from unipinrec.runtime.device import Device, DeviceRules, require_device
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.index import HnswIndex
@@ -47,13 +48,13 @@ class GoldenCheck:
 class VerifyReport:
     """All checks of a bundle.
 
-    `golden` judges a device that computes in fp32, `agreement` one that rounds; the other is empty or None, as both are
-    where damage kept the graphs from running.
+    `golden` judges a device that computes in fp32, `agreement` one that rounds; the other is empty or None. Both are,
+    and `device` is None, where damage kept the graphs from running.
     """
 
     bundle: str
     hash: str | None
-    device: Device
+    device: Device | None
     tolerance: float
     files: tuple[FileCheck, ...]
     golden: tuple[GoldenCheck, ...]
@@ -61,25 +62,32 @@ class VerifyReport:
     ok: bool
 
 
-def verify_bundle(path: Path | str, device: str = "auto") -> VerifyReport:
+def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[DeviceRules]) -> VerifyReport:
     """Check every file of a bundle and compare the golden requests' outputs; damage is reported, not raised.
 
+    Args:
+        path: The bundle's folder.
+        device: As in `Recommender.load`.
+        **rules: See `DeviceRules`.
+
     Raises:
-        BackendError: The device is not available, or a graph does not run on it.
+        BackendError: The device is not available and nothing else may be used, or a graph does not run on it.
     """
-    folder, running = Path(path), resolve_device(device)
+    require_device(device)
+    folder = Path(path)
     files, digest = _check_files(folder)
     golden: tuple[GoldenCheck, ...] = ()
-    agreement = None
+    agreement = running = None
     if not any(check.problem for check in files):
         try:
             bundle = Bundle.open(folder)
             HnswIndex.open(bundle)
-            engine = Engine.open(bundle, running)
-            if running.precision == "fp32":
-                golden = compare_golden(engine, bundle)
-            else:
-                agreement = measure_agreement(engine, bundle)
+            with closing(Engine.open(bundle, device, **rules)) as engine:
+                running = engine.device
+                if running.precision == "fp32":
+                    golden = compare_golden(engine, bundle)
+                else:
+                    agreement = measure_agreement(engine, bundle)
         except BundleError as error:
             files = (*files, FileCheck(file="contents", problem=str(error)))
     judged = golden if agreement is None else (agreement,)
@@ -95,27 +103,30 @@ def verify_bundle(path: Path | str, device: str = "auto") -> VerifyReport:
     )
 
 
-def require_golden(engine: Engine, bundle: Bundle, device: Device = CPU) -> None:
+def require_golden(engine: Engine, bundle: Bundle) -> None:
     """Refuse to serve unless the golden requests' outputs reproduce, or nearly so where the device rounds.
 
     Raises:
         BundleError: They do not.
         BackendError: A graph does not run.
     """
+    device = engine.device
+    kind = device.name.partition("-")[0]
     if device.precision != "fp32":
         agreement = measure_agreement(engine, bundle)
         log.info("%s on %s agrees with fp32: %s", bundle.path, device.name, agreement)
         if agreement.problem:
             raise BundleError(
                 f"{bundle.path}: {device.name} does not recommend what fp32 recommends: {agreement.problem}; "
-                "use device openvino or cpu"
+                f"use device {'tensorrt-fp32' if kind == 'tensorrt' else kind} or cpu"
             )
         return
     wrong = [check for check in compare_golden(engine, bundle) if check.problem]
     if wrong:
         raise BundleError(
-            f"{bundle.path}: {len(wrong)} golden outputs do not reproduce on this machine, first {wrong[0].output}: "
-            f"{wrong[0].problem}; it would serve wrong scores: export it again, or see `unipinrec verify`"
+            f"{bundle.path}: {len(wrong)} golden outputs do not reproduce on {device.name} of this machine, first "
+            f"{wrong[0].output}: {wrong[0].problem}; it would serve wrong scores: "
+            f"{'export it again' if kind == 'cpu' else 'use device cpu'}, or see `unipinrec verify`"
         )
 
 

@@ -15,6 +15,7 @@ from unipinrec.cli_common import command, json_option, print_json, stderr, stdou
 from unipinrec.errors import BundleError
 
 if TYPE_CHECKING:
+    from unipinrec.runtime.device import DeviceRules
     from unipinrec.runtime.manifest import Agreement
     from unipinrec.runtime.requests import Event
     from unipinrec.runtime.slate import Slate
@@ -35,21 +36,36 @@ device_option = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="auto, cpu (ONNX Runtime), openvino or openvino-bf16; what really runs is in the output.",
+    help="auto, cpu, cuda (both ONNX Runtime), tensorrt or openvino, with a precision if wanted (tensorrt-bf16); what "
+    "really runs is in the output.",
+)
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail where another device than the wanted one would have to run; with auto, where there is an NVIDIA driver "
+    "and TensorRT does not run.",
+)
+engines_option = click.option(
+    "--allow-bundle-engines",
+    is_flag=True,
+    help="Run TensorRT engines that travel in the bundle. They are executable code: allow them only if you trust who "
+    "built them.",
 )
 
 
 @click.command(epilog="Example: unipinrec verify bundle/")
 @bundle_argument
 @device_option
+@strict_option
+@engines_option
 @json_option
 @command
-def verify(bundle: Path, device: str, as_json: bool) -> None:
+def verify(bundle: Path, device: str, strict: bool, allow_bundle_engines: bool, as_json: bool) -> None:
     """Prove that a bundle is whole and computes on this machine what PyTorch computed at export."""
     with stderr.status("verifying"):
         from unipinrec.runtime.verify import verify_bundle
 
-        report = verify_bundle(bundle, device)
+        report = verify_bundle(bundle, device, strict=strict, allow_bundle_engines=allow_bundle_engines)
     if as_json:
         print_json(report)
     else:
@@ -70,7 +86,7 @@ def _print_report(report: VerifyReport) -> None:
         _print_agreement(report.agreement)
     elif report.golden:
         _print_golden(report)
-    else:
+    if report.device is None:
         stdout.print("golden outputs were not compared: the bundle is damaged")
         return
     stdout.print(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}", highlight=False)
@@ -189,10 +205,18 @@ def _categories(
     help="Of a history that is too long keep a window of the newest events, or refuse it.",
 )
 @device_option
+@strict_option
+@engines_option
 @json_option
 @command
 def recommend(
-    bundle: Path, user: str | None, history: Path | None, k: int, device: str, as_json: bool, **options: Any
+    bundle: Path,
+    user: str | None,
+    history: Path | None,
+    k: int,
+    device: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Recommend items to a user: encode the history once, retrieve candidates with it, rank them with it."""
     if (user is None) == (history is None):
@@ -200,17 +224,23 @@ def recommend(
     with stderr.status("loading"):
         from unipinrec.runtime import Recommender, RecommendOptions
 
-        recommender = Recommender.load(bundle, device)
-    events = _events(recommender.bundle, user, history)
-    if user is not None and options["now_ms"] is None:
-        options["now_ms"] = _soon_after(events[-1])
-    allow, deny = options.pop("allow"), options.pop("deny")
-    options |= {"allow": _ids(allow) if allow else None, "exclude": _ids(deny) if deny else ()}
-    slate = recommender.recommend(events, k, RecommendOptions(**options))
+        rules: DeviceRules = {
+            "strict": options.pop("strict"),
+            "allow_bundle_engines": options.pop("allow_bundle_engines"),
+        }
+        recommender = Recommender.load(bundle, device, **rules)
+    with recommender:
+        events = _events(recommender.bundle, user, history)
+        if user is not None and options["now_ms"] is None:
+            options["now_ms"] = _soon_after(events[-1])
+        allow, deny = options.pop("allow"), options.pop("deny")
+        options |= {"allow": _ids(allow) if allow else None, "exclude": _ids(deny) if deny else ()}
+        slate = recommender.recommend(events, k, RecommendOptions(**options))
+    running = recommender.device
     if as_json:
-        print_json(slate.to_json())
+        print_json({**slate.to_json(), "device_reason": running.reason, "device_refused": running.refused})
     else:
-        _print_slate(slate, recommender.device.reason)
+        _print_slate(slate, running.reason)
 
 
 def _events(bundle: Any, user: str | None, history: Path | None) -> tuple[Event, ...]:

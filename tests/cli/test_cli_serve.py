@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from unipinrec.cli import main
 from unipinrec.runtime.cpu import has_bf16
+from unipinrec.runtime.cuda import driver_problem
 
 
 def run(*words: str | Path) -> Result:
@@ -96,6 +97,19 @@ def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
     assert json.loads(run(*words, "--exact").stdout)["items"] == document["items"]
 
 
+@pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
+def test_a_fallback_is_told_and_strict_refuses_it(bundle: Path, user: str) -> None:
+    words = ("recommend", bundle, "--user", user, "-k", "1", "--device", "tensorrt")
+    document = json.loads(run(*words, "--json").stdout)
+    assert (document["device"], document["device_reason"]) == ("cpu", "instead of tensorrt, which does not run here")
+    assert document["device_refused"][1].startswith("cuda: there is no NVIDIA driver here")
+    verified = json.loads(run("verify", bundle, "--device", "cuda", "--json").stdout)
+    assert (verified["device"]["name"], len(verified["device"]["refused"])) == ("cpu", 1)
+    for refused in (run(*words, "--strict"), run("verify", bundle, "--device", "cuda", "--strict")):
+        assert refused.exit_code == 1
+        assert "strict allows no other device" in refused.stderr
+
+
 def test_weights_make_the_score(bundle: Path, user: str) -> None:
     document = json.loads(run("recommend", bundle, "--user", user, "--weights", "click=1,save=2.5", "--json").stdout)
     for item in document["items"]:
@@ -169,7 +183,7 @@ def test_an_unknown_user(bundle: Path) -> None:
         (("--weights", "like=1"), "unknown action 'like'"),
         (("-k", "301"), "k=301 items were asked for"),
         (("--now", "1"), "now_ms=1 is before the last event"),
-        (("--device", "cuda"), "'cuda' is not available in this version"),
+        (("--device", "tpu"), "unknown device 'tpu'; use one of auto, cpu, openvino"),
         (("--surface", "moon"), "unknown surface 'moon'"),
     ],
 )

@@ -13,16 +13,20 @@ from typing import Any
 
 import pytest
 from answers import STORED, engine_of
+from fake_gpu import cuda_on_cpu
 from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
 
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.cpu import has_bf16
+from unipinrec.runtime.cuda import driver_problem
 from unipinrec.runtime.engine import Engine
 from unipinrec.runtime.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
-from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.ort_cuda_session import provider_problem
+from unipinrec.runtime.ort_session import OrtBackend, import_onnxruntime
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
 
+CUDA = "CUDAExecutionProvider"
 Reseal = Callable[..., None]
 
 
@@ -61,11 +65,14 @@ def needs(device: str) -> None:
         pytest.skip("this CPU has no bf16 instructions")
 
 
-@pytest.fixture(scope="session", params=["cpu", "openvino"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Every device that computes in fp32."""
+@pytest.fixture(scope="module", params=["cpu", "openvino", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every device that computes in fp32; "cuda" runs on the CPU where there is no GPU, by the same code."""
     needs(request.param)
-    return str(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cuda" and (driver_problem() or provider_problem(import_onnxruntime(), CUDA)):
+            cuda_on_cpu(patch)
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,95 @@
 from __future__ import annotations
 
+import gc
+import logging
+import re
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from answers import STORED
+from fake_gpu import cuda_on_cpu, install_engines, put_gpu, record_of
+from fake_tensorrt import VERSIONS, make_plan
+from host_cuda import HostRuntime
+from safetensors.numpy import load_file, save_file
 
-from unipinrec.errors import BackendError
-from unipinrec.runtime import Recommender
-from unipinrec.runtime.device import resolve_device
+from unipinrec.errors import BackendError, BundleError
+from unipinrec.runtime import Bundle, Recommender, RecommendOptions, verify_bundle
+from unipinrec.runtime.cuda import GpuInfo, driver_problem
+from unipinrec.runtime.device import DEVICES, candidates
+from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.engine_record import this_machine
+from unipinrec.runtime.manifest import Manifest
+
+Reseal = Callable[..., None]
+NO_DRIVER = "there is no NVIDIA driver here"
+without_driver = pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
 
 
-def test_a_device_that_was_asked_for_runs(bundle: Path, device: str) -> None:
-    running = Recommender.load(bundle, device).device
-    assert (running.name, running.reason, running.precision) == (device, "asked for", "fp32")
+@pytest.fixture
+def gpu(memory: HostRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuInfo]:
+    """A GPU with TensorRT proper and an empty cache of engines; nothing may be left on it."""
+    monkeypatch.setenv("UNIPINREC_CACHE", str(tmp_path / "cache"))
+    yield put_gpu(monkeypatch, memory)
+    gc.collect()
+    assert memory.left() == {}
+    assert memory.faults == []
 
 
+def served(recommender: Recommender) -> list[str]:
+    """What a sample user gets."""
+    with recommender:
+        user = recommender.bundle.user_events(recommender.bundle._user_ids()[0])
+        options = RecommendOptions(now_ms=1_760_000_000_000)
+        return [item.item for item in recommender.recommend(user, 3, options).items]
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "openvino", "cuda"])
+def test_a_device_that_was_asked_for_runs(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wanted == "openvino":
+        pytest.importorskip("openvino", reason="openvino is not installed")
+    if wanted == "cuda":
+        cuda_on_cpu(monkeypatch)
+    with Recommender.load(STORED, wanted, strict=True) as recommender:
+        running = recommender.device
+    assert (running.name, running.reason, running.precision, running.refused) == (wanted, "asked for", "fp32", ())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "precisions", "expected"),
+    [
+        ("auto", (), ("tensorrt-fp32", "cuda", "cpu")),
+        ("auto", ("bf16", "fp16", "fp8"), ("tensorrt-bf16", "cuda", "cpu")),
+        ("tensorrt", (), ("tensorrt-fp32", "cuda", "cpu")),
+        ("tensorrt", ("bf16",), ("tensorrt-bf16", "cuda", "cpu")),
+        ("tensorrt-fp32", ("bf16",), ("tensorrt-fp32", "cuda", "cpu")),
+        ("tensorrt-fp8", (), ("tensorrt-fp8", "cuda", "cpu")),
+        ("cuda", ("bf16",), ("cuda", "cpu")),
+        ("cuda-fp32", (), ("cuda", "cpu")),
+        ("cuda-bf16", (), ("cuda-bf16", "cpu")),
+        ("cpu", (), ("cpu",)),
+        ("openvino", (), ("openvino",)),
+        ("openvino-bf16", (), ("openvino-bf16",)),
+    ],
+)
+def test_candidates(manifest: Manifest, wanted: str, precisions: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    class WithGraphs:
+        """A manifest, of which only the names of the precisions are read."""
+
+    WithGraphs.precisions = dict.fromkeys(precisions)  # type: ignore[attr-defined] # a stand-in
+    assert candidates(wanted, WithGraphs) == expected  # type: ignore[arg-type] # a stand-in
+
+
+def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
+    for call in (lambda: Engine.open(Bundle.open(STORED), "tpu"), lambda: verify_bundle(tmp_path, "tpu")):
+        with pytest.raises(BackendError, match=f"unknown device 'tpu'; use one of {', '.join(DEVICES)}"):
+            call()
+
+
+@without_driver
 @pytest.mark.parametrize(
     ("bf16", "others"),
     [(True, "openvino and openvino-bf16 can be asked for"), (False, "openvino can be asked for")],
@@ -22,26 +97,213 @@ def test_a_device_that_was_asked_for_runs(bundle: Path, device: str) -> None:
 def test_auto_says_what_else_there_is(bf16: bool, others: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     monkeypatch.setattr("unipinrec.runtime.device.has_bf16", lambda: bf16)
-    auto = resolve_device("auto")
+    auto = Engine.open(Bundle.open(STORED), "auto").device
     assert (auto.name, auto.reason) == ("cpu", f"auto: ONNX Runtime on the CPU; {others}")
 
 
+@without_driver
 def test_without_openvino_auto_says_so_and_the_others_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert resolve_device("auto").reason == "auto: ONNX Runtime on the CPU; openvino is not installed"
+    stored = Bundle.open(STORED)
+    assert Engine.open(stored, "auto").device.reason == "auto: ONNX Runtime on the CPU; openvino is not installed"
     for wanted in ("openvino", "openvino-bf16"):
-        with pytest.raises(BackendError, match=r"OpenVINO is not installed; run pip install 'unipinrec\[cpu,openvino"):
-            resolve_device(wanted)
+        with pytest.raises(
+            BackendError,
+            match=r"^(OpenVINO is not installed; run pip install 'unipinrec\[cpu,openvino|this CPU has no)",
+        ):
+            Engine.open(stored, wanted)
+
+
+@without_driver
+def test_a_machine_without_a_gpu_serves_on_the_cpu_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "unipinrec")
+    device = Recommender.load(STORED, strict=True).device
+    assert device.name == "cpu"
+    assert [reason.partition(" (")[0] for reason in device.refused] == [
+        f"tensorrt-fp32: {NO_DRIVER}",
+        f"cuda: {NO_DRIVER}",
+    ]
+    told = [record for record in caplog.records if record.message.startswith("not used: ")]
+    assert [record.message for record in told] == [f"not used: {reason}" for reason in device.refused]
+    assert {record.levelname for record in told} == {"INFO"}
+
+
+@without_driver
+@pytest.mark.parametrize(("wanted", "refused"), [("tensorrt", 2), ("tensorrt-fp32", 2), ("cuda", 1), ("cuda-fp32", 1)])
+def test_a_fallback_is_loud(wanted: str, refused: int, caplog: pytest.LogCaptureFixture) -> None:
+    device = Recommender.load(STORED, wanted).device
+    assert (device.name, device.reason) == ("cpu", f"instead of {wanted}, which does not run here")
+    assert len(device.refused) == refused
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [*(f"not used: {reason}" for reason in device.refused), f"{wanted} was wanted, cpu serves"]
+    with pytest.raises(
+        BackendError, match=f"does not run on {wanted} and strict allows no other device: .*{NO_DRIVER}"
+    ):
+        Recommender.load(STORED, wanted, strict=True)
+    with pytest.raises(BackendError, match="strict allows no other device"):
+        verify_bundle(STORED, wanted, strict=True)
+
+
+@pytest.mark.parametrize("wanted", ["tensorrt-bf16", "tensorrt-fp16", "tensorrt-fp8", "cuda-bf16", "cuda-fp16"])
+def test_a_precision_that_the_bundle_lacks(wanted: str) -> None:
+    device = Engine.open(Bundle.open(STORED), wanted).device
+    precision = wanted.partition("-")[2]
+    assert device.refused[0] == (
+        f"{wanted}: the bundle has graphs in fp32, not in {precision}; export it again with --precision {precision}"
+    )
+    assert device.precision == "fp32"
+
+
+def test_engines_of_this_machine_are_chosen(gpu: GpuInfo, memory: HostRuntime) -> None:
+    stored = Bundle.open(STORED)
+    expected = served(Recommender.load(STORED, "cpu"))
+    install_engines(stored, gpu)
+    for wanted, reason in (("auto", "auto: engines of this bundle for this GPU"), ("tensorrt", "asked for")):
+        recommender = Recommender.load(STORED, wanted, strict=True)
+        running = recommender.device
+        assert (running.name, running.reason, running.refused) == ("tensorrt-fp32", reason, ())
+        assert memory.left() != {}
+        assert served(recommender) == expected
+        gc.collect()
+        assert memory.left() == {}
+    report = verify_bundle(STORED, "tensorrt")
+    assert report.ok
+    assert report.device is not None
+    assert report.device.name == "tensorrt-fp32"
+
+
+def test_without_an_engine_the_command_is_given_and_the_next_device_serves(
+    gpu: GpuInfo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = (
+        "tensorrt-fp32: no engine of encoder in fp32 was compiled; "
+        f"run unipinrec compile {STORED} --precision fp32 (3 more graphs have none either)"
+    )
+    device = Engine.open(Bundle.open(STORED), "tensorrt-fp32").device
+    assert (device.name, device.refused[0]) == ("cpu", missing)
+    assert "CUDAExecutionProvider" in device.refused[1]
+    with pytest.raises(BackendError, match=re.escape(missing)):
+        Recommender.load(STORED, strict=True)
+    cuda_on_cpu(monkeypatch)
+    caplog.clear()
+    auto = Engine.open(Bundle.open(STORED), "auto").device
+    assert (auto.name, auto.reason, auto.refused) == ("cuda", "auto: ONNX Runtime on the GPU", (missing,))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+def test_either_tensorrt_serves(memory: HostRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIPINREC_CACHE", str(tmp_path / "cache"))
+    gpu = put_gpu(monkeypatch, memory, ("tensorrt", "tensorrt_rtx"))
+    stored = Bundle.open(STORED)
+    device = Engine.open(stored, "tensorrt").device
+    assert device.refused[0].count("no engine of encoder in fp32 was compiled") == 2
+    install_engines(stored, gpu)
+    engine = Engine.open(stored, "tensorrt")
+    assert engine.device.name == "tensorrt-fp32"
+    engine.close()
+
+
+def test_without_tensorrt_all_of_it_is_named(memory: HostRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_gpu(monkeypatch, memory, ())
+    device = Engine.open(Bundle.open(STORED), "tensorrt").device
+    assert device.refused[0] == "tensorrt-fp32: tensorrt is not installed; tensorrt_rtx is not installed"
+
+
+def test_an_engine_of_another_machine_is_refused(gpu: GpuInfo) -> None:
+    stored = Bundle.open(STORED)
+    other = this_machine("Other GPU", gpu.architecture, gpu.driver_version)
+    install_engines(stored, gpu, machine=other)
+    with pytest.raises(BackendError, match=r"was built on a Other GPU, here is a .*; run unipinrec compile .*fp32"):
+        Engine.open(stored, "tensorrt", strict=True)
+
+
+def test_an_altered_plan_is_refused(gpu: GpuInfo) -> None:
+    stored = Bundle.open(STORED)
+    store = install_engines(stored, gpu)
+    for plan in store.root.glob("*/engine.plan"):
+        content = bytearray(plan.read_bytes())
+        content[-1] ^= 1
+        plan.chmod(0o600)
+        plan.write_bytes(content)
+    with pytest.raises(BackendError, match=r"engine\.plan is altered"):
+        Engine.open(stored, "tensorrt", strict=True)
+
+
+@pytest.fixture
+def carrying(tmp_path: Path, reseal: Reseal, gpu: GpuInfo) -> Path:
+    """A bundle with engines for its fp32 graphs, built ahead of time."""
+    folder = Path(shutil.copytree(STORED, tmp_path / "carrying"))
+    stored, engines, files = Bundle.open(folder), [], {}
+    for graph, file in stored.graph_files().items():
+        record = record_of(stored, graph, this_machine())
+        name = f"{graph}.engine"
+        (folder / name).write_bytes(make_plan(file, record.key.profiles))
+        files[name] = {"sha256": "", "size_bytes": 0}
+        engines.append(
+            {
+                "file": name,
+                "key": record.key.digest(),
+                "graph": graph,
+                "precision": "fp32",
+                "flavor": "tensorrt",
+                "version": VERSIONS["tensorrt"],
+                "targets": ["sm_75", gpu.architecture],
+            }
+        )
+    reseal(folder, engines=engines, files={**files})
+    reseal(folder)
+    return folder
+
+
+def test_engines_that_travel_need_to_be_allowed(carrying: Path) -> None:
+    with pytest.raises(
+        BackendError,
+        match=r"the engines in the bundle were built elsewhere for TensorRT 11\.4\.0\.106; a plan is executable code: "
+        r"allow it with --allow-bundle-engines .* or run unipinrec compile .*carrying --precision fp32",
+    ):
+        Recommender.load(carrying, "tensorrt", strict=True)
+    recommender = Recommender.load(carrying, "tensorrt", strict=True, allow_bundle_engines=True)
+    assert recommender.device.name == "tensorrt-fp32"
+    assert served(recommender) == served(Recommender.load(carrying, "cpu"))
 
 
 @pytest.mark.parametrize(
-    ("wanted", "match"),
-    [
-        ("cuda", "device 'cuda' is not available in this version; use one of auto, cpu, openvino, openvino-bf16"),
-        ("tensorrt", "device 'tensorrt' is not available in this version"),
-        ("tpu", "unknown device 'tpu'; use one of auto, cpu, openvino, openvino-bf16"),
-    ],
+    "change", [{"targets": ["sm_75"]}, {"version": "10.16.1"}, {"flavor": "tensorrt_rtx"}, {"precision": "bf16"}]
 )
-def test_a_device_that_cannot_run(wanted: str, match: str) -> None:
-    with pytest.raises(BackendError, match=match):
-        resolve_device(wanted)
+def test_engines_that_travel_must_fit(carrying: Path, reseal: Reseal, change: dict[str, Any]) -> None:
+    engines = [
+        {name: getattr(engine, name) for name in engine.__struct_fields__} | change
+        for engine in Bundle.open(carrying).manifest.engines
+    ]
+    reseal(carrying, engines=engines)
+    with pytest.raises(BackendError, match="no engine of encoder in fp32 was compiled"):
+        Engine.open(Bundle.open(carrying), "tensorrt", strict=True, allow_bundle_engines=True)
+
+
+def test_an_engine_that_was_swapped_after_the_check_is_refused(carrying: Path) -> None:
+    opened = Bundle.open(carrying)
+    (carrying / "ranker.engine").write_bytes(b"something else")
+    with pytest.raises(BackendError, match=r"ranker\.engine was altered since the bundle was opened"):
+        Engine.open(opened, "tensorrt", strict=True, allow_bundle_engines=True)
+
+
+def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(
+    gpu: GpuInfo, memory: HostRuntime, tmp_path: Path, reseal: Reseal
+) -> None:
+    folder = Path(shutil.copytree(STORED, tmp_path / "wrong"))
+    golden = load_file(folder / "golden.safetensors")
+    golden["ranker.logits"][0, 0, 0] += 0.5
+    save_file(golden, folder / "golden.safetensors")
+    reseal(folder)
+    install_engines(Bundle.open(folder), gpu)
+    with pytest.raises(BundleError, match=r"1 golden outputs do not reproduce on tensorrt-fp32 .* use device cpu"):
+        Recommender.load(folder)
+    gc.collect()
+    assert memory.left() == {}
+
+
+def test_a_closed_recommender_answers_nothing() -> None:
+    with Recommender.load(STORED, "cpu") as recommender:
+        recommender.recommend([{"item": recommender.bundle.item_ids[0], "actions": []}], 1)
+    with pytest.raises(BackendError, match="the graphs were closed; load the bundle again"):
+        recommender.recommend([{"item": recommender.bundle.item_ids[0], "actions": []}], 1)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
-from unipinrec.runtime.device import resolve_device
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.openvino_session import OpenVinoBackend
@@ -31,7 +30,7 @@ def opened(bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def engine(opened: Bundle) -> Engine:
-    return Engine.open(opened, resolve_device("openvino"))
+    return Engine.open(opened, "openvino")
 
 
 def history(times: NDArray[np.int64]) -> History:
@@ -119,7 +118,7 @@ def test_a_cpu_without_bf16_is_refused(bundle: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_bf16_rounds_inside_and_hands_out_floats(opened: Bundle, engine: Engine, bf16_device: str) -> None:
-    rounded = Engine.open(opened, resolve_device(bf16_device))
+    rounded = Engine.open(opened, bf16_device)
     batch = pad_histories([history(np.arange(20) * DAY_MS)])
     given, expected = (one.encode(batch).key_values[-1].numpy() for one in (rounded, engine))
     assert given.dtype == np.float32

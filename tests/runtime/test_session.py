@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.device import resolve_device
 from unipinrec.runtime.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.requests import History
 
@@ -22,7 +21,7 @@ NOW_MS = np.array([1_760_000_000_000])
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path, device: str) -> Engine:
-    return Engine.open(Bundle.open(bundle), resolve_device(device))
+    return Engine.open(Bundle.open(bundle), device)
 
 
 def history(events: int, first: int = 0) -> History:

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import verify_bundle
+from unipinrec.runtime.cuda import driver_problem
 
 Reseal = Callable[..., None]
 
@@ -19,6 +20,7 @@ def test_a_whole_bundle(bundle: Path) -> None:
     assert {check.file for check in report.files} >= {"manifest.json", "encoder.onnx", "index.hnsw", "weights.bin"}
     assert not any(check.problem for check in report.files)
     assert len(report.golden) == 12
+    assert report.device is not None
     assert (report.device.name, report.tolerance) == ("cpu", 1e-4)
 
 
@@ -29,7 +31,7 @@ def test_damaged_files_are_all_reported(copy: Path) -> None:
     problems = {check.file: check.problem for check in report.files if check.problem}
     assert problems.keys() == {"ranker.onnx", "index.hnsw"}
     assert problems["ranker.onnx"] == "is missing"
-    assert (report.ok, report.golden) == (False, ())
+    assert (report.ok, report.golden, report.device) == (False, (), None)
 
 
 def test_an_altered_manifest_is_reported(copy: Path) -> None:
@@ -87,6 +89,12 @@ def test_golden_requests_that_are_missing_are_reported(copy: Path, reseal: Resea
     assert "'prefix_lengths' is missing" in (report.files[-1].problem or "")
 
 
-def test_an_unavailable_device_is_an_error(bundle: Path) -> None:
-    with pytest.raises(BackendError, match="'cuda' is not available"):
-        verify_bundle(bundle, "cuda")
+@pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
+def test_a_device_that_is_not_there_is_replaced_and_the_reason_reported(bundle: Path) -> None:
+    report = verify_bundle(bundle, "cuda")
+    assert report.ok
+    assert report.device is not None
+    assert report.device.name == "cpu"
+    assert report.device.refused[0].startswith("cuda: there is no NVIDIA driver here")
+    with pytest.raises(BackendError, match="does not run on cuda and strict allows no other device"):
+        verify_bundle(bundle, "cuda", strict=True)

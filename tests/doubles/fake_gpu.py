@@ -1,0 +1,90 @@
+"""A machine with a GPU, as device resolution sees it: CUDA and TensorRT are the doubles, ONNX Runtime's GPU the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from fake_tensorrt import VERSIONS, fake_tensorrt, make_plan
+from host_cuda import HostRuntime, host_cuda
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.cuda import Cuda, GpuInfo
+from unipinrec.runtime.engine_record import (
+    BuildOptions,
+    EngineKey,
+    EngineRecord,
+    Machine,
+    Verification,
+    needs_of,
+    this_machine,
+)
+from unipinrec.runtime.engine_store import EngineStore
+from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
+from unipinrec.runtime.profiles import default_buckets, for_graph
+from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
+from unipinrec.runtime.tensorrt_layers import LayerReport
+
+KNOW_THE_DRIVER = ("device", "ort_cuda_session")
+KNOW_TENSORRT = ("device",)
+NOTHING_SEEN = LayerReport(layers=(), tensors={}, fallen={}, attention={})
+
+
+def cuda_on_cpu(patch: pytest.MonkeyPatch) -> None:
+    """Let ONNX Runtime's GPU backend run on the CPU: the same code with another provider and other memory."""
+    for name, value in (("_provider", "CPUExecutionProvider"), ("_memory", "cpu"), ("_settings", {})):
+        patch.setattr(OrtCudaBackend, name, value)
+
+
+def put_gpu(patch: pytest.MonkeyPatch, memory: HostRuntime, flavors: Sequence[Flavor] = ("tensorrt",)) -> GpuInfo:
+    """Put a GPU into this machine, and install TensorRT in some flavors."""
+    for module in KNOW_THE_DRIVER:
+        patch.setattr(f"unipinrec.runtime.{module}.driver_problem", lambda: None)
+    for module in KNOW_TENSORRT:
+        patch.setattr(f"unipinrec.runtime.{module}.import_tensorrt", lambda flavor: imported(memory, flavor, flavors))
+    patch.setattr(Cuda, "open", lambda device=0: host_cuda(memory))
+    return host_cuda(memory).info
+
+
+def imported(memory: HostRuntime, flavor: Flavor, installed: Sequence[Flavor]) -> TensorRT:
+    if flavor not in installed:
+        raise BackendError(f"{flavor} is not installed")
+    return fake_tensorrt(memory, flavor)
+
+
+def record_of(bundle: Bundle, graph: str, machine: Machine, precision: str = "fp32") -> EngineRecord:
+    """What the cache would say of an engine of TensorRT proper that was built and verified on a machine."""
+    trt = TensorRT(module=None, flavor="tensorrt", version=VERSIONS["tensorrt"])
+    need = needs_of(bundle, precision, trt)[graph]
+    model, spec = bundle.manifest.model, bundle.manifest.graphs_in(precision)[graph]
+    key = EngineKey(
+        graph=graph,
+        graph_sha256=need.graph_sha256,
+        precision=precision,
+        profiles=for_graph(default_buckets(model), spec, model.kv_prefix_slots),
+        flavor="tensorrt",
+        version=need.version,
+        target=machine.architecture,
+        options=BuildOptions(),
+    )
+    return EngineRecord(
+        key=key,
+        plan_sha256="",
+        size_bytes=0,
+        created="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+        machine=machine,
+        layers=NOTHING_SEEN,
+        activation_bytes=(),
+        verified=Verification(passed=True, how="tried"),
+    )
+
+
+def install_engines(bundle: Bundle, gpu: GpuInfo, machine: Machine | None = None) -> EngineStore:
+    """Put an engine of each of a bundle's fp32 graphs into the cache."""
+    store, here = EngineStore(), this_machine(gpu.name, gpu.architecture, gpu.driver_version)
+    for graph, file in bundle.graph_files().items():
+        record = record_of(bundle, graph, machine or here)
+        store.put(record, make_plan(file, record.key.profiles))
+    return store
