@@ -19,7 +19,7 @@ from unipinrec.runtime.manifest import Manifest
 from unipinrec.runtime.openvino_session import OpenVinoBackend
 from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
 from unipinrec.runtime.ort_session import OrtBackend
-from unipinrec.runtime.serving_engines import EngineFinder
+from unipinrec.runtime.serving_engines import ServingEngines
 from unipinrec.runtime.session import Backend
 from unipinrec.runtime.tensorrt_api import FLAVORS, TensorRT, import_tensorrt
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
@@ -178,10 +178,9 @@ def _open_tensorrt(bundle: Bundle, precision: Precision, allow_bundle_engines: b
 def _open_engines(trt: TensorRT, bundle: Bundle, precision: Precision, allow_bundle_engines: bool) -> Backend:
     cuda = Cuda.open()
     try:
-        finder = EngineFinder(trt=trt, gpu=cuda.info, allow_bundle_engines=allow_bundle_engines, store=EngineStore())
-        found = finder.load(bundle, precision)
-        specs = bundle.manifest.graphs_in(precision)
-        return _TensorRtOnOwnGpu(trt, cuda, found.plans, specs, precision, found.kernels)
+        engines = ServingEngines(trt=trt, gpu=cuda.info, store=EngineStore(), allow_bundle_engines=allow_bundle_engines)
+        plans, kernels = engines.load(bundle, precision)
+        return _TensorRtOnOwnGpu(trt, cuda, plans, bundle.manifest.graphs_in(precision), precision, kernels)
     except BaseException:
         cuda.close()
         raise

@@ -1,4 +1,4 @@
-"""The engines that may serve a bundle on this machine, and why the others may not.
+"""The engines that serve a bundle on this machine, or why there are none.
 
 A plan is executable code. One that this machine built, and that passed the golden requests here, is taken from the
 private cache. One that travels in the bundle is taken if the operator allows it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
@@ -17,88 +17,51 @@ from unipinrec.runtime.cuda import GpuInfo
 from unipinrec.runtime.engine_record import COMPILE, EngineRecord, Need, Refusal, needs_of, runs_on, this_machine
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.manifest import EngineSpec
-from unipinrec.runtime.tensorrt_api import NAMES, TensorRT
+from unipinrec.runtime.tensorrt_api import TensorRT
+from unipinrec.runtime.tensorrt_load import Plan
 
-ALLOW = "allow it with --allow-bundle-engines (in Python allow_bundle_engines=True) if you trust who built the bundle"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundEngine:
-    """A graph's engine, its plan unread, or why there is none.
-
-    Attributes:
-        graph: Name of the graph.
-        precision: Of the bundle's graphs.
-        engine: The entry of the cache, or what the bundle's manifest says; None where `problem` says why.
-        problem: Why none may serve, and what to do.
-    """
-
-    graph: str
-    precision: str
-    engine: EngineRecord | EngineSpec | None = None
-    problem: str | None = None
-
-    @property
-    def source(self) -> Literal["cache", "bundle"] | None:
-        """Where the engine is."""
-        if self.engine is None:
-            return None
-        return "cache" if isinstance(self.engine, EngineRecord) else "bundle"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plans:
-    """What is loaded: per graph the plan, and the kernels that TensorRT-RTX compiled earlier where they were kept."""
-
-    plans: dict[str, bytes]
-    kernels: dict[str, bytes]
+ALLOW = "allow it with --allow-bundle-engines (in Python allow_bundle_engines=True) if you trust who built it"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EngineFinder:
-    """Finds the engines of bundles.
+class ServingEngines:
+    """Where the engines of bundles may come from.
 
     Attributes:
         trt: What is to run them.
         gpu: Where.
-        allow_bundle_engines: Whether plans that travel in a bundle may run.
         store: The private cache.
+        allow_bundle_engines: Whether plans that travel in a bundle may run.
     """
 
     trt: TensorRT
     gpu: GpuInfo
-    allow_bundle_engines: bool
     store: EngineStore
+    allow_bundle_engines: bool
 
-    def find(self, bundle: Bundle, precision: str) -> list[FoundEngine]:
-        """What serves each graph of a bundle in a precision that it holds. Reads no plan."""
-        return [self._find(bundle, need) for need in needs_of(bundle, precision, self.trt).values()]
-
-    def load(self, bundle: Bundle, precision: str) -> Plans:
-        """The plans of all graphs.
+    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
+        """The plans of all graphs, and the kernels that TensorRT-RTX compiled of some of them here earlier.
 
         Raises:
-            BackendError: One has no engine that may run here, or a plan is not the one that is listed.
+            BackendError: A graph has no engine that may run here, or a plan is not the one that is listed.
         """
-        found = self.find(bundle, precision)
-        problems = [one.problem for one in found if one.problem]
+        machine = this_machine(self.gpu.name, self.gpu.architecture, self.gpu.driver_version)
+        files, problems = bundle.graph_files(precision), []
+        plans: dict[str, Plan] = {}
+        kernels: dict[str, bytes] = {}
+        for graph, need in needs_of(bundle, precision, self.trt).items():
+            cached, carried = self.store.serving(need, machine), next(self._carried(bundle, need), None)
+            if isinstance(cached, EngineRecord):
+                plans[graph] = self._cached_plan(cached, files[graph])
+                kernels |= {graph: content} if (content := self.store.kernels(cached)) else {}
+            elif carried and self.allow_bundle_engines:
+                plans[graph] = _carried_plan(bundle, carried)
+            else:
+                problems.append(_problem(bundle, need, cached, carried))
         if problems:
             more = f" ({len(problems) - 1} more graphs have none either)" if len(problems) > 1 else ""
             raise BackendError(f"{problems[0]}{more}")
-        plans = {one.graph: self._plan(bundle, one.engine) for one in found if one.engine}
-        records = {one.graph: one.engine for one in found if isinstance(one.engine, EngineRecord)}
-        kernels = {graph: self.store.kernels(record) for graph, record in records.items()}
-        return Plans(plans=plans, kernels={graph: content for graph, content in kernels.items() if content})
-
-    def _find(self, bundle: Bundle, need: Need) -> FoundEngine:
-        machine = this_machine(self.gpu.name, self.gpu.architecture, self.gpu.driver_version)
-        cached = self.store.serving(need, machine)
-        if isinstance(cached, EngineRecord):
-            return FoundEngine(graph=need.graph, precision=need.precision, engine=cached)
-        carried = next(self._carried(bundle, need), None)
-        if carried and self.allow_bundle_engines:
-            return FoundEngine(graph=need.graph, precision=need.precision, engine=carried)
-        return FoundEngine(graph=need.graph, precision=need.precision, problem=_problem(bundle, need, cached, carried))
+        return plans, kernels
 
     def _carried(self, bundle: Bundle, need: Need) -> Iterator[EngineSpec]:
         """The engines in the bundle that fit; its manifest lists them beside the graph that they were built from."""
@@ -108,20 +71,29 @@ class EngineFinder:
             if fits and same == (need.graph, need.precision, need.flavor, need.version):
                 yield spec
 
-    def _plan(self, bundle: Bundle, engine: EngineRecord | EngineSpec) -> bytes:
-        if isinstance(engine, EngineRecord):
-            return self.store.plan(engine)
-        content = (bundle.path / engine.file).read_bytes()
-        if hashlib.sha256(content).hexdigest() != bundle.manifest.files[engine.file].sha256:
-            raise BackendError(f"{bundle.path / engine.file} was altered since the bundle was opened; copy it again")
-        return content
+    def _cached_plan(self, record: EngineRecord, graph_file: Path) -> Plan:
+        options = record.key.options
+        return Plan(
+            content=self.store.plan(record),
+            weights=graph_file if options.strip_weights else None,
+            host_code=options.version_compatible,
+        )
+
+
+def _carried_plan(bundle: Bundle, spec: EngineSpec) -> Plan:
+    """A plan of the bundle: the very bytes whose sha256 was compared."""
+    content = (bundle.path / spec.file).read_bytes()
+    if hashlib.sha256(content).hexdigest() != bundle.manifest.files[spec.file].sha256:
+        raise BackendError(f"{bundle.path / spec.file} was altered since the bundle was opened; copy it again")
+    return Plan(content=content)
 
 
 def _problem(bundle: Bundle, need: Need, cached: Refusal, carried: EngineSpec | None) -> str:
+    """Why a graph has no engine to run, and what to do."""
     command = f"run unipinrec compile {bundle.path} --precision {need.precision}"
     if carried:
         return (
-            f"the engines in the bundle were built elsewhere for {NAMES[need.flavor]} {need.version}; a plan is "
-            f"executable code: {ALLOW}, or {command}"
+            f"the bundle carries an engine of {need.graph} in {need.precision}, but a plan is executable code: "
+            f"{ALLOW}, or {command}"
         )
     return f"{cached.reason}; {command if cached.remedy == COMPILE else cached.remedy}"
