@@ -21,24 +21,34 @@ MXCSR = 7  # its word in fenv_t of x86-64 Linux, glibc and musl alike
 
 def available_threads(cgroup: Path = CGROUP) -> int:
     """How many threads can run at once: the affinity mask, or the cgroup's CPU quota where that is less."""
-    cores = len(os.sched_getaffinity(0))
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota(cgroup)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def cpu_quota(cgroup: Path = CGROUP) -> float | None:
+    """How many CPUs the cgroup allows this process; None = all."""
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
         try:
             quota, period = " ".join((cgroup / file).read_text() for file in files).split()
         except (OSError, ValueError):
             continue
         if quota not in ("max", "-1"):
-            return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    return cores
+            return int(quota) / int(period)
+    return None
 
 
 def has_bf16(cpuinfo: Path = CPUINFO) -> bool:
     """Whether the CPU multiplies bf16 numbers by instructions of its own."""
+    return bool(BF16_FLAGS & cpu_flags(cpuinfo))
+
+
+def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
+    """What the CPU can do, as Linux on x86-64 names it; empty where that is not known."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
-        return False
-    return any(BF16_FLAGS & set(line.split()) for line in lines if line.startswith("flags"))
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 @functools.cache

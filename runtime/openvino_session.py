@@ -26,6 +26,10 @@ from unipinrec.runtime.tensors import check_inputs, host_array, opened
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours: OpenVINO's
 ATTENTION = ("ScaledDotProductAttention", "Softmax")
+NO_BF16 = (
+    "this CPU has no bf16 instructions (AMX or AVX-512 BF16), and OpenVINO would compute in another precision or "
+    "emulate it slowly; use device openvino or cpu"
+)
 TIME_SUFFIX = "timestamps_ms"  # how the names of all inputs end that hold times
 log = logging.getLogger(__name__)
 
@@ -98,10 +102,7 @@ class OpenVinoBackend:
             BackendError: OpenVINO is missing or does not load a graph, or this CPU does not compute in `precision`.
         """
         if precision == "bf16" and not has_bf16():
-            raise BackendError(
-                "this CPU has no bf16 instructions (AMX or AVX-512 BF16), and OpenVINO would compute in another "
-                "precision or emulate it slowly; use device openvino or cpu"
-            )
+            raise BackendError(NO_BF16)
         self._ov = import_openvino()
         self.threads = threads or available_threads()
         self.precision = precision

@@ -26,6 +26,7 @@ from unipinrec.runtime.ort_session import OrtTensor, import_onnxruntime, load_se
 from unipinrec.runtime.session import Tensor
 from unipinrec.runtime.tensors import check_inputs, opened
 
+CUDA = "CUDAExecutionProvider"
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 INSTALL = "run pip uninstall onnxruntime onnxruntime-gpu, then pip install 'unipinrec[gpu]'"
 # What sizes of tensors are computed with. A float cannot be on the CPU for one of these alone: its source is not.
@@ -47,7 +48,7 @@ class OrtCudaBackend:
     rank_chunk: int | None = None
     rank_runs: int = 1
 
-    _provider: ClassVar[str] = "CUDAExecutionProvider"
+    _provider: ClassVar[str] = CUDA
     _memory: ClassVar[str] = "cuda"
     _settings: ClassVar[Mapping[str, str]] = {
         "device_id": "0",

@@ -8,6 +8,7 @@ from unipinrec import __version__
 from unipinrec.cli_compile import compile_engines
 from unipinrec.cli_data import prepare
 from unipinrec.cli_demo import demo
+from unipinrec.cli_doctor import doctor
 from unipinrec.cli_export import export
 from unipinrec.cli_index import index
 from unipinrec.cli_plan import plan
@@ -21,5 +22,5 @@ def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
 
 
-for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, index, plan, demo):
+for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, doctor, index, plan, demo):
     main.add_command(subcommand)
