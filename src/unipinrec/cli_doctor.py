@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +38,9 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     With a BUNDLE it also shows the bundle's compiled engines, loads it as a server would, and fails if nothing serves
     it.
     """
-    with stderr.status("examining"):
+    with stderr.status("examining"), _without_warnings():
         from unipinrec.runtime.doctor import examine
 
-        logging.getLogger("unipinrec").setLevel(logging.ERROR)  # what loading would say is in the diagnosis
         found = examine(bundle)
     if as_json:
         print_json(found)
@@ -47,6 +48,18 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
         _print(found)
     if bundle and found.auto.device is None:
         raise BackendError(f"{bundle} cannot be served here: {found.auto.problem}")
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep back what loading a bundle warns of: the diagnosis has all of it."""
+    logger = logging.getLogger("unipinrec")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _print(found: Diagnosis) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
+import onnx
 import pytest
 from fake_tensorrt import VERSIONS, fake_tensorrt, make_plan
 from host_cuda import HostRuntime, host_cuda
@@ -26,8 +29,8 @@ from unipinrec.runtime.profiles import default_buckets, for_graph
 from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
 from unipinrec.runtime.tensorrt_layers import LayerReport
 
-KNOW_THE_DRIVER = ("device", "ort_cuda_session")
-KNOW_TENSORRT = ("device",)
+KNOW_THE_DRIVER = ("device", "doctor", "ort_cuda_session")
+KNOW_TENSORRT = ("device", "doctor")
 NOTHING_SEEN = LayerReport(layers=(), tensors={}, fallen={}, attention={})
 
 
@@ -44,7 +47,9 @@ def put_gpu(patch: pytest.MonkeyPatch, memory: HostRuntime, flavors: Sequence[Fl
     for module in KNOW_TENSORRT:
         patch.setattr(f"unipinrec.runtime.{module}.import_tensorrt", lambda flavor: imported(memory, flavor, flavors))
     patch.setattr(Cuda, "open", lambda device=0: host_cuda(memory))
-    return host_cuda(memory).info
+    info = host_cuda(memory).info
+    patch.setattr("unipinrec.runtime.doctor.probe_gpu", lambda: info)
+    return info
 
 
 def imported(memory: HostRuntime, flavor: Flavor, installed: Sequence[Flavor]) -> TensorRT:
@@ -81,10 +86,23 @@ def record_of(bundle: Bundle, graph: str, machine: Machine, precision: str = "fp
     )
 
 
-def install_engines(bundle: Bundle, gpu: GpuInfo, machine: Machine | None = None) -> EngineStore:
-    """Put an engine of each of a bundle's fp32 graphs into the cache."""
+def install_engines(
+    bundle: Bundle, gpu: GpuInfo, machine: Machine | None = None, files: Mapping[str, Path] = MappingProxyType({})
+) -> EngineStore:
+    """Put an engine of each of a bundle's fp32 graphs into the cache; `files` are built instead of the bundle's."""
     store, here = EngineStore(), this_machine(gpu.name, gpu.architecture, gpu.driver_version)
     for graph, file in bundle.graph_files().items():
         record = record_of(bundle, graph, machine or here)
-        store.put(record, make_plan(file, record.key.profiles))
+        store.put(record, make_plan(files.get(graph, file), record.key.profiles))
     return store
+
+
+def wrong_ranker(bundle: Bundle, folder: Path) -> Path:
+    """The ranker with its weights grown by a half."""
+    model = onnx.load(bundle.graph_files()["ranker"])
+    for weight in model.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:
+            grown = 1.5 * onnx.numpy_helper.to_array(weight)
+            weight.CopyFrom(onnx.numpy_helper.from_array(grown.astype("float32"), weight.name))
+    onnx.save(model, folder / "wrong.onnx")
+    return folder / "wrong.onnx"

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 from answers import STORED
-from fake_gpu import cuda_on_cpu, install_engines, put_gpu, record_of
+from fake_gpu import cuda_on_cpu, install_engines, put_gpu, record_of, wrong_ranker
 from fake_tensorrt import VERSIONS, make_plan
 from host_cuda import HostRuntime
-from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime import Bundle, Recommender, RecommendOptions, verify_bundle
@@ -287,19 +286,17 @@ def test_an_engine_that_was_swapped_after_the_check_is_refused(carrying: Path) -
         Engine.open(opened, "tensorrt", strict=True, allow_bundle_engines=True)
 
 
-def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(
-    gpu: GpuInfo, memory: HostRuntime, tmp_path: Path, reseal: Reseal
-) -> None:
-    folder = Path(shutil.copytree(STORED, tmp_path / "wrong"))
-    golden = load_file(folder / "golden.safetensors")
-    golden["ranker.logits"][0, 0, 0] += 0.5
-    save_file(golden, folder / "golden.safetensors")
-    reseal(folder)
-    install_engines(Bundle.open(folder), gpu)
+def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(gpu: GpuInfo, memory: HostRuntime, tmp_path: Path) -> None:
+    stored = Bundle.open(STORED)
+    install_engines(stored, gpu, files={"ranker": wrong_ranker(stored, tmp_path)})
     with pytest.raises(BundleError, match=r"1 golden outputs do not reproduce on tensorrt-fp32 .* use device cpu"):
-        Recommender.load(folder)
+        Recommender.load(STORED)
     gc.collect()
     assert memory.left() == {}
+    report = verify_bundle(STORED)
+    assert not report.ok
+    assert report.device is not None
+    assert report.device.name == "tensorrt-fp32"
 
 
 def test_a_closed_recommender_answers_nothing() -> None:
