@@ -120,7 +120,6 @@ class Reader:
             BackendError: The reader is closed, or the copy failed.
         """
         nbytes = size_bytes(dtype, shape)
-        self.cuda.activate()
         lane = self._take()
         try:
             pinned = lane.reserve(nbytes)

@@ -24,6 +24,7 @@ from host_cuda import HostRuntime, host_cuda
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.cuda import Cuda
 from unipinrec.runtime.profiles import Buckets, ProfileShapes, default_buckets, for_graph
 from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
@@ -382,6 +383,7 @@ def double_backend(
     buckets: Buckets | None = None,
     flavor: Flavor = "tensorrt",
     kernels: Mapping[str, bytes] | None = None,
+    cuda: Cuda | None = None,
 ) -> TensorRtBackend:
     """The real backend over the doubles, with an engine for each of a bundle's graphs in fp32."""
     model, specs = bundle.manifest.model, bundle.manifest.graphs_in("fp32")
@@ -390,4 +392,4 @@ def double_backend(
         name: make_plan(files[name], for_graph(buckets or default_buckets(model), spec, model.kv_prefix_slots))
         for name, spec in specs.items()
     }
-    return TensorRtBackend(fake_tensorrt(memory, flavor), host_cuda(memory), plans, specs, "fp32", kernels)
+    return TensorRtBackend(fake_tensorrt(memory, flavor), cuda or host_cuda(memory), plans, specs, "fp32", kernels)

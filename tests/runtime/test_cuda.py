@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,19 @@ def test_memory_outlives_its_stream_and_the_gpu_being_closed(runtime: HostRuntim
     for use in (lambda: cuda.malloc(1, 0), lambda: cuda.host_alloc(1), cuda.stream):
         with pytest.raises(BackendError, match="GPU 1 was closed; open it again"):
             use()
+
+
+def test_any_thread_may_use_it(runtime: HostRuntime) -> None:
+    cuda = host_cuda(runtime)
+
+    def use() -> int:
+        cuda.host_free(cuda.host_alloc(10))
+        return cuda.malloc(10, cuda.stream())
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        second.submit(cuda.free, first.submit(use).result(), 0).result()
+    cuda.close()
+    assert (runtime.left(), runtime.faults) == ({}, [])
 
 
 def test_it_closes_itself_behind_a_block(runtime: HostRuntime) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import answer, assert_same, engine_of, history
-from fake_tensorrt import IExecutionContext, double_backend
-from host_cuda import CLEANING, CudaError, FailOnce, HostRuntime, Injected
+from fake_tensorrt import IExecutionContext, double_backend, fake_tensorrt, make_plan
+from host_cuda import CLEANING, CudaError, FailOnce, HostRuntime, Injected, host_cuda
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.engine import Engine, pad_histories
+from unipinrec.runtime.profiles import default_buckets, for_graph
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
 
 GOES_ON = CLEANING | {"cudaSetDevice"}  # cleaning up goes on without what cannot be freed
@@ -51,6 +52,54 @@ def test_what_tensorrt_refuses_is_an_error_and_the_next_run_is_right(
         with pytest.raises(BackendError, match=match):
             engine.encode(pad_histories([history(stored, 4)]))
     assert_same(answer(engine, stored), answer(exact, stored))
+
+
+def test_shapes_that_were_half_set_are_set_again(
+    backend: TensorRtBackend, stored: Bundle, exact: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(backend, stored)
+    set_shape = IExecutionContext.set_input_shape
+    batch = pad_histories([history(stored, 4), history(stored, 4, seed=1)])
+    expected = exact.encode(batch).last_hidden_state.numpy()
+    engine.encode(batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            IExecutionContext,
+            "set_input_shape",
+            lambda self, name, shape: name != "lengths" and set_shape(self, name, shape),
+        )
+        with pytest.raises(BackendError, match=r"encoder: TensorRT takes no \[2\] for lengths"):
+            engine.encode(pad_histories([history(stored, 5)] * 2))
+    np.testing.assert_allclose(engine.encode(batch).last_hidden_state.numpy(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_failed_run_gives_its_memory_back_while_its_error_is_handled(
+    backend: TensorRtBackend, stored: Bundle, memory: HostRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(backend, stored)
+    batch = pad_histories([history(stored, 4)])
+    engine.encode(batch)
+    gc.collect()
+    left = memory.left()
+    monkeypatch.setattr(IExecutionContext, "execute_async_v3", refuse)
+    with pytest.raises(BackendError, match="encoder: TensorRT does not run") as caught:
+        engine.encode(batch)
+    assert memory.left() == left
+    assert caught.value.__traceback__ is not None  # which holds all that the run had
+
+
+def test_a_load_that_failed_gives_everything_back_while_its_error_is_handled(
+    stored: Bundle, memory: HostRuntime
+) -> None:
+    spec, file = stored.manifest.graphs["retrieval"], stored.graph_files()["retrieval"]
+    plan = make_plan(file, for_graph(default_buckets(stored.manifest.model), spec, 1))
+    specs = {"retrieval": spec, "ranker": spec}
+    with pytest.raises(BackendError, match=r"ranker: TensorRT 11.4.0.106 does not load the engine") as caught:
+        TensorRtBackend(
+            fake_tensorrt(memory), host_cuda(memory), {"retrieval": plan, "ranker": b"nonsense"}, specs, "fp32"
+        )
+    assert memory.left() == {}
+    assert caught.value.__traceback__ is not None
 
 
 def test_tensorrts_own_words_are_in_the_message_of_the_run_that_failed(

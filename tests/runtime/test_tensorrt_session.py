@@ -374,6 +374,9 @@ def test_keys_and_values_in_less_precision(
         buffer = KvBuffer(stored.manifest.model, 1, 6 + stored.manifest.model.kv_prefix_slots)
         buffer.put(0, 0, row_of(encoded.key_values, 0, 6 + stored.manifest.model.kv_prefix_slots))
         np.testing.assert_array_equal(engine.rank(encoded.over(buffer), *request), there)
-    del encoded, grown
+        with double_backend(stored, memory, cuda=backend.cuda) as full:  # whose keys and values have another type
+            unrounded = engine_of(full, stored).encode(pad_histories([history(stored, 6)]))
+            np.testing.assert_allclose(engine.rank(unrounded, *request), there, atol=0.05, rtol=0)
+    del encoded, grown, unrounded
     gc.collect()
     assert (memory.left(), memory.faults) == ({}, [])
