@@ -25,40 +25,36 @@ import numpy as np
 from common import card, finish
 from numpy.typing import NDArray
 
+from unipinrec.export.held_out import LAST_EVENTS, auc_by_action
 from unipinrec.models.config import SMALL
-from unipinrec.models.metrics import action_metrics
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
 from unipinrec.runtime.bundle import USER_IDS, Bundle
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
-from unipinrec.runtime.requests import ResolvedRequest
+from unipinrec.runtime.requests import History, ResolvedRequest
 
-LAST_EVENTS, CANDIDATES, TOP = 4, 200, 10
+CANDIDATES, TOP = 200, 10
 SLOTS, GIB = 993, 1 << 30
 Answer = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One user: the events, and C labels of each of the last ones."""
+    """One user: the events, as a caller sends them and as the graphs take them."""
 
     user: str
     events: tuple[Event, ...]
-    labels: NDArray[np.float32]
+    history: History
 
 
 def samples(bundle: Bundle, users: int) -> list[Sample]:
     """Sample users with events to hold out."""
     names = json.loads((bundle.path / USER_IDS).read_text())[:users]
-    found = [(user, bundle.user_events(user)) for user in names]
+    found = zip(names, bundle.sample_histories(users), strict=True)
     return [
-        Sample(
-            user=user,
-            events=events,
-            labels=np.array([[a in event.actions for a in bundle.manifest.actions] for event in events[-LAST_EVENTS:]]),
-        )
-        for user, events in found
-        if len(events) > LAST_EVENTS
+        Sample(user=user, events=bundle.user_events(user), history=history)
+        for user, history in found
+        if len(history) > LAST_EVENTS
     ]
 
 
@@ -105,27 +101,22 @@ def quality(path: Path, users: int) -> dict[str, dict[str, Any]]:
     chosen = samples(plain.bundle, users)
     asked = [plain.resolve(request(s, len(s.events), s.events[-1].timestamp_ms)) for s in chosen]
     expected = [rank(plain, one, None) for one in asked]
-    labels, owners = np.concatenate([s.labels for s in chosen]), np.repeat(np.arange(len(chosen)), LAST_EVENTS)
     results: dict[str, dict[str, Any]] = {}
     best: list[set[str]] = []
     for dtype in KV_DTYPES:
         cached = Recommender.load(path, cache=CacheOptions(budget_bytes=GIB // 4, dtype=dtype))
-        scored = np.concatenate([last_events(cached, sample) for sample in chosen])
+        scored = [last_events(cached, sample) for sample in chosen]
         assert cached.cache is not None
         cached.cache.clear()
         tops = [set(top(cached, sample)) for sample in chosen]
         best = best or tops
         changes = [np.abs(rank(cached, a, rows)[1] - logits) for a, (rows, logits) in zip(asked, expected, strict=True)]
-        metrics = {
-            action: action_metrics(owners, labels[:, i].astype(np.uint8), scored[:, i].astype(np.float64))
-            for i, action in enumerate(plain.bundle.manifest.actions)
-        }
         results[dtype] = {
             "top10_overlap": float(np.mean([len(a & b) / TOP for a, b in zip(tops, best, strict=True)])),
             "users_with_another_top10": sum(a != b for a, b in zip(tops, best, strict=True)),
             "largest_logit_change": float(max(change.max() for change in changes)),
             "p99_logit_change": float(np.percentile(np.concatenate([change.ravel() for change in changes]), 99)),
-            "auc": {action: m.auc for action, m in metrics.items()},  # of logits: they rank as probabilities do
+            "auc": auc_by_action(plain.bundle.manifest.actions, [sample.history for sample in chosen], scored),
             "users": len(chosen),
             "users_per_gib": round(len(chosen) * GIB / cached.cache.statistics().bytes_used),
         }

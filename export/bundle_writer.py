@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from unipinrec.export.cases import CaseMaker
 from unipinrec.export.golden import golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
+from unipinrec.export.precision_check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, Histories
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.bundle import (
@@ -42,13 +44,29 @@ EMBED_CHUNK = 65_536
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "hnswlib", "numpy")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What may be chosen.
+
+    Attributes:
+        users: How many of the histories, the first ones, go into the bundle, for `recommend --user`.
+        recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
+    """
+
+    users: int = 1000
+    recall: float = RECALL_TARGET
+
+
+DEFAULTS = ExportOptions()
+
+
 def export_bundle(
     source: ExportSource,
     out: Path,
     *,
     histories: Histories | None = None,
-    users: int = 1000,
-    recall: float = RECALL_TARGET,
+    precisions: Sequence[str] = (),
+    options: ExportOptions = DEFAULTS,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
     """Write a bundle: graphs, item table, index, golden requests, manifest.
@@ -56,18 +74,20 @@ def export_bundle(
     Args:
         source: The model and its catalogue.
         out: Folder to create; it must not exist.
-        histories: Real histories for the golden requests and the index's recall; random ones if None.
-        users: How many of `histories`, the first ones, go into the bundle, for `recommend --user`.
-        recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
+        histories: Real histories for the golden requests, the index's recall and the AUC of further precisions; random
+            ones, and no AUC, if None.
+        precisions: In which the graphs are written beside fp32: "bf16", "fp16".
+        options: What else may be chosen.
         progress: Called with the name of each stage as it begins.
 
     Returns:
-        The manifest, with the parity report and the measured recall.
+        The manifest, with the parity report, the measured recall and what each precision changes.
 
     Raises:
-        ParityError: A graph does not compute what PyTorch computes.
+        ParityError: A graph does not compute what PyTorch computes, or a precision does not recommend what fp32 does.
         ExportError: Anything else that went wrong, the disk being full included.
     """
+    reduced = known_precisions(precisions)
     with written_whole(out) as folder:
         progress("item table")
         vectors = _item_table(source, folder)
@@ -75,14 +95,16 @@ def export_bundle(
         progress("golden requests")
         sample = histories or random_histories(source)
         save_file(dict(golden_tensors(source, sample, vectors)), folder / GOLDEN)
-        if histories is not None and users:
-            _write_users(histories, users, folder)
+        if histories is not None and options.users:
+            _write_users(histories, options.users, folder)
         progress("index")
-        task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=recall)
+        task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
         index = build_index(task, folder / INDEX)
         progress("manifest")
         manifest = _manifest(source, folder, graphs, parity, index)
         seal(folder, manifest)
+        if reduced:
+            manifest = add_precisions(folder, reduced, histories.split() if histories else [], progress)
     return manifest
 
 

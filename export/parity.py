@@ -39,7 +39,7 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 def check_graph(graph: Graph, path: Path, cases: list[Case]) -> list[ParityCheck]:
     """Check one written graph: format, names, axes, then shapes and values on every case."""
-    checks = [_named(graph, "onnx checker", _format_problem(path))]
+    checks = [_named(graph, "onnx checker", format_problem(path))]
     spec = graph_spec(path)
     names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
     expected = tuple(graph.inputs), graph.outputs
@@ -75,7 +75,8 @@ def _named(graph: Graph, check: str, problem: str | None) -> ParityCheck:
     return ParityCheck(graph=graph.name, check=check, case="file", max_abs_diff=None, problem=problem)
 
 
-def _format_problem(path: Path) -> str | None:
+def format_problem(path: Path) -> str | None:
+    """What makes a written graph invalid, if anything."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

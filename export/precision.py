@@ -100,9 +100,7 @@ class _Graph:
             ExportError: A finite one becomes infinite.
         """
         array = self.array(weight)
-        with np.errstate(over="ignore"):
-            rounded = array.astype(NUMPY_TYPES[self.precision])
-        lost = np.isfinite(array) & ~np.isfinite(rounded.astype(np.float32))
+        rounded, lost = _round(array, self.precision)
         if lost.any():
             raise ExportError(
                 f"{self.model.graph.name}: {weight} holds {float(array[lost][0]):g}, which {self.precision} cannot; "
@@ -162,9 +160,16 @@ class _Graph:
         """Whether it reads a constant that the low type cannot hold, such as a mask's -1e9."""
         if node.op_type in MOVES:
             return False
-        constants = [name for name in node.input if name in self.weights and name in self.floats]
-        largest = float(ml_dtypes.finfo(NUMPY_TYPES[self.precision]).max)
-        return any(np.abs(a[np.isfinite(a)]).max(initial=0.0) > largest for a in map(self.array, constants))
+        constants = (name for name in node.input if name in self.weights and name in self.floats)
+        return any(_round(self.array(name), self.precision)[1].any() for name in constants)
+
+
+def _round(array: NDArray[np.float32], precision: LowType) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """Values in a low type, and which of them were finite and are not any more."""
+    with np.errstate(over="ignore"):
+        rounded = array.astype(NUMPY_TYPES[precision])
+    lost: NDArray[np.bool_] = np.isfinite(array) & ~np.isfinite(rounded.astype(np.float32))
+    return rounded, lost
 
 
 def _float_values(model: onnx.ModelProto) -> set[str]:
@@ -177,15 +182,16 @@ def _float_values(model: onnx.ModelProto) -> set[str]:
         else:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     slim = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, graph=graph)
-    typed = onnx.shape_inference.infer_shapes(slim, strict_mode=True).graph
+    try:
+        typed = onnx.shape_inference.infer_shapes(slim, strict_mode=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"{graph.name}: types cannot be inferred: {error}; export in fp32 alone") from error
     kinds = {v.name: v.type.tensor_type.elem_type for v in [*typed.input, *typed.output, *typed.value_info]}
     kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         for name in node.output:
             if name and not kinds.get(name):
-                raise ExportError(
-                    f"{graph.name}: the type of {name} is not known, {node.op_type} is not of standard ONNX"
-                )
+                raise ExportError(f"{graph.name}: {node.op_type} is not of standard ONNX; export in fp32 alone")
     return {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
 
 

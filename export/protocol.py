@@ -11,6 +11,7 @@ a history may begin with `kv_prefix_slots` slots of the model's own (a sink). A 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
 from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.runtime.requests import History
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 MISSING_TIMESTAMP_MS = -1
@@ -88,6 +90,16 @@ class Histories:
     actions: NDArray[np.uint8]
     surfaces: NDArray[np.int64]
     timestamps_ms: NDArray[np.int64]
+
+    def split(self) -> list[History]:
+        """Each user's as the runtime takes it."""
+        events = History(
+            item_rows=self.item_rows,
+            actions=self.actions.astype(np.float32),
+            surfaces=self.surfaces,
+            timestamps_ms=self.timestamps_ms,
+        )
+        return [events.part(*window) for window in itertools.pairwise(self.offsets.tolist())]
 
 
 @dataclass(frozen=True, kw_only=True)

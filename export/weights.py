@@ -1,4 +1,4 @@
-"""Make a graph file fit for a bundle: weights shared by all graphs in one file, no traces of the exporting machine."""
+"""Make a graph fit for a bundle: weights shared by all graphs of a precision, no traces of the exporting machine."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ ALIGNMENT = 4096
 
 
 class SharedWeights:
-    """Appends each distinct tensor once to `weights.bin` of a folder; graphs refer to it by offset."""
+    """Appends each distinct tensor once to one file of a folder; graphs refer to it by offset."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, file: str = WEIGHTS_FILE) -> None:
+        self.folder, self.file = folder, file
         self.offsets: dict[str, int] = {}
-        (folder / WEIGHTS_FILE).touch()
+        (folder / file).touch()
 
     def take(self, graph_file: str) -> None:
         """Rewrite a graph so that its large weights live in the shared file and its nodes carry no source paths."""
-        path = self.folder / graph_file
-        model = onnx.load(path)
+        self.put(onnx.load(self.folder / graph_file), graph_file)
+
+    def put(self, model: onnx.ModelProto, graph_file: str) -> None:
+        """Write a graph that has its weights inside, likewise; it is modified."""
         for tensor in model.graph.initializer:
             if tensor.HasField("raw_data") and len(tensor.raw_data) >= MIN_SHARED_BYTES:
                 self._share(tensor)
         _strip(model)
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        (self.folder / graph_file).write_bytes(model.SerializeToString(deterministic=True))
 
     def _share(self, tensor: onnx.TensorProto) -> None:
         content = tensor.raw_data
         digest = hashlib.sha256(content).hexdigest()
         if digest not in self.offsets:
-            with (self.folder / WEIGHTS_FILE).open("ab") as file:
+            with (self.folder / self.file).open("ab") as file:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 self.offsets[digest] = file.tell()
                 file.write(content)
-        external_data_helper.set_external_data(tensor, WEIGHTS_FILE, offset=self.offsets[digest], length=len(content))
+        external_data_helper.set_external_data(tensor, self.file, offset=self.offsets[digest], length=len(content))
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
 

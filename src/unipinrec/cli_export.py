@@ -15,10 +15,11 @@ from unipinrec.cli_index import recall_option, warn_of_low_recall
 if TYPE_CHECKING:
     from unipinrec.runtime.manifest import Manifest
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
 
 
-@click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/")
+@click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="The prepared data: for real golden requests and users.")
@@ -29,13 +30,30 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     show_default=True,
     help="Histories of how many users go into the bundle, for `recommend --user`; 0 = none. They are personal data.",
 )
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="Write the graphs in this precision too, for GPUs; may be repeated. fp32 is always written. Each is measured: "
+    "it has to recommend what fp32 recommends, or nothing is written.",
+)
 @recall_option
 @json_option
 @command
-def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, recall: float | None, as_json: bool) -> None:
+def export(
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    data: Path | None,
+    users: int,
+    precisions: tuple[str, ...],
+    recall: float | None,
+    as_json: bool,
+) -> None:
     """Write a trained checkpoint as a bundle, and prove that its graphs compute what PyTorch computes."""
     with stderr.status("loading"):
-        from unipinrec.export.bundle_writer import export_bundle
+        from unipinrec.export.bundle_writer import ExportOptions, export_bundle
         from unipinrec.export.checkpoint_source import source_from_checkpoint
         from unipinrec.export.data_histories import histories_from_data
         from unipinrec.runtime.index_build import RECALL_TARGET
@@ -48,13 +66,14 @@ def export(checkpoint: Path, bundle: Path, data: Path | None, users: int, recall
             source,
             bundle,
             histories=histories,
-            users=users,
-            recall=RECALL_TARGET if recall is None else recall,
+            precisions=[name for name in PRECISIONS[1:] if name in precisions],
+            options=ExportOptions(users=users, recall=RECALL_TARGET if recall is None else recall),
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
     warn_of_low_recall(manifest.index)
     if as_json:
-        print_json({"bundle": str(bundle), "parity": manifest.parity, "index": manifest.index, "files": manifest.files})
+        reported = {name: getattr(manifest, name) for name in ("parity", "precisions", "index", "files")}
+        print_json({"bundle": str(bundle), **reported})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
 
@@ -68,6 +87,8 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
         largest = max(check.max_abs_diff or 0.0 for check in checks)
         table.add_row(name, f"{len(checks)} passed", f"{largest:.1e}")
     stdout.print(table)
+    if manifest.precisions:
+        stdout.print(_precision_table(manifest))
     size = sum(file.size_bytes for file in manifest.files.values()) / 2**20
     index = manifest.index
     stdout.print(
@@ -75,3 +96,22 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
         f"at ef={index.ef_search}, {seconds:.0f} s",
         highlight=False,
     )
+
+
+def _precision_table(manifest: Manifest) -> Table:
+    table = Table(
+        *("precision", "logit error", "best ten ranked", "retrieved", "lowest cosine", "largest AUC change"),
+        title="agreement with fp32",
+    )
+    for name, spec in manifest.precisions.items():
+        agreement = spec.agreement
+        change = max(spec.auc_change.items(), key=lambda item: abs(item[1]), default=None)
+        table.add_row(
+            name,
+            f"{agreement.max_logit_diff:.1e}",
+            f"{agreement.ranked_overlap:.4f}",
+            f"{agreement.retrieved_overlap:.4f}",
+            f"{agreement.min_query_cosine:.6f}",
+            f"{change[1]:+.4f} {change[0]}" if change else "needs --data",
+        )
+    return table

@@ -117,10 +117,14 @@ def test_export_refuses_what_exists(checkpoint: Path, bundle: Path, tmp_path: Pa
 
 
 def test_export_json(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
-    result = run("export", checkpoint, tmp_path / "bundle", "--data", dataset, "--users", "5", "--json")
+    asked = ("--data", dataset, "--users", "5", "--precision", "fp32", "--precision", "bf16", "--json")
+    result = run("export", checkpoint, tmp_path / "bundle", *asked)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["parity"]["max_abs_diff"] < 1e-4
+    assert list(document["precisions"]) == ["bf16"]
+    assert document["precisions"]["bf16"]["agreement"]["problem"] is None
+    assert set(document["precisions"]["bf16"]["auc_change"]) == {"click", "save", "share", "hide"}
     users = json.loads((tmp_path / "bundle/user_ids.json").read_bytes())
     assert len(users) == 5
     served = run("recommend", tmp_path / "bundle", "--user", users[4], "-k", "3", "--json")

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
-from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
 from unipinrec.runtime.manifest import Manifest
@@ -137,7 +137,8 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
     source, again = source_from_checkpoint(checkpoint), tmp_path / "again"
-    manifest = export_bundle(source, again, histories=histories_from_data(dataset, source, 200), users=0, recall=0.5)
+    options = ExportOptions(users=0, recall=0.5)
+    manifest = export_bundle(source, again, histories=histories_from_data(dataset, source, 200), options=options)
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
     names = {path.name for path in again.iterdir()}
     assert names == {path.name for path in bundle.iterdir()} - {"users.safetensors", "user_ids.json"}

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from unipinrec.errors import ExportError, ParityError
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
+from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.manifest import Manifest, ModelSpec
 
 ITEMS, ACTIONS, DIM = 40, 3, 8
+SEALS = ("manifest.json", "manifest.sha256")
 
 
 class PooledHistory(nn.Module):
@@ -38,24 +40,22 @@ class PooledHistory(nn.Module):
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
         pair = self._project(events)
-        return [pair], self._newest(events, pair, events.lengths)
+        return [pair], self._newest(events, pair, _beginning(pair[0], events.lengths))
 
     def extend(self, events: Events, past: Past) -> tuple[KeyValues, Tensor]:
-        pair = self._project(events)
-        # The past is right-padded, so its empty slots are pushed out of the softmax.
-        slots = torch.arange(past.key_values[0][0].shape[2])
-        empty = (slots >= past.lengths[:, None])[:, None, :, None]
-        key = torch.cat([past.key_values[0][0].masked_fill(empty, -1e4), pair[0]], 2)
-        value = torch.cat([past.key_values[0][1].masked_fill(empty, 0.0), pair[1]], 2)
-        return [pair], self._newest(events, (key, value), slots.shape[0] + events.lengths)
+        pair, cached = self._project(events), past.key_values[0]
+        key, value = (torch.cat(parts, 2) for parts in zip(cached, pair, strict=True))
+        # The past is right-padded: its empty slots lie between its events and the new ones.
+        seen = torch.cat([_beginning(cached[0], past.lengths), _beginning(pair[0], events.lengths)], 1)
+        return [pair], self._newest(events, (key, value), seen)
 
     def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None) -> Tensor:
         return F.normalize(last_hidden_state, dim=-1)[:, None]
 
     def rank(self, past: Past, candidates: Candidates) -> Tensor:
         key, value = past.key_values[0]
-        seen = torch.arange(key.shape[2]) < past.lengths[:, None]
-        return self.head(self._read(self.query(candidates.item_vectors), key, value, seen[:, None]))  # type: ignore[no-any-return]
+        seen = _beginning(key, past.lengths)[:, None]
+        return self.head(self._read(self.query(candidates.item_vectors), key, value, seen))  # type: ignore[no-any-return]
 
     def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
         return F.normalize(self.items(rows), dim=-1)
@@ -64,14 +64,18 @@ class PooledHistory(nn.Module):
         inputs = torch.cat([events.item_vectors, events.actions], -1)
         return self.key(inputs)[:, None], self.value(inputs)[:, None]
 
-    def _newest(self, events: Events, pair: tuple[Tensor, Tensor], slots: Tensor) -> Tensor:
+    def _newest(self, events: Events, pair: tuple[Tensor, Tensor], seen: Tensor) -> Tensor:
         last = events.item_vectors.gather(1, (events.lengths - 1)[:, None, None].expand(-1, 1, DIM))
-        seen = torch.arange(pair[0].shape[2]) < slots[:, None]
         return self._read(self.query(last), *pair, seen[:, None])[:, 0]
 
     def _read(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
         scores = (query @ key[:, 0].transpose(1, 2)).masked_fill(~seen, -1e9)
         return torch.softmax(scores, -1) @ value[:, 0]
+
+
+def _beginning(keys: Tensor, lengths: Tensor) -> Tensor:
+    """Which slots [B, s] of keys [B, 1, s, D] are not padding."""
+    return torch.arange(keys.shape[2]) < lengths[:, None]
 
 
 class BranchOnShape(PooledHistory):
@@ -119,9 +123,10 @@ def test_another_backbone_is_exported_with_parity(tmp_path: Path) -> None:
 
 
 def test_another_backbone_is_served(tmp_path: Path) -> None:
-    from unipinrec.runtime import Recommender
+    from unipinrec.runtime import Recommender, verify_bundle
 
     export_bundle(source_of(PooledHistory()), tmp_path / "bundle")
+    assert verify_bundle(tmp_path / "bundle").ok
     history = [{"item": f"item-{i}", "actions": ["a"], "timestamp_ms": 1_000 * i} for i in range(1, 6)]
     slate = Recommender.load(tmp_path / "bundle").recommend(history=history, k=35)
     assert len(slate.items) == 35
@@ -155,3 +160,42 @@ def test_item_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="1 item vectors are not finite, first 'item-7'"):
         export_bundle(source_of(module), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_backbone_is_exported_in_both_precisions_and_its_fp32_part_stays(tmp_path: Path) -> None:
+    export_bundle(source_of(PooledHistory()), tmp_path / "plain")
+    manifest = export_bundle(source_of(PooledHistory()), tmp_path / "bundle", precisions=["fp16", "bf16"])
+    assert list(manifest.precisions) == ["bf16", "fp16"]
+    assert manifest == Bundle.open(tmp_path / "bundle").manifest
+    assert {spec.agreement.problem for spec in manifest.precisions.values()} == {None}
+    assert [spec.auc_change for spec in manifest.precisions.values()] == [{}, {}]  # no real users
+    for path in (tmp_path / "plain").iterdir():
+        assert path.name in SEALS or path.read_bytes() == (tmp_path / "bundle" / path.name).read_bytes(), path.name
+
+
+def test_a_precision_that_recommends_something_else_is_refused(tmp_path: Path) -> None:
+    module = PooledHistory()
+    with torch.no_grad():
+        module.query.weight *= 40.0  # attention that goes by differences which bf16 hardly resolves
+        module.head.weight *= 30.0
+    with pytest.raises(ParityError, match=r"bf16 does not recommend what fp32 recommends: .*; no bundle was written"):
+        export_bundle(source_of(module), tmp_path / "bundle", precisions=["bf16"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_beyond_the_range_of_fp16_are_found(tmp_path: Path) -> None:
+    module = PooledHistory()
+    with torch.no_grad():
+        module.query.weight.mul_(1.8e5)
+        module.key.weight.mul_(1e-5)
+        module.key.bias.mul_(1e-5)
+    with pytest.raises(ParityError, match=r"fp16: ranker: the logits are not finite.*leave this precision out, or try"):
+        export_bundle(source_of(module), tmp_path / "bundle", precisions=["fp16"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_precision_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(ExportError, match="unknown precision 'int4'; beside fp32 there are bf16, fp16"):
+        export_bundle(source_of(PooledHistory()), tmp_path / "b", precisions=["int4"], progress=stages.append)
+    assert stages == []

@@ -1,0 +1,151 @@
+"""Graphs in further precisions for a bundle: written, measured through their emulation, and refused if they stray.
+
+What is measured are the recommendations: agreement with fp32 on golden requests and sample users, as every machine
+measures it that serves in such a precision, and the change of each action's AUC on events held out from real users.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from unipinrec.errors import BackendError, ExportError, ParityError
+from unipinrec.export.held_out import LAST_EVENTS, auc_by_action, held_out_logits
+from unipinrec.export.parity import format_problem, graph_spec
+from unipinrec.export.precision import LowType, emulated_graph, typed_graph
+from unipinrec.export.weights import SharedWeights
+from unipinrec.runtime.agreement import measure_agreement
+from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, fingerprint, seal
+from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.manifest import GraphSpec, Manifest, PrecisionSpec
+from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.requests import History
+
+PRECISIONS: tuple[LowType, ...] = ("bf16", "fp16")
+GRAPHS = ("encoder", "extend", "ranker")  # the others stay fp32: they are small, and order the items
+HELD_OUT_EVENTS = 32_768
+REMEDY = "no bundle was written; leave this precision out, or try bf16, which has the range of fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a precision is measured against.
+
+    Attributes:
+        bundle: The bundle in fp32 alone.
+        histories: Of real users, or none.
+        exact_auc: AUC of each action in fp32.
+    """
+
+    bundle: Bundle
+    histories: list[History]
+    exact_auc: dict[str, float]
+
+
+def known_precisions(wanted: Sequence[str]) -> list[LowType]:
+    """Those that are wanted, each once.
+
+    Raises:
+        ExportError: One is not known.
+    """
+    unknown = sorted(set(wanted) - set(PRECISIONS))
+    if unknown:
+        raise ExportError(f"unknown precision {unknown[0]!r}; beside fp32 there are {', '.join(PRECISIONS)}")
+    return [precision for precision in PRECISIONS if precision in wanted]
+
+
+def add_precisions(
+    folder: Path,
+    precisions: Sequence[LowType],
+    histories: Sequence[History],
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Manifest:
+    """Add graphs in further precisions to a sealed fp32 bundle that is still being written, and seal it again.
+
+    Args:
+        folder: The bundle.
+        precisions: Distinct.
+        histories: Of real users, none where there are none. Those with too few events are left out, and of the others
+            the first ones are taken.
+        progress: Called with the name of each stage as it begins.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        ParityError: A precision does not recommend what fp32 recommends.
+        ExportError: A graph has no form in a precision.
+    """
+    bundle = Bundle.open(folder)
+    chosen = _chosen(histories)
+    progress("held-out events fp32")
+    judged = Judged(bundle=bundle, histories=chosen, exact_auc=_auc(Engine.open(bundle), bundle, chosen))
+    specs = {}
+    for precision in precisions:
+        progress(f"graphs {precision}")
+        graphs = _write_graphs(folder, precision)
+        progress(f"agreement {precision}")
+        specs[precision] = _measured(judged, precision, graphs)
+    content = (path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, MANIFEST_HASH))
+    files = {path.name: fingerprint(path) for path in content}
+    manifest = msgspec.structs.replace(bundle.manifest, precisions=specs, files=files)
+    seal(folder, manifest)
+    return manifest
+
+
+def _chosen(histories: Sequence[History]) -> list[History]:
+    """The first that have events before those held out, as many as are quickly measured."""
+    long_enough = [history for history in histories if len(history) > LAST_EVENTS]
+    events = itertools.accumulate(map(len, long_enough))
+    return [history for history, total in zip(long_enough, events, strict=True) if total <= HELD_OUT_EVENTS]
+
+
+def _write_graphs(folder: Path, precision: LowType) -> dict[str, GraphSpec]:
+    weights = SharedWeights(folder, f"weights_{precision}.bin")
+    specs = {}
+    for name in GRAPHS:
+        path = folder / f"{name}_{precision}.onnx"
+        weights.put(typed_graph(onnx.load(folder / f"{name}.onnx"), precision), path.name)
+        problem = format_problem(path)
+        if problem:
+            raise ExportError(f"{path.name} is not valid: {problem}; export without --precision {precision}")
+        specs[name] = graph_spec(path)
+    return specs
+
+
+def _measured(judged: Judged, precision: LowType, graphs: dict[str, GraphSpec]) -> PrecisionSpec:
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = _emulation(judged.bundle, precision, Path(scratch))
+        try:
+            agreement = measure_agreement(engine, judged.bundle)
+            auc = _auc(engine, judged.bundle, judged.histories)
+        except BackendError as error:
+            raise ParityError(f"{precision}: {error}; {REMEDY}") from error
+    if agreement.problem:
+        raise ParityError(f"{precision} does not recommend what fp32 recommends: {agreement.problem}; {REMEDY}")
+    change = {action: auc[action] - exact for action, exact in judged.exact_auc.items()}
+    return PrecisionSpec(graphs=graphs, agreement=agreement, auc_change=change)
+
+
+def _emulation(bundle: Bundle, precision: LowType, scratch: Path) -> Engine:
+    """An engine over fp32 graphs that round as those of a precision do."""
+    files = bundle.graph_files()
+    for name in GRAPHS:
+        model = emulated_graph(onnx.load(files[name]), precision)
+        files[name] = scratch / f"{name}.onnx"
+        onnx.save(model, files[name], save_as_external_data=True, location=f"{name}.bin")
+    return Engine(OrtBackend(files), bundle.manifest.model, bundle.item_vectors)
+
+
+def _auc(engine: Engine, bundle: Bundle, histories: Sequence[History]) -> dict[str, float]:
+    if not histories:
+        return {}
+    logits = [held_out_logits(engine, history) for history in histories]
+    return auc_by_action(bundle.manifest.actions, histories, logits)
