@@ -1,4 +1,4 @@
-"""Events per second of a training step: length buckets and split attention against the naive way, in one run.
+"""Tokens per second of a training step: length buckets and split attention against the naive way, in one run.
 
     python bench/train_speed.py [--data DATA] [--size tiny] [--rounds 5] [--threads 1] [--device cuda]
 
@@ -46,13 +46,11 @@ class Workload:
         self.objective = Objective(self.model, data.features, loss_options(config.train, vocabulary.actions)).to(device)
         self.optimizer = torch.optim.AdamW(self.objective.parameters(), lr=1e-4)
         self.bucketed = list(self.batches.epoch(0, range(min(STEPS, len(self.batches)))))
-        self.events = sum(int(b.lengths.sum()) for b in self.bucketed)
-        self.mixed, self.mixed_events = self._mixed(config.train.batch_size)
+        self.mixed = self._mixed(config.train.batch_size)
 
-    def _mixed(self, size: int) -> tuple[list[Batch], int]:
+    def _mixed(self, size: int) -> list[Batch]:
         order = np.random.default_rng(0).permutation(len(self.batches.windows))
-        parts = [self.batches.collate(order[i * size : (i + 1) * size].tolist()) for i in range(len(self.bucketed))]
-        return parts, sum(int(b.lengths.sum()) for b in parts)
+        return [self.batches.collate(order[i * size : (i + 1) * size].tolist()) for i in range(len(self.bucketed))]
 
     def train(self, batches: list[Batch], *, dense_mask: bool) -> None:
         """One step per batch."""
@@ -65,24 +63,29 @@ class Workload:
             torch.cuda.synchronize()
 
 
+def tokens(batches: list[Batch]) -> int:
+    """Events and candidates, padding not counted."""
+    return sum(int(b.lengths.sum()) + int(b.candidate_valid.sum()) for b in batches)
+
+
 def padding(batches: list[Batch]) -> float:
-    """Share of the event slots that are padding."""
-    return 1.0 - sum(int(b.lengths.sum()) for b in batches) / sum(b.history_items.numel() for b in batches)
+    """Share of the slots of events and candidates that are padding."""
+    return 1.0 - tokens(batches) / sum(b.history_items.numel() + b.candidate_items.numel() for b in batches)
 
 
 def measure(work: Workload, rounds: int) -> dict[str, Any]:
-    """Events per second of each way, their ratios, and what making the batches takes."""
+    """Tokens per second of each way, their ratios, and what making the batches takes."""
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: work.train(work.bucketed, dense_mask=False),
         "dense mask": lambda: work.train(work.bucketed, dense_mask=True),
         "naive": lambda: work.train(work.mixed, dense_mask=True),
     }
     times = interleaved(ways, rounds)
-    events = {"ours": work.events, "dense mask": work.events, "naive": work.mixed_events}
-    rates = {name: [events[name] / t * 1e3 for t in taken] for name, taken in times.items()}
+    count = {"ours": tokens(work.bucketed), "dense mask": tokens(work.bucketed), "naive": tokens(work.mixed)}
+    rates = {name: [count[name] / t * 1e3 for t in taken] for name, taken in times.items()}
     load = [milliseconds(lambda: list(work.batches.epoch(0, range(len(work.bucketed))))) for _ in range(rounds)]
     return {
-        "events_per_second": {name: spread(values) for name, values in rates.items()},
+        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
         "ours_over_dense_mask": ratio(rates, "ours", "dense mask"),
         "ours_over_naive": ratio(rates, "ours", "naive"),
         "padding": {"bucketed": round(padding(work.bucketed), 4), "mixed": round(padding(work.mixed), 4)},
