@@ -26,8 +26,10 @@ from unipinrec.runtime.engine_record import (
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
 from unipinrec.runtime.profiles import default_buckets, for_graph
+from unipinrec.runtime.serving_engines import ServingEngines
 from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
 from unipinrec.runtime.tensorrt_layers import LayerReport
+from unipinrec.runtime.tensorrt_load import Plan
 
 KNOW_THE_DRIVER = ("device", "doctor", "ort_cuda_session")
 KNOW_TENSORRT = ("device", "doctor")
@@ -84,6 +86,20 @@ def record_of(bundle: Bundle, graph: str, machine: Machine, precision: str = "fp
         activation_bytes=(),
         verified=Verification(passed=True, how="tried"),
     )
+
+
+def have_engines(patch: pytest.MonkeyPatch) -> None:
+    """Let every bundle have engines of its graphs, as if it had been compiled."""
+
+    def load(_: ServingEngines, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
+        model, files = bundle.manifest.model, bundle.graph_files(precision)
+        profiles = {
+            name: for_graph(default_buckets(model), spec, model.kv_prefix_slots)
+            for name, spec in bundle.manifest.graphs_in(precision).items()
+        }
+        return {name: Plan(content=make_plan(files[name], shapes)) for name, shapes in profiles.items()}, {}
+
+    patch.setattr(ServingEngines, "load", load)
 
 
 def install_engines(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from answers import STORED, engine_of
-from fake_gpu import cuda_on_cpu
+from fake_gpu import cuda_on_cpu, have_engines, put_gpu
 from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
 
@@ -65,14 +65,22 @@ def needs(device: str) -> None:
         pytest.skip("this CPU has no bf16 instructions")
 
 
-@pytest.fixture(scope="module", params=["cpu", "openvino", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", "openvino", "cuda", "tensorrt-fp32"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every device that computes in fp32; "cuda" runs on the CPU where there is no GPU, by the same code."""
+    """Every device that computes in fp32.
+
+    Those that need a GPU run our own code all the same: "cuda" on the CPU where there is none, TensorRT on its double.
+    """
     needs(request.param)
+    memory = HostRuntime()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cuda" and (driver_problem() or provider_problem(import_onnxruntime(), CUDA)):
             cuda_on_cpu(patch)
+        if request.param == "tensorrt-fp32":
+            put_gpu(patch, memory)
+            have_engines(patch)
         yield request.param
+    assert memory.faults == []
 
 
 @pytest.fixture(scope="session")
