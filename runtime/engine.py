@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.device import CPU, Device, DeviceRules, open_backend
-from unipinrec.runtime.kv_buffer import KvBuffer, row_of
+from unipinrec.runtime.kv_buffer import KvBuffer, on_host, row_of
 from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.requests import History
 from unipinrec.runtime.session import Backend, Tensor
@@ -149,11 +149,11 @@ class Engine:
         size = -(-events // -(-events // chunk))  # chunks of nearly equal size
         done = self.encode(batch.part(0, size))
         buffer = KvBuffer(self.model, 1, events + self.model.kv_prefix_slots)
-        buffer.put(0, 0, row_of(done.key_values, 0, size + self.model.kv_prefix_slots))
+        buffer.put(0, 0, row_of(on_host(done.key_values), 0, size + self.model.kv_prefix_slots))
         for start in range(size, events, size):
             part, slots = batch.part(start, start + size), start + self.model.kv_prefix_slots
             added, last = self.encode_new(replace(done, key_values=buffer.beginning(slots)), part)
-            buffer.put(0, slots, row_of(added, 0, len(part)))
+            buffer.put(0, slots, row_of(on_host(added), 0, len(part)))
             done = Encoded(
                 key_values=buffer.tensors(),
                 lengths=done.lengths + part.lengths,
@@ -166,8 +166,9 @@ class Engine:
         """Encode the events that follow an encoded past; the result equals encoding both at once."""
         prefix = self.model.kv_prefix_slots
         buffer = KvBuffer(self.model, len(past.lengths), int((past.lengths + batch.lengths).max()) + prefix)
+        key_values = on_host(past.key_values)
         for row, slots in enumerate(past.lengths + prefix):
-            buffer.put(row, 0, row_of(past.key_values, row, slots))
+            buffer.put(row, 0, row_of(key_values, row, slots))
             buffer.clear_from(row, slots)
         return self.extend_in_place(buffer, past.over(buffer), batch)
 
@@ -179,7 +180,8 @@ class Engine:
             past: See `Encoded.over`.
             batch: The new events.
         """
-        added, last_hidden_state = self.encode_new(past, batch)
+        new, last_hidden_state = self.encode_new(past, batch)
+        added = on_host(new)
         for row, (length, count) in enumerate(zip(past.lengths, batch.lengths, strict=True)):
             buffer.put(row, length + self.model.kv_prefix_slots, row_of(added, row, count))
         return Encoded(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.grouping import PaddingMeter, Work
-from unipinrec.runtime.kv_buffer import HostTensor, KvBuffer, row_of
+from unipinrec.runtime.kv_buffer import HostTensor, KvBuffer, on_host, row_of
 from unipinrec.runtime.kv_cache import Kind, KvCache, Lease
 from unipinrec.runtime.kv_keys import CacheKey, event_records
 from unipinrec.runtime.kv_pages import as_stored
@@ -112,8 +112,9 @@ class HistoryEncoder:
         slots = encoded.lengths + self._prefix
         exact = self.cache.geometry.dtype == "fp32"
         buffer = None if exact else KvBuffer(self.engine.model, len(group), int(slots.max()))
+        host = on_host(encoded.key_values)
         for row, (found, count) in enumerate(zip(group, slots, strict=True)):
-            key_values = row_of(encoded.key_values, row, count)
+            key_values = row_of(host, row, count)
             self._store(found, key_values, None if buffer is None else buffer.row(row)[:, :, :count])
             if buffer is not None:
                 buffer.clear_from(row, count)

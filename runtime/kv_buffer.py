@@ -67,6 +67,11 @@ class KvBuffer:
         self.values[:, row, :, slots:] = 0.0
 
 
+def on_host(key_values: Sequence[Tensor]) -> tuple[HostTensor, ...]:
+    """Per-layer tensors on the host, each copied there once if its device is another, however many rows are read."""
+    return tuple(HostTensor(tensor.numpy()) for tensor in key_values)
+
+
 def row_of(key_values: Sequence[Tensor], row: int, slots: int) -> list[NDArray[np.float32]]:
     """The first slots of one row of per-layer tensors [B, H_kv, >= slots, D]: views [H_kv, slots, D]."""
     return [tensor.numpy()[row, :, :slots] for tensor in key_values]

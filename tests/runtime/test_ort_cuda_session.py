@@ -159,6 +159,20 @@ def test_keys_and_values_reach_the_ranker_without_a_copy(engine: Engine, monkeyp
     assert [seen[name] for name in names] == [tensor.value.data_ptr() for tensor in encoded.key_values]  # type: ignore[attr-defined] # an OrtTensor
 
 
+def test_each_tensor_is_copied_to_the_host_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    past = engine.encode(pad_histories([history(5), history(2), history(9)]))
+    read: list[OrtTensor] = []
+    numpy = OrtTensor.numpy
+
+    def spy(tensor: OrtTensor) -> NDArray[Any]:
+        read.append(tensor)
+        return numpy(tensor)
+
+    monkeypatch.setattr(OrtTensor, "numpy", spy)
+    engine.extend(past, pad_histories([history(1, 20), history(3, 20), history(2, 20)]))
+    assert len(read) == len(set(map(id, read))) == 2 * len(past.key_values)
+
+
 def test_an_error_inside_the_engine_is_ours(backend: OnCpu) -> None:
     inputs: dict[str, NDArray[Any]] = {
         "item_vectors": np.zeros((2, 3, 64), np.float32),
