@@ -13,6 +13,8 @@
     │   └── BundleVersionError  a bundle written in a format that this version does not read
     ├── BackendError            an inference engine that is missing or failed
     ├── CacheError              a key/value cache that contradicts itself
+    ├── SwapError               a bundle that does not take over from the one that serves
+    │   └── SwapBusyError       because another one is about to
     └── RequestError            a request that cannot be answered as given
 
 A message names what was given, what is accepted, and what to do.
@@ -69,6 +71,14 @@ class BackendError(UnipinrecError):
 
 class CacheError(UnipinrecError):
     """The key/value cache contradicts itself: a fault of this package."""
+
+
+class SwapError(UnipinrecError):
+    """A bundle does not take over from the one that serves, which serves on."""
+
+
+class SwapBusyError(SwapError):
+    """Another bundle is about to take over."""
 
 
 class RequestError(UnipinrecError):

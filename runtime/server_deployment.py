@@ -1,0 +1,122 @@
+"""One bundle in service: opened, proved, warmed up, with the batcher through which requests reach it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import compress, cycle, islice
+from pathlib import Path
+
+from unipinrec.runtime.batching import Batcher, BatchOptions
+from unipinrec.runtime.bundle import Bundle, read_manifest
+from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.kv_cache import KvCache
+from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.kv_pages import KvGeometry
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.requests import Event, History, RecommendOptions, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploymentOptions:
+    """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`."""
+
+    device: str = "auto"
+    strict: bool = False
+    allow_bundle_engines: bool = False
+    cache: CacheOptions | None = None
+    window_slack: int | None = None
+    batching: BatchOptions = field(default_factory=BatchOptions)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Deployment:
+    """One bundle in service.
+
+    Attributes:
+        recommender: What answers.
+        batcher: Through which concurrent requests reach it.
+        version: The bundle's hash.
+        path: The bundle's folder.
+        options: How it was opened; the next one is opened in the same way.
+    """
+
+    recommender: Recommender
+    batcher: Batcher
+    version: str
+    path: Path
+    options: DeploymentOptions = field(default_factory=DeploymentOptions)
+
+    @classmethod
+    def open(
+        cls, path: Path | str, options: DeploymentOptions | None = None, *, cache: KvCache | None = None
+    ) -> Deployment:
+        """Open a bundle, verify that it computes here what PyTorch computed, and warm it up.
+
+        Args:
+            path: The bundle's folder.
+            options: How to open it.
+            cache: Of the deployment that this one replaces. It is used where keys and values of this model fit its
+                pages, and none of what is in it is lost; else a new one is made as the options say.
+
+        Raises:
+            BundleError: See `Recommender.load`.
+            BackendError: See `Recommender.load`.
+            ConfigError: See `Recommender.load`.
+        """
+        options, folder = options or DeploymentOptions(), Path(path).absolute()
+        recommender = Recommender.load(
+            folder,
+            options.device,
+            cache=cache if cache is not None and _fits(cache, folder) else options.cache,
+            window_slack=options.window_slack,
+            strict=options.strict,
+            allow_bundle_engines=options.allow_bundle_engines,
+        )
+        with ExitStack() as unless_ready:
+            unless_ready.callback(recommender.close)
+            warm_up(recommender, options.batching.max_batch)
+            unless_ready.pop_all()
+        batcher = Batcher(recommender, options.batching)
+        version = recommender.bundle.hash
+        return cls(recommender=recommender, batcher=batcher, version=version, path=folder, options=options)
+
+    def close(self) -> None:
+        """Answer what is queued, then release graphs and memory; the cache stays with whoever else holds it."""
+        self.batcher.close()
+        self.recommender.close()
+
+
+def warm_up(recommender: Recommender, together: int) -> None:
+    """Answer golden requests alone and `together`, so that the first real ones find memory and pages in place.
+
+    Raises:
+        BackendError: They cannot be answered.
+    """
+    bundle = recommender.bundle
+    requests = [_request(bundle, history) for history in read_golden(bundle).histories]
+    for request in requests:
+        recommender.recommend_many([request])
+    recommender.recommend_many(list(islice(cycle(requests), together)))
+
+
+def _request(bundle: Bundle, history: History) -> Request:
+    """What a client would send for a history; under no user, so that no cache keeps it."""
+    manifest = bundle.manifest
+    columns = (history.item_rows, history.actions, history.surfaces, history.timestamps_ms)
+    events = tuple(
+        Event(
+            item=bundle.item_ids[row],
+            actions=tuple(compress(manifest.actions, actions)),
+            surface=manifest.surfaces[surface],
+            timestamp_ms=None if time_ms == manifest.missing_timestamp_ms else int(time_ms),
+        )
+        for row, actions, surface, time_ms in zip(*columns, strict=True)
+    )
+    return Request(history=events, k=1, options=RecommendOptions(exclude_seen=False))
+
+
+def _fits(cache: KvCache, folder: Path) -> bool:
+    """Whether keys and values of a bundle's model lie in the cache's pages as they are."""
+    manifest, _ = read_manifest(folder)
+    return KvGeometry.of(manifest.model, cache.geometry.dtype, cache.geometry.page_slots) == cache.geometry
