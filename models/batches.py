@@ -40,6 +40,7 @@ class Batch:
     item_rows: Tensor  # (U,) catalogue rows of every item in the batch
     history_items: Tensor  # (B, n)
     history_actions: Tensor  # (B, n, C) f32
+    history_known: Tensor  # (B, n, C) f32, 0 where it is unknown whether the event had the action
     history_surfaces: Tensor  # (B, n)
     history_timestamps_ms: Tensor  # (B, n)
     lengths: Tensor  # (B,)
@@ -187,6 +188,7 @@ class Batches:
             "item_rows": item_rows,
             "history_items": history_items.reshape(events.shape),
             "history_actions": (data.actions[events] * real[..., None]).astype(np.float32),
+            "history_known": (data.actions_known[events] * real[..., None]).astype(np.float32),
             "history_surfaces": np.where(real, data.surfaces[events], 0),
             "history_timestamps_ms": np.where(real, data.timestamps_ms[events], MISSING_TIMESTAMP_MS),
             "lengths": real.sum(axis=1),

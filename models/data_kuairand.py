@@ -9,8 +9,7 @@ aggregated over the whole period and leak, are not read.
 What is worth knowing of the data:
 - Every row is an exposure, engaged or not: all are events, and the timed ones also form slates.
 - History lists carry `long_view` and `is_like` alone. 99.65 % of the long views of KuaiRand-Pure are clicks,
-  so a long view there counts as a click; the other 30 % of clicks, and all other actions, are unknown and
-  left False.
+  so a long view there counts as a click; the other 30 % of clicks, and all other actions, are unknown there.
 - Log rows repeat (2.6 % of KuaiRand-Pure's later log); `build_dataset` merges and counts them.
 - Split times are midnights in Beijing on `time_ms`; the `date` column disagrees with it near midnight.
 """
@@ -105,14 +104,15 @@ def _read_log(path: Path) -> pl.DataFrame:
 def _read_history(path: Path) -> pl.DataFrame:
     columns = ["user_id", "video_id", "pos", "long_view", "is_like"]
     frame = read_table(path, columns, dict.fromkeys(columns, pl.Int64()))
-    known = {"click": pl.col("long_view"), "long_view": pl.col("long_view"), "like": pl.col("is_like")}
+    clicked = pl.when(pl.col("long_view") == 1).then(pl.lit(1, pl.Int64))
+    known = {"click": clicked, "long_view": pl.col("long_view"), "like": pl.col("is_like")}
     return frame.select(
         "user_id",
         pl.col("video_id").alias("item_id"),
         pl.lit(None, pl.String).alias("surface"),
         pl.lit(None, pl.Int64).alias("timestamp_ms"),
         pl.col("pos").alias("order"),
-        *(known.get(name, pl.lit(0, pl.Int64)).alias(f"action_{name}") for name in ACTION_SOURCES),
+        *(known.get(name, pl.lit(None, pl.Int64)).alias(f"action_{name}") for name in ACTION_SOURCES),
     )
 
 

@@ -59,7 +59,8 @@ class RawTables:
     Attributes:
         name: Name of the data set.
         source: Where it came from and under which licence, for people.
-        actions: Names of all actions; each table has a column `action_{name}` (Boolean or 0/1).
+        actions: Names of all actions; each table has a column `action_{name}` (Boolean or 0/1). In events a null says
+            that nobody knows: the model reads "no", and no loss is taken on it.
         positive_actions: The subset that makes an event a retrieval target.
         events: `user_id, item_id, surface, timestamp_ms, action_*` and optionally `order` (Int64), the place
             of the event in its user's history. `surface`, `timestamp_ms` and `order` may be null.
@@ -161,7 +162,7 @@ def slates_from_events(events: pl.DataFrame, gap_ms: int = DEFAULT_GAP_MS) -> pl
 def _clean_events(raw: RawTables, items: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:
     columns = event_columns(raw.actions)
     frame = raw.events if "order" in raw.events.columns else raw.events.with_columns(order=pl.lit(None, pl.Int64))
-    frame = _typed(frame, "events", {**columns, "order": pl.Int64()})
+    frame = _typed(frame, "events", {**columns, "order": pl.Int64()}, nullable=ACTION_PREFIX)
     users = frame["user_id"].drop_nulls().n_unique()
     frame = _drop_foreign(frame, "events", items, dropped)
     frame = _sorted_events(_unique_events(frame, dropped), dropped)
@@ -286,26 +287,32 @@ def _merge_repeats(frame: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
     return labelled.select(frame.columns)
 
 
-def _typed(frame: pl.DataFrame, table: str, columns: Mapping[str, pl.DataType]) -> pl.DataFrame:
-    """The declared columns in their declared types, and `row`, the place in the raw table."""
+def _typed(
+    frame: pl.DataFrame, table: str, columns: Mapping[str, pl.DataType], nullable: str | None = None
+) -> pl.DataFrame:
+    """The declared columns in their declared types, and `row`, the place in the raw table.
+
+    Boolean columns may have nulls if their name begins with `nullable`.
+    """
     missing = [name for name in columns if name not in frame.columns]
     foreign = [name for name in frame.columns if name not in columns]
     if missing or foreign:
         raise DataError(f"{table}: missing columns {missing}, unknown columns {foreign}; expected {list(columns)}")
-    typed = [_cast(frame[name], table, dtype) for name, dtype in columns.items()]
+    gaps = {name for name in columns if nullable is not None and name.startswith(nullable)}
+    typed = [_cast(frame[name], table, dtype, nullable=name in gaps) for name, dtype in columns.items()]
     return pl.DataFrame(typed).with_row_index("row")
 
 
-def _cast(series: pl.Series, table: str, dtype: pl.DataType) -> pl.Series:
+def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool = False) -> pl.Series:
     given = series.dtype
     refusal = f"{table}: column {series.name} of type {given} is not usable as {dtype}"
     if dtype == pl.String and (given.is_float() or given.is_nested() or given.is_temporal()):
         raise DataError(f"{refusal}; give text or whole numbers")
     if dtype.is_integer() and (given.is_temporal() or (given.is_float() and _has_fractions(series))):
         raise DataError(f"{refusal}; give whole numbers")
-    if dtype == pl.Boolean and (series.has_nulls() or not _is_binary(series)):
+    if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not _is_binary(series.drop_nulls())):
         values = series.unique(maintain_order=True).head(5).to_list()
-        raise DataError(f"{refusal}; give true/false or 0/1 without gaps, got {values}")
+        raise DataError(f"{refusal}; give true/false or 0/1{'' if nullable else ' without gaps'}, got {values}")
     try:
         if dtype == pl.List(pl.Float32) and given.is_numeric():
             return series.cast(pl.Float32).reshape((-1, 1)).arr.to_list()

@@ -60,8 +60,10 @@ class Objective(nn.Module):
         )
         hidden, candidates = self.model.joint(history, batch.masked, slate)
         retrieval = self._retrieval(hidden, vectors, batch)
-        masked = self._actions(hidden[batch.masked > 0], batch.history_actions[batch.masked > 0])
-        shown = self._actions(candidates[batch.candidate_valid], batch.candidate_actions[batch.candidate_valid])
+        at = batch.masked > 0
+        masked = self._actions(hidden[at], batch.history_actions[at], batch.history_known[at])
+        labels = batch.candidate_actions[batch.candidate_valid]
+        shown = self._actions(candidates[batch.candidate_valid], labels, torch.ones_like(labels))
         loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
         return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
 
@@ -78,10 +80,10 @@ class Objective(nn.Module):
         items = vectors[batch.sampled_items]
         return softmax_loss(scale * queries, items, batch.sampled_log_q, labels, self.options.label_smoothing)
 
-    def _actions(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum over actions of w_c times the mean BCE."""
+    def _actions(self, hidden: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+        """Sum over actions of w_c times the mean BCE over the positions where the action is known."""
         logits: Tensor = self.model.action_heads(hidden).float()
         if not len(hidden):
             return logits.sum() * 0.0  # as above
-        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
-        return (losses * self.action_weights).sum()
+        losses = F.binary_cross_entropy_with_logits(logits, labels, weight=known, reduction="none").sum(0)
+        return (losses / known.sum(0).clamp(min=1.0) * self.action_weights).sum()

@@ -25,6 +25,7 @@ class Sequences:
         features: Item features by catalogue row.
         event_start: [U + 1] where each user's events begin.
         rows, actions, surfaces, timestamps_ms: Per event: catalogue row, [M, C] u8, i64, i64 (-1 = missing).
+        actions_known: [M, C] u8, 0 where nobody knows whether the event had the action; `actions` is 0 there.
         slate_user, slate_cutoff: Per slate: its user, and how many of the user's events precede it.
         slate_ids, slate_surface, slate_timestamp_ms: Per slate: id in the data set, surface, time.
         slate_start: [S + 1] where each slate's items begin.
@@ -38,6 +39,7 @@ class Sequences:
     event_start: NDArray[np.int64]
     rows: NDArray[np.int64]
     actions: NDArray[np.uint8]
+    actions_known: NDArray[np.uint8]
     surfaces: NDArray[np.int64]
     timestamps_ms: NDArray[np.int64]
     slate_user: NDArray[np.int64]
@@ -92,6 +94,7 @@ def sequences_of(dataset: Dataset) -> Sequences:
         event_start=event_start,
         rows=events["row"].to_numpy(),
         actions=_actions(dataset, events),
+        actions_known=_actions(dataset, events.with_columns(pl.col(f"^{ACTION_PREFIX}.*$").is_not_null())),
         surfaces=events["surface"].to_numpy(),
         timestamps_ms=timestamps,
         slate_user=slate_user,
@@ -148,7 +151,7 @@ def _codes(
 
 
 def _actions(dataset: Dataset, table: pl.DataFrame) -> NDArray[np.uint8]:
-    columns = [table[ACTION_PREFIX + name].cast(pl.UInt8).to_numpy() for name in dataset.spec.actions]
+    columns = [table[ACTION_PREFIX + name].fill_null(False).cast(pl.UInt8).to_numpy() for name in dataset.spec.actions]
     return np.stack(columns, axis=1)
 
 

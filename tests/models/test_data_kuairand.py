@@ -100,13 +100,14 @@ def test_history_lists_precede_all_times_and_their_long_views_are_clicks(reduced
     columns = ["user_id", "item_id", "surface", "timestamp_ms", "action_click", "action_long_view", "action_like"]
     assert dataset.events.select(columns).rows() == [
         ("1", "12", "unknown", None, True, True, False),
-        ("1", "11", "unknown", None, False, False, True),
+        ("1", "11", "unknown", None, None, False, True),
         ("1", "10", "tab_1", 1650812741436, True, True, False),
         ("1", "10", "tab_4", 1651248000000, True, True, True),
         ("1", "11", "tab_4", 1651248060000, False, False, False),
         ("2", "11", "tab_1", 1651334400000, False, False, False),
-        ("3", "12", "unknown", None, False, False, False),
+        ("3", "12", "unknown", None, None, False, False),
     ]
+    assert dataset.events["action_follow"].is_null().to_list() == [True, True, False, False, False, False, True]
     assert dataset.slates.height == 4
     assert dataset.spec.dropped["events: out of order (sorted)"] == 1
 

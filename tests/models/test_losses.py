@@ -176,6 +176,19 @@ def test_masked_positions_and_padding_ask_for_no_item(setup: Setup) -> None:
         assert setup.losses(replace(batch, targets=other))["retrieval"] == setup.losses()["retrieval"]
 
 
+def test_no_loss_is_taken_on_unknown_actions(setup: Setup) -> None:
+    known = setup.batch.history_known.clone()
+    known[..., 0] = 0.0
+    flipped = setup.batch.history_actions.clone()
+    at = setup.batch.masked > 0
+    flipped[..., 0] = torch.where(at, 1.0 - flipped[..., 0], flipped[..., 0])
+    with torch.no_grad():
+        unknown = setup.losses(replace(setup.batch, history_known=known))
+        other = setup.losses(replace(setup.batch, history_known=known, history_actions=flipped))
+        without = setup.losses(action_weights=(0.0, *WEIGHTS[1:]))
+    assert unknown["history_actions"] == other["history_actions"] == without["history_actions"]
+
+
 def test_labels_are_no_inputs(setup: Setup) -> None:
     """Labels of candidates and of masked events change their own loss and no other."""
     batch = setup.batch
