@@ -62,11 +62,24 @@ class BatchStatistics:
     longest_queue_ms: float = 0.0
 
 
+class Answer(Future[Slate]):
+    """The slate that a request will get, and when what happened to it.
+
+    Attributes:
+        arrived, started, finished: When it was queued, its batch began, and its batch ended (`time.perf_counter`).
+        batch: Requests that were answered together with it, itself included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived = self.started = self.finished = time.perf_counter()
+        self.batch = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Waiting:
     asked: ResolvedRequest
-    answer: Future[Slate]
-    arrived: float
+    answer: Answer
 
 
 class Batcher:
@@ -93,7 +106,7 @@ class Batcher:
     ) -> None:
         self.close()
 
-    def submit(self, request: Request) -> Future[Slate]:
+    def submit(self, request: Request) -> Answer:
         """Queue a request; it is checked here, in the caller's thread. Cancelling the future frees its place.
 
         Raises:
@@ -101,7 +114,7 @@ class Batcher:
             BackendError: The batcher is closed.
         """
         asked = self.recommender.resolve(request)
-        waiting = _Waiting(asked=asked, answer=Future(), arrived=time.perf_counter())
+        waiting = _Waiting(asked=asked, answer=Answer())
         with self._changed:
             if self._closed:
                 raise BackendError("the batcher is closed; make a new one")
@@ -134,11 +147,15 @@ class Batcher:
     def _work(self) -> None:
         while batch := self._next_batch():
             running = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
+            started = time.perf_counter()
             try:
                 answers = self.recommender.answer([waiting.asked for waiting in running])
             except BaseException as error:  # whatever it is, those who wait must hear of it
                 answers = [error if isinstance(error, Exception) else BackendError(repr(error))] * len(running)
+            finished = time.perf_counter()
             for waiting, answer in zip(running, answers, strict=True):
+                waiting.answer.started, waiting.answer.finished = started, finished
+                waiting.answer.batch = len(running)
                 if isinstance(answer, Exception):
                     waiting.answer.set_exception(answer)
                 else:
@@ -151,7 +168,7 @@ class Batcher:
             while not self._full():
                 left = None
                 if self._queue:
-                    left = self._queue[0].arrived + self.options.max_wait_ms / 1e3 - time.perf_counter()
+                    left = self._queue[0].answer.arrived + self.options.max_wait_ms / 1e3 - time.perf_counter()
                 if (left is not None and left <= 0) or (left is None and self._closed):
                     break
                 self._changed.wait(left)
@@ -166,7 +183,7 @@ class Batcher:
 
     def _count(self, batch: list[_Waiting], free: float) -> None:
         now, before = time.perf_counter(), self._statistics
-        oldest = batch[0].arrived
+        oldest = batch[0].answer.arrived
         self._statistics = BatchStatistics(
             requests=before.requests + len(batch),
             batches=before.batches + 1,
