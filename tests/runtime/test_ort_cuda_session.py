@@ -6,6 +6,7 @@ What it computes is held to the contract of all backends by test_session.py and 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from answers import STORED, history
+from fake_gpu import cuda_on_cpu
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from unipinrec.errors import BackendError
-from unipinrec.export.precision import typed_graph
-from unipinrec.runtime import Bundle
+from unipinrec.export.precision_check import add_precisions
+from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.cuda import driver_problem
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.kv_buffer import HostTensor
 from unipinrec.runtime.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.ort_cuda_session import OrtCudaBackend, misplaced, preload, provider_problem
 from unipinrec.runtime.ort_session import OrtTensor, load_session, session_options
-from unipinrec.runtime.requests import History
 
 WITHOUT_CUDA = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has a CUDA provider"
@@ -39,9 +41,9 @@ class OnCpu(OrtCudaBackend):
     _provider, _memory, _settings = "CPUExecutionProvider", "cpu", {}
 
 
-@pytest.fixture(scope="module")
-def opened(bundle: Path) -> Bundle:
-    return Bundle.open(bundle)
+@pytest.fixture
+def opened(stored: Bundle) -> Bundle:
+    return stored
 
 
 @pytest.fixture
@@ -54,15 +56,6 @@ def backend(opened: Bundle) -> Iterator[OnCpu]:
 @pytest.fixture
 def engine(backend: OnCpu, opened: Bundle) -> Engine:
     return Engine(backend, opened.manifest.model, opened.item_vectors)
-
-
-def history(events: int, first: int = 0) -> History:
-    return History(
-        item_rows=np.arange(first, first + events),
-        actions=np.ones((events, 4), np.float32),
-        surfaces=np.zeros(events, np.int64),
-        timestamps_ms=np.arange(events) * 3_000_000_000 + 1_500_000_000_000,
-    )
 
 
 @pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
@@ -102,7 +95,7 @@ def test_operators_that_would_run_on_the_cpu_are_refused(opened: Bundle) -> None
 
     if Fallen._provider not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no provider without kernels")
-    with pytest.raises(BackendError, match=r"encoder\.onnx: .* would run \d+ MatMul.*2 Attention.* on the CPU"):
+    with pytest.raises(BackendError, match=r"encoder\.onnx: .* would run \d+ MatMul.*1 Attention.* on the CPU"):
         Fallen(opened.graph_files(), opened.manifest.graphs)
 
 
@@ -120,7 +113,7 @@ def test_what_is_computed_of_sizes_may_stay_on_the_cpu(opened: Bundle) -> None:
     session = load_session(onnxruntime, opened.graph_files()["ranker"], options, "CPUExecutionProvider")
     assert misplaced(session, "CPUExecutionProvider") == {}
     found = misplaced(session, "CUDAExecutionProvider")
-    assert found["Attention"] == 2
+    assert found["Attention"] == 1
     assert "Shape" not in found
     assert "Unsqueeze" not in found
 
@@ -143,8 +136,10 @@ def test_what_is_missing_is_told_and_not_printed(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == ""
 
 
-def test_keys_and_values_reach_the_ranker_without_a_copy(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded = engine.encode(pad_histories([history(5), history(2)]))
+def test_keys_and_values_reach_the_ranker_without_a_copy(
+    engine: Engine, opened: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = engine.encode(pad_histories([history(opened, 5), history(opened, 2)]))
     bind = onnxruntime.IOBinding.bind_ortvalue_input
     seen: dict[str, int] = {}
 
@@ -155,12 +150,14 @@ def test_keys_and_values_reach_the_ranker_without_a_copy(engine: Engine, monkeyp
     monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", spy)
     engine.rank(encoded, np.zeros((2, 3), np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64))
     names = engine.model.kv_names("past_key_values")
-    assert len(names) == 4
+    assert len(names) == 2
     assert [seen[name] for name in names] == [tensor.value.data_ptr() for tensor in encoded.key_values]  # type: ignore[attr-defined] # an OrtTensor
 
 
-def test_each_tensor_is_copied_to_the_host_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    past = engine.encode(pad_histories([history(5), history(2), history(9)]))
+def test_each_tensor_is_copied_to_the_host_once(
+    engine: Engine, opened: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = engine.encode(pad_histories([history(opened, count) for count in (5, 2, 4)]))
     read: list[OrtTensor] = []
     numpy = OrtTensor.numpy
 
@@ -169,14 +166,14 @@ def test_each_tensor_is_copied_to_the_host_once(engine: Engine, monkeypatch: pyt
         return numpy(tensor)
 
     monkeypatch.setattr(OrtTensor, "numpy", spy)
-    engine.extend(past, pad_histories([history(1, 20), history(3, 20), history(2, 20)]))
+    engine.extend(past, pad_histories([history(opened, count, 1) for count in (1, 3, 2)]))
     assert len(read) == len(set(map(id, read))) == 2 * len(past.key_values)
 
 
 def test_an_error_inside_the_engine_is_ours(backend: OnCpu) -> None:
     inputs: dict[str, NDArray[Any]] = {
-        "item_vectors": np.zeros((2, 3, 64), np.float32),
-        "actions": np.zeros((2, 3, 4), np.float32),
+        "item_vectors": np.zeros((2, 3, 4), np.float32),
+        "actions": np.zeros((2, 3, 2), np.float32),
         "surfaces": np.zeros((2, 3), np.int64),
         "timestamps_ms": np.zeros((2, 3), np.int64),
         "lengths": np.array([9, 9]),
@@ -185,37 +182,53 @@ def test_an_error_inside_the_engine_is_ours(backend: OnCpu) -> None:
         backend.run("encoder", inputs)
 
 
-def test_a_closed_backend_runs_nothing_and_leaves_tensors_alone(backend: OnCpu, engine: Engine) -> None:
-    encoded = engine.encode(pad_histories([history(5)]))
+def test_a_closed_backend_runs_nothing_and_leaves_tensors_alone(backend: OnCpu, engine: Engine, opened: Bundle) -> None:
+    encoded = engine.encode(pad_histories([history(opened, 5)]))
     before = [tensor.numpy().copy() for tensor in encoded.key_values]
     backend.close()
     with pytest.raises(BackendError, match="encoder: the graphs were closed; load the bundle again"):
-        engine.encode(pad_histories([history(5)]))
+        engine.encode(pad_histories([history(opened, 5)]))
     for tensor, copy in zip(encoded.key_values, before, strict=True):
         np.testing.assert_array_equal(tensor.numpy(), copy)
 
 
 @pytest.fixture(scope="module")
-def half(opened: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The bundle's graphs in fp16, which ONNX Runtime's CPU computes too."""
-    folder, files, specs = tmp_path_factory.mktemp("fp16"), opened.graph_files(), dict(opened.manifest.graphs)
-    for name in ("encoder", "extend", "ranker"):
-        files[name] = folder / f"{name}.onnx"
-        onnx.save(typed_graph(onnx.load(opened.graph_files()[name]), "fp16"), files[name])
-        specs[name] = in_half(specs[name])
-    return Engine(OnCpu(files, specs), opened.manifest.model, opened.item_vectors)
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with graphs in fp16, which ONNX Runtime's CPU computes too, and in bf16, which it does not."""
+    folder = Path(shutil.copytree(STORED, tmp_path_factory.mktemp("typed") / "bundle"))
+    add_precisions(folder, ["fp16", "bf16"], [])
+    return Bundle.open(folder)
 
 
-def in_half(spec: GraphSpec) -> GraphSpec:
-    def tensor(given: TensorSpec) -> TensorSpec:
-        low = given.name.startswith(("present.", "past_key_values."))
-        return TensorSpec(name=given.name, dtype="float16" if low else given.dtype, shape=given.shape)
-
-    return GraphSpec(file=spec.file, inputs=tuple(map(tensor, spec.inputs)), outputs=tuple(map(tensor, spec.outputs)))
+@pytest.fixture(scope="module")
+def half(typed: Bundle) -> Engine:
+    backend = OnCpu(typed.graph_files("fp16"), typed.manifest.graphs_in("fp16"))
+    return Engine(backend, typed.manifest.model, typed.item_vectors)
 
 
-def test_graphs_in_fp16_are_near_fp32(half: Engine, engine: Engine) -> None:
-    histories = [history(40), history(9, 30)]
+def test_a_device_in_fp16_serves_what_agrees_with_fp32(typed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu(monkeypatch)
+    with Recommender.load(typed.path, "cuda-fp16", strict=True) as recommender:
+        assert (recommender.device.name, recommender.device.precision) == ("cuda-fp16", "fp16")
+        assert recommender.encoder.namespace == f"{typed.hash} fp16"
+        slate = recommender.recommend([{"item": typed.item_ids[5], "actions": ["click"]}], 3)
+    assert (slate.device, len(slate.items)) == ("cuda-fp16", 3)
+    report = verify_bundle(typed.path, "cuda-fp16")
+    assert report.ok
+    assert report.agreement is not None
+    assert 0 < report.agreement.max_logit_diff < 0.1
+
+
+def test_operators_without_a_kernel_are_a_reason(typed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu(monkeypatch)
+    device = Engine.open(typed, "cuda-bf16").device
+    assert (device.name, device.precision) == ("cpu", "fp32")
+    assert device.refused[0].startswith(f"cuda-bf16: {typed.path / 'encoder_bf16.onnx'}: ONNX Runtime ")
+    assert " does not load it: " in device.refused[0]
+
+
+def test_graphs_in_fp16_are_near_fp32(half: Engine, engine: Engine, opened: Bundle) -> None:
+    histories = [history(opened, 8), history(opened, 6, 1)]
     past, new = (pad_histories([one.part(*part) for one in histories]) for part in ((0, 5), (5, None)))
     asked = np.array([[1, 2, 3], [4, 5, 6]]), np.zeros(2, np.int64), np.full(2, 1_760_000_000_000)
     exact = engine.rank(engine.encode(pad_histories(histories)), *asked)
@@ -225,8 +238,8 @@ def test_graphs_in_fp16_are_near_fp32(half: Engine, engine: Engine) -> None:
     assert {tensor.dtype for tensor in half.encode(past).key_values} == {"float16"}
 
 
-def test_arrays_are_rounded_to_what_the_graph_takes(half: Engine) -> None:
-    encoded = half.encode(pad_histories([history(6)]))
+def test_arrays_are_rounded_to_what_the_graph_takes(half: Engine, opened: Bundle) -> None:
+    encoded = half.encode(pad_histories([history(opened, 6)]))
     asked = np.array([[1, 2, 3]]), np.zeros(1, np.int64), np.array([1_760_000_000_000])
     on_device = half.rank(encoded, *asked)
     moved = tuple(HostTensor(tensor.numpy() * np.float32(1 + 2**-13)) for tensor in encoded.key_values)
