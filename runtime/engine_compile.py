@@ -9,6 +9,7 @@ import datetime
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -23,6 +24,7 @@ from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.tensorrt_api import TensorRT
 from unipinrec.runtime.tensorrt_build import BuildTask, Progress, build_engine
 from unipinrec.runtime.tensorrt_layers import require_precision
+from unipinrec.runtime.tensorrt_load import Plan
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
 from unipinrec.runtime.verify import compare_golden
 
@@ -62,18 +64,19 @@ def compile_bundle(
     store.prepare()
     found = {} if task.force else {graph: store.sound(key) for graph, key in keys.items()}
     kept = {graph: record for graph, record in found.items() if record and not unfit(record, needs[graph], machine)}
-    records, plans = dict(kept), {graph: store.plan(record) for graph, record in kept.items()}
+    records, contents = dict(kept), {graph: store.plan(record) for graph, record in kept.items()}
     for graph, key in keys.items():
         name = f"{graph} in {task.precision}"
         if graph not in kept:
-            records[graph], plans[graph] = build_graph(bundle, key, trt, task, partial(progress, name))
+            records[graph], contents[graph] = build_graph(bundle, key, trt, task, partial(progress, name))
         progress(name, 1.0, "there already" if graph in kept else "built")
     if len(kept) < len(keys):
         progress(f"{GOLDEN} in {task.precision}", 0.0, "running")
+        plans = {graph: _plan(bundle, key, contents[graph]) for graph, key in keys.items()}
         verified, kernels = verify_engines(bundle, task.precision, trt, cuda, plans)
         for graph in keys.keys() - kept.keys():
             record = msgspec.structs.replace(records[graph], machine=machine, verified=verified)
-            records[graph] = store.put(record, plans[graph], kernels.get(graph), replace=task.force)
+            records[graph] = store.put(record, contents[graph], kernels.get(graph), replace=task.force)
     progress(f"{GOLDEN} in {task.precision}", 1.0, "passed")
     return tuple(Compiled(record=records[graph], built=graph not in kept) for graph in keys)
 
@@ -86,7 +89,6 @@ def build_graph(
     Raises:
         BackendError: It cannot be built as asked, or falls to another precision.
     """
-    file = bundle.path / graphs_of(bundle.manifest, task.precision)[key.graph].file
     build = BuildTask(
         profiles=key.profiles,
         targets=task.targets,
@@ -94,7 +96,7 @@ def build_graph(
         timing_cache=task.timing_cache,
         progress=progress,
     )
-    built = build_engine(trt, file, build)
+    built = build_engine(trt, _graph_file(bundle, key), build)
     require_precision(built.layers, task.precision)
     record = EngineRecord(
         key=key,
@@ -111,7 +113,7 @@ def build_graph(
 
 
 def verify_engines(
-    bundle: Bundle, precision: str, trt: TensorRT, cuda: Cuda, plans: Mapping[str, bytes]
+    bundle: Bundle, precision: str, trt: TensorRT, cuda: Cuda, plans: Mapping[str, Plan]
 ) -> tuple[Verification, dict[str, bytes]]:
     """Send the golden requests through engines: how they passed, and the kernels that were compiled for this GPU.
 
@@ -129,6 +131,19 @@ def verify_engines(
             f"{bundle.path}: the engines of {trt} on {cuda.name} in {precision} were not installed: {verified.how}"
         )
     return verified, kernels
+
+
+def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> Plan:
+    """A plan and what it takes to load it."""
+    return Plan(
+        content=content,
+        weights=_graph_file(bundle, key) if key.options.strip_weights else None,
+        host_code=key.options.version_compatible,
+    )
+
+
+def _graph_file(bundle: Bundle, key: EngineKey) -> Path:
+    return bundle.path / graphs_of(bundle.manifest, key.precision)[key.graph].file
 
 
 def _golden(engine: Engine, bundle: Bundle, *, exact: bool) -> Verification:

@@ -74,11 +74,15 @@ def _import(flavor: Flavor) -> tuple[Any, str]:
     problem = "is not installed"
     for name in MODULES[flavor]:
         try:
-            return importlib.import_module(name), ""
+            module = importlib.import_module(name)
         except ModuleNotFoundError:
             continue
         except Exception as error:  # a wheel without its libraries fails with whatever its loader raises
             problem = f"is installed, but does not load ({error})"
+        else:
+            if hasattr(module, "__version__"):
+                return module, ""
+            problem = f"is not installed: {name} is something else ({getattr(module, '__file__', None) or 'a folder'})"
     return None, problem
 
 

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from unipinrec.runtime.tensorrt_layers import FP32, LayerReport, network_type, p
 
 ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")
 DEFAULTS = BuildOptions()
+POLL_S = 0.1
 Progress = Callable[[float, str], None]
 log = logging.getLogger(__name__)
 
@@ -113,10 +114,12 @@ def build_engine(trt: TensorRT, graph_file: Path, task: BuildTask) -> BuiltEngin
     with ThreadPoolExecutor(1, "unipinrec-build") as pool:
         building = pool.submit(_Build(trt, graph_file, task, stop).run)
         try:
-            return building.result()
+            while not building.done():
+                wait({building}, POLL_S)  # a signal that another thread gets does not wake this one
         except KeyboardInterrupt:
             stop.set()
             raise
+        return building.result()
 
 
 class _Build:

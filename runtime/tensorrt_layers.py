@@ -122,7 +122,7 @@ def report_layers(text: str, products: Products) -> LayerReport:
     layers = tuple(_layers(text))
     if not layers:
         raise BackendError(UNTOLD)
-    tensors = {found["name"]: _type(found["type"]) for found in map(TENSOR.match, text.splitlines()) if found}
+    tensors = {found["name"]: _type(found["type"]) for found in map(TENSOR.match, text.split("\n")) if found}
     return LayerReport(
         layers=layers,
         tensors=tensors,
@@ -147,7 +147,7 @@ def require_precision(report: LayerReport, precision: str) -> None:
 
 
 def _layers(text: str) -> Iterator[Layer]:
-    for line in text.splitlines():
+    for line in text.split("\n"):  # `splitlines` also splits at what TensorRT puts between the names of nodes
         found = LAYER.match(line)
         if found:
             rest = found["rest"]
