@@ -1,0 +1,106 @@
+"""The server's table of routes, and how a handler becomes one: every answer, errors too, leaves through one place."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from unipinrec.runtime import server_handlers as handlers
+from unipinrec.runtime.event_store import EventStore, MemoryEventStore, StoreLimits
+from unipinrec.runtime.server_api import ErrorAnswer, ErrorDetail, Refusal
+from unipinrec.runtime.server_context import Call, Handler, Observer, Server, ServerOptions
+from unipinrec.runtime.server_state import Deployments
+
+__all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
+
+CLIENT_LEFT = 499
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Endpoint:
+    """A handler as an ASGI application, with a request id, a deadline, and its errors as JSON."""
+
+    server: Server
+    path: str
+    handler: Handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        call = self.server.call(Request(scope, receive, send), self.path)
+        try:
+            self.server.set_deadline(call)
+            response = await self.handler(self.server, call)
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_LEFT)
+        except Exception as error:
+            response = _refused(handlers.refusal_of(error, call.id), call)
+        response.headers["x-request-id"] = call.id
+        if self.server.phase == "draining":
+            response.headers["connection"] = "close"
+        call.status, call.seconds = response.status_code, time.perf_counter() - call.began
+        for observe in self.server.observers:
+            observe(call)
+        await response(scope, receive, send)
+
+
+def _refused(refusal: Refusal, call: Call) -> Response:
+    call.code = refusal.detail.code
+    response = handlers.as_json(ErrorAnswer(error=refusal.detail), refusal.status)
+    response.headers.update(refusal.headers or {})
+    return response
+
+
+def route(server: Server, method: str, path: str, handler: Handler) -> Route:
+    """A line of the table."""
+    return Route(path, Endpoint(server=server, path=path, handler=handler), methods=[method])
+
+
+def make_server(
+    options: ServerOptions | None = None,
+    *,
+    deployments: Deployments | None = None,
+    store: EventStore | None = None,
+    observers: Sequence[Observer] = (),
+) -> Server:
+    """What handlers share, ready if there is something to serve with; `Server.open` gives it to it later."""
+    server = Server(
+        options=options or ServerOptions(),
+        store=store or MemoryEventStore(StoreLimits(events=2_000)),
+        observers=list(observers),
+    )
+    if deployments is not None:
+        server.open(deployments)
+    return server
+
+
+def make_app(server: Server, more: Sequence[BaseRoute] = ()) -> Starlette:
+    """The application: the table of routes, and `more` of them."""
+    routes = [
+        route(server, "POST", "/v1/recommend", handlers.recommend),
+        route(server, "GET", "/health/live", handlers.live),
+        route(server, "GET", "/health/ready", handlers.ready),
+        *more,
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+
+
+async def _no_route(_request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    code, message = {
+        404: ("no_such_route", "there is nothing here; GET /openapi.json lists what there is"),
+        405: ("method_not_allowed", "this path does not answer to this method"),
+    }.get(status, ("http_error", "the request cannot be answered"))
+    headers = error.headers if isinstance(error, HTTPException) else None
+    response = handlers.as_json(ErrorAnswer(error=ErrorDetail(code=code, message=message)), status)
+    response.headers.update(headers or {})
+    return response
