@@ -24,7 +24,7 @@ from unipinrec.runtime.engine_record import Refusal, this_machine
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.machine import this_cpu, this_memory
 from unipinrec.runtime.openvino_session import NO_BF16, import_openvino
-from unipinrec.runtime.ort_cuda_session import CUDA, INSTALL, installed_wheels, provider_problem
+from unipinrec.runtime.ort_cuda_session import CUDA, INSTALL, installed_wheels, preload, provider_problem
 from unipinrec.runtime.ort_session import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.tensorrt_api import FLAVORS, NAMES, Flavor, TensorRT, import_tensorrt
@@ -128,7 +128,7 @@ def _devices(gpu: Gpu, ort: OnnxRuntime, tensorrt: Sequence[Library], openvino: 
     absent = None if any(one.version for one in tensorrt) else "; ".join(str(one.problem) for one in tensorrt)
     return {
         "tensorrt": driver or gpu.problem or absent,
-        "cuda": driver or missing or provider_problem(import_onnxruntime(), CUDA),
+        "cuda": driver or missing or provider_problem(import_onnxruntime(), CUDA) or preload(import_onnxruntime()),
         "cpu": missing,
         "openvino": openvino.problem,
         "openvino-bf16": openvino.problem or (None if has_bf16() else NO_BF16),

@@ -73,17 +73,18 @@ class OrtCudaBackend:
         if problem:
             raise BackendError(problem)
         missing = preload(self._ort)
+        self._hint = f" ({missing})" if missing else ""
         self._specs = {name: specs[name] for name in graphs}
-        self._sessions = {name: self._load(path, threads, missing) for name, path in graphs.items()}
+        self._sessions = {name: self._load(path, threads) for name, path in graphs.items()}
         log.info("ONNX Runtime %s on %s", self.version, self._provider)
 
-    def _load(self, path: Path, threads: int, missing: str) -> Any:
+    def _load(self, path: Path, threads: int) -> Any:
         options = session_options(self._ort, threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             session = load_session(self._ort, path, options, self._provider, self._settings)
         except BackendError as error:
-            raise BackendError(f"{error}{missing}") from error
+            raise BackendError(f"{error}{self._hint}") from error
         elsewhere = misplaced(session, self._provider)
         if elsewhere:
             raise BackendError(
@@ -138,8 +139,8 @@ def installed_wheels() -> list[str]:
     return found
 
 
-def preload(ort: Any) -> str:
-    """Load CUDA's libraries from where pip puts them; returns what is missing, to be put behind an error."""
+def preload(ort: Any) -> str | None:
+    """Load CUDA's libraries from where pip puts them; returns what is missing, and what to do."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):  # it prints, where a command may be printing JSON
@@ -147,7 +148,7 @@ def preload(ort: Any) -> str:
     except Exception as error:  # an older version, or a broken installation: the session tells
         said.write(str(error))
     lines = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
-    return f" ({'; '.join(lines)})" if lines else ""
+    return f"{'; '.join(lines)}; run pip install 'onnxruntime-gpu[cuda,cudnn]'" if lines else None
 
 
 def misplaced(session: Any, provider: str) -> Counter[str]:

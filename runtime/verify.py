@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import BundleError
+from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle import GOLDEN, Bundle, read_manifest
 from unipinrec.runtime.bundle_files import file_problems
@@ -110,6 +110,15 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
         BundleError: They do not.
         BackendError: A graph does not run.
     """
+    try:
+        _require_golden(engine, bundle)
+    except BackendError as error:
+        if engine.device.name == "cpu":
+            raise
+        raise BackendError(f"{bundle.path} does not run on {engine.device.name}: {error}; use device cpu") from error
+
+
+def _require_golden(engine: Engine, bundle: Bundle) -> None:
     device = engine.device
     kind = device.name.partition("-")[0]
     if device.precision != "fp32":

@@ -299,6 +299,21 @@ def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(gpu: GpuInfo, memor
     assert report.device.name == "tensorrt-fp32"
 
 
+def test_a_graph_that_fails_on_a_gpu_is_an_error_and_no_fallback(
+    gpu: GpuInfo, memory: HostRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_engines(Bundle.open(STORED), gpu)
+
+    def fail(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr("fake_tensorrt.IExecutionContext.execute_async_v3", fail)
+    with pytest.raises(BackendError, match=r"bundle_v1 does not run on tensorrt-fp32: encoder.*; use device cpu$"):
+        Recommender.load(STORED)
+    gc.collect()
+    assert memory.left() == {}
+
+
 def test_a_closed_recommender_answers_nothing() -> None:
     with Recommender.load(STORED, "cpu") as recommender:
         recommender.recommend([{"item": recommender.bundle.item_ids[0], "actions": []}], 1)

@@ -131,8 +131,11 @@ def test_what_is_missing_is_told_and_not_printed(capsys: pytest.CaptureFixture[s
             print("Failed to load libcublas.so.13: no such file")
             print("Please follow the installation guide.")
 
-    assert preload(Broken) == " (Failed to load libcublas.so.13: no such file; Please follow the installation guide.)"
-    assert preload(onnxruntime) == ""
+    assert preload(Broken) == (
+        "Failed to load libcublas.so.13: no such file; Please follow the installation guide.; "
+        "run pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    )
+    assert preload(onnxruntime) is None
     assert capsys.readouterr().out == ""
 
 
