@@ -109,8 +109,7 @@ class EngineLoader:
         cache = config.create_runtime_cache()
         if kernels is not None and not cache.deserialize(kernels):
             log.info("%s: the stored kernels are not of this GPU, driver and %s; compiling", self._graph, self._trt)
-        config.set_runtime_cache(cache)
-        return config, cache
+        return config, cache if config.set_runtime_cache(cache) else None
 
     def _lane(self, engine: Any, how: Any, place: int, spec: GraphSpec) -> Lane:
         stream = self._cuda.stream()
