@@ -50,6 +50,7 @@ class Endpoint:
         call.status, call.seconds = response.status_code, time.perf_counter() - call.began
         for observe in self.server.observers:
             observe(call)
+        response.headers.update(call.headers)
         await response(scope, receive, send)
 
 

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from unipinrec.errors import BackendError, ConfigError
+from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.event_store import EventStore
 from unipinrec.runtime.server_admission import Admission
 from unipinrec.runtime.server_api import Limits, Refusal
@@ -62,6 +63,8 @@ class Call:
         began: When it arrived, by `time.perf_counter`.
         deadline: When it must be answered, by the same clock.
         slates: What was recommended.
+        answers: How each of the slates was batched.
+        headers: Further headers of the answer; an observer may add some.
         status: Of the answer; 499 = the client left first.
         code: Of the error, if it is one.
         seconds: From arrival to the answer, which was then sent.
@@ -73,6 +76,8 @@ class Call:
     began: float
     deadline: float
     slates: list[Slate] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
     status: int = 0
     code: str | None = None
     seconds: float = 0.0

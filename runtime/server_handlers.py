@@ -13,6 +13,7 @@ import msgspec
 from starlette.responses import Response
 
 from unipinrec.errors import RequestError
+from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
 from unipinrec.runtime.server_api import (
@@ -72,7 +73,7 @@ async def ready(server: Server, _call: Call) -> Response:
 class _Started:
     """A request that the batcher has."""
 
-    answer: Future[Slate]
+    answer: Answer
     events: int
     skipped: int
 
@@ -188,4 +189,5 @@ def _outcome(started: _Started | Exception, call: Call) -> RecommendAnswer | Exc
         return error if isinstance(error, Exception) else RuntimeError(repr(error))
     slate = started.answer.result()
     call.slates.append(slate)
+    call.answers.append(started.answer)
     return RecommendAnswer.of(slate, started.events, started.skipped)
