@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import torch
 from common import card
-from quality_runs import figures, keep, summary, trained
+from interleaved import InterleavedTrainer, load_interleaved
+from quality_runs import PLAIN, Form, figures, keep, summary, trained
 
 from unipinrec.models.data_kuairand import read_kuairand
 from unipinrec.models.data_schema import CATEGORY_PREFIX, DENSE_PREFIX, Dataset
@@ -33,6 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mask_0.3": {"mask_probability": 0.3},
     "no_content": {},
     "self_attention": {},
+    "interleaved": {"mask_probability": 0.0},
 }
 MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}}
 
@@ -82,7 +84,9 @@ def main() -> None:
         for row in options.rows:
             name = f"{options.config.stem}_{row}_seed{seed}"
             data = without_content(dataset) if row == "no_content" else dataset
-            runs[row].append(row_figures(row, trained(data, config_of(options, row, seed), options.out / name, name)))
+            form = Form(trainer=InterleavedTrainer, load=load_interleaved) if row == "interleaved" else PLAIN
+            run = trained(data, config_of(options, row, seed), options.out / name, name, form)
+            runs[row].append(row_figures(row, run))
             done = {row: summary(found) for row, found in runs.items() if found}
             counts = {row: len(found) for row, found in runs.items()}
             keep({**card("quality_kuairand"), "seeds_done": counts, "rows": done}, options.config.stem)

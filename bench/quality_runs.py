@@ -6,7 +6,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.metrics import Metrics, retrieval_metrics
+from unipinrec.models.model import UniPinRec
 from unipinrec.models.sequences import sequences_of
 from unipinrec.models.train import EpochReport, Trainer
 from unipinrec.models.train_config import RunConfig
@@ -27,16 +29,27 @@ RESULTS = ROOT / "bench" / "results" / "quality"
 CUTOFFS = (1, 10, 50, 200)
 
 
-def trained(dataset: Dataset, config: RunConfig, out: Path, name: str) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What trains a run, and how its checkpoint is loaded."""
+
+    trainer: type[Trainer] = Trainer
+    load: Callable[[Path], UniPinRec] = lambda folder: load_checkpoint(folder).model
+
+
+PLAIN = Form()
+
+
+def trained(dataset: Dataset, config: RunConfig, out: Path, name: str, form: Form = PLAIN) -> dict[str, Any]:
     """Train and measure one run, or return what an earlier call left; also written to bench/results/quality."""
     result = out / "result.json"
     if result.exists():
         document: dict[str, Any] = json.loads(result.read_bytes())
         _require_config(out, document["config"], config)
         return document
-    reports = _train(dataset, config, out, name)
+    reports = _train(form.trainer(dataset, config, out, resume=(out / STATE_FILE).exists()), name)
     began = time.monotonic()
-    metrics = test_metrics(dataset, out)
+    metrics = test_metrics(dataset, form.load(out))
     document = {
         **card("quality"),
         "name": name,
@@ -61,9 +74,9 @@ def keep(document: Mapping[str, Any], name: str) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
-def test_metrics(dataset: Dataset, checkpoint: Path) -> Metrics:
-    """Metrics of a checkpoint on the whole test split."""
-    data, model = sequences_of(dataset), load_checkpoint(checkpoint).model
+def test_metrics(dataset: Dataset, model: UniPinRec) -> Metrics:
+    """Metrics of a model on the whole test split."""
+    data = sequences_of(dataset)
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
     requests = held_out_requests(data, positive, "test")
     scores = gather_scores(list(model_scores(model, data, requests)))
@@ -99,8 +112,7 @@ def summary(rows: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, f
     return merged
 
 
-def _train(dataset: Dataset, config: RunConfig, out: Path, name: str) -> list[EpochReport]:
-    trainer = Trainer(dataset, config, out, resume=(out / STATE_FILE).exists())
+def _train(trainer: Trainer, name: str) -> list[EpochReport]:
     for report in trainer.run():
         if isinstance(report, EpochReport):
             score = report.metrics.selection_score()

@@ -43,6 +43,18 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Scalar losses: `loss` (what is minimised), `retrieval`, `history_actions`, `candidate_actions`."""
+        vectors, history, slate = self.inputs(batch)
+        hidden, candidates = self.model.joint(history, batch.masked, slate)
+        retrieval = self._retrieval(hidden, vectors, batch)
+        at = batch.masked > 0
+        masked = self._actions(hidden[at], batch.history_actions[at], batch.history_known[at])
+        labels = batch.candidate_actions[batch.candidate_valid]
+        shown = self._actions(candidates[batch.candidate_valid], labels, torch.ones_like(labels))
+        loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
+        return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, HistoryTokens, CandidateTokens]:
+        """Vectors [U, E] of the batch's items, and the histories and candidates made of them."""
         rows = batch.item_rows
         vectors = self.model.embed_items(rows, self.dense[rows], self.categories[rows])
         history = HistoryTokens(
@@ -58,14 +70,7 @@ class Objective(nn.Module):
             timestamps_ms=batch.candidate_timestamps_ms,
             cutoffs=batch.cutoffs,
         )
-        hidden, candidates = self.model.joint(history, batch.masked, slate)
-        retrieval = self._retrieval(hidden, vectors, batch)
-        at = batch.masked > 0
-        masked = self._actions(hidden[at], batch.history_actions[at], batch.history_known[at])
-        labels = batch.candidate_actions[batch.candidate_valid]
-        shown = self._actions(candidates[batch.candidate_valid], labels, torch.ones_like(labels))
-        loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
-        return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
+        return vectors, history, slate
 
     def _retrieval(self, hidden: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy over the sampled items at unmasked positions whose next event is positive."""

@@ -48,7 +48,13 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trainer:
-    """Trains one model on one data set and writes a checkpoint folder as it goes."""
+    """Trains one model on one data set and writes a checkpoint folder as it goes.
+
+    A subclass may train a variant of the model or of the losses that has the same weights.
+    """
+
+    model_type: type[UniPinRec] = UniPinRec
+    objective_type: type[Objective] = Objective
 
     def __init__(
         self, dataset: Dataset, config: RunConfig, out: Path, *, resume: bool = False, tensorboard: bool = False
@@ -72,12 +78,14 @@ class Trainer:
                 f"{self.accelerator.num_processes} processes; the data has too few events before its split"
             )
         set_seed(config.train.seed)
-        self.model = UniPinRec(config.model, self.vocabulary)
+        self.model = self.model_type(config.model, self.vocabulary)
         _standardise(self.model, self.data)
         optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config.train.weight_decay), lr=config.train.learning_rate
         )
-        objective = Objective(self.model, self.data.features, loss_options(config.train, self.vocabulary.actions))
+        objective = self.objective_type(
+            self.model, self.data.features, loss_options(config.train, self.vocabulary.actions)
+        )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
         self.position = Position(settings=_settings(config, self.data))
