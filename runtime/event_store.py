@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -61,7 +62,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 class EventStore(Protocol):
     """Keeps users' events. Safe to use from several threads; nothing here waits, futures do.
 
-    What an `append` reported is read by every later `histories`. Futures fail with BackendError where the store does.
+    What an `append` reported is read by every later `histories`. Futures fail with BackendError where the store does;
+    one that is cancelled before its work began leaves nothing behind.
     """
 
     description: str
@@ -146,9 +148,9 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryEventStore:
-    """Keeps events in this process; a restart forgets them. For the event loop's thread alone."""
+    """Keeps events in this process; a restart forgets them. For one thread alone, that of the event loop."""
 
-    description = "memory"
+    description = "memory, which a restart forgets"
 
     def __init__(self, limits: StoreLimits) -> None:
         self._limits = limits
@@ -178,3 +180,24 @@ class MemoryEventStore:
     def close(self) -> None:
         """See `EventStore.close`."""
         self._users.clear()
+
+
+def open_store(state: str | None, limits: StoreLimits) -> EventStore:
+    """The store that an operator asks for.
+
+    Args:
+        state: A folder, made if it is not there, or a URL of a Redis or Valkey server; None = this process's memory.
+        limits: How much it keeps; of a Redis server the number of users is its own affair (`maxmemory`).
+
+    Raises:
+        BackendError: It cannot be opened.
+    """
+    if state is None:
+        return MemoryEventStore(limits)
+    if "://" in state:
+        from unipinrec.runtime.event_store_redis import RedisEventStore  # noqa: PLC0415 - an extra
+
+        return RedisEventStore(state, limits)
+    from unipinrec.runtime.event_store_sqlite import SqliteEventStore  # noqa: PLC0415 - the other way round it needs us
+
+    return SqliteEventStore(Path(state), limits)

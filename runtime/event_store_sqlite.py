@@ -1,0 +1,182 @@
+"""Users' events in one SQLite file: what was acknowledged is on the disk, whatever kills the process.
+
+One thread writes. It takes all that waits, writes it in one transaction, and acknowledges it when that is on the disk:
+many appends share the wait for one. Another thread reads, and waits for none of this (write-ahead log).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, merged
+
+FILE = "events.sqlite3"
+FORMAT = 1
+BUSY_S = 5.0  # how long another process, such as a backup, may hold the file up
+SCHEMA = """
+CREATE TABLE users (user TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, events BLOB NOT NULL);
+CREATE INDEX users_by_update ON users (updated_ms);
+"""
+_EVENTS: msgspec.msgpack.Decoder[Events] = msgspec.msgpack.Decoder(Events)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Write:
+    """What to do in a transaction, and who waits for it."""
+
+    work: Callable[[], Any]
+    done: Future[Any]
+
+
+class SqliteEventStore:
+    """See `EventStore`; several processes may share a folder."""
+
+    def __init__(self, folder: Path, limits: StoreLimits) -> None:
+        """Open the store in a folder, which is made if it is not there.
+
+        Raises:
+            BackendError: There is no such store, none can be made, or another version of this package wrote it.
+        """
+        self._path, self._limits = folder / FILE, limits
+        self.description = f"{self._path}, {sqlite3.sqlite_version}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._writer, self._reader = _connect(self._path), _connect(self._path)
+            _prepare(self._writer, self._path)
+            (self._users,) = self._writer.execute("SELECT count(*) FROM users").fetchone()
+        except (OSError, sqlite3.Error) as error:
+            raise self._failed(error) from error
+        self._queue: deque[_Write] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._writing = threading.Thread(target=self._write_all, name="unipinrec-events", daemon=True)
+        self._writing.start()
+        self._reading = ThreadPoolExecutor(1, "unipinrec-events-read")
+
+    def append(self, appends: Sequence[Append], now_ms: int) -> Future[list[Receipt]]:
+        """See `EventStore.append`."""
+        return self._submit(lambda: [self._append(append, now_ms) for append in appends])
+
+    def histories(self, users: Sequence[str]) -> Future[list[Events]]:
+        """See `EventStore.histories`."""
+        try:
+            return self._reading.submit(self._read, users)
+        except RuntimeError as error:
+            raise BackendError(f"{self._path} is closed") from error
+
+    def forget(self, user: str) -> Future[int]:
+        """See `EventStore.forget`."""
+        return self._submit(lambda: self._forget(user))
+
+    def close(self) -> None:
+        """See `EventStore.close`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._writing.join()
+        self._reading.shutdown()
+        self._reader.close()
+        self._writer.close()
+
+    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
+        write = _Write(work=work, done=Future())
+        with self._changed:
+            if self._closed:
+                raise BackendError(f"{self._path} is closed")
+            self._queue.append(write)
+            self._changed.notify_all()
+        return write.done
+
+    def _write_all(self) -> None:
+        while writes := self._next_writes():
+            running = [write for write in writes if write.done.set_running_or_notify_cancel()]
+            users = self._users
+            try:
+                with self._writer:
+                    self._writer.execute("BEGIN IMMEDIATE")
+                    results = [write.work() for write in running]
+                    self._make_room()
+            except Exception as error:  # whatever it is, those who wait must hear of it
+                self._users = users
+                for write in running:
+                    write.done.set_exception(self._failed(error))
+            else:
+                for write, result in zip(running, results, strict=True):
+                    write.done.set_result(result)
+
+    def _next_writes(self) -> list[_Write]:
+        """All that waits; empty once the store is closed."""
+        with self._changed:
+            while not self._queue and not self._closed:
+                self._changed.wait()
+            writes = list(self._queue)
+            self._queue.clear()
+            return writes
+
+    def _append(self, append: Append, now_ms: int) -> Receipt:
+        known = _select(self._writer, append.user)
+        events, receipt = merged(known, append, self._limits.events, now_ms)
+        if receipt.appended:
+            self._writer.execute(
+                "INSERT INTO users VALUES (?1, ?2, ?3) ON CONFLICT (user) DO UPDATE SET updated_ms = ?2, events = ?3",
+                (append.user, now_ms, msgspec.msgpack.encode(events)),
+            )
+            self._users += not known
+        return receipt
+
+    def _forget(self, user: str) -> int:
+        known = _select(self._writer, user)
+        self._users -= self._writer.execute("DELETE FROM users WHERE user = ?", (user,)).rowcount
+        return len(known)
+
+    def _make_room(self) -> None:
+        if self._users > self._limits.users:
+            oldest = "SELECT rowid FROM users ORDER BY updated_ms LIMIT ?"
+            over = self._users - self._limits.users
+            done = self._writer.execute(f"DELETE FROM users WHERE rowid IN ({oldest})", (over,))  # noqa: S608 - ours
+            self._users -= done.rowcount
+
+    def _read(self, users: Sequence[str]) -> list[Events]:
+        try:
+            return [_select(self._reader, user) for user in users]
+        except (sqlite3.Error, msgspec.DecodeError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(
+            f"{self._path}: {error}; check the folder, its rights and the room that is left, or give another --state"
+        )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Make the table where there is none.
+
+    Raises:
+        BackendError: Another version of this package wrote the file.
+    """
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut too
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+    elif version != FORMAT:
+        raise BackendError(f"{path}: its format is {version}, this version reads {FORMAT}; give another --state")
+
+
+def _select(connection: sqlite3.Connection, user: str) -> Events:
+    row = connection.execute("SELECT events FROM users WHERE user = ?", (user,)).fetchone()
+    return () if row is None else _EVENTS.decode(row[0])
