@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress, cycle, islice
 from pathlib import Path
 
@@ -15,11 +15,15 @@ from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, History, RecommendOptions, Request
+from unipinrec.runtime.server_recall import RecallSampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
-    """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`."""
+    """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`.
+
+    `sampler` compares a share of the index's searches with exact ones; None = none.
+    """
 
     device: str = "auto"
     strict: bool = False
@@ -27,6 +31,7 @@ class DeploymentOptions:
     cache: CacheOptions | None = None
     window_slack: int | None = None
     batching: BatchOptions = field(default_factory=BatchOptions)
+    sampler: RecallSampler | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +82,8 @@ class Deployment:
             unless_ready.callback(recommender.close)
             warm_up(recommender, options.batching.max_batch)
             unless_ready.pop_all()
+        if options.sampler is not None:
+            recommender = replace(recommender, retriever=options.sampler.watch(recommender.retriever))
         batcher = Batcher(recommender, options.batching)
         version = recommender.bundle.hash
         return cls(recommender=recommender, batcher=batcher, version=version, path=folder, options=options)
