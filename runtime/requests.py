@@ -272,6 +272,17 @@ def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str,
     )
 
 
+def check_event(event: Event, manifest: Manifest, rows: Mapping[str, int], where: str) -> None:
+    """Check one event for itself; `where` names its place in what the caller sent.
+
+    Raises:
+        RequestError: It names an item, action or surface that the bundle does not know, or its time is invalid.
+    """
+    _check_names(event, _actions(manifest), _surfaces(manifest), rows, where)
+    if event.timestamp_ms is not None:
+        _milliseconds(event.timestamp_ms, f"{where}.timestamp_ms")
+
+
 def _check_names(
     event: Event, actions: Mapping[str, int], surfaces: Mapping[str, int], rows: Mapping[str, int], where: str
 ) -> None:

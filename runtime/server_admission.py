@@ -1,12 +1,11 @@
-"""Who may wait: a bounded number of requests, none longer than its deadline, none that would miss it anyway.
+"""Who may wait: a bounded number of requests, and none that would miss its deadline anyway.
 
 Health and metrics do not come here. Everything runs in the event loop's thread.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unipinrec.errors import ConfigError
@@ -16,23 +15,22 @@ WEIGHT = 0.02  # of one answer in the running mean: the last hundred or so count
 
 
 class Admission:
-    """Counts what was admitted and not yet answered, and measures how fast it is answered.
+    """Counts what was admitted and not yet answered, and knows how long that will take.
 
     Attributes:
         limit: Most requests that are admitted and not yet answered.
         pending: Requests that are.
         most_pending: The most that ever were.
         refused: Requests that were turned away.
-        seconds_each: Running mean of the time between two answers while there is work; 0 = not known yet.
+        seconds_each: Running mean of what a request takes, its share of a batch; 0 = not known yet.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, limit: int) -> None:
         if limit < 1:
             raise ConfigError(f"a queue of {limit} requests must hold at least 1")
-        self.limit, self._clock = limit, clock
+        self.limit = limit
         self.pending = self.most_pending = self.refused = 0
         self.seconds_each = 0.0
-        self._latest = 0.0  # when the latest answer was given, or work began after a pause
 
     @contextmanager
     def admit(self, within_s: float) -> Iterator[Place]:
@@ -66,18 +64,12 @@ class Admission:
                 f"{why}; send the request again after Retry-After seconds",
                 {"retry-after": whole_seconds(ahead_s)},
             )
-        if not self.pending:
-            self._latest = self._clock()
         self.pending += count
         self.most_pending = max(self.most_pending, self.pending)
 
-    def answered(self, count: int) -> None:
-        """Count answers that were computed."""
-        now = self._clock()
-        each = (now - self._latest) / count
-        self._latest = now
-        weight = WEIGHT * count if self.seconds_each else 1.0
-        self.seconds_each += min(weight, 1.0) * (each - self.seconds_each)
+    def measured(self, seconds: float) -> None:
+        """Take account of what one more request took."""
+        self.seconds_each += (WEIGHT if self.seconds_each else 1.0) * (seconds - self.seconds_each)
 
     def give_back(self, count: int) -> None:
         """Free places."""
@@ -98,10 +90,6 @@ class Place:
         """
         self._admission.take(count, self._within_s)
         self._count += count
-
-    def answered(self) -> None:
-        """Tell that all of it was computed."""
-        self._admission.answered(self._count)
 
     def leave(self) -> None:
         """Give all room back."""

@@ -126,6 +126,69 @@ class RecommendAnswer(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class SentEvent(Event, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An event that a user just caused.
+
+    Attributes:
+        id: Of the event, so that it can be sent again: of several with one id and user the first counts.
+    """
+
+    id: str | None = None
+
+
+class EventsBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one user just did, oldest first."""
+
+    user: str
+    events: tuple[SentEvent, ...]
+
+
+class UserAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a user, oldest event first."""
+
+    user: str
+    events: tuple[SentEvent, ...]
+
+
+class ForgetAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What was known of a user who is forgotten now: how many events, and whether their keys and values were cached."""
+
+    user: str
+    events: int
+    cached: bool
+
+
+class SimilarBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The k items most similar to some; what filters mean is said in `RecommendOptions`.
+
+    Attributes:
+        items: Items to start from; a result's similarity is that with the one it is most similar to.
+    """
+
+    items: tuple[str | int, ...]
+    k: int = 20
+    exclude: tuple[str, ...] = ()
+    allow: tuple[str, ...] | None = None
+    categories: dict[str, tuple[str, ...]] | None = None
+    exact: bool = False
+
+
+class SimilarItem(msgspec.Struct, frozen=True, kw_only=True):
+    """An item and the cosine of its vector with that of the item asked for."""
+
+    item: str
+    title: str | None
+    similarity: float
+
+
+class SimilarAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Most similar first; `exact` says why all items were scanned, None = the index found them."""
+
+    items: tuple[SimilarItem, ...]
+    exact: str | None
+    bundle: str
+
+
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the server answers, and with what.
 
@@ -144,6 +207,9 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Recommends = RecommendBody | tuple[RecommendBody, ...]
+Posts = EventsBody | tuple[EventsBody, ...]
+_EVENTS: msgspec.json.Decoder[Posts] = msgspec.json.Decoder(Posts)
+_SIMILAR: msgspec.json.Decoder[SimilarBody] = msgspec.json.Decoder(SimilarBody)
 _RECOMMEND: msgspec.json.Decoder[Recommends] = msgspec.json.Decoder(Recommends)
 
 
@@ -161,6 +227,44 @@ def decode_recommend(body: bytes, limits: Limits) -> Recommends:
         _at_most(f"{where}history", len(one.history or ()), limits.history, "events")
         _at_most(f"{where}k", one.k, limits.k)
         _at_most(f"{where}candidates", one.candidates, limits.candidates)
+    return asked
+
+
+def decode_events(body: bytes, limits: Limits, now_ms: int) -> Posts:
+    """Read the body of POST /v1/events.
+
+    Raises:
+        RequestError: It is not JSON of that form, holds more than is allowed, or an event of the future.
+    """
+    posted = _decode(_EVENTS, body)
+    count = 0
+    for where, one in _each(posted, limits):
+        _check_id(f"{where}user", one.user, limits)
+        if not one.events:
+            raise RequestError(f"{where}events is empty; send at least one")
+        count += len(one.events)
+        _at_most("the body", count, limits.events, "events")
+        for place, event in enumerate(one.events):
+            _check_id(f"{where}events[{place}].id", event.id, limits)
+            if event.timestamp_ms is not None and event.timestamp_ms > now_ms + limits.ahead_ms:
+                raise RequestError(
+                    f"{where}events[{place}].timestamp_ms={event.timestamp_ms} lies more than {limits.ahead_ms} ms "
+                    f"ahead of this machine's clock, {now_ms}; send Unix time in ms"
+                )
+    return posted
+
+
+def decode_similar(body: bytes, limits: Limits) -> SimilarBody:
+    """Read the body of POST /v1/items/similar.
+
+    Raises:
+        RequestError: It is not JSON of that form, or asks for more than is allowed.
+    """
+    asked = _decode(_SIMILAR, body)
+    if not asked.items:
+        raise RequestError("items is empty; send the ids of one or more items")
+    _at_most("items", len(asked.items), limits.items)
+    _at_most("k", asked.k, limits.k)
     return asked
 
 

@@ -88,6 +88,10 @@ def make_app(server: Server, more: Sequence[BaseRoute] = ()) -> Starlette:
     """The application: the table of routes, and `more` of them."""
     routes = [
         route(server, "POST", "/v1/recommend", handlers.recommend),
+        route(server, "POST", "/v1/events", handlers.append_events),
+        route(server, "GET", "/v1/users/{user:path}", handlers.user_events),
+        route(server, "DELETE", "/v1/users/{user:path}", handlers.forget_user),
+        route(server, "POST", "/v1/items/similar", handlers.similar),
         route(server, "GET", "/health/live", handlers.live),
         route(server, "GET", "/health/ready", handlers.ready),
         *more,

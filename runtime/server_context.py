@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -207,6 +207,7 @@ class Server:
         admission: Of requests for the device.
         writes: Of requests for the store.
         users: Who is being answered.
+        threads: For what neither the event loop nor a batch is to wait for.
         observers: Called with every request when its answer is ready.
         phase: What /health/ready says.
     """
@@ -217,6 +218,7 @@ class Server:
     admission: Admission = field(init=False)
     writes: Admission = field(init=False)
     users: UsersInFlight = field(default_factory=UsersInFlight)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "unipinrec-server"))
     observers: list[Observer] = field(default_factory=list)
     phase: Phase = "loading"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,19 +13,27 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.responses import Response
 
-from unipinrec.errors import RequestError
+from unipinrec.errors import BackendError, RequestError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
+from unipinrec.runtime.event_store import Append, StoredEvent
+from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event, check_event
 from unipinrec.runtime.server_api import (
     ErrorAnswer,
+    EventsBody,
+    ForgetAnswer,
     Readiness,
     RecommendAnswer,
     RecommendBody,
     Refusal,
+    SentEvent,
+    UserAnswer,
+    decode_events,
     decode_recommend,
+    decode_similar,
 )
 from unipinrec.runtime.server_context import Call, Server
+from unipinrec.runtime.server_similar import similar_items
 from unipinrec.runtime.server_state import Deployment
 from unipinrec.runtime.slate import Slate
 
@@ -87,15 +96,13 @@ async def recommend(server: Server, call: Call) -> Response:
             (outcome,) = await _recommend(server, call, (asked,))
             if isinstance(outcome, Exception):
                 raise outcome
-            place.answered()
             return as_json(outcome)
         place.add(len(asked) - 1)
         outcomes = await _recommend(server, call, asked)
-        place.answered()
         return as_json([_in_a_list(outcome, call) for outcome in outcomes])
 
 
-def _in_a_list(outcome: RecommendAnswer | Exception, call: Call) -> RecommendAnswer | ErrorAnswer:
+def _in_a_list(outcome: T | Exception, call: Call) -> T | ErrorAnswer:
     return ErrorAnswer(error=refusal_of(outcome, call.id).detail) if isinstance(outcome, Exception) else outcome
 
 
@@ -112,26 +119,32 @@ async def _recommend(server: Server, call: Call, asked: Sequence[RecommendBody])
         for place, release in enumerate(leave):
             one = started[place] if place < len(started) else None
             _when_done(one.answer if isinstance(one, _Started) else None, release)
-    return [_outcome(one, call) for one in started]
+    return [_outcome(one, server, call) for one in started]
 
 
 async def _histories(server: Server, call: Call, asked: Sequence[RecommendBody]) -> list[Sequence[Event]]:
     """The events of each request: its own, or those that are known of its user."""
     users = [one.user for one in asked if one.history is None and one.user is not None]
-    known = await settled(call, server.store.histories(users)) if users else []
+    known = await settled(call, lambda: server.store.histories(users)) if users else []
     left = iter(known)
     return [next(left) if one.history is None else one.history for one in asked]
 
 
-async def settled(call: Call, future: Future[T]) -> T:
+async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
     """What a store's future brings.
 
     Raises:
-        Refusal: 504, not before the deadline.
+        Refusal: 504, not before the deadline; 503, the store failed.
     """
-    if not future.done():
-        await call.wait([future])
-    return future.result()
+    try:
+        future = begin()
+        if not future.done():
+            await call.wait([future])
+        return future.result()
+    except BackendError as error:
+        log.error("request %s: %s", call.id, error)
+        message = "the events of users cannot be reached; send the request again, or with a history"
+        raise Refusal(503, "store_unavailable", message, {"retry-after": "1"}) from error
 
 
 def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]) -> _Started | Exception:
@@ -181,13 +194,97 @@ def _when_done(answer: Future[Slate] | None, release: Callable[[], None]) -> Non
     answer.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
 
 
-def _outcome(started: _Started | Exception, call: Call) -> RecommendAnswer | Exception:
+def _outcome(started: _Started | Exception, server: Server, call: Call) -> RecommendAnswer | Exception:
     if isinstance(started, Exception):
         return started
     error = started.answer.exception()
     if error is not None:
         return error if isinstance(error, Exception) else RuntimeError(repr(error))
-    slate = started.answer.result()
+    answer = started.answer
+    server.admission.measured((answer.finished - answer.started) / answer.batch)
+    slate = answer.result()
     call.slates.append(slate)
-    call.answers.append(started.answer)
+    call.answers.append(answer)
     return RecommendAnswer.of(slate, started.events, started.skipped)
+
+
+async def append_events(server: Server, call: Call) -> Response:
+    """POST /v1/events: of a list each element is refused or kept for itself; what is kept is kept in one step."""
+    with server.writes.admit(call.left_s) as place:
+        now_ms, limits = time.time_ns() // 1_000_000, server.options.limits
+        posted = decode_events(await call.body(limits.body_bytes), limits, now_ms)
+        posts = posted if isinstance(posted, tuple) else (posted,)
+        place.add(len(posts) - 1)
+        with server.acquire() as deployment:
+            checked = [_checked(post, deployment.recommender.bundle) for post in posts]
+        if not isinstance(posted, tuple) and isinstance(checked[0], Exception):
+            raise checked[0]
+        appends = [one for one in checked if isinstance(one, Append)]
+        receipts = await settled(call, lambda: server.store.append(appends, now_ms)) if appends else []
+        left = iter(receipts)
+        answers = [next(left) if isinstance(one, Append) else _in_a_list(one, call) for one in checked]
+        return as_json(answers if isinstance(posted, tuple) else answers[0])
+
+
+def _checked(post: EventsBody, bundle: Bundle) -> Append | RequestError:
+    """What to append, or why not: an event that is wrong keeps back those that were sent with it."""
+    try:
+        for place, event in enumerate(post.events):
+            check_event(event, bundle.manifest, bundle.rows, f"events[{place}]")
+    except RequestError as error:
+        return error
+    events = (
+        StoredEvent(
+            item=str(event.item),
+            actions=event.actions,
+            surface=event.surface,
+            timestamp_ms=event.timestamp_ms,
+            id=event.id,
+        )
+        for event in post.events
+    )
+    return Append(user=post.user, events=tuple(events))
+
+
+def _user(call: Call, server: Server) -> str:
+    user: str = call.request.path_params["user"]
+    if not 0 < len(user) <= server.options.limits.id_characters:
+        raise RequestError(f"user has {len(user)} characters; send from 1 to {server.options.limits.id_characters}")
+    return user
+
+
+async def user_events(server: Server, call: Call) -> Response:
+    """GET /v1/users/{user}."""
+    with server.writes.admit(call.left_s):
+        user = _user(call, server)
+        (known,) = await settled(call, lambda: server.store.histories([user]))
+        if not known:
+            raise Refusal(404, "unknown_user", f"no events are known of user {user!r}")
+        events = tuple(SentEvent(**msgspec.structs.asdict(event)) for event in known)
+        return as_json(UserAnswer(user=user, events=events))
+
+
+async def forget_user(server: Server, call: Call) -> Response:
+    """DELETE /v1/users/{user}: events, then whatever is cached, of requests under way too."""
+    with server.writes.admit(call.left_s), server.acquire() as deployment:
+        user, cache = _user(call, server), deployment.recommender.cache
+        events = await settled(call, lambda: server.store.forget(user))
+        cached = cache is not None and cache.invalidate(user)
+        under_way = server.users.of(user)  # may have read the events before, and look into the cache only now
+        if under_way:
+            _, late = await asyncio.wait(under_way, timeout=max(0.0, call.left_s))
+            cached |= cache is not None and cache.invalidate(user)
+            if late:
+                raise Refusal(504, "deadline_exceeded", f"user {user!r} is still being answered; forget them again")
+        return as_json(ForgetAnswer(user=user, events=events, cached=cached))
+
+
+async def similar(server: Server, call: Call) -> Response:
+    """POST /v1/items/similar."""
+    with server.admission.admit(call.left_s):
+        limits = server.options.limits
+        asked = decode_similar(await call.body(limits.body_bytes), limits)
+        with server.acquire() as deployment:
+            answer = server.threads.submit(similar_items, deployment.recommender, asked)
+            await call.wait([answer])
+        return as_json(answer.result())
