@@ -37,7 +37,7 @@ RECALLS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
 class Tally:
-    """A histogram that one thread counts into; the locks of the library's own would be most of a request's cost here."""
+    """A histogram that one thread counts into; the library's own have locks, which cost more than all else here."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
