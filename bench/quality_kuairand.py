@@ -2,8 +2,9 @@
 
     python bench/quality_kuairand.py KUAIRAND_FOLDER --out RUNS [--rows joint retrieval_only ...] [--seeds 0 1 2]
 
-Trained before 30 April, chosen by 30 April, tested from 1 May 2022 on (on `time_ms`, repeated rows merged). All rows
-have the same budget and see the same batches. Runs are kept in RUNS: the command goes on where it was stopped. Every
+Tested from 1 May 2022 on (on `time_ms`, repeated rows merged). Trained before 30 April, the best epoch chosen by 30
+April; with `--last-fit` trained to 30 April for all epochs of the configuration, which a run without it has to have
+chosen. All rows have the same budget and see the same batches. Runs are kept in RUNS: the command goes on where it was stopped. Every
 run is written to bench/results/quality, and so is the summary of the rows that are complete.
 """
 
@@ -53,7 +54,8 @@ def without_content(dataset: Dataset) -> Dataset:
 def config_of(options: argparse.Namespace, row: str, seed: int) -> RunConfig:
     """The settings of one run."""
     config = load_run_config(str(options.config), {"seed": seed, "epochs": options.epochs, **ROWS[row]})
-    return msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, **MODEL.get(row, {})))
+    train = msgspec.structs.replace(config.train, fit_validation=options.last_fit)
+    return RunConfig(model=msgspec.structs.replace(config.model, **MODEL.get(row, {})), train=train)
 
 
 def row_figures(row: str, run: dict[str, Any]) -> dict[str, float | None]:
@@ -76,20 +78,22 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "kuairand.toml")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--last-fit", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dataset = build_dataset(read_kuairand(options.folder))
+    table = f"{options.config.stem}{'_last_fit' if options.last_fit else ''}"
     runs: dict[str, list[dict[str, float | None]]] = {row: [] for row in options.rows}
     for seed in options.seeds:
         for row in options.rows:
-            name = f"{options.config.stem}_{row}_seed{seed}"
+            name = f"{table}_{row}_seed{seed}"
             data = without_content(dataset) if row == "no_content" else dataset
             form = Form(trainer=InterleavedTrainer, load=load_interleaved) if row == "interleaved" else PLAIN
             run = trained(data, config_of(options, row, seed), options.out / name, name, form)
             runs[row].append(row_figures(row, run))
             done = {row: summary(found) for row, found in runs.items() if found}
             counts = {row: len(found) for row, found in runs.items()}
-            keep({**card("quality_kuairand"), "seeds_done": counts, "rows": done}, options.config.stem)
+            keep({**card("quality_kuairand"), "seeds_done": counts, "rows": done}, table)
     for row, found in done.items():
         print(row, " ".join(f"{name} {values['mean']:.4f}" for name, values in found.items()))
 
