@@ -4,8 +4,8 @@
 
 Tested from 1 May 2022 on (on `time_ms`, repeated rows merged). Trained before 30 April, the best epoch chosen by 30
 April; with `--last-fit` trained to 30 April for all epochs of the configuration, which a run without it has to have
-chosen. All rows have the same budget and see the same batches. Runs are kept in RUNS: the command goes on where it was stopped. Every
-run is written to bench/results/quality, and so is the summary of the rows that are complete.
+chosen. All rows have the same budget and see the same batches. Runs are kept in RUNS: the command goes on where it was
+stopped. Every run is written to bench/results/quality, and so is the summary of the rows that are complete.
 """
 
 from __future__ import annotations
