@@ -64,6 +64,7 @@ class Call:
         deadline: When it must be answered, by the same clock.
         slates: What was recommended.
         answers: How each of the slates was batched.
+        users: Whom it is about; logged only where the operator wants it.
         headers: Further headers of the answer; an observer may add some.
         status: Of the answer; 499 = the client left first.
         code: Of the error, if it is one.
@@ -77,6 +78,7 @@ class Call:
     deadline: float
     slates: list[Slate] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 0
     code: str | None = None

@@ -109,6 +109,7 @@ def _in_a_list(outcome: T | Exception, call: Call) -> T | ErrorAnswer:
 async def _recommend(server: Server, call: Call, asked: Sequence[RecommendBody]) -> list[RecommendAnswer | Exception]:
     """Answer requests through the batcher, each with its slate or its error."""
     leave = [server.users.enter(one.user) for one in asked]
+    call.users += [one.user for one in asked if one.user is not None]
     started: list[_Started | Exception] = []
     try:
         with server.acquire() as deployment:
