@@ -13,6 +13,7 @@ from unipinrec.cli_export import export
 from unipinrec.cli_index import index
 from unipinrec.cli_plan import plan
 from unipinrec.cli_serve import recommend, verify
+from unipinrec.cli_server import serve
 from unipinrec.cli_train import evaluate, train
 
 
@@ -22,5 +23,18 @@ def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
 
 
-for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, doctor, index, plan, demo):
+for subcommand in (
+    prepare,
+    train,
+    evaluate,
+    export,
+    compile_engines,
+    verify,
+    recommend,
+    serve,
+    doctor,
+    index,
+    plan,
+    demo,
+):
     main.add_command(subcommand)

@@ -20,6 +20,8 @@ R = TypeVar("R")
 
 TRAINING_MODULES = ("accelerate", "onnx", "onnxscript", "polars", "torch")
 INSTALL_TRAIN = "run pip install 'unipinrec[cpu,train]'"
+SERVER_MODULES = ("prometheus_client", "starlette", "uvicorn")
+INSTALL_SERVE = "run pip install 'unipinrec[cpu,serve]'"
 
 stderr = Console(stderr=True)
 stdout = Console()
@@ -45,6 +47,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except UnipinrecError as error:
             fail(error)
         except ModuleNotFoundError as error:
+            if error.name in SERVER_MODULES:
+                fail(UnipinrecError(f"this command needs {error.name}, which is an extra; {INSTALL_SERVE}"))
             if error.name not in TRAINING_MODULES:
                 raise
             fail(UnipinrecError(f"this command needs {error.name}, which serving does not; {INSTALL_TRAIN}"))

@@ -1,0 +1,154 @@
+"""The life of a server process: listen, load, serve, and on SIGTERM answer what was accepted before it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from unipinrec.errors import ConfigError
+from unipinrec.runtime.server_context import Server
+from unipinrec.runtime.server_state import Deployments
+
+KEEP_ALIVE_S = 75  # longer than what proxies keep idle connections for, so that they end them and not we
+BACKLOG = 2_048
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where to listen, and how to end.
+
+    Attributes:
+        host, port: The address; port 0 = one that is free, which the log names.
+        drain_delay_s: How long after SIGTERM connections are still accepted. Meanwhile /health/ready says 503, so that
+            load balancers go elsewhere, and every answer ends its connection.
+        drain_s: How long after that the requests that were accepted may take.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_delay_s: float = 1.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not (self.drain_delay_s >= 0 and self.drain_s >= 1):
+            raise ConfigError(
+                f"drain_delay_s={self.drain_delay_s} must be at least 0, drain_s={self.drain_s} at least 1"
+            )
+
+
+def run(server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions) -> None:
+    """Serve until a signal ends it; then all that was accepted is answered, and everything is closed.
+
+    Args:
+        server: What the application's handlers share; it is opened when `load` is done.
+        app: The application.
+        load: Called in a thread of its own while the server already says that it is not ready.
+        options: Where to listen, and how to end.
+
+    Raises:
+        ConfigError: The address cannot be had.
+        UnipinrecError: What `load` raises.
+    """
+    with listen(options.host, options.port) as listener:
+        process = _Process(app, server, load, options)
+        host, port = listener.getsockname()[:2]
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        try:
+            process.run(sockets=[listener])
+        finally:
+            if server.deployments is not None:
+                server.deployments.close(timeout_s=options.drain_s)
+            server.threads.shutdown()
+            server.store.close()
+    if process.failure is not None:
+        raise process.failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+
+
+class _Process(uvicorn.Server):
+    """uvicorn, with loading in the background, and an end in two steps."""
+
+    def __init__(self, app: Starlette, server: Server, load: Callable[[], Deployments], options: RunOptions) -> None:
+        super().__init__(_config(app, options))
+        self.failure: BaseException | None = None
+        self._server, self._load, self._options = server, load, options
+        self._ends: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._load_in, args=(loop,), name="unipinrec-load", daemon=True).start()
+
+    def _load_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            try:
+                deployments = self._load()
+            except BaseException as error:  # whatever it is, the process must end with it
+                loop.call_soon_threadsafe(self._failed, error)
+            else:
+                loop.call_soon_threadsafe(self._server.open, deployments)
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure, self.should_exit = error, True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first SIGTERM begins the end, a further signal hastens it; a last Ctrl-C waits for nothing."""
+        if self.should_exit:
+            self.force_exit = sig == signal.SIGINT
+        elif sig == signal.SIGTERM and self._server.phase == "ready":
+            self._ends = time.monotonic() + self._options.drain_delay_s
+        else:
+            self.should_exit = True
+        self._server.phase = "draining"
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._ends is not None and time.monotonic() >= self._ends:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:
+    http: Any = "h11"
+    if find_spec("httptools") is not None:
+        from unipinrec.runtime.server_http import BoundedHttp  # noqa: PLC0415 - needs httptools
+
+        http = BoundedHttp
+    return uvicorn.Config(
+        app,
+        http=http,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(options.drain_s),
+    )
