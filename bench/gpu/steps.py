@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--target", default="")
     options = parser.parse_args()
     os.environ["UNIPINREC_CACHE"] = str(options.work / "cache")
-    steps = {
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
         "machine": machine,
         "model": partial(export, options.work, options.size),
         "probe": partial(probe, options.work, options.flavor, options.target),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_dry_run_says_of_every_backend_whether_it_ran(tmp_path: Path) -> None:
-    command = [ROOT / "bench" / "gpu" / "accept", "--dry-run", "--limit", "1000", "--work", tmp_path]
+    command = [str(ROOT / "bench" / "gpu" / "accept"), "--dry-run", "--limit", "1000", "--work", str(tmp_path)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path})
     steps = json.loads(done.stdout.splitlines()[-1])["steps"]
