@@ -29,7 +29,7 @@ install: $(VENV)/installed  ## a virtual environment with everything
 $(VENV)/installed: pyproject.toml | compiler
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[cpu,train,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,train,serve,dev]'
 	for bindings in $(BINDINGS); do \
 	  $(BIN)/pip install --quiet --no-deps --upgrade --target "$(VENV)/tensorrt-bindings/$$bindings" "$$bindings" || \
 	    echo "no $$bindings for this Python or system: the test against it will be skipped"; done
