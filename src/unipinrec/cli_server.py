@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from unipinrec.cli_common import command
 from unipinrec.cli_serve import bundle_argument, device_option, engines_option, strict_option
-
-if TYPE_CHECKING:
-    from unipinrec.runtime.server_app import ServerOptions
-    from unipinrec.runtime.server_deployment import DeploymentOptions
-    from unipinrec.runtime.server_run import RunOptions
 
 EXAMPLES = """\b
 Examples:
@@ -23,9 +17,6 @@ Examples:
   unipinrec serve bundle/ --state redis://cache:6379/0 --deadline-ms 200 --queue 512
   curl localhost:8000/health/ready"""
 
-KEPT_HISTORIES = 2
-MEBIBYTE = 1 << 20
-log = logging.getLogger(__name__)
 positive = click.FloatRange(0, min_open=True)
 
 
@@ -51,7 +42,7 @@ positive = click.FloatRange(0, min_open=True)
 @click.option(
     "--kept-events",
     type=click.IntRange(1),
-    help=f"Events kept of a user.  [default: {KEPT_HISTORIES} times the longest history of the model]",
+    help="Events kept of a user.  [default: twice the longest history of the model]",
 )
 @click.option(
     "--cache-mib",
@@ -103,56 +94,37 @@ positive = click.FloatRange(0, min_open=True)
 @click.option(
     "--drain-s", type=click.FloatRange(1), default=30.0, show_default=True, help="How long the rest may then take."
 )
+@click.option(
+    "--bundles",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The folder of all bundles between which may be swapped.  [default: that in which BUNDLE lies]",
+)
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Serve what current.json beside the bundles names, and swap when it is replaced.",
+)
+@click.option(
+    "--admin-token-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Answer to /admin/reload, /admin/rollback and /admin/status for whoever knows the token in this file.",
+)
+@click.option("--log-format", type=click.Choice(["json", "human"]), default="json", show_default=True)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+@click.option("--log-users", is_flag=True, help="Name the user in the line about a request.")
+@click.option(
+    "--recall-share",
+    type=click.FloatRange(0, 1),
+    default=0.001,
+    show_default=True,
+    help="Share of the index's searches that are compared with an exact scan.",
+)
+@click.option("--otel", is_flag=True, help="Send spans to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names.")
 @command
-def serve(bundle: Path, state: str | None, max_users: int, kept_events: int | None, **options: Any) -> None:
-    """Serve a bundle over HTTP: recommendations, users' events, similar items, health."""
-    from unipinrec.runtime.bundle import read_manifest
-    from unipinrec.runtime.event_store import StoreLimits, open_store
-    from unipinrec.runtime.server_app import make_app, make_server
-    from unipinrec.runtime.server_run import run
-    from unipinrec.runtime.server_state import Deployment, Deployments
+def serve(bundle: Path, **options: Any) -> None:
+    """Serve a bundle over HTTP: recommendations, users' events, similar items, health, metrics."""
+    from unipinrec.cli_server_parts import serve_bundle
 
-    deployment, treatment, process = _deployment(options), _server(options), _process(options)
-    manifest, _ = read_manifest(bundle)
-    limits = StoreLimits(events=kept_events or KEPT_HISTORIES * manifest.model.max_history, users=max_users)
-    store = open_store(state, limits)
-    log.info("users' events are kept in %s", store.description)
-    server = make_server(treatment, store=store)
-    app = make_app(server)
-    run(server, app, lambda: Deployments(Deployment.open(bundle, deployment)), process)
-
-
-def _deployment(options: dict[str, Any]) -> DeploymentOptions:
-    from unipinrec.runtime.batching import BatchOptions
-    from unipinrec.runtime.kv_options import CacheOptions
-    from unipinrec.runtime.server_deployment import DeploymentOptions
-
-    budget_bytes = options["cache_mib"] * MEBIBYTE
-    cache = CacheOptions(budget_bytes=budget_bytes, dtype=options["cache_dtype"], ttl_s=options["cache_ttl_s"])
-    return DeploymentOptions(
-        device=options["device"],
-        strict=options["strict"],
-        allow_bundle_engines=options["allow_bundle_engines"],
-        cache=cache if budget_bytes else None,
-        batching=BatchOptions(max_batch=options["max_batch"], max_wait_ms=options["max_wait_ms"]),
-    )
-
-
-def _server(options: dict[str, Any]) -> ServerOptions:
-    from unipinrec.runtime.server_api import Limits
-    from unipinrec.runtime.server_app import ServerOptions
-
-    return ServerOptions(
-        limits=Limits(batch=min(Limits.batch, options["queue"])),
-        queue=options["queue"],
-        deadline_ms=options["deadline_ms"],
-        max_deadline_ms=options["max_deadline_ms"],
-    )
-
-
-def _process(options: dict[str, Any]) -> RunOptions:
-    from unipinrec.runtime.server_run import RunOptions
-
-    return RunOptions(
-        host=options["host"], port=options["port"], drain_delay_s=options["drain_delay_s"], drain_s=options["drain_s"]
-    )
+    serve_bundle(bundle, options)
