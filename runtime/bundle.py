@@ -129,6 +129,14 @@ class Bundle:
         columns = (tensors[name][window] for name in ("item_rows", "actions", "surfaces", "timestamps_ms"))
         return tuple(self._event(*values) for values in zip(*columns, strict=True))
 
+    def sample_users(self, limit: int) -> list[tuple[str, int]]:
+        """The first sample users that the bundle carries, if any, and how many events each has."""
+        users = self._user_ids()[:limit]
+        if not users:
+            return []
+        counts = np.diff(_read_tensors(self.path / USERS)["offsets"][: len(users) + 1])
+        return list(zip(users, counts.tolist(), strict=True))
+
     def sample_histories(self, limit: int) -> list[History]:
         """The histories of the first sample users that the bundle carries, if any."""
         if not self._user_ids():

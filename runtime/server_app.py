@@ -18,6 +18,7 @@ from unipinrec.runtime import server_handlers as handlers
 from unipinrec.runtime.event_store import EventStore, MemoryEventStore, StoreLimits
 from unipinrec.runtime.server_api import ErrorAnswer, ErrorDetail, Refusal
 from unipinrec.runtime.server_context import Call, Handler, Observer, Server, ServerOptions
+from unipinrec.runtime.server_oip_codec import InferError
 from unipinrec.runtime.server_state import Deployments
 
 __all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
@@ -56,9 +57,15 @@ class Endpoint:
 
 def _refused(refusal: Refusal, call: Call) -> Response:
     call.code = refusal.detail.code
-    response = handlers.as_json(ErrorAnswer(error=refusal.detail), refusal.status)
+    response = handlers.as_json(_error_body(refusal.detail, call.request), refusal.status)
     response.headers.update(refusal.headers or {})
     return response
+
+
+def _error_body(detail: ErrorDetail, request: Request) -> ErrorAnswer | InferError:
+    """An error in the shape of ours, or of the Open Inference Protocol on its paths."""
+    protocol = f"{request.url.path}/".startswith("/v2/")
+    return InferError(error=detail.message) if protocol else ErrorAnswer(error=detail)
 
 
 def route(server: Server, method: str, path: str, handler: Handler) -> Route:
@@ -99,13 +106,13 @@ def make_app(server: Server, more: Sequence[BaseRoute] = ()) -> Starlette:
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
 
-async def _no_route(_request: Request, error: Exception) -> Response:
+async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     code, message = {
         404: ("no_such_route", "there is nothing here; GET /openapi.json lists what there is"),
         405: ("method_not_allowed", "this path does not answer to this method"),
     }.get(status, ("http_error", "the request cannot be answered"))
     headers = error.headers if isinstance(error, HTTPException) else None
-    response = handlers.as_json(ErrorAnswer(error=ErrorDetail(code=code, message=message)), status)
+    response = handlers.as_json(_error_body(ErrorDetail(code=code, message=message), request), status)
     response.headers.update(headers or {})
     return response

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, RequestError
 from unipinrec.runtime.grouping import MAX_ROWS
-from unipinrec.runtime.manifest import REQUIRED_GRAPHS, Manifest, TensorSpec
+from unipinrec.runtime.manifest import Manifest, TensorSpec
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import YEAR_10000_MS
 from unipinrec.runtime.server_oip_codec import DATATYPES, ModelMetadata, TensorMetadata
@@ -32,19 +32,19 @@ class GraphLimits:
         batch: Rows.
         candidates: Items to rank, per row.
         scores: Attention scores per head: rows x queries x keys. The default is a batch of 8 histories of 1,024 events.
+        body_bytes: Of one HTTP request; keys and values of long histories take tens of megabytes.
+        pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds the memory that they take.
     """
 
     batch: int = MAX_ROWS
     candidates: int = 4096
     scores: int = 1 << 23
+    body_bytes: int = 128 << 20
+    pending: int = 4
 
 
 def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMetadata:
-    """Inputs and outputs of a graph as a client sees them.
-
-    Raises:
-        RequestError: There is no such graph.
-    """
+    """Inputs and outputs of a graph as a client sees them."""
     device = recommender.device
     inputs, outputs = _specs(name, recommender.bundle.manifest, device.precision)
     return ModelMetadata(
@@ -57,11 +57,7 @@ def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMe
 
 
 def output_names(name: str, recommender: Recommender) -> tuple[str, ...]:
-    """Outputs of a graph, in order.
-
-    Raises:
-        RequestError: There is no such graph.
-    """
+    """Outputs of a graph, in order."""
     return tuple(spec.name for spec in _specs(name, recommender.bundle.manifest, recommender.device.precision)[1])
 
 
@@ -104,8 +100,6 @@ def run_graph(name: str, recommender: Recommender, inputs: Arrays) -> dict[str, 
 
 
 def _specs(name: str, manifest: Manifest, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    if name not in REQUIRED_GRAPHS:
-        raise RequestError(f"there is no model {name!r}; this server has {', '.join(REQUIRED_GRAPHS)}")
     graph = manifest.graphs_in(precision)[name]
     return graph.inputs, graph.outputs
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime.server_oip_codec import HEADER_LENGTH, InferRequest, decode_infer, encode_infer
@@ -138,7 +139,7 @@ def test_binary_sizes_that_are_refused(size: Any, tail: int, message: str) -> No
         decode_infer(*binary({"inputs": [given]}, bytes(tail)))
 
 
-OUTPUTS = {"logits": np.array([[0.5, -2.0]], np.float32), "ids": np.array([3, 4], np.int64)}
+OUTPUTS: dict[str, NDArray[Any]] = {"logits": np.array([[0.5, -2.0]], np.float32), "ids": np.array([3, 4], np.int64)}
 
 
 def asked(**members: Any) -> InferRequest:
