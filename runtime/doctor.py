@@ -24,7 +24,7 @@ from unipinrec.runtime.engine_record import Refusal, this_machine
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.machine import this_cpu, this_memory
 from unipinrec.runtime.openvino_session import NO_BF16, import_openvino
-from unipinrec.runtime.ort_cuda_session import CUDA, INSTALL, installed_wheels, preload, provider_problem
+from unipinrec.runtime.ort_cuda_session import CUDA, installed_wheels, overwritten, preload, provider_problem
 from unipinrec.runtime.ort_session import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.tensorrt_api import FLAVORS, NAMES, Flavor, TensorRT, import_tensorrt
@@ -105,14 +105,12 @@ def _installed(package: str) -> str | None:
 
 def _onnxruntime() -> OnnxRuntime:
     found = _probed(lambda: (str(import_onnxruntime().__version__), import_onnxruntime().get_available_providers()))
-    wheels = tuple(installed_wheels())
-    broken = f"{' and '.join(wheels)} are installed and overwrite each other; {INSTALL}" if wheels[1:] else None
     name, providers = (None, ()) if isinstance(found, Reason) else found
     return OnnxRuntime(
         name="ONNX Runtime",
         version=name,
-        problem=str(found) if isinstance(found, Reason) else broken,
-        wheels=wheels,
+        problem=str(found) if isinstance(found, Reason) else overwritten(),
+        wheels=tuple(installed_wheels()),
         providers=tuple(providers),
     )
 

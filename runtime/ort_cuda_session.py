@@ -13,7 +13,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,23 +119,33 @@ class OrtCudaBackend:
 
 def provider_problem(ort: Any, provider: str) -> str | None:
     """Why this installation has no such provider, and what to do; None if it has one."""
-    installed = installed_wheels()
-    if len(installed) > 1:
-        return f"{' and '.join(installed)} are installed and overwrite each other; {INSTALL}"
+    broken = overwritten()
+    if broken:
+        return broken
     if provider in ort.get_available_providers():
         return None
-    return (
-        f"ONNX Runtime {ort.__version__} ({', '.join(installed) or 'not installed by pip'}) has no {provider}, only "
-        f"{', '.join(ort.get_available_providers())}; {INSTALL}"
-    )
+    wheels = ", ".join(installed_wheels()) or "not installed by pip"
+    others = ", ".join(ort.get_available_providers())
+    return f"ONNX Runtime {ort.__version__} ({wheels}) has no {provider}, only {others}; {INSTALL}"
 
 
 def installed_wheels() -> list[str]:
-    """The wheels of ONNX Runtime that are installed, with their versions; more than one is broken."""
+    """The wheels of ONNX Runtime that are installed, with their versions."""
+    return [f"{wheel.name} {wheel.version}" for wheel in _wheels()]
+
+
+def overwritten() -> str | None:
+    """That two wheels were installed into one folder, where one overwrote the other, and what to do."""
+    folders = Counter(str(wheel.locate_file("")) for wheel in _wheels())
+    both = any(count > 1 for count in folders.values())
+    return f"{' and '.join(installed_wheels())} are installed and overwrite each other; {INSTALL}" if both else None
+
+
+def _wheels() -> list[Distribution]:
     found = []
     for name in WHEELS:
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
+            found.append(distribution(name))
     return found
 
 
