@@ -48,7 +48,7 @@ class SqliteEventStore:
             BackendError: There is no such store, none can be made, or another version of this package wrote it.
         """
         self._path, self._limits = folder / FILE, limits
-        self.description = f"{self._path}, {sqlite3.sqlite_version}"
+        self.description = f"{self._path} (SQLite {sqlite3.sqlite_version})"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._writer, self._reader = _connect(self._path), _connect(self._path)
