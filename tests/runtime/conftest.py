@@ -16,6 +16,7 @@ from answers import STORED, engine_of
 from fake_gpu import cuda_on_cpu, have_engines, put_gpu
 from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
+from twin_bundle import twin
 
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.cpu import has_bf16
@@ -95,7 +96,7 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def reseal() -> Reseal:
     """Writes a manifest that agrees with the files as they are now; keywords replace its entries."""
 
@@ -154,6 +155,13 @@ def manifest() -> Manifest:
 def stored() -> Bundle:
     """A very small bundle, as an earlier version wrote it."""
     return Bundle.open(STORED)
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two very small bundles of one shape that answer differently: a and b of one folder."""
+    folder = tmp_path_factory.mktemp("twins")
+    return twin(folder / "a", seed=1), twin(folder / "b", seed=2)
 
 
 @pytest.fixture(scope="session")
