@@ -11,9 +11,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from unipinrec.runtime.engine_record import PORTABLE, BuildOptions
 from unipinrec.runtime.profiles import ProfileShapes
 from unipinrec.runtime.tensorrt_api import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.tensorrt_layers import FP32, LayerReport, network_type, products_of, report_layers
+from unipinrec.runtime.tensorrt_progress import Progress, progress_monitor
 
 ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")
 DEFAULTS = BuildOptions()
 POLL_S = 0.1
-Progress = Callable[[float, str], None]
 log = logging.getLogger(__name__)
 
 
@@ -149,7 +148,7 @@ class _Build:
             raise self._failed("does not read it", found or self._lines.reason())
         _let_fp32_attention_fall_apart(module, network)
         products = products_of(module, network)
-        config, monitor = self._config(builder), _monitor(module, self._task.progress, self._stop)
+        config, monitor = self._config(builder), progress_monitor(module, self._task.progress, self._stop)
         config.progress_monitor = monitor
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
@@ -241,74 +240,6 @@ def _let_fp32_attention_fall_apart(module: Any, network: Any) -> None:
             layer.attention.decomposable = network_type(query) == FP32 or tuple(query.shape)[2] == 1
 
 
-@dataclass(kw_only=True)
-class _Phase:
-    """A phase of a build: steps done of all of them, and the share of its present step that phases within it did."""
-
-    steps: int
-    parent: str | None
-    done: int = 0
-    within: float = 0.0
-
-
-@dataclass(kw_only=True)
-class _Phases:
-    """The phases that are under way, by name, and how far the whole is."""
-
-    running: dict[str, _Phase] = field(default_factory=dict)
-    share: float = 0.0
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        self.running[name] = _Phase(steps=max(1, steps), parent=parent or None)
-
-    def step(self, name: str) -> float:
-        phase = self.running.get(name)
-        if phase is not None:
-            phase.done, phase.within = phase.done + 1, 0.0
-            self._climb(phase)
-        return self.share
-
-    def finish(self, name: str) -> None:
-        self.running.pop(name, None)
-
-    def _climb(self, phase: _Phase) -> None:
-        share = min(1.0, (phase.done + phase.within) / phase.steps)
-        above = self.running.get(phase.parent) if phase.parent else None
-        if above is None:
-            self.share = max(self.share, share)
-        else:
-            above.within = share
-            self._climb(above)
-
-
-def _monitor(module: Any, progress: Progress, stop: threading.Event) -> Any:
-    """A progress monitor, called by TensorRT from its own threads."""
-    phases, lock = _Phases(), threading.Lock()
-
-    class Monitor(module.IProgressMonitor):  # type: ignore[misc]  # its base comes with the module
-        def __init__(self) -> None:
-            super().__init__()
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            """A phase begins."""
-            with lock:
-                phases.start(phase_name, parent_phase, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            """A step is done; False ends the build."""
-            with lock:
-                share = phases.step(phase_name)
-            progress(share, phase_name)
-            return not stop.is_set()
-
-        def phase_finish(self, phase_name: str) -> None:
-            """A phase is over."""
-            with lock:
-                phases.finish(phase_name)
-
-    return Monitor()
-
-
 def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, logger: Any) -> None:
     """Put the weights back into an engine that was built without them (`BuildOptions.strip_weights`).
 
@@ -321,8 +252,3 @@ def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, 
         raise BackendError(f"{graph_file}: its weights do not fit the engine: {lines.reason()}; compile it again")
     if not refitter.refit_cuda_engine():
         raise BackendError(f"{graph_file}: {trt} does not put its weights into the engine: {lines.reason()}")
-
-
-def target_name(targets: Sequence[str] | None, architecture: str) -> str:
-    """How a key calls what is built for."""
-    return architecture if targets is None else ",".join(targets)

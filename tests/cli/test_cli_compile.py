@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from fake_builder import Builder
+from fake_tensorrt import fake_tensorrt
+from host_cuda import HostRuntime, host_cuda
 
 from unipinrec.cli import main
 from unipinrec.errors import BackendError
@@ -153,6 +156,45 @@ def test_engines_ahead_of_time(tmp_path: Path) -> None:
     assert len(told) == 4
     assert "ranker in fp32 for sm_89,sm_120, tensorrt_rtx" in told[3]
     assert "it runs with --allow-bundle-engines" in told[3]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT and a GPU as doubles that compute in ONNX Runtime."""
+    memory = HostRuntime()
+    trt = fake_tensorrt(memory)
+    monkeypatch.setattr("unipinrec.runtime.engine_compile.build_engine", Builder())
+    monkeypatch.setattr("unipinrec.runtime.tensorrt_api.import_tensorrt", lambda flavor=None: trt)
+    monkeypatch.setattr("unipinrec.runtime.cuda.driver_problem", lambda: None)
+    monkeypatch.setattr("unipinrec.runtime.cuda.Cuda.open", lambda: host_cuda(memory))
+    monkeypatch.setattr("unipinrec.runtime.cuda.probe_gpu", lambda: host_cuda(memory).info)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_engines_for_this_gpu(cache: Path) -> None:
+    done = run(STORED, "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["flavor"], document["version"], document["gpu"]) == ("tensorrt", "11.4.0.106", "Host GPU")
+    assert document["cache"] == str(cache)
+    engines = document["engines"]
+    assert [(one["graph"], one["precision"], one["target"], one["built"]) for one in engines] == [
+        (graph, "fp32", "sm_90", True) for graph in ("encoder", "extend", "retrieval", "ranker")
+    ]
+    assert {one["verified"]["passed"] for one in engines} == {True}
+    assert set(EngineStore(cache).entries()) == {one["id"] for one in engines}
+    listed = json.loads(run(STORED, "--list", "--json").stdout)["engines"]
+    assert [(one["source"], one["usable"], one["problem"]) for one in listed] == [("cache", True, None)] * 4
+    again = run(STORED)
+    assert again.exit_code == 0
+    assert [line.partition(",")[0] for line in again.stdout.splitlines()[:4]] == [
+        f"{graph} in fp32: there already" for graph in ("encoder", "extend", "retrieval", "ranker")
+    ]
+    assert "8 outputs of the golden requests differ from PyTorch's by at most" in again.stdout
+    assert again.stdout.splitlines()[-1].startswith(f"{cache}: 4 engines, ")
+    forced = run(STORED, "--force", "--profile", "batch=1:4:8", "--json")
+    assert [one["built"] for one in json.loads(forced.stdout)["engines"]] == [True] * 4
+    assert len(EngineStore(cache).entries()) == 8
 
 
 def test_an_empty_cache_is_said(cache: Path) -> None:

@@ -200,6 +200,7 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
         "network_type": {"tensor": "ITensor"},
         "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
     },
+    "tensorrt_progress.py": {"*": {"module": MODULE}},
     "tensorrt_io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
     "tensorrt_lane.py": {"*": {"context": "IExecutionContext"}},
     "tensorrt_load.py": {

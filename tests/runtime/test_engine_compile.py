@@ -6,7 +6,6 @@ TensorRT and the GPU are doubles that compute in ONNX Runtime; `test_tensorrt_bu
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import msgspec
 import onnx
 import pytest
 from answers import STORED
-from fake_tensorrt import KERNELS, fake_tensorrt, make_plan
+from fake_builder import REPORT, Builder
+from fake_tensorrt import KERNELS, fake_tensorrt
 from host_cuda import HostRuntime, host_cuda
 from onnx import numpy_helper
 
@@ -28,39 +28,9 @@ from unipinrec.runtime.engine_record import BuildOptions
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.manifest import Agreement, GraphSpec, PrecisionSpec
 from unipinrec.runtime.profiles import default_buckets, parse_bucket
-from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
-from unipinrec.runtime.tensorrt_build import BuildTask, BuiltEngine
-from unipinrec.runtime.tensorrt_layers import LayerReport
+from unipinrec.runtime.tensorrt_api import Flavor
 
 GRAPHS = ["encoder", "extend", "retrieval", "ranker"]
-REPORT = LayerReport(layers=(), tensors={}, fallen={}, attention={})
-Build = Callable[[TensorRT, Path, BuildTask], BuiltEngine]
-
-
-class Builder:
-    """Makes engines for the doubles, and remembers of which graphs."""
-
-    def __init__(self) -> None:
-        self.graphs: list[str] = []
-        self.instead: dict[str, Path] = {}
-        self.reports: dict[str, LayerReport] = {}
-        self.failing: dict[str, BaseException] = {}
-        self.types: dict[str, str] = {}
-
-    def __call__(self, trt: TensorRT, graph_file: Path, task: BuildTask) -> BuiltEngine:
-        graph = graph_file.stem.removesuffix("_bf16")
-        self.graphs.append(graph)
-        task.progress(0.5, "half-way")
-        if graph in self.failing:
-            raise self.failing[graph]
-        plan = make_plan(
-            self.instead.get(graph, graph_file),
-            task.profiles,
-            types=self.types if graph_file.stem != "retrieval" else {},
-            stripped=task.options.strip_weights,
-            host_code=task.options.version_compatible,
-        )
-        return BuiltEngine(plan=plan, layers=self.reports.get(graph, REPORT), seconds=0.25, activation_bytes=(1, 2))
 
 
 @pytest.fixture
