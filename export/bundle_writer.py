@@ -51,10 +51,12 @@ class ExportOptions:
     Attributes:
         users: How many of the histories, the first ones, go into the bundle, for `recommend --user`.
         recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
+        accept_loss: Whether a precision may recommend something else than fp32, as fp8 often does.
     """
 
     users: int = 1000
     recall: float = RECALL_TARGET
+    accept_loss: bool = False
 
 
 DEFAULTS = ExportOptions()
@@ -76,7 +78,7 @@ def export_bundle(
         out: Folder to create; it must not exist.
         histories: Real histories for the golden requests, the index's recall and the AUC of further precisions; random
             ones, and no AUC, if None.
-        precisions: In which the graphs are written beside fp32: "bf16", "fp16".
+        precisions: In which the graphs are written beside fp32: "bf16", "fp16", "fp8"; the last needs real histories.
         options: What else may be chosen.
         progress: Called with the name of each stage as it begins.
 
@@ -87,7 +89,7 @@ def export_bundle(
         ParityError: A graph does not compute what PyTorch computes, or a precision does not recommend what fp32 does.
         ExportError: Anything else that went wrong, the disk being full included.
     """
-    reduced = known_precisions(precisions)
+    reduced = known_precisions(precisions, real=histories is not None)
     with written_whole(out) as folder:
         progress("item table")
         vectors = _item_table(source, folder)
@@ -104,7 +106,8 @@ def export_bundle(
         manifest = _manifest(source, folder, graphs, parity, index)
         seal(folder, manifest)
         if reduced:
-            manifest = add_precisions(folder, reduced, histories.split() if histories else [], progress)
+            users = histories.split() if histories else []
+            manifest = add_precisions(folder, reduced, users, accept_loss=options.accept_loss, progress=progress)
     return manifest
 
 

@@ -28,6 +28,7 @@ State = Literal["plain", "low", "careful"]
 TYPES: dict[LowType, int] = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 NUMPY_TYPES: dict[LowType, np.dtype[np.generic]] = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16)}
 KEY_VALUES = ("past_key_values.", "present.")
+CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}  # to fp8 and back: they stand beside a product
 PRODUCTS = {"Attention", "Gemm", "MatMul"}
 # Operators that only move values: rounding before or after them is the same.
 MOVES = {
@@ -52,7 +53,7 @@ def typed_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
     Raises:
         ExportError: A weight does not fit the type, or the graph has control flow.
     """
-    return _Writer(_Graph(model, precision), emulate=False).write()
+    return _Writer(Plan(model, precision), emulate=False).write()
 
 
 def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
@@ -61,10 +62,10 @@ def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProt
     Raises:
         ExportError: As `typed_graph`.
     """
-    return _Writer(_Graph(model, precision), emulate=True).write()
+    return _Writer(Plan(model, precision), emulate=True).write()
 
 
-class _Graph:
+class Plan:
     """An fp32 graph, and which of its nodes are to compute in less precision.
 
     Attributes:
@@ -127,7 +128,7 @@ class _Graph:
         states |= {v.name: "low" for v in self.model.graph.input if v.name in self.floats and self.at_border(v.name)}
         for place, node in enumerate(self.nodes):
             given = {states[name] for name in node.input if name in self.floats}
-            if node.op_type in PRODUCTS:
+            if node.op_type in PRODUCTS | CONVERSIONS:
                 state: State = "low"
             elif node.op_type in CHEAP and "careful" not in given and not self._misfit(node):
                 state = "low" if "low" in given else "plain"
@@ -185,7 +186,8 @@ def _float_values(model: onnx.ModelProto) -> set[str]:
     try:
         typed = onnx.shape_inference.infer_shapes(slim, strict_mode=True).graph
     except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"{graph.name}: types cannot be inferred: {error}; export in fp32 alone") from error
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"{graph.name}: types cannot be inferred: {reason}; export in fp32 alone") from error
     kinds = {v.name: v.type.tensor_type.elem_type for v in [*typed.input, *typed.output, *typed.value_info]}
     kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -198,7 +200,7 @@ def _float_values(model: onnx.ModelProto) -> set[str]:
 class _Writer:
     """Writes a graph anew, with conversions where types meet, each value converted once."""
 
-    def __init__(self, graph: _Graph, *, emulate: bool) -> None:
+    def __init__(self, graph: Plan, *, emulate: bool) -> None:
         self.graph, self.emulate = graph, emulate
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, TensorProto] = {}

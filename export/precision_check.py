@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import onnx
 
 from unipinrec.errors import BackendError, ExportError, ParityError
+from unipinrec.export.fp8 import calibration_inputs, quantized_graph
 from unipinrec.export.held_out import LAST_EVENTS, auc_by_action, held_out_logits
 from unipinrec.export.parity import format_problem, graph_spec
 from unipinrec.export.precision import LowType, emulated_graph, typed_graph
@@ -28,10 +31,13 @@ from unipinrec.runtime.manifest import GraphSpec, Manifest, PrecisionSpec
 from unipinrec.runtime.ort_session import OrtBackend
 from unipinrec.runtime.requests import History
 
-PRECISIONS: tuple[LowType, ...] = ("bf16", "fp16")
+Precision = Literal["bf16", "fp16", "fp8"]
+LOW_TYPES: dict[Precision, LowType] = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}  # of what is not quantised
 GRAPHS = ("encoder", "extend", "ranker")  # the others stay fp32: they are small, and order the items
 HELD_OUT_EVENTS = 32_768
 REMEDY = "no bundle was written; leave this precision out, or try bf16, which has the range of fp32"
+LOSS_REMEDY = "no bundle was written; leave this precision out, or pass --accept-loss if that is good enough for you"
+Sources = Mapping[str, onnx.ModelProto]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,31 +55,40 @@ class Judged:
     exact_auc: dict[str, float]
 
 
-def known_precisions(wanted: Sequence[str]) -> list[LowType]:
+def known_precisions(wanted: Sequence[str], *, real: bool) -> list[Precision]:
     """Those that are wanted, each once.
 
+    Args:
+        wanted: Names.
+        real: Whether there are histories of real users.
+
     Raises:
-        ExportError: One is not known.
+        ExportError: One is not known, or needs real histories and there are none.
     """
-    unknown = sorted(set(wanted) - set(PRECISIONS))
+    unknown = sorted(set(wanted) - set(LOW_TYPES))
     if unknown:
-        raise ExportError(f"unknown precision {unknown[0]!r}; beside fp32 there are {', '.join(PRECISIONS)}")
-    return [precision for precision in PRECISIONS if precision in wanted]
+        raise ExportError(f"unknown precision {unknown[0]!r}; beside fp32 there are {', '.join(LOW_TYPES)}")
+    if "fp8" in wanted and not real:
+        raise ExportError("precision fp8 is calibrated on histories of real users; pass --data")
+    return [precision for precision in LOW_TYPES if precision in wanted]
 
 
 def add_precisions(
     folder: Path,
-    precisions: Sequence[LowType],
+    precisions: Sequence[Precision],
     histories: Sequence[History],
+    *,
+    accept_loss: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
     """Add graphs in further precisions to a sealed fp32 bundle that is still being written, and seal it again.
 
     Args:
         folder: The bundle.
-        precisions: Distinct.
+        precisions: As `known_precisions` gives them.
         histories: Of real users, none where there are none. Those with too few events are left out, and of the others
             the first ones are taken.
+        accept_loss: Take a precision that recommends something else than fp32; the manifest says what is out of bounds.
         progress: Called with the name of each stage as it begins.
 
     Returns:
@@ -85,14 +100,19 @@ def add_precisions(
     """
     bundle = Bundle.open(folder)
     chosen = _chosen(histories)
-    progress("held-out events fp32")
-    judged = Judged(bundle=bundle, histories=chosen, exact_auc=_auc(Engine.open(bundle), bundle, chosen))
+    progress("held-out events in fp32")
+    with closing(Engine.open(bundle)) as exact:
+        judged = Judged(bundle=bundle, histories=chosen, exact_auc=_auc(exact, bundle, chosen))
     specs = {}
     for precision in precisions:
-        progress(f"graphs {precision}")
-        graphs = _write_graphs(folder, precision)
-        progress(f"agreement {precision}")
-        specs[precision] = _measured(judged, precision, graphs)
+        progress(f"graphs in {precision}")
+        sources = _sources(judged, precision)
+        graphs = _write_graphs(folder, precision, sources)
+        progress(f"agreement of {precision}")
+        specs[precision] = _measured(judged, precision, sources, graphs)
+        problem = specs[precision].agreement.problem
+        if problem and not accept_loss:
+            raise ParityError(f"{precision} does not recommend what fp32 recommends: {problem}; {LOSS_REMEDY}")
     content = (path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, MANIFEST_HASH))
     files = {path.name: fingerprint(path) for path in content}
     manifest = msgspec.structs.replace(bundle.manifest, precisions=specs, files=files)
@@ -107,12 +127,22 @@ def _chosen(histories: Sequence[History]) -> list[History]:
     return [history for history, total in zip(long_enough, events, strict=True) if total <= HELD_OUT_EVENTS]
 
 
-def _write_graphs(folder: Path, precision: LowType) -> dict[str, GraphSpec]:
+def _sources(judged: Judged, precision: Precision) -> dict[str, onnx.ModelProto]:
+    """The fp32 graphs that those of a precision are made from."""
+    files = judged.bundle.graph_files()
+    sources = {name: onnx.load(files[name]) for name in GRAPHS}
+    if precision != "fp8":
+        return sources
+    inputs = calibration_inputs(judged.bundle, judged.histories)
+    return {name: quantized_graph(model, inputs[name]) for name, model in sources.items()}
+
+
+def _write_graphs(folder: Path, precision: Precision, sources: Sources) -> dict[str, GraphSpec]:
     weights = SharedWeights(folder, f"weights_{precision}.bin")
     specs = {}
-    for name in GRAPHS:
+    for name, model in sources.items():
         path = folder / f"{name}_{precision}.onnx"
-        weights.put(typed_graph(onnx.load(folder / f"{name}.onnx"), precision), path.name)
+        weights.put(typed_graph(model, LOW_TYPES[precision]), path.name)
         problem = format_problem(path)
         if problem:
             raise ExportError(f"{path.name} is not valid: {problem}; export without --precision {precision}")
@@ -120,27 +150,24 @@ def _write_graphs(folder: Path, precision: LowType) -> dict[str, GraphSpec]:
     return specs
 
 
-def _measured(judged: Judged, precision: LowType, graphs: dict[str, GraphSpec]) -> PrecisionSpec:
+def _measured(judged: Judged, precision: Precision, sources: Sources, graphs: dict[str, GraphSpec]) -> PrecisionSpec:
     with tempfile.TemporaryDirectory() as scratch:
-        engine = _emulation(judged.bundle, precision, Path(scratch))
         try:
-            agreement = measure_agreement(engine, judged.bundle)
-            auc = _auc(engine, judged.bundle, judged.histories)
+            with closing(_emulation(judged.bundle, LOW_TYPES[precision], sources, Path(scratch))) as engine:
+                agreement = measure_agreement(engine, judged.bundle)
+                auc = _auc(engine, judged.bundle, judged.histories)
         except BackendError as error:
             raise ParityError(f"{precision}: {error}; {REMEDY}") from error
-    if agreement.problem:
-        raise ParityError(f"{precision} does not recommend what fp32 recommends: {agreement.problem}; {REMEDY}")
     change = {action: auc[action] - exact for action, exact in judged.exact_auc.items()}
     return PrecisionSpec(graphs=graphs, agreement=agreement, auc_change=change)
 
 
-def _emulation(bundle: Bundle, precision: LowType, scratch: Path) -> Engine:
+def _emulation(bundle: Bundle, low: LowType, sources: Sources, scratch: Path) -> Engine:
     """An engine over fp32 graphs that round as those of a precision do."""
     files = bundle.graph_files()
-    for name in GRAPHS:
-        model = emulated_graph(onnx.load(files[name]), precision)
+    for name, model in sources.items():
         files[name] = scratch / f"{name}.onnx"
-        onnx.save(model, files[name], save_as_external_data=True, location=f"{name}.bin")
+        onnx.save(emulated_graph(model, low), files[name], save_as_external_data=True, location=f"{name}.bin")
     return Engine(OrtBackend(files), bundle.manifest.model, bundle.item_vectors)
 
 

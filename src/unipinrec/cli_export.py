@@ -15,7 +15,7 @@ from unipinrec.cli_index import recall_option, warn_of_low_recall
 if TYPE_CHECKING:
     from unipinrec.runtime.manifest import Manifest
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
 
 
@@ -36,7 +36,14 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     type=click.Choice(PRECISIONS),
     multiple=True,
     help="Write the graphs in this precision too, for GPUs; may be repeated. fp32 is always written. Each is measured: "
-    "it has to recommend what fp32 recommends, or nothing is written.",
+    "it has to recommend what fp32 recommends, or nothing is written. fp8 is for linear layers, with bf16 around them, "
+    "and needs --data.",
+)
+@click.option(
+    "--accept-loss",
+    is_flag=True,
+    help="Write a precision although it recommends something else than fp32, as fp8 may; the report and the manifest "
+    "say how far it goes.",
 )
 @recall_option
 @json_option
@@ -48,6 +55,7 @@ def export(
     data: Path | None,
     users: int,
     precisions: tuple[str, ...],
+    accept_loss: bool,
     recall: float | None,
     as_json: bool,
 ) -> None:
@@ -67,7 +75,9 @@ def export(
             bundle,
             histories=histories,
             precisions=[name for name in PRECISIONS[1:] if name in precisions],
-            options=ExportOptions(users=users, recall=RECALL_TARGET if recall is None else recall),
+            options=ExportOptions(
+                users=users, recall=RECALL_TARGET if recall is None else recall, accept_loss=accept_loss
+            ),
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
     warn_of_low_recall(manifest.index)
