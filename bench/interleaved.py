@@ -61,8 +61,8 @@ class InterleavedObjective(Objective):
         real = torch.arange(items.shape[1], device=items.device) < batch.lengths[:, None]
         retrieval = self._retrieval(actions, vectors, replace(batch, masked=torch.zeros_like(batch.masked)))
         acted = self._actions(items[real], batch.history_actions[real], batch.history_known[real])
-        labels = batch.candidate_actions[batch.candidate_valid]
-        ranked = self._actions(shown[batch.candidate_valid], labels, torch.ones_like(labels))
+        at = batch.candidate_valid
+        ranked = self._actions(shown[at], batch.candidate_actions[at], batch.candidate_known[at])
         loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (acted + ranked)
         return {"loss": loss, "retrieval": retrieval, "history_actions": acted, "candidate_actions": ranked}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class Batch:
     target_actions: Tensor  # (B, n, C) f32
     candidate_items: Tensor  # (B, k)
     candidate_actions: Tensor  # (B, k, C) f32
+    candidate_known: Tensor  # (B, k, C) f32, as history_known
     candidate_surfaces: Tensor  # (B, k)
     candidate_timestamps_ms: Tensor  # (B, k)
     cutoffs: Tensor  # (B, k)
@@ -65,7 +67,8 @@ class Batch:
 class BatchOptions:
     """How batches are made: rows per batch, window length, candidates per row, MAM's p, random negatives, the seed.
 
-    With `fit_validation` the validation part is trained on as well.
+    With `fit_validation` the validation part is trained on as well. `history_candidates` events of each window are
+    candidates too, each behind the slates' and with the events before it as its history.
     """
 
     batch_size: int
@@ -75,6 +78,7 @@ class BatchOptions:
     num_negatives: int
     seed: int
     fit_validation: bool = False
+    history_candidates: int = 0
 
 
 def training_windows(data: Sequences, max_history: int, *, fit_validation: bool = False) -> list[Window]:
@@ -173,17 +177,17 @@ class Batches:
         real = events >= 0
         following = np.minimum(events + 1, len(data.rows) - 1)
         has_target = real & (events < self.last_event[events]) & self.is_positive[following] & self.trainable[following]
-        candidates, slates = self._candidates(windows, rng)
-        shown = candidates >= 0
-        begin = np.array([w.begin for w in windows])[:, None]
+        candidates = self._candidates(windows, rng)
         targets = np.where(has_target, data.rows[following], -1)
         sampled, log_q = self._sample(targets[has_target], rng)
         item_rows, inverse = np.unique(
-            np.concatenate([data.rows[events].ravel(), data.slate_rows[candidates].ravel(), sampled]),
+            np.concatenate([data.rows[events].ravel(), candidates["rows"].ravel(), sampled]),
             return_inverse=True,
         )
-        history_items, candidate_items, sampled_items = np.split(inverse, [events.size, events.size + candidates.size])
-        before_window = begin - data.event_start[data.slate_user[slates]]
+        shape = candidates["rows"].shape
+        history_items, candidate_items, sampled_items = np.split(
+            inverse, [events.size, events.size + shape[0] * shape[1]]
+        )
         arrays = {
             "item_rows": item_rows,
             "history_items": history_items.reshape(events.shape),
@@ -195,18 +199,56 @@ class Batches:
             "masked": (real & (rng.random(events.shape) < self.options.mask_probability)).astype(np.float32),
             "targets": np.where(has_target, np.searchsorted(item_rows, targets), -1),
             "target_actions": (data.actions[following] * has_target[..., None]).astype(np.float32),
-            "candidate_items": candidate_items.reshape(candidates.shape),
-            "candidate_actions": (data.slate_actions[candidates] * shown[..., None]).astype(np.float32),
-            "candidate_surfaces": np.where(shown, data.slate_surface[slates], 0),
-            "candidate_timestamps_ms": np.where(shown, data.slate_timestamp_ms[slates], MISSING_TIMESTAMP_MS),
-            "cutoffs": np.where(shown, data.slate_cutoff[slates] - before_window, 0),
-            "candidate_valid": shown,
+            "candidate_items": candidate_items.reshape(shape),
+            "candidate_actions": candidates["actions"].astype(np.float32),
+            "candidate_known": candidates["known"].astype(np.float32),
+            "candidate_surfaces": candidates["surfaces"],
+            "candidate_timestamps_ms": candidates["timestamps_ms"],
+            "cutoffs": candidates["cutoffs"],
+            "candidate_valid": candidates["valid"],
             "sampled_items": sampled_items,
             "sampled_log_q": log_q,
         }
         return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    def _candidates(
+    def _candidates(self, windows: list[Window], rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+        """Raw inputs and labels of the slates' candidates and, behind them, of the history's."""
+        data, (items, slates) = self.data, self._slate_items(windows, rng)
+        begin = np.array([w.begin for w in windows])[:, None]
+        shown, slate_begin = items >= 0, data.event_start[data.slate_user[slates]]
+        found: dict[str, NDArray[Any]] = {
+            "rows": data.slate_rows[items],
+            "actions": data.slate_actions[items] * shown[..., None],
+            "known": np.repeat(shown[..., None], data.actions.shape[1], axis=2),
+            "surfaces": np.where(shown, data.slate_surface[slates], 0),
+            "timestamps_ms": np.where(shown, data.slate_timestamp_ms[slates], MISSING_TIMESTAMP_MS),
+            "cutoffs": np.where(shown, data.slate_cutoff[slates] + slate_begin - begin, 0),
+            "valid": shown,
+        }
+        if not self.options.history_candidates:
+            return found
+        events = self._drawn_events(windows, rng)
+        real = events >= 0
+        drawn: dict[str, NDArray[Any]] = {
+            "rows": data.rows[events],
+            "actions": data.actions[events] * real[..., None],
+            "known": data.actions_known[events] * real[..., None],
+            "surfaces": np.where(real, data.surfaces[events], 0),
+            "timestamps_ms": np.where(real, data.timestamps_ms[events], MISSING_TIMESTAMP_MS),
+            "cutoffs": np.where(real, events - begin, 0),
+            "valid": real,
+        }
+        return {name: np.concatenate([found[name], drawn[name]], axis=1) for name in found}
+
+    def _drawn_events(self, windows: list[Window], rng: np.random.Generator) -> NDArray[np.int64]:
+        """Indices of events drawn from each window without repeats, (B, k), -1 where padded."""
+        wanted = self.options.history_candidates
+        lengths = [w.end - w.begin for w in windows]
+        return pad_rows(
+            [w.begin + rng.permutation(n)[:wanted].astype(np.int64) for w, n in zip(windows, lengths, strict=True)]
+        )
+
+    def _slate_items(
         self, windows: list[Window], rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Indices of slate items and of their slates, (B, k), -1 where padded: whole slates, drawn up to the limit."""

@@ -33,6 +33,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             that MLP, so that ids are learned directly (id_dim must equal item_dim).
         dropout: Dropout probability on each residual branch in training.
         token_dropout: Dropout probability on the tokens that enter the first block, in training.
+        id_dropout: Probability in training that an item's id is hidden where it has content, so that new items mean
+            something and ids are learned less by heart.
+        category_dropout: Probability in training that a category of an item is hidden.
         rope_theta: Base of the rotary position encoding, over the event index.
         norm_eps: Epsilon of every RMSNorm.
     """
@@ -51,6 +54,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     item_form: ItemForm = "mlp"
     dropout: float = 0.0
     token_dropout: float = 0.0
+    id_dropout: float = 0.1
+    category_dropout: float = 0.0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
 
@@ -73,7 +78,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f'item_form="residual" adds the id embedding to the item vector: id_dim={self.id_dim} must equal '
                 f"item_dim={self.item_dim}"
             )
-        for name in ("dropout", "token_dropout"):
+        for name in ("dropout", "token_dropout", "id_dropout", "category_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 1)")
 

@@ -21,7 +21,7 @@ class ItemEmbedder(nn.Module):
     probability `id_dropout` where there is content to fall back on, so that the row means something.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, id_dropout: float = 0.1) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.ids = nn.Embedding(vocabulary.num_items + 1, config.id_dim)
         self.words = nn.ModuleList(
@@ -36,7 +36,8 @@ class ItemEmbedder(nn.Module):
             nn.Linear(width, 2 * config.item_dim), nn.SiLU(), nn.Linear(2 * config.item_dim, config.item_dim)
         )
         self.residual = config.item_form == "residual"
-        self.id_dropout = id_dropout if vocabulary.dense_width or vocabulary.categories else 0.0
+        self.category_dropout = config.category_dropout
+        self.id_dropout = config.id_dropout if vocabulary.dense_width or vocabulary.categories else 0.0
 
     def forward(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
         """Embed items.
@@ -52,6 +53,9 @@ class ItemEmbedder(nn.Module):
         ids = rows + 1
         if self.training and self.id_dropout:
             ids = ids * (torch.rand(ids.shape, device=ids.device) >= self.id_dropout)
+        if self.training and self.category_dropout:
+            kept = torch.rand(categories.shape, device=categories.device) >= self.category_dropout
+            categories = categories * kept
         parts = [self.ids(ids), (dense - self.dense_mean) / self.dense_std]
         parts += [table(categories[:, i]) for i, table in enumerate(self.words)]
         vectors = self.mlp(torch.cat(parts, dim=-1)).float()

@@ -48,8 +48,8 @@ class Objective(nn.Module):
         retrieval = self._retrieval(hidden, vectors, batch)
         at = batch.masked > 0
         masked = self._actions(hidden[at], batch.history_actions[at], batch.history_known[at])
-        labels = batch.candidate_actions[batch.candidate_valid]
-        shown = self._actions(candidates[batch.candidate_valid], labels, torch.ones_like(labels))
+        at = batch.candidate_valid
+        shown = self._actions(candidates[at], batch.candidate_actions[at], batch.candidate_known[at])
         loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
         return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
 

@@ -269,6 +269,7 @@ def batch_options(config: RunConfig) -> BatchOptions:
         num_negatives=train.num_negatives,
         seed=train.seed,
         fit_validation=train.fit_validation,
+        history_candidates=train.history_candidates,
     )
 
 

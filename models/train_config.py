@@ -38,6 +38,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         num_negatives: Random items added to the in-batch ones; at or above the catalogue's size: full softmax.
         label_smoothing: Share of a retrieval target's probability that is spread over the sampled items.
         max_candidates: Shown items per window and step; whole slates are left out at random beyond it.
+        history_candidates: History events per window that are scored as candidates too, each with the events before it:
+            more labels for the action heads, without hiding context as a higher `mask_probability` does.
         max_targets: Retrieval targets per step; more are subsampled.
         action_weights: w_c by action name; actions not named weigh 1.
         retrieval_weight: Weight of the retrieval loss; 0 trains a ranking-only model.
@@ -62,6 +64,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_negatives: int = 2048
     label_smoothing: float = 0.0
     max_candidates: int = 256
+    history_candidates: int = 0
     max_targets: int = 4096
     action_weights: dict[str, float] = {}
     retrieval_weight: float = 1.0
@@ -87,7 +90,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _require(self, ("learning_rate", "grad_clip"), lambda value: 0 < value < math.inf, "positive and finite")
         _require(self, ("mask_probability", "label_smoothing"), lambda value: 0 <= value < 1, "in [0, 1)")
         weights = {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
-        for name in ("weight_decay", "warmup_steps", "retrieval_weight", "ranking_weight"):
+        for name in ("weight_decay", "warmup_steps", "history_candidates", "retrieval_weight", "ranking_weight"):
             weights[name] = getattr(self, name)
         for name, weight in weights.items():
             if not 0 <= weight < math.inf:

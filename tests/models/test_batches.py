@@ -315,6 +315,28 @@ def test_the_last_batch_is_smaller(make_dataset: Make) -> None:
     assert sorted(len(b.lengths) for b in batches.epoch(0, range(3))) == [1, 3, 3]
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_history_events_are_candidates_that_see_what_came_before_them(
+    random_dataset: Make, split: tuple[int, int] | None
+) -> None:
+    data = random_dataset(3, split=split)
+    plain, batches = _batches(data), _batches(data, history_candidates=4)
+
+    for batch, without in zip(batches.epoch(0, range(len(batches))), plain.epoch(0, range(len(plain))), strict=True):
+        slates = without.candidate_items.shape[1]
+        assert torch.equal(batch.candidate_actions[:, :slates], without.candidate_actions)
+        assert batch.candidate_known[:, :slates].sum(-1).tolist() == (3.0 * without.candidate_valid).tolist()
+        for at in range(len(batch.lengths)):
+            length = int(batch.lengths[at])
+            valid = batch.candidate_valid[at, slates:]
+            places = batch.cutoffs[at, slates:][valid].tolist()
+            assert len(places) == len(set(places)) == min(4, length)
+            for name in ("items", "actions", "surfaces", "timestamps_ms"):
+                drawn = getattr(batch, f"candidate_{name}")[at, slates:][valid]
+                assert torch.equal(drawn, getattr(batch, f"history_{name}")[at, places]), name
+            assert torch.equal(batch.candidate_known[at, slates:][valid], batch.history_known[at, places])
+
+
 def test_a_batch_without_slates_has_no_candidates(make_dataset: Make) -> None:
     events = [("ann", "a", "feed", t, "click") for t in range(5)]
     (batch,) = _batches(make_dataset(events, split=None)).epoch(0, [0])

@@ -87,6 +87,20 @@ def test_ids_are_dropped_in_training_where_content_can_stand_in(make_model: Make
     assert embedder.id_dropout == 0.1
 
 
+def test_categories_are_hidden_in_training_alone(make_model: Make) -> None:
+    embedder = make_model(id_dropout=0.0, category_dropout=0.4).item_embedder
+    dense = torch.ones(2000, 3)
+    known, categories = torch.full((2000,), 4), torch.ones((2000, 2), dtype=torch.int64)
+    with torch.no_grad():
+        whole = embedder(known, dense, categories)
+        torch.testing.assert_close(whole, whole[:1].expand(2000, -1))
+        hidden = embedder(known[:1], dense[:1], torch.tensor([[0, 0]]))
+        embedder.train()
+        torch.manual_seed(0)
+        both = torch.isclose(embedder(known, dense, categories), hidden, atol=1e-5).all(dim=1)
+    assert 0.12 < float(both.float().mean()) < 0.2
+
+
 def test_ids_are_never_dropped_where_nothing_else_is_known(make_model: Make) -> None:
     model = make_model()
     embedder = ItemEmbedder(model.config, _plain(model.vocabulary)).train()

@@ -94,6 +94,7 @@ def test_an_override_is_checked_like_a_file() -> None:
         ({"action_weights": {"like": -1.0}}, "action_weights\\['like'\\]=-1.0 must be finite and not negative"),
         ({"retrieval_weight": 0.0, "ranking_weight": 0.0}, "nothing would be trained"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be in"),
+        ({"history_candidates": -1}, "history_candidates=-1 must be finite and not negative"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
         ({"patience": 3, "fit_validation": True}, "patience=3 needs held-out requests"),
         ({"patience": 0}, "patience=0 must be at least 1"),
