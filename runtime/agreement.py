@@ -12,6 +12,9 @@ breaks. And the best ten, ranked and retrieved, overlap with those of fp32 by `M
 may stand for each other if the fp32 values that order them are closer than rounding resolves: a model whose best scores
 lie close together would otherwise fail for swaps that are as good as a draw. Such a tie (`TIED_LOGIT`,
 `TIED_SIMILARITY`) is far narrower than the bounds, so that the overlap does not follow from them.
+
+A bundle may carry a precision that is known to fail this, accepted when it was exported. Then the manifest says what
+was lost, and a device may lose half as much again (`MARGIN`): rounding comes out differently everywhere.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ MIN_OVERLAP = 0.99
 MAX_LOGIT_DIFF, TIED_LOGIT = 0.1, 0.01
 LOGIT_ROUNDING = 2.0**-6  # four times what bf16 resolves
 MIN_COSINE, TIED_SIMILARITY = 0.999, 0.0005
+MARGIN = 1.5
 MAX_USERS, MAX_EVENTS, MAX_ITEMS = 48, 4096, 50_000
 CANDIDATES = 200
 SOON_MS = 60_000
@@ -85,18 +89,33 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
         retrieved_overlap_strict=retrieved_strict,
         min_query_cosine=cosine,
         max_logit_diff=difference,
-        problem=_problem(min(ranked, retrieved), cosine, difference),
+        problem=_problem(min(ranked, retrieved), cosine, difference, _bounds(engine, bundle)),
     )
 
 
-def _problem(overlap: float, cosine: float, difference: float) -> str | None:
+def _bounds(engine: Engine, bundle: Bundle) -> tuple[float, float, float]:
+    """Lowest overlap, lowest cosine and largest difference of a logit, as far as they are accepted."""
+    spec = bundle.manifest.precisions.get(engine.device.precision)
+    if spec is None or spec.agreement.problem is None:
+        return MIN_OVERLAP, MIN_COSINE, MAX_LOGIT_DIFF
+    lost = spec.agreement
+    overlap = min(lost.ranked_overlap, lost.retrieved_overlap)
+    return (
+        min(MIN_OVERLAP, 1.0 - MARGIN * (1.0 - overlap)),
+        min(MIN_COSINE, 1.0 - MARGIN * (1.0 - lost.min_query_cosine)),
+        max(MAX_LOGIT_DIFF, MARGIN * lost.max_logit_diff),
+    )
+
+
+def _problem(overlap: float, cosine: float, difference: float, bounds: tuple[float, float, float]) -> str | None:
+    min_overlap, min_cosine, max_difference = bounds
     # Written so that a value that is no number is a problem too.
-    if not difference <= MAX_LOGIT_DIFF:
-        return f"a logit is off by {difference:.3g}, allowed are {MAX_LOGIT_DIFF:g}"
-    if not cosine >= MIN_COSINE:
-        return f"the cosine of a query with the exact one is {cosine:.6g}, at least {MIN_COSINE:g} is needed"
-    if not overlap >= MIN_OVERLAP:
-        return f"the best {TOP} items overlap by {overlap:.4f}, at least {MIN_OVERLAP:g} is needed"
+    if not difference <= max_difference:
+        return f"a logit is off by {difference:.3g}, allowed are {max_difference:.3g}"
+    if not cosine >= min_cosine:
+        return f"the cosine of a query with the exact one is {cosine:.6g}, at least {min_cosine:.6g} is needed"
+    if not overlap >= min_overlap:
+        return f"the best {TOP} items overlap by {overlap:.4f}, at least {min_overlap:.4g} is needed"
     return None
 
 

@@ -132,7 +132,7 @@ class PrecisionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Attributes:
         graphs: The graphs by name. Their keys and values have this precision, all other inputs and outputs are f32.
-        agreement: Proof that they recommend what fp32 recommends.
+        agreement: How they recommend what fp32 recommends; its `problem` is not None only where the loss was accepted.
         auc_change: AUC of each action less that of fp32, on held-out events; empty where the bundle was exported
             without data.
     """

@@ -99,6 +99,9 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
     stdout.print(table)
     if manifest.precisions:
         stdout.print(_precision_table(manifest))
+    for name, spec in manifest.precisions.items():
+        if spec.agreement.problem:
+            stdout.print(f"{name} does not recommend what fp32 recommends: {spec.agreement.problem} (--accept-loss)")
     size = sum(file.size_bytes for file in manifest.files.values()) / 2**20
     index = manifest.index
     stdout.print(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -12,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BundleError
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.agreement import measure_agreement
+from unipinrec.runtime.device import Device
 from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
+from unipinrec.runtime.manifest import Agreement, PrecisionSpec
 
 Reseal = Callable[..., None]
 GOLDEN_REQUESTS, USERS = 4, 48
@@ -83,6 +87,29 @@ def test_one_wrong_logit_fails(rounded: Rounded, bundle: Path) -> None:
     found = measure_agreement(rounded, Bundle.open(bundle))
     assert found.max_logit_diff == pytest.approx(0.2, abs=0.01)  # less a share of the logit itself
     assert found.problem == f"a logit is off by {found.max_logit_diff:.3g}, allowed are 0.1"
+
+
+def test_a_loss_that_was_accepted_at_export_is_allowed_to_be_half_as_large_again(
+    rounded: Rounded, bundle: Path
+) -> None:
+    plain = Bundle.open(bundle)
+    rounded.device = Device(name="tensorrt-fp8", reason="asked for", precision="fp8")
+    rounded.last_logit_off_by = 0.4
+    lost = msgspec.structs.replace(measure_agreement(rounded, plain), max_logit_diff=0.4)
+    assert lost.problem is not None
+
+    def measured(off_by: float, recorded: Agreement) -> str | None:
+        spec = PrecisionSpec(graphs={}, agreement=recorded, auc_change={})
+        rounded.last_logit_off_by = off_by
+        manifest = msgspec.structs.replace(plain.manifest, precisions={"fp8": spec})
+        return measure_agreement(rounded, replace(plain, manifest=manifest)).problem
+
+    assert measured(0.5, lost) is None
+    assert measured(0.7, lost) == "a logit is off by 0.7, allowed are 0.6"
+    harmless = msgspec.structs.replace(lost, problem=None)
+    assert measured(0.5, harmless) == "a logit is off by 0.5, allowed are 0.1"
+    rounded.device = Device(name="tensorrt-bf16", reason="asked for", precision="bf16")
+    assert measured(0.5, lost) == "a logit is off by 0.5, allowed are 0.1"
 
 
 @pytest.mark.parametrize(("angle", "cosine"), [(0.05, "0.99875"), (np.nan, "nan")])
