@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
 from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, file_problems
 from unipinrec.runtime.catalogue import NO_ROWS, Catalogue, mask_without
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
 from unipinrec.runtime.requests import Event, History
 
@@ -197,7 +198,7 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
                 "use the unipinrec that wrote it, or export the checkpoint again with this one"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         raise BundleError(f"{path}: {error}; export the bundle again") from error
     problem = _contradiction(manifest)
     if problem:
@@ -264,7 +265,7 @@ def _catalogue(folder: Path, manifest: Manifest, item_ids: Sequence[str]) -> Cat
 def _read_list(path: Path, kind: type[T], count: int | None = None) -> T:
     try:
         values = msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise BundleError(f"{path}: {error}; {REMEDY}") from error
     if count is not None and len(values) != count:
         raise BundleError(f"{path}: {len(values)} entries for {count} items; export the bundle again")
@@ -321,7 +322,7 @@ def _tensor_offsets(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
         with path.open("rb") as raw:
             header_bytes = int.from_bytes(raw.read(8), "little")
             header = msgspec.json.decode(raw.read(header_bytes))
-    except (OSError, SafetensorError, msgspec.DecodeError) as error:
+    except (OSError, SafetensorError, *MALFORMED) as error:
         raise BundleError(f"{path}: {error}; {REMEDY}") from error
     return {
         name: (header[name]["dtype"], tuple(header[name]["shape"]), 8 + header_bytes + header[name]["data_offsets"][0])

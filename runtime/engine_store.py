@@ -20,6 +20,7 @@ import msgspec
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.engine_record import EngineKey, EngineRecord, Machine, Need, Refusal, unfit
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.private_files import (
     FILE,
     FOLDER,
@@ -257,7 +258,7 @@ def _read_record(root: int, digest: str) -> EngineRecord:
             size = os.fstat(plan).st_size
     try:
         record = msgspec.json.decode(content, type=EngineRecord)
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         raise UnsafeError(f"{RECORD} is of another version, or altered ({error})") from error
     if record.key.digest() != digest:
         raise UnsafeError(f"{RECORD} is that of another entry, or altered")

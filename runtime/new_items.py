@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError, DataError
 from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import Manifest
 from unipinrec.runtime.ort_session import OrtBackend
 
@@ -60,7 +61,7 @@ def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
     listed = content.lstrip().startswith(b"[")
     try:
         parts = msgspec.json.decode(content, type=list[msgspec.Raw]) if listed else content.splitlines()
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         raise DataError(f"{source}: {error}; {ITEM_FORMAT}") from error
     items = {}
     for place, part in enumerate(parts):
@@ -68,7 +69,7 @@ def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
         try:
             if listed or bytes(part).strip():
                 items[where] = msgspec.json.decode(part, type=NewItem)
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             raise DataError(f"{where}: {error}; {ITEM_FORMAT}") from error
     return items
 

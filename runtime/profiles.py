@@ -14,6 +14,7 @@ import msgspec
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.grouping import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import GraphSpec, ModelSpec
 
 Range = tuple[int, int, int]  # smallest, usual, largest
@@ -117,7 +118,7 @@ def read_buckets(path: Path, model: ModelSpec) -> Buckets:
     """
     try:
         given = msgspec.json.decode(path.read_bytes(), type=list[dict[str, Range]])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ConfigError(
             f'{path}: {error}; it is a list of buckets such as {{"batch": [1, 4, 8]}}, with names of {", ".join(NAMES)}'
         ) from error

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime.catalogue import Catalogue
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import Manifest
 
 UNKNOWN_SURFACE = "unknown"
@@ -149,7 +150,7 @@ def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
     """
     try:
         return msgspec.json.decode(content, type=tuple[Event, ...])
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
 
 

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from unipinrec.errors import BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.server_api import Refusal
 from unipinrec.runtime.server_app import route
 from unipinrec.runtime.server_context import Call, Handler, Server
@@ -100,7 +101,7 @@ def read_current(folder: Path) -> Path:
     path = folder / CURRENT
     try:
         return bundle_folder(folder, msgspec.json.decode(path.read_bytes(), type=Current).bundle)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise BundleError(f'{path} must be a file such as {{"bundle": "NAME"}}: {error}') from error
 
 
@@ -147,7 +148,7 @@ def _guarded(handler: Handler, token_sha256: bytes) -> Handler:
 def _decode(body: bytes) -> Current:
     try:
         return msgspec.json.decode(body, type=Current)
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         raise Refusal(400, "invalid_request", f'the body must be {{"bundle": "NAME"}}: {error}') from error
 
 

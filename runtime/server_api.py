@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from unipinrec.errors import ConfigError, RequestError
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.requests import Event, RecommendOptions, Request
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
@@ -271,7 +272,7 @@ def decode_similar(body: bytes, limits: Limits) -> SimilarBody:
 def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise RequestError(f"the body: {error}; send one JSON object, or a list of them, as documented") from error
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError
+from unipinrec.runtime.malformed import MALFORMED
 
 INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 # Floating-point numbers of less precision travel as FP32 (`Tensor.numpy`, `Backend.run`).
@@ -151,7 +152,7 @@ def decode_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, 
     json_bytes = _json_bytes(header_length, len(body))
     try:
         request = msgspec.json.decode(memoryview(body)[:json_bytes], type=InferRequest)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise RequestError(f"the inference request is not valid: {error or 'nested too deeply'}") from error
     arrays: dict[str, NDArray[Any]] = {}
     place = json_bytes
@@ -267,7 +268,7 @@ def _from_json(given: RequestInput) -> NDArray[Any]:
         values = msgspec.json.decode(raw, type=JSON_TYPES[given.datatype][depth - 1])
         with np.errstate(over="ignore"):  # what is too large becomes infinite, which no graph takes
             array = np.array(values, wire.newbyteorder("="))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError, OverflowError) as error:
+    except (*MALFORMED, ValueError, OverflowError) as error:
         raise RequestError(
             f"input {given.name!r}: data is not {given.datatype} {list(given.shape)}, flat or nested: {error}"
         ) from error
