@@ -103,7 +103,9 @@ def make_app(server: Server, more: Sequence[BaseRoute] = ()) -> Starlette:
         route(server, "GET", "/health/ready", handlers.ready),
         *more,
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    app.router.redirect_slashes = False  # a path is what it is, and a body is not sent twice
+    return app
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

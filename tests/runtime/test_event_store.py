@@ -46,7 +46,7 @@ def append(user: str, *events: StoredEvent) -> Append:
 
 
 def items(events: tuple[StoredEvent, ...]) -> str:
-    return "".join(event.item for event in events)
+    return "".join(str(event.item) for event in events)
 
 
 def merge(known: tuple[StoredEvent, ...], *new: StoredEvent, limit: int = 8) -> tuple[str, Receipt]:

@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from answers import STORED
+from live_server import deployed
+from starlette.testclient import TestClient
+
+from unipinrec.runtime.event_store import Append, StoredEvent, StoreLimits
+from unipinrec.runtime.event_store_sqlite import SqliteEventStore
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.requests import Event, RecommendOptions
+from unipinrec.runtime.server_app import Server, make_app, make_server
+from unipinrec.runtime.server_handlers import usable
+from unipinrec.runtime.server_state import Deployments
+
+AT = 1_700_000_000_000
+HISTORY = [{"item": f"item-{place}", "actions": ["click"], "timestamp_ms": AT + place} for place in range(3)]
+EVENTS = tuple(msgspec.convert(HISTORY, type=tuple[Event, ...]))
+
+
+@pytest.fixture(scope="module")
+def deployments() -> Iterator[Deployments]:
+    with deployed(STORED) as opened:
+        yield opened
+
+
+@pytest.fixture
+def server(deployments: Deployments) -> Server:
+    recommender = deployments.current.recommender
+    assert recommender.cache is not None
+    recommender.cache.clear()
+    return make_server(deployments=deployments)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[TestClient]:
+    with TestClient(make_app(server)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def recommender(deployments: Deployments) -> Recommender:
+    return deployments.current.recommender
+
+
+def post(client: TestClient, path: str, body: Any, status: int = 200) -> Any:
+    answer = client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def send(client: TestClient, user: str, *events: dict[str, Any]) -> Any:
+    return post(client, "/v1/events", {"user": user, "events": list(events)})
+
+
+# POST /v1/recommend.
+
+
+def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recommender) -> None:
+    options = {"now_ms": AT + 9, "candidates": 9, "weights": {"save": 2.0}, "exclude": ["item-7"], "surface": "home"}
+    answer = post(client, "/v1/recommend", {"history": HISTORY, "k": 4, **options})
+    slate = recommender.recommend(EVENTS, 4, msgspec.convert(options, type=RecommendOptions))
+    expected = slate.to_json()
+    assert [{**item, "title": None} for item in expected["items"]] == [
+        {**item, "title": None} for item in answer["items"]
+    ]
+    assert answer["items"][0]["title"] == slate.items[0].title
+    assert list(answer) == [
+        "items",
+        "stages_ms",
+        "kv",
+        "kv_reason",
+        "device",
+        "bundle",
+        "exact",
+        "events",
+        "skipped_events",
+    ]
+    for name in ("kv", "kv_reason", "device", "bundle"):
+        assert answer[name] == expected[name]
+    assert (answer["events"], answer["skipped_events"]) == (3, 0)
+
+
+def test_filters(client: TestClient) -> None:
+    body = {"history": HISTORY, "k": 2, "allow": ["item-5", "item-6", "item-0"]}
+    assert {item["item"] for item in post(client, "/v1/recommend", body)["items"]} == {"item-5", "item-6"}
+    words = post(client, "/v1/recommend", {"history": HISTORY, "k": 1, "categories": {"kind": ["c"]}}, 400)
+    assert words["error"]["message"] == "categories: kind has no word 'c'; it has a, b"
+
+
+def test_a_history_of_a_user_is_cached(client: TestClient) -> None:
+    body = {"user": "u", "history": HISTORY[:2], "k": 1}
+    more = {**body, "history": HISTORY}
+    kinds = [post(client, "/v1/recommend", one)["kv"] for one in (body, body, more, more)]
+    assert kinds == ["miss", "hit", "extended", "hit"]
+
+
+def test_a_list_is_answered_one_by_one(client: TestClient) -> None:
+    one = {"history": HISTORY, "k": 2, "now_ms": AT + 5}
+    bad = {**one, "weights": {"buy": 1.0}}
+    alone = post(client, "/v1/recommend", one)
+    first, second, third, last = post(client, "/v1/recommend", [one, bad, {"user": "nobody"}, one])
+    for answer in (first, last):
+        assert [item["item"] for item in answer["items"]] == [item["item"] for item in alone["items"]]
+        assert answer["items"][0]["score"] == pytest.approx(alone["items"][0]["score"], abs=1e-6)
+    assert second["error"] == {
+        "code": "invalid_request",
+        "message": "weights: unknown action 'buy'; this bundle knows click, save",
+    }
+    assert third["error"]["code"] == "cold_start"
+
+
+def test_requests_of_a_list_are_computed_together(client: TestClient, deployments: Deployments) -> None:
+    before = deployments.current.batcher.statistics()
+    post(client, "/v1/recommend", [{"history": HISTORY, "k": 1}] * 8)
+    after = deployments.current.batcher.statistics()
+    assert after.requests - before.requests == 8
+    assert after.batches - before.batches <= 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"history": [], "k": 1}, "the history is empty"),
+        ({"history": [{"item": "new", "actions": []}]}, "item 'new' is not among the 24 items"),
+        ({"history": HISTORY[::-1]}, "send events oldest first"),
+        ({"history": HISTORY, "k": 100}, "only 21 of the 24 items are eligible"),
+        ({"history": HISTORY * 5, "truncate": False}, "this model takes at most 8"),
+        ({"history": HISTORY, "k": 0}, "k=0 must be an integer of at least 1"),
+        ({"history": HISTORY, "now_ms": 5}, "before the last event"),
+        ("what", "send one JSON object, or a list of them"),
+    ],
+)
+def test_what_cannot_be_answered_is_told(client: TestClient, body: Any, message: str) -> None:
+    error = post(client, "/v1/recommend", body, 400)["error"]
+    assert error["code"] == "invalid_request"
+    assert message in error["message"]
+
+
+def test_a_user_without_events_is_a_cold_start(client: TestClient) -> None:
+    assert post(client, "/v1/recommend", {"user": "nobody"}, 422)["error"] == {
+        "code": "cold_start",
+        "message": "user 'nobody': no events are known; send events or a history first, or show what is popular",
+    }
+
+
+# POST /v1/events, and what follows from it.
+
+
+def test_what_a_user_did_changes_the_next_answer(client: TestClient, recommender: Recommender) -> None:
+    assert send(client, "u", *HISTORY[:2]) == {
+        "user": "u",
+        "appended": 2,
+        "duplicates": 0,
+        "out_of_order": 0,
+        "dropped": 0,
+        "events": 2,
+    }
+    body = {"user": "u", "k": 3, "now_ms": AT + 5}
+    assert post(client, "/v1/recommend", body)["kv"] == "miss"
+    send(client, "u", HISTORY[2])
+    answer = post(client, "/v1/recommend", body)
+    assert (answer["kv"], answer["kv_reason"], answer["events"]) == ("extended", "1 new event", 3)
+    alone = recommender.recommend(EVENTS, 3, RecommendOptions(now_ms=AT + 5))
+    assert [item["item"] for item in answer["items"]] == [item.item for item in alone.items]
+
+
+def test_an_event_that_is_late_goes_where_it_belongs(client: TestClient) -> None:
+    send(client, "u", HISTORY[0], HISTORY[2])
+    post(client, "/v1/recommend", {"user": "u", "k": 1})
+    assert send(client, "u", HISTORY[1])["out_of_order"] == 1
+    answer = post(client, "/v1/recommend", {"user": "u", "k": 1})
+    assert (answer["kv"], answer["kv_reason"]) == ("miss", "edited")
+    assert [event["item"] for event in client.get("/v1/users/u").json()["events"]] == ["item-0", "item-1", "item-2"]
+
+
+def test_an_event_may_be_sent_twice(client: TestClient) -> None:
+    event = {**HISTORY[0], "id": "e"}
+    assert [send(client, "u", event)["appended"] for _ in range(2)] == [1, 0]
+    assert send(client, "v", event)["appended"] == 1  # ids are those of one user
+
+
+def test_an_item_given_as_a_number_is_its_string(client: TestClient) -> None:
+    error = post(client, "/v1/events", {"user": "u", "events": [{"item": 7, "actions": []}]}, 400)
+    assert error["error"]["message"].startswith("events[0]: item '7' is not among the 24 items")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"item": "new", "actions": []}, "events[1]: item 'new' is not among"),
+        ({"item": "item-1", "actions": ["buy"]}, "events[1]: unknown action 'buy'"),
+        ({"item": "item-1", "actions": [], "surface": "tv"}, "events[1]: unknown surface 'tv'"),
+        ({"item": "item-1", "actions": [], "timestamp_ms": -1}, "events[1].timestamp_ms=-1 must be a Unix time"),
+    ],
+)
+def test_an_event_that_makes_no_sense_keeps_back_all(client: TestClient, wrong: Any, message: str) -> None:
+    error = post(client, "/v1/events", {"user": "u", "events": [HISTORY[0], wrong]}, 400)["error"]
+    assert message in error["message"]
+    assert client.get("/v1/users/u").status_code == 404
+
+
+def test_of_a_list_each_user_is_for_itself(client: TestClient) -> None:
+    wrong = {"user": "v", "events": [{"item": "new", "actions": []}]}
+    right = {"user": "u", "events": HISTORY[:1]}
+    first, second, third = post(client, "/v1/events", [right, wrong, {**right, "events": HISTORY[1:]}])
+    assert (first["events"], second["error"]["code"], third["events"]) == (1, "invalid_request", 3)
+    assert post(client, "/v1/events", [wrong])[0]["error"]["code"] == "invalid_request"
+
+
+def test_events_that_a_later_bundle_does_not_know_are_skipped(server: Server, client: TestClient) -> None:
+    known = StoredEvent(item="item-1", actions=("click", "gone"), surface="gone", timestamp_ms=AT)
+    gone = StoredEvent(item="gone", actions=(), timestamp_ms=AT)
+
+    server.store.append([Append(user="u", events=(known, gone)), Append(user="v", events=(gone,))], AT).result()
+    answer = post(client, "/v1/recommend", {"user": "u", "k": 24, "exclude_seen": False})
+    assert (answer["events"], answer["skipped_events"]) == (1, 1)
+    error = post(client, "/v1/recommend", {"user": "v"}, 422)["error"]
+    assert (error["code"], "has none of the 1 items" in error["message"]) == ("cold_start", True)
+
+
+def test_what_is_usable(recommender: Recommender) -> None:
+    known = StoredEvent(item="item-1", actions=("gone", "save"), surface="gone", timestamp_ms=1, id="x")
+    (event,) = usable([known, StoredEvent(item="gone", actions=())], recommender.bundle)
+    assert (event.item, event.actions, event.surface, event.timestamp_ms) == ("item-1", ("save",), "unknown", 1)
+
+
+def test_a_store_that_fails_is_told_without_its_insides(deployments: Deployments, tmp_path: Path) -> None:
+    store = SqliteEventStore(tmp_path, StoreLimits(events=10))
+    with sqlite3.connect(tmp_path / "events.sqlite3") as other:
+        other.execute("DROP TABLE users")
+    other.close()
+    with TestClient(make_app(make_server(deployments=deployments, store=store))) as client:
+        for error in (
+            post(client, "/v1/recommend", {"user": "u"}, 503),
+            post(client, "/v1/events", {"user": "u", "events": HISTORY}, 503),
+        ):
+            assert error["error"] == {
+                "code": "store_unavailable",
+                "message": "the events of users cannot be reached; send the request again, or with a history",
+            }
+        assert post(client, "/v1/recommend", {"user": "u", "history": HISTORY, "k": 1})["events"] == 3
+    store.close()
+
+
+# /v1/users.
+
+
+def test_what_is_known_of_a_user(client: TestClient) -> None:
+    send(client, "a/b c", {**HISTORY[0], "id": "e"})
+    assert client.get("/v1/users/a%2Fb%20c").json() == {
+        "user": "a/b c",
+        "events": [{"item": "item-0", "actions": ["click"], "surface": "unknown", "timestamp_ms": AT, "id": "e"}],
+    }
+    missing = client.get("/v1/users/nobody")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "unknown_user")
+    assert client.get("/v1/users/" + "x" * 257).json()["error"]["message"].startswith("user has 257 characters")
+
+
+def test_a_user_is_forgotten(client: TestClient, recommender: Recommender) -> None:
+    send(client, "u", *HISTORY)
+    post(client, "/v1/recommend", {"user": "u", "k": 1})
+    assert recommender.cache is not None
+    assert recommender.cache.statistics().entries == 1
+    assert client.delete("/v1/users/u").json() == {"user": "u", "events": 3, "cached": True}
+    assert recommender.cache.statistics().entries == 0
+    assert client.delete("/v1/users/u").json() == {"user": "u", "events": 0, "cached": False}
+    assert post(client, "/v1/recommend", {"user": "u"}, 422)["error"]["code"] == "cold_start"
+
+
+# POST /v1/items/similar.
+
+
+def test_similar_items(client: TestClient, recommender: Recommender) -> None:
+    answer = post(client, "/v1/items/similar", {"items": ["item-3"], "k": 4})
+    vectors, ids = recommender.bundle.item_vectors, recommender.bundle.item_ids
+    cosines = vectors @ vectors[ids.index("item-3")]
+    expected = sorted((ids[row] for row in range(24) if ids[row] != "item-3"), key=lambda one: -cosines[ids.index(one)])
+    assert [item["item"] for item in answer["items"]] == expected[:4]
+    assert answer["items"][0]["similarity"] == pytest.approx(float(sorted(cosines)[-2]), abs=1e-6)
+    assert answer["items"][0]["title"] == recommender.bundle.titles[ids.index(expected[0])]
+    assert answer["bundle"] == recommender.bundle.hash
+
+
+def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
+    body = {
+        "items": ["item-3", "item-4"],
+        "k": 2,
+        "allow": ["item-3", "item-5", "item-6", "item-7"],
+        "exclude": ["item-7"],
+    }
+    answer = post(client, "/v1/items/similar", {**body, "exact": True})
+    assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
+    assert answer["exact"] == "asked for"
+    assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
+        "k=3 must be from 1 to 2, the items that are left by the filters"
+    )
+    assert "items[0]: item 'new'" in post(client, "/v1/items/similar", {"items": ["new"]}, 400)["error"]["message"]
+
+
+# Health.
+
+
+def test_health(client: TestClient, server: Server, deployments: Deployments) -> None:
+    assert client.get("/health/live").json() == {"status": "live"}
+    ready = client.get("/health/ready")
+    assert ready.status_code == 200
+    assert ready.json() == {
+        "status": "ready",
+        "device": "cpu",
+        "device_reason": "asked for",
+        "refused": [],
+        "bundle": deployments.current.version,
+    }
+    server.phase = "draining"
+    assert client.get("/health/ready").status_code == 503
+    still = client.post("/v1/recommend", json={"history": HISTORY, "k": 1})
+    assert (still.status_code, still.headers["connection"]) == (200, "close")
+
+
+def test_nothing_is_answered_before_the_bundle_is_there() -> None:
+    with TestClient(make_app(make_server())) as client:
+        assert client.get("/health/live").status_code == 200
+        ready = client.get("/health/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "loading")
+        for path, body in (
+            ("/v1/recommend", {"history": HISTORY}),
+            ("/v1/events", {"user": "u", "events": HISTORY}),
+            ("/v1/items/similar", {"items": ["item-1"]}),
+        ):
+            answer = client.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+            assert answer.headers["retry-after"] == "1"
+
+
+def test_what_is_closed_is_shutting_down(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(STORED, tmp_path / "copy"))
+    with deployed(copy) as opened:
+        server = make_server(deployments=opened)
+    with TestClient(make_app(server)) as client:
+        error = post(client, "/v1/recommend", {"history": HISTORY}, 503)["error"]
+    assert error["code"] == "shutting_down"
+
+
+def test_an_unforeseen_error_is_internal(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(SqliteEventStore):
+        def __init__(self) -> None:
+            pass
+
+        def histories(self, users: Any) -> Any:
+            raise RuntimeError("/secret/path")
+
+    server.store = Broken()
+    with TestClient(make_app(server)) as client:
+        answer = client.post("/v1/recommend", json={"user": "u"}, headers={"x-request-id": "mine-1"})
+    assert answer.status_code == 500
+    assert json.loads(answer.content)["error"] == {
+        "code": "internal",
+        "message": "the server failed to answer; its log has more about request mine-1",
+    }
+    assert "/secret/path" in caplog.text
