@@ -71,7 +71,8 @@ def run(server: Server, app: Starlette, load: Callable[[], Deployments], options
             process.run(sockets=[listener])
         finally:
             if server.deployments is not None:
-                server.deployments.close(timeout_s=options.drain_s)
+                if not server.deployments.close(timeout_s=options.drain_s):
+                    log.warning("ended before all that was computed was done")
             server.threads.shutdown()
             server.store.close()
     if process.failure is not None:

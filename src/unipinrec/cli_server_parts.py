@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
+from unipinrec import __version__
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle import read_manifest
 from unipinrec.runtime.event_store import StoreLimits, open_store
@@ -19,6 +20,8 @@ from unipinrec.runtime.server_app import Server, ServerOptions, make_app, make_s
 from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server_log import LogOptions, RequestLog, configure_logs
 from unipinrec.runtime.server_metrics import Metrics, metrics_route
+from unipinrec.runtime.server_oip import oip_routes
+from unipinrec.runtime.server_page import page_routes
 from unipinrec.runtime.server_recall import RecallSampler
 from unipinrec.runtime.server_run import RunOptions, run
 from unipinrec.runtime.server_state import Deployments
@@ -49,6 +52,7 @@ def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
         deployment = _deployment(options, sampler)
         server = _server(options, manifest.model.max_history)
         routes = _observed(server, options, sampler, parts)
+        routes += [*oip_routes(server, version=__version__), *page_routes(server)]
         server.observers.append(RequestLog(logs).observe)
         if options["admin_token_file"] is not None:
             token = read_token(file=options["admin_token_file"])

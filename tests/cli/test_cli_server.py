@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from answers import STORED
+from click.testing import CliRunner, Result
+
+from unipinrec.cli import main
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_help_has_examples() -> None:
+    result = run("serve", "--help")
+    assert result.exit_code == 0
+    assert "unipinrec serve bundle/ --host 0.0.0.0" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--queue", "0"), "Invalid value for '--queue'"),
+        (("--deadline-ms", "0"), "Invalid value for '--deadline-ms'"),
+        (("--cache-dtype", "fp8"), "Invalid value for '--cache-dtype'"),
+        (("--admin-token-file", "/no/such/file"), "Invalid value for '--admin-token-file'"),
+    ],
+)
+def test_wrong_use(words: tuple[str, ...], message: str) -> None:
+    result = run("serve", STORED, *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--deadline-ms", "50", "--max-deadline-ms", "20"), "at most max_deadline_ms=20.0"),
+        (("--state", "mysql://db"), "give a folder, or a URL of redis"),
+        (("--state", "/proc/no"), "give another --state"),
+        (("--host", "no.such.host.invalid"), "choose another --host or --port"),
+    ],
+)
+def test_what_cannot_be_had_is_told(words: tuple[str, ...], message: str) -> None:
+    result = run("serve", STORED, "--device", "cpu", *words)
+    assert result.exit_code == 1
+    assert message in result.stderr.replace("\n", "")
+
+
+def test_a_folder_that_is_no_bundle_is_told(tmp_path: Path) -> None:
+    result = run("serve", tmp_path)
+    assert result.exit_code == 1
+    assert "is not a bundle" in result.stderr
+
+
+def test_a_bundle_that_does_not_verify_ends_the_process(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(STORED, tmp_path / "copy"))
+    (copy / "ranker.onnx").write_bytes(b"no graph")
+    words = [sys.executable, "-m", "unipinrec", "serve", str(copy), "--port", "0", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "ranker.onnx is altered" in done.stderr or "ranker.onnx" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run("serve", STORED, "--port", str(taken.getsockname()[1]))
+    assert result.exit_code == 1
+    assert "Address already in use" in result.stderr
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'starlette':\n"
+        "            raise ModuleNotFoundError('no starlette', name='starlette')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from unipinrec.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    words = [sys.executable, "-c", code, "serve", str(STORED)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "this command needs starlette, which is an extra; run pip install 'unipinrec[cpu,serve]'" in done.stderr

@@ -1,0 +1,228 @@
+"""Real server processes: they load, are killed, drain, and end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answers import STORED
+
+from unipinrec.errors import ConfigError
+from unipinrec.runtime.server_run import RunOptions, listen
+
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n"
+HISTORY = [{"item": "item-1", "actions": ["click"]}]
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A server process."""
+
+    process: subprocess.Popen[str]
+    port: int = 0
+    lines: list[str] = field(default_factory=list)
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def until(self, text: str) -> str:
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            for line in list(self.lines):
+                if text in line:
+                    return line
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.01)
+        raise AssertionError(f"no {text!r} in {''.join(self.lines)}")
+
+    def ready(self) -> None:
+        limit = time.monotonic() + 60
+        while self.ask("GET", "/health/ready")[0] != 200:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+
+@contextmanager
+def started(*options: str | Path, bundle: Path = STORED) -> Iterator[Running]:
+    words = [sys.executable, "-m", "unipinrec", "serve", str(bundle), "--port", "0", "--device", "cpu", "--log-format"]
+    process = subprocess.Popen([*words, "human", *map(str, options)], stderr=subprocess.PIPE, text=True)
+    running = Running(process=process)
+    stderr = process.stderr
+    assert stderr is not None
+    reader = threading.Thread(target=lambda: running.lines.extend(iter(stderr.readline, "")))
+    reader.start()
+    try:
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", running.until("listening on"))
+        assert found
+        running.port = int(found[1])
+        yield running
+    finally:
+        process.kill()
+        process.wait(20)
+        reader.join(20)
+        stderr.close()
+
+
+def event(name: str, at: int) -> dict[str, Any]:
+    return {"item": f"item-{at % 24}", "actions": ["click"], "timestamp_ms": at, "id": name}
+
+
+def test_events_that_were_acknowledged_survive_kill_9(tmp_path: Path) -> None:
+    words = ("--state", tmp_path / "state", "--kept-events", "10000")
+    acknowledged: list[str] = []
+    with started(*words) as running:
+        running.ready()
+
+        def write(writer: int) -> None:
+            for at in range(10_000):
+                name = f"{writer}.{at}"
+                try:
+                    running.ask("POST", "/v1/events", {"user": f"u{writer % 2}", "events": [event(name, at)]})
+                except (OSError, http.client.HTTPException):
+                    return
+                acknowledged.append(name)
+
+        writers = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
+        for writer in writers:
+            writer.start()
+        while len(acknowledged) < 50:
+            time.sleep(0.005)
+        os.kill(running.process.pid, signal.SIGKILL)
+        for writer in writers:
+            writer.join(20)
+    with started(*words) as again:
+        again.ready()
+        known = [one["id"] for user in ("u0", "u1") for one in again.ask("GET", f"/v1/users/{user}")[1]["events"]]
+        assert set(acknowledged) <= set(known)
+        assert len(known) == len(set(known)) <= len(acknowledged) + len(writers)
+        status, answer = again.ask("POST", "/v1/recommend", {"user": "u0", "k": 1})
+        assert (status, answer["kv"]) == (200, "miss")
+
+
+def test_sigterm_under_load_loses_no_accepted_request() -> None:
+    outcomes: list[int | str] = []
+    with started("--drain-delay-s", "0.3", "--max-wait-ms", "20") as running:
+        running.ready()
+        ended = threading.Event()
+
+        def ask() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+            while not ended.is_set():
+                try:
+                    connection.connect()
+                except ConnectionRefusedError:  # clearly not accepted
+                    return
+                connection.auto_open = 0
+                try:
+                    while connection.sock is not None:
+                        connection.request("POST", "/v1/recommend", json.dumps({"history": HISTORY, "k": 1}))
+                        answer = connection.getresponse()
+                        answer.read()
+                        outcomes.append(answer.status)
+                except (OSError, http.client.HTTPException) as error:
+                    outcomes.append(repr(error))
+                connection.close()
+
+        clients = [threading.Thread(target=ask) for _ in range(8)]
+        for client in clients:
+            client.start()
+        while len(outcomes) < 50:
+            time.sleep(0.01)
+        before = len(outcomes)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+        ended.set()
+        for client in clients:
+            client.join(20)
+    assert len(outcomes) > before
+    assert set(outcomes) == {200}
+    assert "is drained and closed" in "".join(running.lines)
+
+
+def test_a_request_that_was_accepted_is_answered_before_the_end() -> None:
+    with started("--drain-delay-s", "0", "--max-wait-ms", "700") as running:
+        running.ready()
+        answers: list[int] = []
+        body = {"history": HISTORY, "k": 1}
+        asking = threading.Thread(target=lambda: answers.append(running.ask("POST", "/v1/recommend", body)[0]))
+        asking.start()
+        time.sleep(0.2)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+        asking.join(20)
+    assert answers == [200]
+
+
+def test_what_is_late_is_cut_off_after_the_limit() -> None:
+    with started("--drain-delay-s", "0", "--drain-s", "1") as running:
+        running.ready()
+        with socket.create_connection(("127.0.0.1", running.port)) as slow:
+            slow.sendall(HEAD + b"Content-Length: 100\r\nX-Deadline-Ms: 30000\r\n\r\n{")
+            time.sleep(0.2)
+            began = time.monotonic()
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(20) == 0
+            assert 0.8 < time.monotonic() - began < 6
+
+
+def test_while_it_drains_it_is_not_ready_and_ctrl_c_hastens_it() -> None:
+    with started("--drain-delay-s", "60") as running:
+        running.ready()
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        status, answer = running.ask("GET", "/health/ready")
+        assert (status, answer["status"]) == (503, "draining")
+        assert running.ask("POST", "/v1/recommend", {"history": HISTORY, "k": 1})[0] == 200
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(20) == 0
+
+
+def test_large_or_missing_heads_end_their_connection() -> None:
+    pytest.importorskip("httptools")
+    with started() as running:
+        running.ready()
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n")
+            for _ in range(17):
+                client.sendall(b"X-More: " + b"x" * 4000 + b"\r\n")
+            assert client.recv(12) == b"HTTP/1.1 400"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-More: " + b"x" * 30_000 + b"\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+            client.sendall(HEAD + b"Content-Length: 9000000\r\n\r\n" + b" " * 300_000)
+            assert client.recv(12) == b"HTTP/1.1 413"
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*choose another --host or --port"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid:80"):
+        listen("no.such.host.invalid", 80)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="drain_s=0 at least 1"):
+        RunOptions(drain_s=0)
