@@ -17,6 +17,7 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.cuda import Cuda
+from unipinrec.runtime.device import Device, precision_of
 from unipinrec.runtime.engine import Engine
 from unipinrec.runtime.engine_plan import CompileTask, graphs_of, keys_of, require_golden_covered
 from unipinrec.runtime.engine_record import EngineKey, EngineRecord, Verification, needs_of, this_machine, unfit
@@ -124,7 +125,9 @@ def verify_engines(
     """
     manifest = bundle.manifest
     with TensorRtBackend(trt, cuda, plans, manifest.graphs_in(precision), precision) as backend:
-        engine = Engine(backend, manifest.model, bundle.item_vectors)
+        name = f"tensorrt-{precision}"
+        device = Device(name=name, reason="compiled for it", precision=precision_of(name))
+        engine = Engine(backend, manifest.model, bundle.item_vectors, device)
         verified = _golden(engine, bundle, exact=precision == manifest.precision)
         kernels = backend.compiled_kernels()
     if not verified.passed:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
 from answers import STORED
@@ -129,16 +130,21 @@ def test_engines_are_tried_as_they_will_be_loaded(
     assert all(one.record.key.options == options for one in done)
 
 
-def test_an_engine_that_answers_wrongly_is_not_installed(
-    opened: Bundle, store: EngineStore, builder: Builder, tmp_path: Path
-) -> None:
-    model = onnx.load(opened.graph_files()["ranker"])
+def altered(graph: Path, out: Path, factor: float) -> Path:
+    """A graph whose weights are larger."""
+    model = onnx.load(graph)
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor)
         if values.dtype == "float32":
-            tensor.CopyFrom(numpy_helper.from_array(values * 1.01, tensor.name))
-    onnx.save(model, tmp_path / "ranker.onnx")
-    builder.instead["ranker"] = tmp_path / "ranker.onnx"
+            tensor.CopyFrom(numpy_helper.from_array(values * np.float32(factor), tensor.name))
+    onnx.save(model, out)
+    return out
+
+
+def test_an_engine_that_answers_wrongly_is_not_installed(
+    opened: Bundle, store: EngineStore, builder: Builder, tmp_path: Path
+) -> None:
+    builder.instead["ranker"] = altered(opened.graph_files()["ranker"], tmp_path / "ranker.onnx", 1.01)
     with pytest.raises(
         BackendError,
         match=r"TensorRT 11.4.0.106 on Host GPU in fp32 were not installed: ranker.logits differs by up to",
@@ -206,8 +212,11 @@ def test_progress_names_every_engine_and_the_golden_requests(
     assert told[-2:] == [("golden requests in fp32", 0.0, "running"), ("golden requests in fp32", 1.0, "passed")]
 
 
-def in_bf16(folder: Path) -> Bundle:
-    """The stored bundle with graphs in bf16, which the doubles emulate in fp32 between low inputs and outputs."""
+def in_bf16(folder: Path, **lost: Any) -> Bundle:
+    """The stored bundle with graphs in bf16, which the doubles emulate in fp32 between low inputs and outputs.
+
+    `lost` is what its manifest says of them, as far as they do not agree with fp32.
+    """
     stored = Bundle.open(shutil.copytree(STORED, folder))
     low = {*stored.manifest.model.kv_names("present"), *stored.manifest.model.kv_names("past_key_values")}
     graphs = {}
@@ -229,6 +238,7 @@ def in_bf16(folder: Path) -> Bundle:
         max_logit_diff=0.0,
         problem=None,
     )
+    agreement = msgspec.structs.replace(agreement, **lost)
     manifest = msgspec.structs.replace(
         stored.manifest,
         precisions={"bf16": PrecisionSpec(graphs=graphs, agreement=agreement, auc_change={})},
@@ -252,3 +262,23 @@ def test_engines_that_round_must_recommend_what_fp32_recommends(
     with pytest.raises(BackendError, match=r"ranker: TensorRT .* loads an engine of another graph"):
         compiled(bundle, store, precision="bf16", force=True)
     assert [record.verified.passed for record in map(store.find, (one.record.key for one in done))] == [True] * 4  # type: ignore[union-attr]
+
+
+def test_a_loss_that_was_accepted_at_export_is_accepted_here(
+    store: EngineStore, builder: Builder, tmp_path: Path
+) -> None:
+    for name, lost in (
+        ("exact", {}),
+        ("lossy", {"problem": "accepted", "max_logit_diff": 10.0, "ranked_overlap": 0.0}),
+    ):
+        bundle = in_bf16(tmp_path / name, **lost)
+        model = bundle.manifest.model
+        builder.types = dict.fromkeys(model.kv_names("present") + model.kv_names("past_key_values"), "BF16")
+        builder.instead["ranker"] = altered(bundle.graph_files("bf16")["ranker"], tmp_path / f"{name}.onnx", 1.5)
+        if lost:
+            assert all(one.record.verified.passed for one in compiled(bundle, store, precision="bf16"))
+        else:
+            with pytest.raises(
+                BackendError, match=r"in bf16 were not installed: a logit is off by .*, allowed are 0.1"
+            ):
+                compiled(bundle, store, precision="bf16")

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import msgspec
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from unipinrec.errors import BackendError
 from unipinrec.export.precision import LowType, typed_graph
@@ -84,6 +87,39 @@ def test_attention_is_fused_in_less_precision(
     kept = {name: low for name in expected if name.startswith(("present.", "past_key_values."))}
     assert kept
     assert report.tensors == expected | kept
+
+
+def quantised(path: Path) -> Path:
+    """A product in fp8: activations and weights are dequantised to bf16 before it."""
+    low, eight = TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN
+    scale = np.array(0.1, ml_dtypes.bfloat16).tobytes()
+    constants = [
+        helper.make_tensor("weights", eight, [64, 128], bytes(range(64)) * 128, raw=True),
+        helper.make_tensor("scale", low, [], scale, raw=True),
+        helper.make_tensor("zero", eight, [], b"\0", raw=True),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["low"], to=low),
+        helper.make_node("QuantizeLinear", ["low", "scale", "zero"], ["quantised"]),
+        helper.make_node("DequantizeLinear", ["quantised", "scale", "zero"], ["a"]),
+        helper.make_node("DequantizeLinear", ["weights", "scale", "zero"], ["b"]),
+        helper.make_node("MatMul", ["a", "b"], ["product"], name="product"),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])]
+    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 128])]
+    graph = helper.make_graph(nodes, "quantised", given, made, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    return path
+
+
+def test_a_quantised_product_reads_fp8(trt: TensorRT, tmp_path: Path) -> None:
+    task = BuildTask(profiles=({"x": ((1, 64), (4, 64), (8, 64))},), targets=ADA)
+    report = build_engine(trt, quantised(tmp_path / "quantised.onnx"), task).layers
+    require_precision(report, "fp8")
+    (product,) = (layer for layer in report.layers if layer.kind == "gemm")
+    assert (product.inputs, product.outputs) == (("float8_e4m3fn",), ("bfloat16",))
+    assert "product" in product.nodes
 
 
 def test_the_progress_goes_from_nothing_to_all(trt: TensorRT, opened: Bundle) -> None:
