@@ -32,6 +32,8 @@ ACTIONS = ("click", "long_view", "like")
 KEYS = ("user", "item", "author", "tag")
 PAIRS = (("user", "tag"), ("user", "author"))
 PRIOR_ROWS = 20.0
+# The author as a category is learned by heart: long_view AUC on the validation day .7511 with it, .7578 without.
+UNUSED = {"user", "item", "author", "time"}
 SETTINGS = {
     "objective": "binary",
     "learning_rate": 0.05,
@@ -140,9 +142,9 @@ def fit_and_measure(table: pl.DataFrame, split: dict[str, np.ndarray[Any, Any]],
 
     "early" is the booster that was stopped by the validation day, "refitted" the one that saw it.
     """
-    features = [c for c in table.columns if not c.startswith("label_") and c not in {"user", "item", "time"}]
+    features = [c for c in table.columns if not c.startswith("label_") and c not in UNUSED]
     matrix = table.select(features).cast(pl.Float32).to_numpy()
-    categorical = [features.index(c) for c in ("author", "tag", "surface", "video_type", "upload_type", "music_type")]
+    categorical = [features.index(c) for c in ("tag", "surface", "video_type", "upload_type", "music_type")]
     users = table["user"].to_numpy()
     measured: dict[str, Any] = {}
     for action in ACTIONS:
