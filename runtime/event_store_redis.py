@@ -5,6 +5,8 @@ One key for each user. An append reads it, and writes it unless another replica 
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -84,11 +86,11 @@ class RedisEventStore:
             raise self._failed(error) from error
 
     def _append(self, appends: Sequence[Append], now_ms: int) -> list[Receipt]:
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 return self._try_append(appends, now_ms)
             except self._conflict:
-                continue
+                time.sleep(random.uniform(0.0, 1e-3 * 2 ** min(attempt, 7)))
         raise BackendError(f"{self.description}: others wrote the same users {ATTEMPTS} times; send the events again")
 
     def _try_append(self, appends: Sequence[Append], now_ms: int) -> list[Receipt]:

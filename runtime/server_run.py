@@ -70,9 +70,8 @@ def run(server: Server, app: Starlette, load: Callable[[], Deployments], options
         try:
             process.run(sockets=[listener])
         finally:
-            if server.deployments is not None:
-                if not server.deployments.close(timeout_s=options.drain_s):
-                    log.warning("ended before all that was computed was done")
+            if server.deployments is not None and not server.deployments.close(timeout_s=options.drain_s):
+                log.warning("ended before all that was computed was done")
             server.threads.shutdown()
             server.store.close()
     if process.failure is not None:

@@ -63,9 +63,10 @@ positive = click.FloatRange(0, min_open=True)
 @click.option(
     "--max-wait-ms",
     type=click.FloatRange(0),
-    default=2.0,
+    default=0.0,
     show_default=True,
-    help="How long a request waits for others to be answered with, while nothing else is computed.",
+    help="How long a request waits for others to be answered with while nothing is computed; while something is, the "
+    "next batch collects anyway.",
 )
 @click.option(
     "--queue",

@@ -236,8 +236,8 @@ def test_a_closed_store_says_so(state: str) -> None:
     opened.close()
     with pytest.raises(BackendError, match="is closed"):
         opened.append([append("u", event("a", 1))], NOW)
-    with pytest.raises(BackendError, match="is closed"):
-        opened.histories(["u"])
+    with pytest.raises(BackendError, match="closed"):
+        opened.histories(["u"]).result(10)
 
 
 def test_limits_are_checked() -> None:
