@@ -9,8 +9,8 @@ as in bf16, and so are the scales, since TensorRT wants them in the type of the 
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from unipinrec.errors import ExportError
 from unipinrec.export.precision import CHEAP, MOVES, PRODUCTS, Plan
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.engine import Engine, pad_histories
@@ -29,28 +30,83 @@ from unipinrec.runtime.requests import History
 from unipinrec.runtime.session import Backend, Tensor
 from unipinrec.runtime.tensors import host_array
 
-LARGEST = 448.0  # of E4M3
+E4M3, LARGEST = ml_dtypes.float8_e4m3fn, 448.0
 MULTIPLE = 16
-MAX_EVENTS = 4096
+MAX_EVENTS = 16_384
 CANDIDATES = 200
 SOON_MS = 60_000
 Inputs = dict[str, NDArray[Any]]
 
 
-class Recorder:
-    """A backend that keeps what goes into each graph; see `Backend`."""
+class Quantizer:
+    """Watches what goes into an fp32 graph, and then makes one whose inner linear layers multiply fp8 values."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        """Prepare.
+
+        Args:
+            model: An fp32 graph with its weights inside and distinct names of nodes; not modified.
+        """
+        self.graph = _with_folded_weights(model)
+        self.plan = Plan(self.graph, "bf16")
+        self.layers = [self.plan.nodes[place] for place in _inner_layers(self.plan)]
+        self.calibrator = _calibrator(self.graph) if self.layers else None
+
+    def watch(self, inputs: Inputs) -> None:
+        """Run the graph once more, and note the smallest and largest value of what products read."""
+        if self.calibrator is not None:
+            self.calibrator.collect_data(_Once(inputs))
+
+    def quantized(self) -> onnx.ModelProto:
+        """The new graph, fp32 but for what is between a QuantizeLinear and its DequantizeLinear."""
+        if self.calibrator is None:
+            return self.graph
+        # Imported here: it loads slowly, and who does not quantise needs none of it.
+        from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorsData  # noqa: PLC0415
+
+        found, kind = self.calibrator.compute_data(), QuantType.QFLOAT8E4M3FN
+        ranges = {layer.input[0]: found[layer.input[0]] for layer in self.layers}
+        largest = {name: np.abs(seen.range_value).max() for name, seen in ranges.items()}
+        largest |= {layer.input[1]: np.abs(self.plan.array(layer.input[1])).max() for layer in self.layers}
+        quantizer = QDQQuantizer(
+            _copy(self.graph),
+            per_channel=False,
+            reduce_range=False,
+            weight_qType=kind,
+            activation_qType=kind,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+            nodes_to_quantize=[layer.name for layer in self.layers],
+            nodes_to_exclude=[],
+            op_types_to_quantize=["Gemm", "MatMul"],
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+                "TensorQuantOverrides": {
+                    name: [{"quant_type": kind, "scale": _scale(value), "zero_point": np.array(0, E4M3)}]
+                    for name, value in largest.items()
+                },
+            },
+        )
+        quantizer.quantize_model()
+        _give_back(quantizer.model.model, self.graph, {layer.name for layer in self.layers})
+        quantizer.model.topological_sort()
+        quantized: onnx.ModelProto = quantizer.model.model
+        return quantized
+
+
+class _Watched:
+    """A backend that shows to quantizers what goes into each graph; see `Backend`."""
 
     prefill_chunk: int | None = None
     rank_chunk: int | None = None
     rank_runs = 1
 
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-        self.inputs: dict[str, list[Inputs]] = defaultdict(list)
+    def __init__(self, inner: Backend, quantizers: Mapping[str, Quantizer]) -> None:
+        self.inner, self.quantizers = inner, quantizers
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
-        self.inputs[graph].append({name: host_array(given) for name, given in inputs.items()})
+        if graph in self.quantizers:
+            self.quantizers[graph].watch({name: host_array(given) for name, given in inputs.items()})
         return self.inner.run(graph, inputs)
 
     def close(self) -> None:
@@ -58,72 +114,58 @@ class Recorder:
         self.inner.close()
 
 
-def calibration_inputs(bundle: Bundle, histories: Sequence[History]) -> dict[str, list[Inputs]]:
-    """Inputs of each graph when real users are answered in fp32: encoded at once, extended half-way, and ranked for.
+class _Once:
+    """Inputs in the way that ONNX Runtime asks for them."""
 
-    `histories` have at least two events; the first are taken, up to MAX_EVENTS events, and always one.
-    """
-    recorder = Recorder(OrtBackend(bundle.graph_files()))
-    engine, manifest = Engine(recorder, bundle.manifest.model, bundle.item_vectors), bundle.manifest
-    positive = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
-    events = 0
-    for history in histories:
-        if events and events + len(history) > MAX_EVENTS:
-            break
-        events += len(history)
-        half = len(history) // 2
-        engine.extend(engine.encode(pad_histories([history.part(0, half)])), pad_histories([history.part(half)]))
-        encoded = engine.encode(pad_histories([history]))
-        similarity = (bundle.item_vectors @ engine.retrieve(encoded, positive)[0].T).max(axis=1)
-        candidates = np.argsort(-similarity, kind="stable")[None, :CANDIDATES]
-        last = encoded.last_timestamps_ms
-        engine.rank(encoded, candidates, history.surfaces[-1:], np.where(last < 0, last, last + SOON_MS))
-    engine.close()
-    return recorder.inputs
+    def __init__(self, inputs: Inputs) -> None:
+        self.left = [inputs]
+
+    def get_next(self) -> Inputs | None:
+        """The next, None at the end."""
+        return self.left.pop() if self.left else None
 
 
-def quantized_graph(model: onnx.ModelProto, inputs: Sequence[Inputs]) -> onnx.ModelProto:
-    """An fp32 graph whose inner linear layers multiply fp8 values.
+def quantized_graphs(
+    bundle: Bundle, models: Mapping[str, onnx.ModelProto], histories: Sequence[History]
+) -> dict[str, onnx.ModelProto]:
+    """fp32 graphs of a bundle, by name, with fp8 in them; calibrated by answering real users.
+
+    Each user is encoded at once, extended half-way, and ranked for.
 
     Args:
-        model: An fp32 graph with its weights inside and distinct names of nodes; not modified.
-        inputs: What to calibrate it on.
-    """
-    # Imported here: it loads slowly, and who does not quantise needs none of it.
-    from onnxruntime.quantization import QDQQuantizer, QuantType  # noqa: PLC0415
+        bundle: The bundle.
+        models: Its graphs with their weights inside.
+        histories: Of at least two events; the first are taken, up to MAX_EVENTS events, and always one.
 
-    folded = _with_folded_weights(model)
-    plan = Plan(folded, "bf16")
-    layers = [plan.nodes[place] for place in _inner_layers(plan)]
-    if not layers:
-        return folded
-    ranges = _ranges(folded, inputs, {node.input[0] for node in layers})
-    largest = {n.input[0]: float(np.abs(ranges[n.input[0]].range_value).max()) for n in layers}
-    largest |= {node.input[1]: float(np.abs(plan.array(node.input[1])).max()) for node in layers}
-    kind = QuantType.QFLOAT8E4M3FN
-    quantizer = QDQQuantizer(
-        _copy(folded),
-        per_channel=False,
-        reduce_range=False,
-        weight_qType=kind,
-        activation_qType=kind,
-        tensors_range=ranges,
-        nodes_to_quantize=[layer.name for layer in layers],
-        nodes_to_exclude=[],
-        op_types_to_quantize=["Gemm", "MatMul"],
-        extra_options={
-            "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
-            "TensorQuantOverrides": {
-                name: [{"quant_type": kind, "scale": _scale(value), "zero_point": np.array(0, ml_dtypes.float8_e4m3fn)}]
-                for name, value in largest.items()
-            },
-        },
-    )
-    quantizer.quantize_model()
-    _give_back(quantizer.model.model, folded, {layer.name for layer in layers})
-    quantizer.model.topological_sort()
-    quantized: onnx.ModelProto = quantizer.model.model
-    return quantized
+    Raises:
+        ExportError: No graph has a layer to quantise.
+    """
+    quantizers = {name: Quantizer(model) for name, model in models.items()}
+    if not any(quantizer.layers for quantizer in quantizers.values()):
+        raise ExportError(
+            "no linear layer for fp8: it needs a norm or attention before it, a product behind it, and sizes that are "
+            f"multiples of {MULTIPLE}; leave fp8 out"
+        )
+    watched = _Watched(OrtBackend(bundle.graph_files()), quantizers)
+    with closing(Engine(watched, bundle.manifest.model, bundle.item_vectors)) as engine:
+        events = 0
+        for history in histories:
+            if events and events + len(history) > MAX_EVENTS:
+                break
+            events += len(history)
+            _answer(engine, bundle, history)
+    return {name: quantizer.quantized() for name, quantizer in quantizers.items()}
+
+
+def _answer(engine: Engine, bundle: Bundle, history: History) -> None:
+    manifest, half = bundle.manifest, len(history) // 2
+    positive = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
+    engine.extend(engine.encode(pad_histories([history.part(0, half)])), pad_histories([history.part(half)]))
+    encoded = engine.encode(pad_histories([history]))
+    similarity = (bundle.item_vectors @ engine.retrieve(encoded, positive)[0].T).max(axis=1)
+    candidates = np.argsort(-similarity, kind="stable")[None, :CANDIDATES]
+    last = encoded.last_timestamps_ms
+    engine.rank(encoded, candidates, history.surfaces[-1:], np.where(last < 0, last, last + SOON_MS))
 
 
 def _give_back(quantized: onnx.ModelProto, exact: onnx.ModelProto, layers: set[str]) -> None:
@@ -139,7 +181,7 @@ def _give_back(quantized: onnx.ModelProto, exact: onnx.ModelProto, layers: set[s
     graph.initializer.extend(t for t in exact.graph.initializer if t.name in read - kept)
 
 
-def _scale(largest: float) -> NDArray[np.float32]:
+def _scale(largest: Any) -> NDArray[np.float32]:
     """What one step of E4M3 stands for, as bf16 holds it."""
     scale: NDArray[np.float32] = np.array(max(largest, 1e-30) / LARGEST, ml_dtypes.bfloat16).astype(np.float32)
     return scale
@@ -196,25 +238,10 @@ def _is_linear(plan: Plan, node: onnx.NodeProto) -> bool:
     return len(sizes) == 2 and all(size % MULTIPLE == 0 for size in sizes)
 
 
-class _Reader:
-    """Inputs in the way that ONNX Runtime asks for them."""
-
-    def __init__(self, inputs: Sequence[Inputs]) -> None:
-        self.left = iter(inputs)
-
-    def get_next(self) -> Inputs | None:
-        """The next, None at the end."""
-        return next(self.left, None)
-
-
-def _ranges(model: onnx.ModelProto, inputs: Sequence[Inputs], names: set[str]) -> Any:
-    """Smallest and largest value of tensors that products read."""
-    from onnxruntime.quantization import CalibrationMethod, TensorsData, create_calibrator  # noqa: PLC0415 - as above
+def _calibrator(model: onnx.ModelProto) -> Any:
+    from onnxruntime.quantization import create_calibrator  # noqa: PLC0415 - as above
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         onnx.save(model, path)
-        calibrator = create_calibrator(path, ["Gemm", "MatMul"], augmented_model_path=str(path.with_name("more.onnx")))
-        calibrator.collect_data(_Reader(inputs))
-        found = calibrator.compute_data()
-    return TensorsData(CalibrationMethod.MinMax, {name: found[name] for name in sorted(names)})
+        return create_calibrator(path, ["Gemm", "MatMul"], augmented_model_path=str(path.with_name("more.onnx")))

@@ -53,7 +53,7 @@ def typed_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
     Raises:
         ExportError: A weight does not fit the type, or the graph has control flow.
     """
-    return _Writer(Plan(model, precision), emulate=False).write()
+    return rewritten(Plan(model, precision), emulate=False)
 
 
 def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
@@ -62,7 +62,16 @@ def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProt
     Raises:
         ExportError: As `typed_graph`.
     """
-    return _Writer(Plan(model, precision), emulate=True).write()
+    return rewritten(Plan(model, precision), emulate=True)
+
+
+def rewritten(plan: Plan, *, emulate: bool) -> onnx.ModelProto:
+    """What `typed_graph` and `emulated_graph` make of a plan.
+
+    Raises:
+        ExportError: A weight does not fit the type.
+    """
+    return _Writer(plan, emulate=emulate).write()
 
 
 class Plan:

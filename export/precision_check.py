@@ -18,11 +18,11 @@ import msgspec
 import onnx
 
 from unipinrec.errors import BackendError, ExportError, ParityError
-from unipinrec.export.fp8 import calibration_inputs, quantized_graph
+from unipinrec.export.fp8 import quantized_graphs
 from unipinrec.export.held_out import LAST_EVENTS, auc_by_action, held_out_logits
 from unipinrec.export.parity import format_problem, graph_spec
 from unipinrec.export.precision import LowType, emulated_graph, typed_graph
-from unipinrec.export.weights import SharedWeights
+from unipinrec.export.weights import SharedWeights, read_graph
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, fingerprint, seal
@@ -106,7 +106,7 @@ def add_precisions(
     specs = {}
     for precision in precisions:
         progress(f"graphs in {precision}")
-        sources = _sources(judged, precision)
+        sources = sources_of(bundle, precision, chosen)
         graphs = _write_graphs(folder, precision, sources)
         progress(f"agreement of {precision}")
         specs[precision] = _measured(judged, precision, sources, graphs)
@@ -127,14 +127,15 @@ def _chosen(histories: Sequence[History]) -> list[History]:
     return [history for history, total in zip(long_enough, events, strict=True) if total <= HELD_OUT_EVENTS]
 
 
-def _sources(judged: Judged, precision: Precision) -> dict[str, onnx.ModelProto]:
-    """The fp32 graphs that those of a precision are made from."""
-    files = judged.bundle.graph_files()
-    sources = {name: onnx.load(files[name]) for name in GRAPHS}
-    if precision != "fp8":
-        return sources
-    inputs = calibration_inputs(judged.bundle, judged.histories)
-    return {name: quantized_graph(model, inputs[name]) for name, model in sources.items()}
+def sources_of(bundle: Bundle, precision: Precision, histories: Sequence[History]) -> dict[str, onnx.ModelProto]:
+    """The fp32 graphs that those of a precision are made from; for fp8 quantised, for which histories are needed.
+
+    Raises:
+        ExportError: There is nothing to quantise.
+    """
+    files = bundle.graph_files()
+    sources = {name: read_graph(files[name]) for name in GRAPHS}
+    return quantized_graphs(bundle, sources, histories) if precision == "fp8" else sources
 
 
 def _write_graphs(folder: Path, precision: Precision, sources: Sources) -> dict[str, GraphSpec]:
@@ -151,9 +152,10 @@ def _write_graphs(folder: Path, precision: Precision, sources: Sources) -> dict[
 
 
 def _measured(judged: Judged, precision: Precision, sources: Sources, graphs: dict[str, GraphSpec]) -> PrecisionSpec:
+    emulated = {name: emulated_graph(model, LOW_TYPES[precision]) for name, model in sources.items()}
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with closing(_emulation(judged.bundle, LOW_TYPES[precision], sources, Path(scratch))) as engine:
+            with closing(emulation(judged.bundle, emulated, Path(scratch))) as engine:
                 agreement = measure_agreement(engine, judged.bundle)
                 auc = _auc(engine, judged.bundle, judged.histories)
         except BackendError as error:
@@ -162,12 +164,12 @@ def _measured(judged: Judged, precision: Precision, sources: Sources, graphs: di
     return PrecisionSpec(graphs=graphs, agreement=agreement, auc_change=change)
 
 
-def _emulation(bundle: Bundle, low: LowType, sources: Sources, scratch: Path) -> Engine:
-    """An engine over fp32 graphs that round as those of a precision do."""
+def emulation(bundle: Bundle, graphs: Mapping[str, onnx.ModelProto], scratch: Path) -> Engine:
+    """An engine on the CPU in which emulated graphs, written to a folder, take the place of those of fp32."""
     files = bundle.graph_files()
-    for name, model in sources.items():
+    for name, model in graphs.items():
         files[name] = scratch / f"{name}.onnx"
-        onnx.save(emulated_graph(model, low), files[name], save_as_external_data=True, location=f"{name}.bin")
+        onnx.save(model, files[name], save_as_external_data=True, location=f"{name}.bin")
     return Engine(OrtBackend(files), bundle.manifest.model, bundle.item_vectors)
 
 

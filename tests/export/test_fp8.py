@@ -18,7 +18,7 @@ from unipinrec.errors import ExportError, ParityError
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint, source_from_model
 from unipinrec.export.data_histories import histories_from_data
-from unipinrec.export.fp8 import quantized_graph
+from unipinrec.export.fp8 import Quantizer
 from unipinrec.export.precision import emulated_graph, typed_graph
 from unipinrec.export.precision_check import add_precisions
 from unipinrec.models.checkpoint import load_checkpoint
@@ -138,10 +138,17 @@ def hand_made() -> onnx.ModelProto:
     return model
 
 
+def quantized_graph(model: onnx.ModelProto, *inputs: NDArray[np.float32]) -> onnx.ModelProto:
+    quantizer = Quantizer(model)
+    for x in inputs:
+        quantizer.watch({"x": x})
+    return quantizer.quantized()
+
+
 def test_scales_are_the_largest_value_over_that_of_e4m3() -> None:
     one_hot = np.zeros((1, 16), np.float32)
     one_hot[0, 3] = 1.0  # normed to 4
-    model = quantized_graph(hand_made(), [{"x": -one_hot}, {"x": one_hot + 1.0}])
+    model = quantized_graph(hand_made(), -one_hot, one_hot + 1.0)
     assert {name: both for name, both in products(model).items() if any(both)} == {"node 4": [True, True]}
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     quantize = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
@@ -153,7 +160,7 @@ def test_scales_are_the_largest_value_over_that_of_e4m3() -> None:
 
 
 def test_values_beyond_those_of_the_calibration_are_cut_off_not_lost() -> None:
-    model = quantized_graph(hand_made(), [{"x": np.ones((1, 16), np.float32)}])  # normed to 1
+    model = quantized_graph(hand_made(), np.ones((1, 16), np.float32))  # normed to 1
     one_hot = np.zeros((1, 16), np.float32)
     one_hot[0, 3] = 1.0  # normed to 4
     run = import_onnxruntime().InferenceSession(
@@ -170,8 +177,8 @@ def test_a_graph_without_such_layers_is_in_bf16() -> None:
         if node.op_type == "RMSNormalization":
             node.op_type = "Identity"
             del node.input[1:]
-    assert all(node.op_type != "QuantizeLinear" for node in quantized_graph(model, []).graph.node)
-    assert {node.op_type for node in typed_graph(quantized_graph(model, []), "bf16").graph.node} >= {"MatMul", "Cast"}
+    assert all(node.op_type != "QuantizeLinear" for node in quantized_graph(model).graph.node)
+    assert {node.op_type for node in typed_graph(quantized_graph(model), "bf16").graph.node} >= {"MatMul", "Cast"}
 
 
 def test_a_loss_is_refused_unless_it_is_accepted(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:

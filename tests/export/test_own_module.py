@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unipinrec.errors import ExportError, ParityError
 from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.manifest import Manifest, ModelSpec
@@ -191,6 +192,14 @@ def test_values_beyond_the_range_of_fp16_are_found(tmp_path: Path) -> None:
         module.key.bias.mul_(1e-5)
     with pytest.raises(ParityError, match=r"fp16: ranker: the logits are not finite.*leave this precision out, or try"):
         export_bundle(source_of(module), tmp_path / "bundle", precisions=["fp16"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_layers_for_fp8_is_told_so(tmp_path: Path) -> None:
+    source = source_of(PooledHistory())
+    histories = random_histories(source)
+    with pytest.raises(ExportError, match="no linear layer for fp8: it needs a norm or attention before it"):
+        export_bundle(source, tmp_path / "bundle", histories=histories, precisions=["fp8"])
     assert list(tmp_path.iterdir()) == []
 
 
