@@ -168,6 +168,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut too
+    connection.execute("PRAGMA secure_delete = ON")  # who is forgotten is not left in the free pages of the file
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
         connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")

@@ -70,7 +70,8 @@ def _error_body(detail: ErrorDetail, request: Request) -> ErrorAnswer | InferErr
 
 def route(server: Server, method: str, path: str, handler: Handler) -> Route:
     """A line of the table."""
-    return Route(path, Endpoint(server=server, path=path, handler=handler), methods=[method])
+    endpoint = Endpoint(server=server, path=path.replace(":path}", "}"), handler=handler)
+    return Route(path, endpoint, methods=[method])
 
 
 def make_server(

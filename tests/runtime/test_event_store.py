@@ -321,6 +321,17 @@ def test_a_write_that_fails_is_told_and_the_next_one_works(tmp_path: Path) -> No
     store.close()
 
 
+def test_who_is_forgotten_is_not_left_in_the_file(tmp_path: Path) -> None:
+    store = SqliteEventStore(tmp_path, LIMITS)
+    store.append([append("u", event("very-secret-item", 1)), append("v", event("b"))], NOW).result(10)
+    store.close()  # which empties the write-ahead log into the file
+    assert b"very-secret-item" in (tmp_path / "events.sqlite3").read_bytes()
+    store = SqliteEventStore(tmp_path, LIMITS)
+    store.forget("u").result(10)
+    store.close()
+    assert b"very-secret-item" not in (tmp_path / "events.sqlite3").read_bytes()
+
+
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     SqliteEventStore(tmp_path, LIMITS).close()
     with sqlite3.connect(tmp_path / "events.sqlite3") as file:

@@ -330,7 +330,7 @@ def test_observers_see_what_became_of_a_request(patient: Deployments) -> None:
     served(server, scenario)
     first, second = calls
     assert (first.route, first.status, first.code, len(first.slates)) == ("/v1/recommend", 200, None, 1)
-    assert (second.route, second.status, second.code) == ("/v1/users/{user:path}", 404, "unknown_user")
+    assert (second.route, second.status, second.code) == ("/v1/users/{user}", 404, "unknown_user")
     assert first.seconds > second.seconds > 0
 
 
