@@ -22,7 +22,7 @@ import msgspec
 from unipinrec.errors import BackendError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
 from unipinrec.runtime.grouping import Padding
-from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions, give_back_memory
 
 __all__ = [
     "Deployment",
@@ -264,15 +264,18 @@ class Deployments:
     def _drain(self, held: _Held) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not held.users)
+        version = held.deployment.version
         try:
             held.deployment.close()
-            log.info("bundle %s is drained and closed", held.deployment.version)
+            log.info("bundle %s is drained and closed", version)
         except Exception:  # whoever waits for the end must not wait for ever
-            log.exception("bundle %s was not closed as it should be", held.deployment.version)
+            log.exception("bundle %s was not closed as it should be", version)
         with self._changed:
             self._draining.remove(held)
             self._done = _total(self._done, _work(held.deployment))
             self._changed.notify_all()
+        del held.deployment  # this thread still has `held`
+        give_back_memory()
 
     def _record(
         self,
