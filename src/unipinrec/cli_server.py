@@ -110,6 +110,11 @@ positive = click.FloatRange(0, min_open=True)
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Answer to /admin/reload, /admin/rollback and /admin/status for whoever knows the token in this file.",
 )
+@click.option(
+    "--admin-token-env",
+    metavar="NAME",
+    help="The same, with the token in this environment variable.",
+)
 @click.option("--log-format", type=click.Choice(["json", "human"]), default="json", show_default=True)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
@@ -122,6 +127,7 @@ positive = click.FloatRange(0, min_open=True)
     show_default=True,
     help="Share of the index's searches that are compared with an exact scan.",
 )
+@click.option("--traces", is_flag=True, help="Trace requests that ask for it with X-Trace: 1, for /debug/traces.")
 @click.option("--otel", is_flag=True, help="Send spans to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names.")
 @command
 def serve(bundle: Path, **options: Any) -> None:

@@ -54,8 +54,8 @@ def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
         routes = _observed(server, options, sampler, parts)
         routes += [*oip_routes(server, version=__version__), *page_routes(server)]
         server.observers.append(RequestLog(logs).observe)
-        if options["admin_token_file"] is not None:
-            token = read_token(file=options["admin_token_file"])
+        if options["admin_token_file"] or options["admin_token_env"]:
+            token = read_token(file=options["admin_token_file"], variable=options["admin_token_env"])
             routes += admin_routes(server, AdminOptions(folder=folder, token=token))
 
         def load() -> Deployments:
@@ -73,13 +73,18 @@ def _observed(
     server: Server, options: dict[str, Any], sampler: RecallSampler | None, parts: ExitStack
 ) -> list[BaseRoute]:
     """Let metrics, traces and spans see every request; returns their routes."""
-    metrics, traces = Metrics(server, sampler), Traces()
-    server.observers += [metrics.observe, traces.observe]
+    metrics = Metrics(server, sampler)
+    server.observers.append(metrics.observe)
+    routes: list[BaseRoute] = [metrics_route(server, metrics)]
+    if options["traces"]:
+        traces = Traces()
+        server.observers.append(traces.observe)
+        routes.append(trace_route(server, traces))
     if options["otel"]:
         spans = OtelSpans.open()
         parts.callback(spans.close)
         server.observers.append(spans.observe)
-    return [metrics_route(server, metrics), trace_route(server, traces)]
+    return routes
 
 
 def _deployment(options: dict[str, Any], sampler: RecallSampler | None) -> DeploymentOptions:
