@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,10 @@ def _likely(data: bytes) -> dict[str, Any]:
     time = choose.one_of(0, NOW_MS, None)
     events = []
     for _ in range(choose.one_of(3, 1, 8, 12, 21, 0)):
-        event = {"item": _item(choose), "actions": choose.one_of([], ["click"], ["click", "save"], ["none"])}
+        event: dict[str, Any] = {
+            "item": _item(choose),
+            "actions": choose.one_of([], ["click"], ["click", "save"], ["none"]),
+        }
         if choose.number(2):
             event["surface"] = choose.one_of("home", "unknown", "elsewhere")
         if time is not None:
@@ -128,7 +132,7 @@ def _likely(data: bytes) -> dict[str, Any]:
             event["timestamp_ms"] = choose.one_of(time, time, time, None)
         events.append(event)
     body: dict[str, Any] = {"history": events, "k": choose.one_of(3, 1, 24, 30, 0, -1)}
-    options = {
+    options: dict[str, Callable[[], Any]] = {
         "user": lambda: choose.one_of("u", "", "v" * 21),
         "candidates": lambda: choose.one_of(5, 30, 0),
         "weights": lambda: choose.one_of({"save": 1}, {"click": -1e300, "save": 1e300}, {"none": 1}, {"save": 0}, {}),
@@ -159,8 +163,8 @@ def _likely_inference(data: bytes) -> tuple[bytes, str]:
     rows = choose.one_of(1, 2, 4, 5, 0)
     numbers = data[8 : 8 + 32 * rows].ljust(32 * rows, b"\0")
     size = len(numbers) + choose.one_of(0, 0, 0, 1, -1, 2**40)
-    tensor = {"name": "last_hidden_state", "shape": [rows, choose.one_of(8, 8, 8, 4)], "datatype": "FP32"}
-    tensor["parameters"] = {"binary_data_size": size}
+    shape, parameters = [rows, choose.one_of(8, 8, 8, 4)], {"binary_data_size": size}
+    tensor = {"name": "last_hidden_state", "shape": shape, "datatype": "FP32", "parameters": parameters}
     header = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": bool(choose.number(2))}}).encode()
     return header + numbers, str(len(header) + choose.one_of(0, 0, 0, 1, -1))
 

@@ -24,6 +24,7 @@ from unipinrec.runtime.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
 from unipinrec.runtime.requests import Event, History
+from unipinrec.runtime.stored_arrays import check_users
 
 T = TypeVar("T", bound=Sized)
 
@@ -117,6 +118,7 @@ class Bundle:
 
         Raises:
             RequestError: The bundle carries no such user.
+            BundleError: What it carries is none.
         """
         users = self._user_ids()
         if user not in users:
@@ -124,7 +126,7 @@ class Bundle:
                 f"user {user!r} is not among the {len(users)} sample users of this bundle; "
                 "pass the user's events instead (--history EVENTS.json)"
             )
-        tensors = _read_tensors(self.path / USERS)
+        tensors = self._user_tensors(users)
         place = users.index(user)
         window = slice(*tensors["offsets"][place : place + 2].tolist())
         columns = (tensors[name][window] for name in ("item_rows", "actions", "surfaces", "timestamps_ms"))
@@ -132,17 +134,16 @@ class Bundle:
 
     def sample_users(self, limit: int) -> list[tuple[str, int]]:
         """The first sample users that the bundle carries, if any, and how many events each has."""
-        users = self._user_ids()[:limit]
-        if not users:
-            return []
-        counts = np.diff(_read_tensors(self.path / USERS)["offsets"][: len(users) + 1])
-        return list(zip(users, counts.tolist(), strict=True))
+        users = self._user_ids()
+        counts = np.diff(self._user_tensors(users)["offsets"]).tolist() if users else []
+        return list(zip(users, counts, strict=True))[:limit]
 
     def sample_histories(self, limit: int) -> list[History]:
         """The histories of the first sample users that the bundle carries, if any."""
-        if not self._user_ids():
+        users = self._user_ids()
+        if not users:
             return []
-        tensors = _read_tensors(self.path / USERS)
+        tensors = self._user_tensors(users)
         events = History(
             item_rows=tensors["item_rows"],
             actions=tensors["actions"].astype(np.float32),
@@ -154,7 +155,15 @@ class Bundle:
 
     def _user_ids(self) -> tuple[str, ...]:
         carried = USERS in self.manifest.files and USER_IDS in self.manifest.files
-        return _read_list(self.path / USER_IDS, tuple[str, ...]) if carried else ()
+        users = _read_list(self.path / USER_IDS, tuple[str, ...]) if carried else ()
+        if len(set(users)) != len(users):
+            raise BundleError(f"{self.path / USER_IDS}: user ids occur twice; export the bundle again")
+        return users
+
+    def _user_tensors(self, users: Sequence[str]) -> dict[str, NDArray[Any]]:
+        tensors = _read_tensors(self.path / USERS)
+        check_users(self.path / USERS, tensors, self.manifest, len(users))
+        return tensors
 
     def _event(self, row: int, actions: NDArray[np.uint8], surface: int, timestamp_ms: int) -> Event:
         names = zip(self.manifest.actions, actions, strict=True)
@@ -230,6 +239,8 @@ def _index_contradiction(manifest: Manifest) -> str | None:
     index, count, retired = manifest.index, manifest.num_items, manifest.num_retired
     if not 0 <= retired < count:
         return f"{retired} of {count} items are retired"
+    if not 0 < index.ef_search < 1 << 31:
+        return f"the index is searched with ef_search={index.ef_search}"
     want = ("ip", manifest.model.item_dim, count)
     # Retired items are marked in an index that was grown, and absent from one that was built anew.
     if (index.space, index.dim) != want[:2] or not count - retired <= index.count <= count:
@@ -243,10 +254,11 @@ def _index_contradiction(manifest: Manifest) -> str | None:
 def _catalogue(folder: Path, manifest: Manifest, item_ids: Sequence[str]) -> Catalogue:
     count, retired = manifest.num_items, NO_ROWS
     if manifest.num_retired:
-        retired = np.array(_read_list(folder / RETIRED, tuple[int, ...]), np.int64)
-        distinct = np.unique(retired)
-        if len(distinct) != manifest.num_retired or not 0 <= distinct[0] <= distinct[-1] < count:
+        listed = _read_list(folder / RETIRED, tuple[int, ...])
+        distinct = len(set(listed)) == len(listed) == manifest.num_retired
+        if not distinct or not 0 <= min(listed) <= max(listed) < count:
             raise BundleError(f"{folder / RETIRED}: not {manifest.num_retired} distinct rows; export the bundle again")
+        retired = np.array(listed, np.int64)
     rows = dict(zip(item_ids, range(count), strict=True))  # of an id that occurs again, the last row
     if len(rows) != count:
         live = np.flatnonzero(mask_without(count, retired)).tolist()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import BundleError
 from unipinrec.runtime.bundle import GOLDEN, Bundle
 from unipinrec.runtime.requests import History
+from unipinrec.runtime.stored_arrays import check_golden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +36,19 @@ def read_golden(bundle: Bundle) -> Golden:
     """Read the golden requests.
 
     Raises:
-        BundleError: They cannot be read, or one of their inputs is missing.
+        BundleError: They cannot be read, or their inputs are missing or not of this bundle.
     """
     tensors = bundle.golden()
-    try:
-        columns = [tensors[f"history.{name}"] for name in ("item_rows", "actions", "surfaces", "timestamps_ms")]
-        return Golden(
-            histories=tuple(
-                History(item_rows=rows, actions=actions, surfaces=surfaces, timestamps_ms=times).part(0, int(length))
-                for rows, actions, surfaces, times, length in zip(*columns, tensors["history.lengths"], strict=True)
-            ),
-            prefixes=tensors["prefix_lengths"],
-            candidates=tensors["candidates.rows"],
-            surfaces=tensors["candidates.surfaces"],
-            now_ms=tensors["candidates.timestamps_ms"],
-            outputs=tensors,
-        )
-    except KeyError as error:
-        raise BundleError(f"{bundle.path / GOLDEN}: {error} is missing; export the bundle again") from error
+    check_golden(bundle.path / GOLDEN, tensors, bundle.manifest)
+    columns = [tensors[f"history.{name}"] for name in ("item_rows", "actions", "surfaces", "timestamps_ms")]
+    return Golden(
+        histories=tuple(
+            History(item_rows=rows, actions=actions, surfaces=surfaces, timestamps_ms=times).part(0, int(length))
+            for rows, actions, surfaces, times, length in zip(*columns, tensors["history.lengths"], strict=True)
+        ),
+        prefixes=tensors["prefix_lengths"],
+        candidates=tensors["candidates.rows"],
+        surfaces=tensors["candidates.surfaces"],
+        now_ms=tensors["candidates.timestamps_ms"],
+        outputs=tensors,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +11,10 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.bundle import INDEX, Bundle
 from unipinrec.runtime.catalogue import NO_ROWS, mask_without
+from unipinrec.runtime.index_file import check_index_file
 from unipinrec.runtime.manifest import IndexSpec
 
 Found = tuple[NDArray[np.int64], NDArray[np.float32]]
-HEADER = struct.Struct("<6Q")  # level-0 offset, capacity, count, bytes per element, label offset, data offset
-SAMPLED_ROWS = 32
 GATHER_COST = 4  # a row that is gathered costs as much as four that are read in passing: bench/retrieval_filters.py
 TIE = 1e-5  # similarities closer than this are equal: hnswlib rounds in its own way
 BEYOND = np.float32(8.0)  # more than any difference of two similarities
@@ -43,17 +41,16 @@ class HnswIndex:
     def __init__(
         self, path: Path, spec: IndexSpec, item_vectors: NDArray[np.float32], retired: NDArray[np.int64] = NO_ROWS
     ) -> None:
-        """Load an index whose sha256 was checked; `retired` rows are not in it, or marked as deleted.
+        """Load an index; `retired` rows are not in it, or marked as deleted.
 
         Raises:
             BundleError: It is not an index of these items.
         """
-        self._index = load_index(path, spec)
+        self._index = load_index(path, spec, item_vectors, retired=retired)
         self._index.set_num_threads(1)
         # Set once: it is state of the index, shared by all threads. hnswlib itself searches with max(ef, k).
         self._index.set_ef(spec.ef_search)
         self.ef = spec.ef_search
-        _check_vectors(path, self._index, item_vectors, retired)
 
     @classmethod
     def open(cls, bundle: Bundle) -> HnswIndex:
@@ -121,16 +118,31 @@ def recall(found: NDArray[np.float32], true: NDArray[np.float32]) -> float:
     return float(np.mean(found >= true.min(axis=1, keepdims=True) - TIE))
 
 
-def load_index(path: Path, spec: IndexSpec, capacity: int = 0) -> Any:
-    """Load an hnswlib index whose sha256 was checked, with room for `capacity` items if that is more than it has.
+def load_index(
+    path: Path,
+    spec: IndexSpec,
+    item_vectors: NDArray[np.float32],
+    *,
+    retired: NDArray[np.int64] | None = None,
+    capacity: int = 0,
+) -> Any:
+    """Load an hnswlib index.
+
+    Args:
+        path: Its file.
+        spec: Its description.
+        item_vectors: [N, E] f32, of which it holds rows.
+        retired: All other rows must be found in it; None = not checked.
+        capacity: How many items there is to be room for, if that is more than it has.
 
     Raises:
-        BundleError: It has another shape. Checked before loading, which would read foreign memory or crash: hnswlib
-            believes the file and the caller.
+        BundleError: It is not an index of these items. Checked before loading: hnswlib believes the file.
     """
     import hnswlib  # noqa: PLC0415 - a bundle can be opened without it
 
-    _check_header(path, spec)
+    found = check_index_file(path, spec, item_vectors)
+    if retired is not None and mask_without(len(item_vectors), np.concatenate([found, retired])).any():
+        raise BundleError(f"{path}: the index does not match the items: it lacks some; export the bundle again")
     index: Any = hnswlib.Index(space=spec.space, dim=spec.dim)
     try:
         index.load_index(str(path), max_elements=capacity)
@@ -142,31 +154,3 @@ def load_index(path: Path, spec: IndexSpec, capacity: int = 0) -> Any:
 def _check_finite(queries: NDArray[np.float32]) -> None:
     if not np.isfinite(queries).all():
         raise BackendError("a query vector is not finite; the retrieval graph is broken, export the bundle again")
-
-
-def _check_header(path: Path, spec: IndexSpec) -> None:
-    with path.open("rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size:
-        raise BundleError(f"{path}: {len(head)} bytes are no hnswlib index; export the bundle again")
-    _, _, count, _, label_offset, data_offset = HEADER.unpack(head)
-    given = ((label_offset - data_offset) // 4, count)
-    if given != (spec.dim, spec.count):
-        raise BundleError(
-            f"{path}: the index does not match the items: it has (dim, count) = {given}, "
-            f"the items need {(spec.dim, spec.count)}; export the bundle again"
-        )
-
-
-def _check_vectors(path: Path, index: Any, item_vectors: NDArray[np.float32], retired: NDArray[np.int64]) -> None:
-    """Compare a sample of the index with the item table: an index of an older table has the same shape."""
-    rows = np.flatnonzero(mask_without(len(item_vectors), retired))
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64))]
-    try:
-        stored = np.array(index.get_items(rows), np.float32)
-    except RuntimeError as error:
-        raise BundleError(f"{path}: the index does not match the items: {error}; export the bundle again") from error
-    if not np.array_equal(stored, item_vectors[rows]):
-        raise BundleError(
-            f"{path}: the index does not match the items: it was built of other vectors; export the bundle again"
-        )

@@ -87,7 +87,7 @@ def grow_index(task: IndexTask, old: Path, spec: IndexSpec, retired: NDArray[np.
         BundleError: The old file is not the index that `spec` describes.
         ExportError: The file that was written does not read back as the index that was made.
     """
-    index = load_index(old, spec, len(task.vectors))
+    index = load_index(old, spec, task.vectors, capacity=len(task.vectors))
     index.set_num_threads(1)
     known = np.array(index.get_ids_list(), np.int64)
     added = np.setdiff1d(np.arange(len(task.vectors)), np.concatenate([known, task.retired]))

@@ -86,7 +86,7 @@ def test_golden_requests_that_are_missing_are_reported(copy: Path, reseal: Resea
     reseal(copy)
     report = verify_bundle(copy)
     assert not report.ok
-    assert "'prefix_lengths' is missing" in (report.files[-1].problem or "")
+    assert "prefix_lengths is missing" in (report.files[-1].problem or "")
 
 
 @pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
