@@ -35,7 +35,7 @@ class TensorRtBackend:
     """The graphs of a bundle as TensorRT engines on one GPU; see `Backend`.
 
     Outputs stay in the GPU's memory, and a later run reads them where they lie. All inputs from the host go there in
-    one copy.
+    one copy. More candidates than the profiles of the ranker allow are ranked in several runs.
     """
 
     prefill_chunk: int | None = None
@@ -79,6 +79,8 @@ class TensorRtBackend:
         except BaseException:
             self.close()
             raise
+        if "ranker" in self._graphs:
+            self.rank_chunk = max(shapes["candidate_vectors"][2][1] for shapes in self._graphs["ranker"].profiles)
         log.info("%s on %s, %s: %s", trt, cuda.name, precision, ", ".join(self._graphs))
 
     def run(self, graph: str, inputs: Given) -> dict[str, Tensor]:

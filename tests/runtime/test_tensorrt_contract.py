@@ -16,7 +16,7 @@ from typing import Any
 
 import fake_tensorrt
 import pytest
-from tensorrt_bindings import describe, make_stubs, property_type, signatures
+from nvidia_bindings import describe, make_stubs, property_type, signatures
 from tensorrt_surface import CLASS, MEMBER, MODULE, RTX_ONLY, SURFACE, overloads
 from tensorrt_usage import Usage, Use, members, read, usage
 

@@ -136,6 +136,7 @@ def test_the_nearest_profile_runs(stored: Bundle, memory: HostRuntime, monkeypat
 def test_shapes_that_no_profile_covers_are_named_with_the_command_that_covers_them(
     backend: TensorRtBackend, stored: Bundle, memory: HostRuntime
 ) -> None:
+    backend.rank_chunk = None  # else the candidates come in runs that are covered
     engine = engine_of(backend, stored)
     encoded = engine.encode(pad_histories([history(stored, 4)]))
     calls = memory.calls.copy()
@@ -151,6 +152,19 @@ def test_shapes_that_no_profile_covers_are_named_with_the_command_that_covers_th
     with double_backend(stored, HostRuntime(), (bucket,)) as wider:
         again = engine_of(wider, stored).encode(pad_histories([history(stored, 4)]))
         engine_of(wider, stored).rank(again, np.zeros((1, 2000), np.int64), np.zeros(1, np.int64), np.array([NOW_MS]))
+
+
+def test_more_candidates_than_any_profile_covers_are_ranked_in_several_runs(
+    stored: Bundle, memory: HostRuntime, exact: Engine
+) -> None:
+    every = default_buckets(stored.manifest.model)[0]
+    backend = double_backend(stored, memory, (msgspec.structs.replace(every, candidates=(1, 2, 3)),))
+    request = (np.array([[1, 2, 3, 4, 0, 2, 1]]), np.zeros(1, np.int64), np.array([NOW_MS]))
+    batch = pad_histories([history(stored, 5)])
+    engine = engine_of(backend, stored)
+    np.testing.assert_allclose(
+        engine.rank(engine.encode(batch), *request), exact.rank(exact.encode(batch), *request), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
