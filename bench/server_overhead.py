@@ -3,7 +3,7 @@
     python bench/server_overhead.py [--rounds 2000] [--size tiny] [--bundle FOLDER]
 
 Card: the `tiny` or the `small` size with random weights over 10,000 items, a history of 64 events, k = 20 of 200
-candidates, encoded histories cached as int8. Ways, one request of each in turn:
+candidates, encoded histories cached as int8. Ways, each in turn with the first, one request at a time:
 
     in_process   `recommend(history, user=...)` here: keys and values are cached, so that little hides what HTTP costs
     inline       POST /v1/recommend of the same, history and all, to `unipinrec serve` in a process of its own
@@ -11,7 +11,8 @@ candidates, encoded histories cached as int8. Ways, one request of each in turn:
     sqlite       the same of a second server, which keeps them in a file
     null         a Starlette route in a process of its own that answers as many bytes and computes nothing
 
-The client is a socket that is kept open; it parses no JSON. `over_in_process_ms` is the difference of medians.
+The client is a socket that is kept open; it parses no JSON. `over_in_process_ms` is the difference of medians. On a
+machine that does other things too, give the processes precedence (`chrt`) once the last has started.
 """
 
 from __future__ import annotations
@@ -71,21 +72,25 @@ class Client:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def ready(self) -> bool:
-        self._socket.sendall(b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n")
-        return b" 200 " in self._socket.recv(1 << 16)
+        return self._ask(b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
 
     def post(self, message: bytes) -> bytes:
+        status, content = self._ask(message)
+        if status != 200:
+            raise SystemExit(f"{status} {content!r}")
+        return content
+
+    def _ask(self, message: bytes) -> tuple[int, bytes]:
         self._socket.sendall(message)
-        got = self._socket.recv(1 << 16)
+        got = b""
         while HEAD_END not in got:
             got += self._socket.recv(1 << 16)
         head, _, content = got.partition(HEAD_END)
         found = LENGTH.search(head)
-        if found is None or not head.startswith(b"HTTP/1.1 200"):
-            raise SystemExit(f"{head!r} {content!r}")
+        assert found is not None
         while len(content) < int(found[1]):
             content += self._socket.recv(1 << 16)
-        return content
+        return int(head[9:12]), content
 
 
 def message(path: str, body: Any) -> bytes:
@@ -133,24 +138,26 @@ def measure(bundle: Path, state: Path, rounds: int) -> dict[str, Any]:
             client.post(message("/v1/events", {"user": "u", "events": events}))
         size = len(memory.post(known))
         null = stack.enter_context(started(["-c", NULL, str(size)]))
+
+        def in_process() -> object:
+            return recommender.recommend(events, 20, options, user="u")
+
         ways: dict[str, Callable[[], object]] = {
-            "in_process": lambda: recommender.recommend(events, 20, options, user="u"),
             "inline": lambda: memory.post(inline),
             "known": lambda: memory.post(known),
             "sqlite": lambda: sqlite.post(known),
             "null": lambda: null.post(inline),
         }
-        times = interleaved(ways, rounds)
+        pairs = {way: interleaved({"in_process": in_process, way: ask}, rounds) for way, ask in ways.items()}
         assert msgspec.json.decode(memory.post(known))["kv"] == "hit"
-    percentiles = {
-        way: dict(
-            zip(("p10", "p50", "p95", "p99"), np.percentile(took, [10, 50, 95, 99]).round(3).tolist(), strict=True)
-        )
-        for way, took in times.items()
-    }
-    over = {way: round(took["p50"] - percentiles["in_process"]["p50"], 3) for way, took in percentiles.items()}
-    over = {way: difference for way, difference in over.items() if way not in ("in_process", "null")}
-    return {"ms": percentiles, "over_in_process_ms": over, "request_bytes": len(inline), "answer_bytes": size}
+    rows = {way: {name: _percentiles(took) for name, took in pair.items()} for way, pair in pairs.items()}
+    over = {way: round(row[way]["p50"] - row["in_process"]["p50"], 3) for way, row in rows.items() if way != "null"}
+    return {"ms": rows, "over_in_process_ms": over, "request_bytes": len(inline), "answer_bytes": size}
+
+
+def _percentiles(took: list[float]) -> dict[str, float]:
+    found = np.percentile(took, [10, 50, 95, 99]).round(3).tolist()
+    return dict(zip(("p10", "p50", "p95", "p99"), found, strict=True))
 
 
 def main() -> None:
@@ -165,8 +172,9 @@ def main() -> None:
         bundle = random_bundle(path, ITEMS, {"tiny": TINY, "small": SMALL}[options.size])
         result = measure(bundle, Path(folder) / "state", options.rounds)
     sys.stdout.write(f"{'':12} {'p10':>8} {'p50':>8} {'p95':>8} {'p99':>8}\n")
-    for way, took in result["ms"].items():
-        sys.stdout.write(f"{way:12} {took['p10']:8.3f} {took['p50']:8.3f} {took['p95']:8.3f} {took['p99']:8.3f}\n")
+    for pair in result["ms"].values():
+        for way, took in pair.items():
+            sys.stdout.write(f"{way:12} {took['p10']:8.3f} {took['p50']:8.3f} {took['p95']:8.3f} {took['p99']:8.3f}\n")
     document = {**card("server_overhead"), "rounds": options.rounds, "size": options.size, "events": EVENTS}
     finish({**document, **result}, "server_overhead")
 
