@@ -127,8 +127,10 @@ def configure_logs(options: LogOptions, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)  # libraries tell what is wrong, not what they do
-    for name in ("unipinrec", "uvicorn"):
-        logging.getLogger(name).setLevel(options.level.upper())
+    for name in ("unipinrec", "uvicorn", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.setLevel(options.level.upper())
+        logger.handlers, logger.propagate = [], True  # uvicorn gives its own to theirs
     logging.getLogger("uvicorn.access").disabled = True
 
 

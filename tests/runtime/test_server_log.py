@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from live_server import deployed
 from starlette.responses import Response
 from starlette.testclient import TestClient
@@ -25,14 +26,13 @@ EVENTS = [{"item": "item-7", "actions": ["click"]}, {"item": "item-8", "actions"
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
     """Where logs go; what pytest and others had set is put back."""
-    root, names = logging.getLogger(), ("unipinrec", "uvicorn", "uvicorn.access")
-    before = root.handlers, root.level, {name: logging.getLogger(name).level for name in names}
+    names = ("unipinrec", "uvicorn", "uvicorn.error", "uvicorn.access", None)
+    before = [(logger, dict(vars(logger))) for logger in map(logging.getLogger, names)]
     yield io.StringIO()
-    root.handlers, level, levels = before
-    root.setLevel(level)
-    for name, value in levels.items():
-        logging.getLogger(name).setLevel(value)
-    logging.getLogger("uvicorn.access").disabled = False
+    for logger, state in before:
+        for name in ("handlers", "propagate", "disabled"):
+            setattr(logger, name, state[name])
+        logger.setLevel(state["level"])
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,7 @@ def test_for_people(served: Server, stream: io.StringIO) -> None:
 
 
 def test_levels_and_other_loggers(stream: io.StringIO) -> None:
+    uvicorn.Config("unused")  # sends its logs elsewhere
     configure_logs(LogOptions(level="warning"), stream)
     for name in ("unipinrec.runtime.device", "uvicorn.error", "some.library"):
         logging.getLogger(name).info("%s said nothing of interest", name)
