@@ -39,7 +39,9 @@ class RequestInput(msgspec.Struct, frozen=True, kw_only=True):
     shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1)], ...], msgspec.Meta(max_length=MAX_RANK)]
     datatype: str
     parameters: Parameters = {}
-    data: msgspec.Raw = msgspec.Raw()
+    data: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array"})] = msgspec.field(
+        default_factory=msgspec.Raw
+    )
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +112,7 @@ class ResponseOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     datatype: str
     shape: tuple[int, ...]
     parameters: Parameters = {}
-    data: list[float] | list[int] | None = None
+    data: list[float | int] | None = None
 
 
 class InferResponse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

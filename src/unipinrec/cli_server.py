@@ -115,6 +115,12 @@ positive = click.FloatRange(0, min_open=True)
     metavar="NAME",
     help="The same, with the token in this environment variable.",
 )
+@click.option(
+    "--page/--no-page",
+    default=True,
+    show_default=True,
+    help="Show a page at /, and the bundle's sample users on it to whoever can reach the server.",
+)
 @click.option("--log-format", type=click.Choice(["json", "human"]), default="json", show_default=True)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True

@@ -21,6 +21,7 @@ from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server_log import LogOptions, RequestLog, configure_logs
 from unipinrec.runtime.server_metrics import Metrics, metrics_route
 from unipinrec.runtime.server_oip import oip_routes
+from unipinrec.runtime.server_openapi import openapi_route
 from unipinrec.runtime.server_page import page_routes
 from unipinrec.runtime.server_recall import RecallSampler
 from unipinrec.runtime.server_run import RunOptions, run
@@ -52,7 +53,8 @@ def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
         deployment = _deployment(options, sampler)
         server = _server(options, manifest.model.max_history)
         routes = _observed(server, options, sampler, parts)
-        routes += [*oip_routes(server, version=__version__), *page_routes(server)]
+        routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
+        routes += page_routes(server) if options["page"] else []
         server.observers.append(RequestLog(logs).observe)
         if options["admin_token_file"] or options["admin_token_env"]:
             token = read_token(file=options["admin_token_file"], variable=options["admin_token_env"])
