@@ -20,6 +20,7 @@ from unipinrec.errors import RequestError
 from unipinrec.runtime.catalogue import Catalogue
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.windows import default_slack, window_start
 
 UNKNOWN_SURFACE = "unknown"
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
@@ -219,20 +220,6 @@ def resolve_request(
         allowed=allowed,
         exact=options.exact,
     )
-
-
-def window_start(count: int, limit: int, slack: int) -> int:
-    """Place of the first event that is encoded of a history of `count` events where the model takes `limit`.
-
-    The window moves on by `slack` events at a time, so that between two moves new events only extend what is encoded:
-    a history that grows is encoded anew once in `slack` events. It holds more than `limit - slack` events.
-    """
-    return -(-max(0, count - limit) // slack) * slack
-
-
-def default_slack(limit: int) -> int:
-    """An eighth of the model's limit."""
-    return max(1, limit // 8)
 
 
 def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str, int], *, first: int = 0) -> History:

@@ -34,7 +34,7 @@ from unipinrec.runtime.capacity import (
 )
 from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry
 from unipinrec.runtime.manifest import ModelSpec
-from unipinrec.runtime.requests import window_start
+from unipinrec.runtime.windows import window_start
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"
 COSTS = StageCosts(encode_ms=30.0, extend_ms=3.0, retrieve_ms=2.0, rank_ms=11.0)

@@ -16,11 +16,10 @@ from unipinrec.runtime.requests import (
     History,
     ResolvedRequest,
     as_events,
-    default_slack,
     read_history,
     resolve_request,
-    window_start,
 )
+from unipinrec.runtime.windows import default_slack, window_start
 
 ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "7": 4}
 CATALOGUE = Catalogue(
