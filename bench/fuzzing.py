@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def _report(
             "found": files,
         }
     if options.no_result:
-        sys.stdout.write(f"{document}\n")
+        sys.stdout.write(f"{json.dumps(document)}\n")
     else:
         finish(document, script.stem)
     if files or not document["runs"]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -25,6 +26,21 @@ __all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "ro
 
 CLIENT_LEFT = 499
 log = logging.getLogger(__name__)
+
+
+class _Text(Convertor[str]):
+    """The rest of a path, whatever is in it: Starlette's own ends at a line break, which an id may have."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", _Text())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +86,7 @@ def _error_body(detail: ErrorDetail, request: Request) -> ErrorAnswer | InferErr
 
 def route(server: Server, method: str, path: str, handler: Handler) -> Route:
     """A line of the table."""
-    endpoint = Endpoint(server=server, path=path.replace(":path}", "}"), handler=handler)
+    endpoint = Endpoint(server=server, path=path.replace(":text}", "}"), handler=handler)
     return Route(path, endpoint, methods=[method])
 
 
@@ -97,8 +113,8 @@ def make_app(server: Server, more: Sequence[BaseRoute] = ()) -> Starlette:
     routes = [
         route(server, "POST", "/v1/recommend", handlers.recommend),
         route(server, "POST", "/v1/events", handlers.append_events),
-        route(server, "GET", "/v1/users/{user:path}", handlers.user_events),
-        route(server, "DELETE", "/v1/users/{user:path}", handlers.forget_user),
+        route(server, "GET", "/v1/users/{user:text}", handlers.user_events),
+        route(server, "DELETE", "/v1/users/{user:text}", handlers.forget_user),
         route(server, "POST", "/v1/items/similar", handlers.similar),
         route(server, "GET", "/health/live", handlers.live),
         route(server, "GET", "/health/ready", handlers.ready),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import jsonschema_rs
 import pytest
@@ -106,6 +107,15 @@ def test_the_example_user_is_known_then_forgotten(client: TestClient, document: 
         assert answer.status_code == status
         content = document["paths"][path][method]["responses"][str(status)]["content"]["application/json"]
         validator(document, content["schema"]).validate(answer.json())
+
+
+@pytest.mark.parametrize("user", ["a/b", "line\nbreak\n", "../..", "\U0001f600 ?#&", "/"])
+def test_whoever_can_be_written_can_be_read_and_forgotten(client: TestClient, user: str) -> None:
+    assert client.post("/v1/events", json={"user": user, "events": [{"item": "item-1", "actions": []}]}).is_success
+    path = f"/v1/users/{quote(user, safe='')}"
+    assert client.get(path).json()["user"] == user
+    assert client.delete(path).json() == {"user": user, "events": 1, "cached": False}
+    assert client.get(path).status_code == 404
 
 
 @pytest.mark.parametrize(
