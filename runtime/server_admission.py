@@ -5,36 +5,46 @@ Health and metrics do not come here. Everything runs in the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.server_api import Refusal, whole_seconds
 
-WEIGHT = 0.02  # of one answer in the running mean: the last hundred or so count
+DEADLINE_EXCEEDED = 504
+CAUTION = 2.0  # deviations that an answer may take longer than the mean
+WEIGHT = 0.05  # of one request in the running means, once there were a few
 
 
 class Admission:
-    """Counts what was admitted and not yet answered, and knows how long that will take.
+    """Counts what was admitted and not yet answered, and learns how long that takes.
 
     Attributes:
         limit: Most requests that are admitted and not yet answered.
         pending: Requests that are.
         most_pending: The most that ever were.
         refused: Requests that were turned away.
-        seconds_each: Running mean of what a request takes, its share of a batch; 0 = not known yet.
+        seconds_each: Running mean of the time to an answer over the requests that it shared the server with: those
+            ahead and itself. It holds what batching saves, and what it costs to wait for the rest of a batch.
+        deviation: Running mean of how far that is from its mean.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, clock: Callable[[], float] = time.perf_counter) -> None:
         if limit < 1:
             raise ConfigError(f"a queue of {limit} requests must hold at least 1")
-        self.limit = limit
+        self.limit, self._clock = limit, clock
         self.pending = self.most_pending = self.refused = 0
-        self.seconds_each = 0.0
+        self.seconds_each = self.deviation = 0.0
+        self._measured = 0
 
     @contextmanager
-    def admit(self, within_s: float) -> Iterator[Place]:
+    def admit(self, within_s: float, *, measured: bool = True) -> Iterator[Place]:
         """Hold a place until the request is answered.
+
+        Args:
+            within_s: How long that may take.
+            measured: Whether how long it takes says something of those to come.
 
         Raises:
             Refusal: 429, there is no place, or those ahead take longer than `within_s`.
@@ -43,8 +53,15 @@ class Admission:
         place.add(1)
         try:
             yield place
+        except Refusal as refusal:
+            if measured and refusal.status == DEADLINE_EXCEEDED and place.seconds_each() > self.seconds_each:
+                self.learn(place.seconds_each())  # it took that long at least
+            raise
+        else:
+            if measured:
+                self.learn(place.seconds_each())
         finally:
-            place.leave()
+            self.pending -= place.count
 
     def expected_s(self) -> float:
         """How long what is pending will take, by the latest measurements."""
@@ -52,35 +69,39 @@ class Admission:
 
     def take(self, count: int, within_s: float) -> None:
         """See `admit`; for `Place`."""
-        ahead_s = self.expected_s()
-        if self.pending + count > self.limit or ahead_s > within_s:
+        longest_s = self.pending * (self.seconds_each + CAUTION * self.deviation)
+        if self.pending + count > self.limit or longest_s > within_s:
             self.refused += 1
             why = f"{self.pending} requests are waiting, of at most {self.limit}"
-            if ahead_s > within_s:
-                why = f"{self.pending} requests are ahead, which take about {ahead_s * 1e3:.0f} ms"
+            if longest_s > within_s:
+                why = f"{self.pending} requests are ahead, which may take {longest_s * 1e3:.0f} ms"
             raise Refusal(
                 429,
                 "overloaded",
                 f"{why}; send the request again after Retry-After seconds",
-                {"retry-after": whole_seconds(ahead_s)},
+                {"retry-after": whole_seconds(self.expected_s())},
             )
         self.pending += count
         self.most_pending = max(self.most_pending, self.pending)
 
-    def measured(self, seconds: float) -> None:
-        """Take account of what one more request took."""
-        self.seconds_each += (WEIGHT if self.seconds_each else 1.0) * (seconds - self.seconds_each)
+    def learn(self, seconds: float) -> None:
+        """Take account of one more measurement."""
+        self._measured += 1
+        weight = max(WEIGHT, 1 / self._measured)
+        self.deviation += weight * (abs(seconds - self.seconds_each) * (self._measured > 1) - self.deviation)
+        self.seconds_each += weight * (seconds - self.seconds_each)
 
-    def give_back(self, count: int) -> None:
-        """Free places."""
-        self.pending -= count
+    def now(self) -> float:
+        """Seconds that never run backwards."""
+        return self._clock()
 
 
 class Place:
     """The place of one HTTP request, which may carry several."""
 
     def __init__(self, admission: Admission, within_s: float) -> None:
-        self._admission, self._within_s, self._count = admission, within_s, 0
+        self._admission, self._within_s, self.count = admission, within_s, 0
+        self.begin()
 
     def add(self, count: int) -> None:
         """Take room for more requests.
@@ -89,8 +110,12 @@ class Place:
             Refusal: 429, there is none.
         """
         self._admission.take(count, self._within_s)
-        self._count += count
+        self.count += count
 
-    def leave(self) -> None:
-        """Give all room back."""
-        self._admission.give_back(self._count)
+    def begin(self) -> None:
+        """From here on it is the server that takes its time: all that the client has to send is there."""
+        self._began, self._ahead = self._admission.now(), self._admission.pending - self.count
+
+    def seconds_each(self) -> float:
+        """What it took since, divided among those ahead and itself."""
+        return (self._admission.now() - self._began) / (self._ahead + self.count)

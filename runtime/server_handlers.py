@@ -92,14 +92,15 @@ async def recommend(server: Server, call: Call) -> Response:
     with server.admission.admit(call.left_s) as place:
         limits = server.options.limits
         asked = decode_recommend(await call.body(limits.body_bytes), limits)
-        if not isinstance(asked, tuple):
-            (outcome,) = await _recommend(server, call, (asked,))
-            if isinstance(outcome, Exception):
-                raise outcome
-            return as_json(outcome)
-        place.add(len(asked) - 1)
-        outcomes = await _recommend(server, call, asked)
-        return as_json([_in_a_list(outcome, call) for outcome in outcomes])
+        several = asked if isinstance(asked, tuple) else (asked,)
+        place.add(len(several) - 1)
+        place.begin()
+        outcomes = await _recommend(server, call, several)
+        if isinstance(asked, tuple):
+            return as_json([_in_a_list(outcome, call) for outcome in outcomes])
+        if isinstance(outcomes[0], Exception):
+            raise outcomes[0]
+        return as_json(outcomes[0])
 
 
 def _in_a_list(outcome: T | Exception, call: Call) -> T | ErrorAnswer:
@@ -120,7 +121,7 @@ async def _recommend(server: Server, call: Call, asked: Sequence[RecommendBody])
         for place, release in enumerate(leave):
             one = started[place] if place < len(started) else None
             _when_done(one.answer if isinstance(one, _Started) else None, release)
-    return [_outcome(one, server, call) for one in started]
+    return [_outcome(one, call) for one in started]
 
 
 async def _histories(server: Server, call: Call, asked: Sequence[RecommendBody]) -> list[Sequence[Event]]:
@@ -195,14 +196,13 @@ def _when_done(answer: Future[Slate] | None, release: Callable[[], None]) -> Non
     answer.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
 
 
-def _outcome(started: _Started | Exception, server: Server, call: Call) -> RecommendAnswer | Exception:
+def _outcome(started: _Started | Exception, call: Call) -> RecommendAnswer | Exception:
     if isinstance(started, Exception):
         return started
     error = started.answer.exception()
     if error is not None:
         return error if isinstance(error, Exception) else RuntimeError(repr(error))
     answer = started.answer
-    server.admission.measured((answer.finished - answer.started) / answer.batch)
     slate = answer.result()
     call.slates.append(slate)
     call.answers.append(answer)
@@ -216,6 +216,7 @@ async def append_events(server: Server, call: Call) -> Response:
         posted = decode_events(await call.body(limits.body_bytes), limits, now_ms)
         posts = posted if isinstance(posted, tuple) else (posted,)
         place.add(len(posts) - 1)
+        place.begin()
         with server.acquire() as deployment:
             checked = [_checked(post, deployment.recommender.bundle) for post in posts]
         if not isinstance(posted, tuple) and isinstance(checked[0], Exception):
@@ -256,7 +257,7 @@ def _user(call: Call, server: Server) -> str:
 
 async def user_events(server: Server, call: Call) -> Response:
     """GET /v1/users/{user}."""
-    with server.writes.admit(call.left_s):
+    with server.writes.admit(call.left_s, measured=False):
         user = _user(call, server)
         (known,) = await settled(call, lambda: server.store.histories([user]))
         if not known:
@@ -267,7 +268,7 @@ async def user_events(server: Server, call: Call) -> Response:
 
 async def forget_user(server: Server, call: Call) -> Response:
     """DELETE /v1/users/{user}: events, then whatever is cached, of requests under way too."""
-    with server.writes.admit(call.left_s), server.acquire() as deployment:
+    with server.writes.admit(call.left_s, measured=False), server.acquire() as deployment:
         user, cache = _user(call, server), deployment.recommender.cache
         events = await settled(call, lambda: server.store.forget(user))
         cached = cache is not None and cache.invalidate(user)
@@ -282,7 +283,7 @@ async def forget_user(server: Server, call: Call) -> Response:
 
 async def similar(server: Server, call: Call) -> Response:
     """POST /v1/items/similar."""
-    with server.admission.admit(call.left_s):
+    with server.admission.admit(call.left_s, measured=False):
         limits = server.options.limits
         asked = decode_similar(await call.body(limits.body_bytes), limits)
         with server.acquire() as deployment:

@@ -105,7 +105,7 @@ def test_a_list_takes_the_room_of_all_its_requests(patient: Deployments) -> None
 
 def test_who_would_wait_too_long_is_told_at_once(patient: Deployments) -> None:
     server = make_server(deployments=patient)
-    server.admission.measured(0.5)
+    server.admission.learn(0.5)
 
     async def scenario(client: httpx2.AsyncClient) -> None:
         waiting = [asyncio.create_task(client.post("/v1/recommend", json=BODY)) for _ in range(3)]
