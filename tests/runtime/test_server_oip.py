@@ -302,5 +302,7 @@ def test_tritonclient_understands_our_errors(triton: Any, asked: Arrays) -> None
         triton.get_model_metadata("none")
     with pytest.raises(InferenceServerException, match=r"\[400\] encoder: lengths holds 8 to 9"):
         ask(triton, "encoder", asked | {"lengths": np.array([8, 9])}, binary=True)
+    with pytest.raises(InferenceServerException, match=r"\[400\] Content-Encoding: 'gzip' is not supported"):
+        triton.infer("encoder", [], request_compression_algorithm="gzip")
     with pytest.raises(InferenceServerException, match=r"\[404\] version 'old' does not serve"):
         ask(triton, "encoder", asked, binary=True, version="old")
