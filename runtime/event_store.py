@@ -32,6 +32,9 @@ class StoredEvent(Event, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 Events = tuple[StoredEvent, ...]
 
 
+_EVENTS: msgspec.msgpack.Decoder[Events] = msgspec.msgpack.Decoder(Events)
+
+
 class Append(msgspec.Struct, frozen=True, kw_only=True):
     """What a user just did: events in the order in which they were sent."""
 
@@ -124,6 +127,20 @@ def _time(event: Event) -> int:
     return -1 if event.timestamp_ms is None else event.timestamp_ms
 
 
+def encode_events(events: Events) -> bytes:
+    """What stores keep of a user: MessagePack, a tenth of what the objects take."""
+    return msgspec.msgpack.encode(events)
+
+
+def decode_events(stored: bytes | None) -> Events:
+    """What was encoded; nothing of None.
+
+    Raises:
+        DecodeError: It is something else.
+    """
+    return () if stored is None else _EVENTS.decode(stored)
+
+
 def done(value: T) -> Future[T]:
     """A future that need not be waited for."""
     future: Future[T] = Future()
@@ -137,14 +154,19 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         events: Of one user.
         users: In all; beyond it the user whose last event came longest ago is forgotten.
+        memory_bytes: Of all users' events where they are kept in memory; beyond it the same.
     """
 
     events: int
     users: int = 100_000
+    memory_bytes: int = 512 << 20
 
     def __post_init__(self) -> None:
-        if self.events < 1 or self.users < 1:
-            raise ConfigError(f"a store of {self.users} users with {self.events} events must hold at least 1 of each")
+        if min(self.events, self.users, self.memory_bytes) < 1:
+            raise ConfigError(
+                f"a store of {self.users} users with {self.events} events in {self.memory_bytes} bytes must hold at "
+                "least 1 of each"
+            )
 
 
 class MemoryEventStore:
@@ -154,32 +176,42 @@ class MemoryEventStore:
 
     def __init__(self, limits: StoreLimits) -> None:
         self._limits = limits
-        self._users: OrderedDict[str, Events] = OrderedDict()
+        self._users: OrderedDict[str, bytes] = OrderedDict()
+        self._bytes = 0
 
     def append(self, appends: Sequence[Append], now_ms: int) -> Future[list[Receipt]]:
         """See `EventStore.append`."""
         receipts = []
         for append in appends:
-            events, receipt = merged(self._users.get(append.user, ()), append, self._limits.events, now_ms)
+            events, receipt = merged(self._read(append.user), append, self._limits.events, now_ms)
             receipts.append(receipt)
-            if events:
-                self._users[append.user] = events
-                self._users.move_to_end(append.user)
-            if len(self._users) > self._limits.users:
-                self._users.popitem(last=False)
+            if receipt.appended:
+                self._drop(append.user)
+                self._users[append.user] = encode_events(events)
+                self._bytes += len(self._users[append.user])
+            while len(self._users) > self._limits.users or self._bytes > self._limits.memory_bytes:
+                self._drop(next(iter(self._users)))
         return done(receipts)
 
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
         """See `EventStore.histories`."""
-        return done([self._users.get(user, ()) for user in users])
+        return done([self._read(user) for user in users])
 
     def forget(self, user: str) -> Future[int]:
         """See `EventStore.forget`."""
-        return done(len(self._users.pop(user, ())))
+        known = len(self._read(user))
+        self._drop(user)
+        return done(known)
 
     def close(self) -> None:
         """See `EventStore.close`."""
         self._users.clear()
+
+    def _read(self, user: str) -> Events:
+        return decode_events(self._users.get(user))
+
+    def _drop(self, user: str) -> None:
+        self._bytes -= len(self._users.pop(user, b""))
 
 
 def open_store(state: str | None, limits: StoreLimits) -> EventStore:

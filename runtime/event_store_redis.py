@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, merged
+from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, decode_events, encode_events, merged
 
 T = TypeVar("T")
 PREFIX = "unipinrec:events:1:"  # the number is that of the format
@@ -24,7 +24,6 @@ SCHEMES = ("redis", "rediss", "unix")
 CONNECTIONS = 8
 TIMEOUT_S = 2.0
 ATTEMPTS = 20
-_EVENTS: msgspec.msgpack.Decoder[Events] = msgspec.msgpack.Decoder(Events)
 
 
 class RedisEventStore:
@@ -62,11 +61,11 @@ class RedisEventStore:
 
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
         """See `EventStore.histories`."""
-        return self._submit(lambda: [_decode(raw) for raw in self._server.mget([_key(user) for user in users])])
+        return self._submit(lambda: [decode_events(raw) for raw in self._server.mget([_key(user) for user in users])])
 
     def forget(self, user: str) -> Future[int]:
         """See `EventStore.forget`."""
-        return self._submit(lambda: len(_decode(self._server.getdel(_key(user)))))
+        return self._submit(lambda: len(decode_events(self._server.getdel(_key(user)))))
 
     def close(self) -> None:
         """See `EventStore.close`."""
@@ -97,13 +96,13 @@ class RedisEventStore:
         keys, receipts = [_key(append.user) for append in appends], []
         with self._server.pipeline() as pipe:
             pipe.watch(*keys)
-            known = {key: _decode(raw) for key, raw in zip(keys, pipe.mget(keys), strict=True)}
+            known = {key: decode_events(raw) for key, raw in zip(keys, pipe.mget(keys), strict=True)}
             pipe.multi()
             for key, append in zip(keys, appends, strict=True):
                 known[key], receipt = merged(known[key], append, self._limits.events, now_ms)
                 receipts.append(receipt)
             for key, events in known.items():
-                pipe.set(key, msgspec.msgpack.encode(events))
+                pipe.set(key, encode_events(events))
             pipe.execute()
         return receipts
 
@@ -113,7 +112,3 @@ class RedisEventStore:
 
 def _key(user: str) -> str:
     return PREFIX + user
-
-
-def _decode(raw: bytes | None) -> Events:
-    return () if raw is None else _EVENTS.decode(raw)

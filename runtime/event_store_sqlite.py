@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, merged
+from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, decode_events, encode_events, merged
 
 FILE = "events.sqlite3"
 FORMAT = 1
@@ -28,7 +28,6 @@ SCHEMA = """
 CREATE TABLE users (user TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, events BLOB NOT NULL);
 CREATE INDEX users_by_update ON users (updated_ms);
 """
-_EVENTS: msgspec.msgpack.Decoder[Events] = msgspec.msgpack.Decoder(Events)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ class SqliteEventStore:
         if receipt.appended:
             self._writer.execute(
                 "INSERT INTO users VALUES (?1, ?2, ?3) ON CONFLICT (user) DO UPDATE SET updated_ms = ?2, events = ?3",
-                (append.user, now_ms, msgspec.msgpack.encode(events)),
+                (append.user, now_ms, encode_events(events)),
             )
             self._users += not known
         return receipt
@@ -178,4 +177,4 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 def _select(connection: sqlite3.Connection, user: str) -> Events:
     row = connection.execute("SELECT events FROM users WHERE user = ?", (user,)).fetchone()
-    return () if row is None else _EVENTS.decode(row[0])
+    return decode_events(None if row is None else row[0])

@@ -40,6 +40,13 @@ positive = click.FloatRange(0, min_open=True)
     help="Users whose events are kept, in memory or a folder; then those go who were not heard of for longest.",
 )
 @click.option(
+    "--events-mib",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Memory for users' events where no --state is given; beyond it the same.",
+)
+@click.option(
     "--kept-events",
     type=click.IntRange(1),
     help="Events kept of a user.  [default: twice the longest history of the model]",

@@ -199,6 +199,21 @@ def test_users_are_bounded(store: EventStore) -> None:
     assert list(map(items, store.histories(["u", "v", "w", "x"]).result(10))) == ["aa", "", "a", "a"]
 
 
+def test_memory_is_bounded() -> None:
+    store = MemoryEventStore(StoreLimits(events=10, memory_bytes=1000))
+    for at in range(100):
+        store.append([append(f"u{at}", event("x" * 90, at))], NOW).result()
+    known = [bool(events) for events in store.histories([f"u{at}" for at in range(100)]).result()]
+    assert 8 <= sum(known) <= 10
+    assert known == sorted(known)  # the latest
+    store.append([append("large", event("x" * 2000))], NOW).result()
+    assert not any(store.histories(["large", "u99"]).result())  # it alone is more than that
+    for at in range(8):
+        assert store.forget(f"u{at}").result() == 0
+    store.append([append("u", event("a", 1))], NOW).result()
+    assert items(store.histories(["u"]).result()[0]) == "a"
+
+
 @pytest.mark.parametrize("state", ["sqlite", "redis"], indirect=True)
 def test_many_writers_lose_nothing(state: str) -> None:
     stores = [open_store(state, StoreLimits(events=1000)) for _ in range(2)]  # two replicas
