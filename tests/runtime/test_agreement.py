@@ -99,17 +99,19 @@ def test_a_loss_that_was_accepted_at_export_is_allowed_to_be_half_as_large_again
     assert lost.problem is not None
 
     def measured(off_by: float, recorded: Agreement) -> str | None:
+        """What is allowed, if that is exceeded."""
         spec = PrecisionSpec(graphs={}, agreement=recorded, auc_change={})
         rounded.last_logit_off_by = off_by
         manifest = msgspec.structs.replace(plain.manifest, precisions={"fp8": spec})
-        return measure_agreement(rounded, replace(plain, manifest=manifest)).problem
+        problem = measure_agreement(rounded, replace(plain, manifest=manifest)).problem
+        return problem and problem.partition(", ")[2]
 
     assert measured(0.5, lost) is None
-    assert measured(0.7, lost) == "a logit is off by 0.7, allowed are 0.6"
+    assert measured(0.7, lost) == "allowed are 0.6"
     harmless = msgspec.structs.replace(lost, problem=None)
-    assert measured(0.5, harmless) == "a logit is off by 0.5, allowed are 0.1"
+    assert measured(0.5, harmless) == "allowed are 0.1"
     rounded.device = Device(name="tensorrt-bf16", reason="asked for", precision="bf16")
-    assert measured(0.5, lost) == "a logit is off by 0.5, allowed are 0.1"
+    assert measured(0.5, lost) == "allowed are 0.1"
 
 
 @pytest.mark.parametrize(("angle", "cosine"), [(0.05, "0.99875"), (np.nan, "nan")])
