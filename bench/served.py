@@ -1,0 +1,145 @@
+"""A real `unipinrec serve` process on loopback, and whether its answers are right."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from open_loop import Answer, ask, post
+
+from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
+
+READY = b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+class Served:
+    """A server process, which can be killed and started again at the same port with the same options."""
+
+    def __init__(self, words: Sequence[str | Path], log: Path) -> None:
+        self.port, self.log = free_port(), log
+        self._words = [sys.executable, *map(str, words), "--port", str(self.port)]
+        self.start()
+
+    @classmethod
+    def of(cls, bundle: Path, folder: Path, *options: str | Path) -> Served:
+        """`unipinrec serve`, with its log in a folder."""
+        words = ["-m", "unipinrec", "serve", bundle, "--device", "cpu", "--log-level", "warning", *options]
+        return cls(words, folder / "server.log")
+
+    def start(self) -> None:
+        """Start, and wait until requests are answered."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._words, stderr=log, stdout=log)
+        limit = time.monotonic() + 120
+        while ask(self.port, [READY])[0].status != 200:
+            if self.process.poll() is not None or time.monotonic() > limit:
+                raise SystemExit(f"the server does not start: {self.log.read_text()[-2000:]}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def resident_mib(self) -> float | None:
+        """Its memory; None where it does not run."""
+        try:
+            found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        except OSError:
+            return None
+        return int(found[1]) / 1024 if found else None
+
+    def cpu_s(self) -> float:
+        """Processor time that it took so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / 100
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def recommend(user: str, now_ms: int, k: int = 20, *headers: str) -> bytes:
+    """The bytes of a request for a user whose events the server knows."""
+    return post("/v1/recommend", msgspec.json.encode({"user": user, "now_ms": now_ms, "k": k}), *headers)
+
+
+def sent(user: str, events: Sequence[Event], ids: Sequence[str]) -> bytes:
+    """The bytes of a request that appends events."""
+    listed = [{**msgspec.to_builtins(event), "id": name} for event, name in zip(events, ids, strict=True)]
+    return post("/v1/events", msgspec.json.encode({"user": user, "events": listed}))
+
+
+class AnsweredItem(msgspec.Struct, frozen=True):
+    """What of an item is compared."""
+
+    item: str
+    score: float
+    retrieval_score: float
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """What of an answer is compared."""
+
+    items: tuple[AnsweredItem, ...]
+    bundle: str
+    events: int
+    kv: str
+
+
+_ANSWERED = msgspec.json.Decoder(Answered)
+
+
+def answered(answer: Answer) -> Answered:
+    """Read a 200 of /v1/recommend."""
+    return _ANSWERED.decode(answer.content)
+
+
+def fresh(recommender: Recommender, history: tuple[Event, ...], now_ms: int, candidates: int = 200) -> Slate:
+    """All that were candidates, ranked: a single request, nothing cached."""
+    options = RecommendOptions(now_ms=now_ms, candidates=candidates)
+    return recommender.recommend_many([Request(history=history, k=candidates, options=options)])[0]
+
+
+def difference(got: Answered, expected: Slate, tolerance: float, k: int = 20) -> str | None:
+    """What is wrong with an answer; None = nothing.
+
+    Scores and similarities of the same item must agree, the order be that of the scores, and no better item be left
+    out. Which of two items within the tolerance of each other is first, or the last of the candidates, may differ.
+    """
+    known = {item.item: item for item in expected.items}
+    edge = min(item.retrieval_score for item in expected.items) + tolerance
+    scores = [item.score for item in got.items]
+    if len(scores) != k or scores != sorted(scores, reverse=True) or len({item.item for item in got.items}) != k:
+        return f"{len(scores)} items, not the {k} best in their order"
+    for item in got.items:
+        same = known.get(item.item)
+        if same is None and item.retrieval_score > edge:
+            return f"{item.item} is no candidate"
+        if same is not None:
+            apart = max(abs(same.score - item.score), abs(same.retrieval_score - item.retrieval_score))
+            if not apart <= tolerance:
+                return f"{item.item} differs by {apart:.2g}"
+    shown, last = {item.item for item in got.items}, scores[-1] + 2 * tolerance
+    better = [i for i in expected.items if i.item not in shown and i.score > last and i.retrieval_score > edge]
+    return f"{better[0].item} is missing" if better else None
