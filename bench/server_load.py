@@ -154,9 +154,12 @@ def in_process(recommender: Recommender, users: Users, clients: int, seconds: fl
     with Batcher(recommender, BatchOptions(max_wait_ms=0.0)) as batcher:
         for request in requests:
             batcher.recommend(request)
+        of_us = time.process_time()
         took = load(batcher.recommend, requests, clients, seconds)
+        cores = (time.process_time() - of_us) / seconds
     percentiles = np.percentile(took, [50, 95, 99]).round(2).tolist()
-    return {"per_s": round(len(took) / seconds, 1), **dict(zip(("p50", "p95", "p99"), percentiles, strict=True))}
+    found = {"per_s": round(len(took) / seconds, 1), "cores": round(cores, 3)}
+    return found | dict(zip(("p50", "p95", "p99"), percentiles, strict=True))
 
 
 def costed(server: Served, generate: Generator, messages: Sequence[bytes], rate: float, seconds: float) -> Any:
