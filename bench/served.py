@@ -118,7 +118,9 @@ def answered(answer: Answer) -> Answered:
 def fresh(recommender: Recommender, history: tuple[Event, ...], now_ms: int, candidates: int = 200) -> Slate:
     """All that were candidates, ranked: a single request, nothing cached."""
     options = RecommendOptions(now_ms=now_ms, candidates=candidates)
-    return recommender.recommend_many([Request(history=history, k=candidates, options=options)])[0]
+    manifest = recommender.bundle.manifest
+    left = manifest.num_items - manifest.num_retired - len({event.item for event in history})
+    return recommender.recommend_many([Request(history=history, k=min(candidates, left), options=options)])[0]
 
 
 def difference(got: Answered, expected: Slate, tolerance: float, k: int = 20) -> str | None:

@@ -31,6 +31,7 @@ def test_what_is_answered_under_load_is_right_and_what_is_not_is_refused_as_decl
     assert all(set(one["statuses"]) == {"200"} for one in result["null"])
 
 
+@pytest.mark.slow
 def test_swaps_a_kill_and_nonsense_cost_no_right_answer(bundle: Path) -> None:
     short = ("--minutes", "0.1", "--swap-s", "1", "--qps", "40", "--users", "60", "--check", "2", "--cache-mib", "2")
     result = run("server_soak.py", bundle, *short)
