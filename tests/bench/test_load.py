@@ -20,6 +20,7 @@ def run(script: str, bundle: Path, *options: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_what_is_answered_under_load_is_right_and_what_is_not_is_refused_as_declared(bundle: Path) -> None:
     short = ("--seconds", "1", "--steps", "0", "--shares", "0.5", "3", "--generator", "poisson", "--check", "5")
     result = run("server_load.py", bundle, *short, "--deadline-ms", "60")
