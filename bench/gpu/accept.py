@@ -111,6 +111,15 @@ class Runner:
         )
 
 
+def finish_by(process: subprocess.Popen[str], ends: float) -> None:
+    """Wait for a process, no longer than until `ends`; then it is killed."""
+    try:
+        process.communicate(timeout=max(1.0, ends - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def tail(text: str, lines: int = 12) -> list[str]:
     """The end of a log."""
     return text.splitlines()[-lines:]
@@ -157,7 +166,7 @@ def accept(runner: Runner, work: Path, sizes: Sequence[str]) -> None:
     accepted = list(backends(work, runner))
     for size in sizes:
         if size in later:
-            later[size].communicate()
+            finish_by(later[size], runner.ends)
             runner.run(Step(name=f"model {size}", arguments=("model", "--size", size)))
         for backend in accepted:
             for precision in PRECISIONS:

@@ -243,7 +243,8 @@ def main() -> None:
     parser.add_argument("--flavor", default="tensorrt_rtx")
     parser.add_argument("--target", default="")
     options = parser.parse_args()
-    os.environ["UNIPINREC_CACHE"] = str(options.work / "cache")
+    # Of its own for each backend: else one would be served by engines that another compiled.
+    os.environ["UNIPINREC_CACHE"] = str(options.work / "cache" / f"{options.flavor}-{options.target or 'none'}")
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "machine": machine,
         "model": partial(export, options.work, options.size),
