@@ -32,6 +32,7 @@ from unipinrec.runtime.bundle import USER_IDS, Bundle
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
 from unipinrec.runtime.requests import History, ResolvedRequest
+from unipinrec.runtime.retrieval import Search
 
 CANDIDATES, TOP = 200, 10
 SLOTS, GIB = 993, 1 << 30
@@ -69,7 +70,8 @@ def rank(recommender: Recommender, asked: ResolvedRequest, rows: NDArray[np.int6
         encoded = recommender.encoder.encode(found)
         if rows is None:
             query = recommender.engine.retrieve(encoded, asked.outcomes[None])[0]
-            rows = recommender.retriever.retrieve(query, asked.candidates, asked.excluded).rows
+            search = Search(queries=query, wanted=asked.candidates, excluded=asked.excluded)
+            rows = recommender.retriever.retrieve([search])[0].rows
         now = np.array([asked.surface]), np.array([asked.now_ms])
         logits = recommender.engine.rank(encoded, rows[None], *now)[0]
         recommender.encoder.keep(found, encoded)

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.index import ExactIndex, HnswIndex
 from unipinrec.runtime.index_build import IndexTask, build_index
-from unipinrec.runtime.retrieval import Retriever
+from unipinrec.runtime.retrieval import Retriever, Search
 
 DIM, CENTRES, SPREAD = 64, 500, 0.75
 SHARES = (1.0, 0.5, 0.1, 0.01, 0.001)
@@ -101,7 +101,7 @@ def one_share(catalogue: Catalogue, kind: str, share: float, wanted: int, rounds
     for query in catalogue.queries(rounds + WARM_UP)[:, None]:
         for name, (retriever, exact) in ways.items():
             began = time.perf_counter()
-            found = retriever.retrieve(query, wanted, NONE, allowed=mask, exact=exact)
+            (found,) = retriever.retrieve([Search(queries=query, wanted=wanted, allowed=mask, exact=exact)])
             times[name].append((time.perf_counter() - began) * 1e3)
             reasons[name][found.exact or "index"] += 1
     return {

@@ -33,7 +33,7 @@ from unipinrec.runtime.bundle import INDEX, Bundle
 from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
 from unipinrec.runtime.index import ExactIndex, HnswIndex
 from unipinrec.runtime.ort_session import OrtBackend
-from unipinrec.runtime.retrieval import Retriever
+from unipinrec.runtime.retrieval import Retriever, Search
 
 HISTORIES, CANDIDATES = (256, 512, 992), (128, 656)
 FORMS: tuple[AttentionForm, ...] = ("sink", "self")
@@ -60,7 +60,8 @@ class Stages:
 
     def retrieve(self, encoded: Encoded) -> NDArray[np.int64]:
         queries = self.engine.retrieve(encoded, np.zeros((1, len(ACTIONS)), np.float32))
-        return self.retriever.retrieve(queries[0], self.candidates, self.seen).rows
+        search = Search(queries=queries[0], wanted=self.candidates, excluded=self.seen)
+        return self.retriever.retrieve([search])[0].rows
 
     def rank(self, encoded: Encoded, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.engine.rank(encoded, rows[None], np.zeros(1, np.int64), np.array([NOW_MS]))

@@ -28,7 +28,8 @@ class BatchOptions:
         max_batch: Most requests of a batch.
         max_wait_ms: Longest that a request waits for others while a worker is free; 0 = never. The
             operating system wakes the worker up to half a millisecond later.
-        workers: Batches computed at the same time. They share the backend's threads: on a CPU one is best.
+        workers: Batches computed at the same time, which share the backend's threads. A second one computes while the
+            first collects what it needs and makes answers: 1.15 times the throughput (`bench/batching.py`).
     """
 
     max_batch: int = MAX_ROWS

@@ -5,8 +5,10 @@ Knows how histories are padded and which tensor goes where; refuses to know exte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, Unpack
 
@@ -112,6 +114,7 @@ class Engine:
     ) -> None:
         self.backend, self.model, self.item_vectors, self.device = backend, model, item_vectors, device
         self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
+        self._lock, self._batches = threading.Lock(), 0
 
     @classmethod
     def open(cls, bundle: Bundle, wanted: str = "cpu", **rules: Unpack[DeviceRules]) -> Engine:
@@ -127,6 +130,17 @@ class Engine:
         """Release the graphs and the memory that they take; requests that are under way, and later ones, fail."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.backend.close()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Hold while a batch is computed: batches that are computed at the same time share the threads of ranking."""
+        with self._lock:
+            self._batches += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._batches -= 1
 
     def encode(self, batch: HistoryBatch) -> Encoded:
         """Encode histories from their first event."""
@@ -217,7 +231,7 @@ class Engine:
         """
         request: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
-        lanes = max(1, min(self.backend.rank_runs, candidates.shape[1], work // LANE_WORK))
+        lanes = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // LANE_WORK))
         mine, *others = np.array_split(candidates, lanes, axis=1)
         running = [self._threads.submit(self._logits, request, part) for part in others]
         logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,41 @@ Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 GATHER_COST = 4  # a row that is gathered costs as much as four that are read in passing: bench/retrieval_filters.py
 TIE = 1e-5  # similarities closer than this are equal: hnswlib rounds in its own way
 BEYOND = np.float32(8.0)  # more than any difference of two similarities
+SCORES_AT_ONCE = 1 << 22  # 16 MiB of a scan's products at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Eligible:
+    """What a search may find: the mask `allowed` [N], None = all rows, without the distinct rows `excluded`."""
+
+    allowed: NDArray[np.bool_] | None = None
+    excluded: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
+
+    def count(self, items: int) -> int:
+        """How many of so many items that are."""
+        if self.allowed is None:
+            return items - len(self.excluded)
+        return int(np.count_nonzero(self.allowed) - np.count_nonzero(self.allowed[self.excluded]))
+
+    def mask(self) -> NDArray[np.bool_]:
+        """As one mask, of a search that has one."""
+        assert self.allowed is not None
+        if not len(self.excluded):
+            return self.allowed
+        mask = self.allowed.copy()
+        mask[self.excluded] = False
+        return mask
+
+    def keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of distinct rows that may be found, ascending."""
+        rows = np.setdiff1d(rows, self.excluded)
+        return rows if self.allowed is None else rows[self.allowed[rows]]
+
+    def lower(self, scores: NDArray[np.float32]) -> None:
+        """Put the scores [N] of all other rows below those of any that may be found."""
+        if self.allowed is not None:
+            scores -= BEYOND * ~self.allowed
+        scores[self.excluded] -= BEYOND
 
 
 class VectorIndex(Protocol):
@@ -81,33 +118,83 @@ class ExactIndex:
 
     def search(self, queries: NDArray[np.float32], k: int, eligible: NDArray[np.bool_] | None = None) -> Found:
         """See `VectorIndex.search`; of the mask `eligible` [N], at least k rows, or of all rows. Ties in row order."""
-        _check_finite(queries)
-        rows: NDArray[np.int64] | None = None
-        table, penalty = self._vectors, np.zeros((), np.float32)
-        if eligible is not None and self.gather_cost * np.count_nonzero(eligible) < len(eligible):
-            rows = np.flatnonzero(eligible)
-            table = self._vectors[rows]
-        elif eligible is not None:
-            penalty = BEYOND * (~eligible).astype(np.float32)
-        found = []
-        for query in queries:
-            # Not `@`: the threads of BLAS spin and fight where several requests scan at once.
-            scores = np.einsum("ne,e->n", table, query) - penalty
-            # The product's rounding depends on where a row lies: all that may be among the k are computed afresh.
-            near = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k] - self._margin)
-            found.append(best(self._vectors, query[None], near if rows is None else rows[near], k))
+        near = self.near(queries, k, [Eligible(allowed=eligible)] * len(queries))
+        found = best(self._vectors, queries[:, None], near, [k] * len(queries))
         return np.stack([rows for rows, _ in found]), np.stack([similarity for _, similarity in found])
 
+    def near(self, queries: NDArray[np.float32], k: int, eligible: Sequence[Eligible]) -> list[NDArray[np.int64]]:
+        """For each of `queries` [S, E] the eligible rows, ascending, that its k best are among; few are not of them.
 
-def best(vectors: NDArray[np.float32], queries: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> Found:
-    """The k best of distinct rows by the similarity with the nearest of `queries` [Q, E], ties in row order.
+        Raises:
+            BackendError: A query is not finite.
+        """
+        _check_finite(queries)
+        found: list[NDArray[np.int64]] = []
+        at_once = max(1, SCORES_AT_ONCE // len(self._vectors))
+        for start in range(0, len(queries), at_once):
+            found += self._near(queries[start : start + at_once], k, eligible[start : start + at_once])
+        return found
 
-    The similarity of a row is the same whatever the other rows are; a matrix product's is not.
+    def _near(self, queries: NDArray[np.float32], k: int, eligible: Sequence[Eligible]) -> list[NDArray[np.int64]]:
+        gathered = [self._gathered(one) for one in eligible]
+        scanned = [place for place, rows in enumerate(gathered) if rows is None]
+        found: dict[int, NDArray[np.int64]] = {}
+        if scanned:
+            # Not `@`: the threads of BLAS spin and fight where several requests scan at once.
+            scores = np.einsum("se,ne->sn", queries[scanned], self._vectors)
+            for row, place in zip(scores, scanned, strict=True):
+                eligible[place].lower(row)
+            found.update(zip(scanned, self._best(scores, k), strict=True))
+        for place, rows in enumerate(gathered):
+            if rows is not None:
+                scores = np.einsum("e,ne->n", queries[place], self._vectors[rows])
+                found[place] = rows[self._best(scores[None], k)[0]]
+        return [found[place] for place in range(len(queries))]
+
+    def _gathered(self, eligible: Eligible) -> NDArray[np.int64] | None:
+        """The eligible rows, where they are so few that gathering them is faster than reading past the others."""
+        if eligible.allowed is None or self.gather_cost * eligible.count(len(self._vectors)) >= len(self._vectors):
+            return None
+        return np.flatnonzero(eligible.mask())
+
+    def _best(self, scores: NDArray[np.float32], k: int) -> list[NDArray[np.int64]]:
+        """Where each row of `scores` [S, N] may have its k largest.
+
+        The product's rounding depends on where a row lies: all that may be among the k are to be computed afresh.
+        """
+        last = scores.shape[1] - k
+        limits = np.partition(scores, last, axis=1)[:, last] - self._margin
+        owners, rows = np.nonzero(scores >= limits[:, None])
+        return np.split(rows, np.searchsorted(owners, np.arange(1, len(scores))))
+
+
+def best(
+    vectors: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    rows: Sequence[NDArray[np.int64]],
+    wanted: Sequence[int],
+) -> list[Found]:
+    """For each of S searches the `wanted` best of its distinct rows, ties in row order.
+
+    Args:
+        vectors: [N, E], the items.
+        queries: [S, Q, E]; the similarity of a row is that with the nearest of a search's Q. It is the same whatever
+            the other rows and searches are; a matrix product's is not.
+        rows: Of each search.
+        wanted: How many of each search, at most.
     """
-    gathered = vectors[rows]
-    similarity: NDArray[np.float32] = np.max([np.einsum("ne,e->n", gathered, query) for query in queries], axis=0)
-    order = np.lexsort((rows, -similarity))[:k]
-    return rows[order], similarity[order]
+    sizes = [len(one) for one in rows]
+    owners, flat = np.repeat(np.arange(len(rows)), sizes), np.concatenate(rows)
+    gathered = vectors[flat]
+    similarity = np.einsum("me,me->m", gathered, queries[owners, 0])
+    for other in range(1, queries.shape[1]):
+        np.maximum(similarity, np.einsum("me,me->m", gathered, queries[owners, other]), out=similarity)
+    order = np.lexsort((flat, -similarity, owners))
+    flat, similarity, starts = flat[order], similarity[order], np.cumsum([0, *sizes])
+    return [
+        (flat[start : start + k], similarity[start : start + k])
+        for start, k in zip(starts, np.minimum(wanted, sizes), strict=False)
+    ]
 
 
 def recall(found: NDArray[np.float32], true: NDArray[np.float32]) -> float:

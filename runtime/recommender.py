@@ -24,6 +24,7 @@ from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.runtime.ranking import Ranked, rank
 from unipinrec.runtime.requests import (
     EventLike,
     RecommendOptions,
@@ -33,7 +34,7 @@ from unipinrec.runtime.requests import (
     item_row,
     resolve_request,
 )
-from unipinrec.runtime.retrieval import Candidates, Retriever
+from unipinrec.runtime.retrieval import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 from unipinrec.runtime.verify import require_golden
 
@@ -171,7 +172,7 @@ class Recommender:
     def answer(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
         """Answer valid requests in groups; those of a group that fails get its error, the others their slates."""
         answers: dict[int, Slate | Exception] = {}
-        with self.encoder.find(asked) as found:
+        with self.engine.under_way(), self.encoder.find(asked) as found:
             for places in grouped([self.encoder.work(one) for one in found], self.engine.backend.prefill_chunk):
                 try:
                     answers.update(zip(places, self._answer([found[place] for place in places]), strict=True))
@@ -184,46 +185,42 @@ class Recommender:
         encoded = self.encoder.encode(group)
         encode_end = time.perf_counter()
         queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
-        candidates = [self._candidates(one, query) for one, query in zip(asked, queries, strict=True)]
+        candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
         retrieve_end = time.perf_counter()
         surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
         logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
         self.encoder.keep(group, encoded)
         stages = _stages(start, encode_end, retrieve_end, time.perf_counter())
         self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
-        return [self._slate(*parts, stages) for parts in zip(group, candidates, logits, strict=True)]
+        ranked = rank(candidates, logits, asked)
+        return [self._slate(*parts, stages) for parts in zip(group, candidates, ranked, strict=True)]
 
-    def _candidates(self, asked: ResolvedRequest, queries: NDArray[np.float32]) -> Candidates:
-        return self.retriever.retrieve(
-            queries, asked.candidates, asked.excluded, allowed=asked.allowed, exact=asked.exact
+    def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
+        bundle, actions = self.bundle, self.bundle.manifest.actions
+        items = tuple(
+            SlateItem(
+                item=bundle.item_ids[row],
+                title=bundle.titles[row],
+                score=score,
+                actions=dict(zip(actions, probabilities, strict=True)),
+                retrieval_score=similarity,
+            )
+            for row, score, probabilities, similarity in zip(
+                found.rows[ranked.order].tolist(),
+                ranked.scores.tolist(),
+                ranked.probabilities.tolist(),
+                found.similarity[ranked.order].tolist(),
+                strict=True,
+            )
         )
-
-    def _slate(self, request: Found, found: Candidates, logits: NDArray[np.float32], stages: StageTimes) -> Slate:
-        asked = request.asked
-        # Rows of `logits` beyond the request's own candidates are padding.
-        probabilities = _sigmoid(logits[: len(found.rows)])
-        scores = np.einsum("kc,c->k", probabilities, asked.weights)
-        best = np.lexsort((found.rows, -scores))[: asked.k]  # equal scores in row order
         return Slate(
-            items=tuple(
-                self._item(int(found.rows[i]), float(scores[i]), probabilities[i], float(found.similarity[i]))
-                for i in best
-            ),
+            items=items,
             stages_ms=stages,
             kv=request.kind,
             kv_reason=request.reason,
             device=self.device.name,
-            bundle=self.bundle.hash,
+            bundle=bundle.hash,
             exact=found.exact,
-        )
-
-    def _item(self, row: int, score: float, probabilities: NDArray[np.float64], similarity: float) -> SlateItem:
-        return SlateItem(
-            item=self.bundle.item_ids[row],
-            title=self.bundle.titles[row],
-            score=score,
-            actions=dict(zip(self.bundle.manifest.actions, probabilities.tolist(), strict=True)),
-            retrieval_score=similarity,
         )
 
     def score(
@@ -270,9 +267,10 @@ def _cache(wanted: CacheOptions | KvCache | None, model: ModelSpec) -> KvCache |
     return wanted
 
 
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    probabilities: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
-    return probabilities
+def _search(asked: ResolvedRequest, queries: NDArray[np.float32]) -> Search:
+    return Search(
+        queries=queries, wanted=asked.candidates, excluded=asked.excluded, allowed=asked.allowed, exact=asked.exact
+    )
 
 
 def _stages(start: float, encode_end: float, retrieve_end: float, rank_end: float) -> StageTimes:

@@ -10,6 +10,7 @@ import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -187,11 +188,12 @@ def resolve_request(
     options, limit = request.options, manifest.model.max_history
     start = window_start(len(request.history), limit, slack or default_slack(limit)) if options.truncate else 0
     history = read_history(request.history[start:], manifest, catalogue.rows, first=start)
-    denied = catalogue.known_rows(options.exclude)
+    denied = set(catalogue.known_rows(options.exclude).tolist())
     if options.exclude_seen:
-        before = catalogue.known_rows(str(event.item) for event in request.history[:start])
-        denied = np.concatenate([history.item_rows, before, denied])
-    excluded = np.unique(denied)
+        denied.update(history.item_rows.tolist())
+        denied.update(catalogue.known_rows(str(event.item) for event in request.history[:start]).tolist())
+    # Not np.unique: it lets another thread have the interpreter, and a server's event loop then waits to get it back.
+    excluded = np.array(sorted(denied), np.int64)
     allowed = catalogue.allowed(options.allow, options.categories)
     eligible = catalogue.eligible(allowed, excluded)
     k = _at_least_one("k", request.k)
@@ -312,12 +314,18 @@ def item_row(item: str, rows: Mapping[str, int], where: str) -> int:
     return row
 
 
-def _actions(manifest: Manifest) -> dict[str, int]:
-    return {name: place for place, name in enumerate(manifest.actions)}
+def _actions(manifest: Manifest) -> Mapping[str, int]:
+    return _places(manifest.actions)
 
 
-def _surfaces(manifest: Manifest) -> dict[str, int]:
-    return {name: place for place, name in enumerate(manifest.surfaces)} | {UNKNOWN_SURFACE: 0}
+def _surfaces(manifest: Manifest) -> Mapping[str, int]:
+    return _places(manifest.surfaces, UNKNOWN_SURFACE)
+
+
+@lru_cache(maxsize=32)
+def _places(names: tuple[str, ...], first: str | None = None) -> Mapping[str, int]:
+    """Place of each name; `first` is another name of place 0. Every event of every request is looked up here."""
+    return {name: place for place, name in enumerate(names)} | ({} if first is None else {first: 0})
 
 
 def _look_up(given: str, known: Mapping[str, int], kind: str, where: str) -> int:

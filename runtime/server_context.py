@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import random
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -120,37 +120,46 @@ class Call:
             Refusal: 504, the deadline has passed.
             ClientDisconnect: The client left.
         """
-        done = _all_done(futures)
-        gone = asyncio.ensure_future(self._gone())
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[_End] = loop.create_future()
+        _when_all_done(futures, loop, end)
+        late = loop.call_later(max(0.0, self.left_s), _first, end, "late")
+        gone = loop.create_task(self._gone(end))
         try:
-            await asyncio.wait((done, gone), timeout=max(0.0, self.left_s), return_when=asyncio.FIRST_COMPLETED)
-            if done.done():
-                return
-            if gone.done():
+            if await end == "gone":
                 raise ClientDisconnect
-            limit_ms = (self.deadline - self.began) * 1e3
-            raise Refusal(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
+            if end.result() == "late":
+                limit_ms = (self.deadline - self.began) * 1e3
+                raise Refusal(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
         finally:
+            late.cancel()
             gone.cancel()
             for future in futures:
                 future.cancel()
 
-    async def _gone(self) -> None:
+    async def _gone(self, end: asyncio.Future[_End]) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
+        _first(end, "gone")
 
 
-def _all_done(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
-    """Done when all are, whatever came of them; nothing is left to be collected if it is dropped before."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
+_End = Literal["done", "late", "gone"]
+
+
+def _first(end: asyncio.Future[_End], how: _End) -> None:
+    if not end.done():
+        end.set_result(how)
+
+
+def _when_all_done(futures: Sequence[Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]) -> None:
+    """It ends when all are done, whatever came of them."""
     left = len(futures)
 
     def count() -> None:
         nonlocal left
         left -= 1
-        if left <= 0 and not done.done():
-            done.set_result(None)
+        if left <= 0:
+            _first(end, "done")
 
     def one_done(_: Future[Any]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -160,7 +169,6 @@ def _all_done(futures: Sequence[Future[Any]]) -> asyncio.Future[None]:
         future.add_done_callback(one_done)
     if not futures:
         count()
-    return done
 
 
 class UsersInFlight:
@@ -258,7 +266,7 @@ class Server:
         given = request.headers.get("x-request-id", "")
         return Call(
             request=request,
-            id=given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex(),
+            id=given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}",
             route=route,
             began=began,
             deadline=began + self.options.deadline_ms / 1e3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import compress, cycle, islice
@@ -95,13 +94,6 @@ class Deployment:
         """Answer what is queued, then release graphs and memory; the cache stays with whoever else holds it."""
         self.batcher.close()
         self.recommender.close()
-
-
-def give_back_memory() -> None:
-    """Let the system have what was freed: glibc keeps pieces between what still lives, hundreds of MB after swaps."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc's alone
-        trim(0)
 
 
 def warm_up(recommender: Recommender, together: int) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
@@ -171,6 +172,12 @@ def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:
     """The events of a user that a bundle can read; an earlier one may have known other items."""
     rows, manifest = bundle.rows, bundle.manifest
     actions, surfaces = frozenset(manifest.actions), frozenset((UNKNOWN_SURFACE, *manifest.surfaces))
+    if (
+        all(event.item in rows for event in events)
+        and surfaces.issuperset([event.surface for event in events])
+        and actions.issuperset(chain.from_iterable([event.actions for event in events]))
+    ):
+        return tuple(events)
     return tuple(
         event
         if event.surface in surfaces and actions.issuperset(event.actions)

@@ -10,35 +10,29 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.index import recall
-from unipinrec.runtime.retrieval import Candidates, Retriever
+from unipinrec.runtime.retrieval import Candidates, Retriever, Search
 
 NICENESS = 10
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Search:
+class _Sampled:
     """A search by the index, and all that it depends on."""
 
     retriever: Retriever
-    queries: NDArray[np.float32]
-    excluded: NDArray[np.int64]
-    allowed: NDArray[np.bool_] | None
+    search: Search
     found: Candidates
 
     def recall(self) -> float:
         """Share of the true candidates that were found."""
-        wanted = len(self.found.rows)
-        true = Retriever.retrieve(self.retriever, self.queries, wanted, self.excluded, allowed=self.allowed, exact=True)
+        (true,) = Retriever.retrieve(self.retriever, [replace(self.search, exact=True)])
         return recall(self.found.similarity[None], true.similarity[None])
 
 
@@ -57,7 +51,7 @@ class RecallSampler:
         self.passed_over = 0
         self._random = random.Random(seed).random
         self._changed = threading.Condition()
-        self._next: _Search | None = None
+        self._next: _Sampled | None = None
         self._busy = self._closed = False
         self._thread = threading.Thread(target=self._work, name="unipinrec-recall", daemon=True)
         self._thread.start()
@@ -76,7 +70,7 @@ class RecallSampler:
             sampler=self,
         )
 
-    def offer(self, search: _Search) -> None:
+    def offer(self, search: _Sampled) -> None:
         """Compare a search, if chance wants it and no other is being compared."""
         if self._random() >= self.share:
             return
@@ -122,21 +116,12 @@ class RecallSampler:
 class _WatchedRetriever(Retriever):
     sampler: RecallSampler
 
-    def retrieve(
-        self,
-        queries: NDArray[np.float32],
-        wanted: int,
-        excluded: NDArray[np.int64],
-        *,
-        allowed: NDArray[np.bool_] | None = None,
-        exact: bool = False,
-    ) -> Candidates:
+    def retrieve(self, searches: Sequence[Search]) -> list[Candidates]:
         """See `Retriever.retrieve`."""
-        found = super().retrieve(queries, wanted, excluded, allowed=allowed, exact=exact)
-        if found.exact is None:  # the index found it
-            self.sampler.offer(
-                _Search(retriever=self, queries=queries, excluded=excluded, allowed=allowed, found=found)
-            )
+        found = super().retrieve(searches)
+        for search, candidates in zip(searches, found, strict=True):
+            if candidates.exact is None:  # the index found it
+                self.sampler.offer(_Sampled(retriever=self, search=search, found=candidates))
         return found
 
 

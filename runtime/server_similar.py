@@ -7,6 +7,7 @@ import numpy as np
 from unipinrec.errors import RequestError
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import item_row
+from unipinrec.runtime.retrieval import Search
 from unipinrec.runtime.server_api import SimilarAnswer, SimilarBody, SimilarItem
 
 
@@ -25,7 +26,8 @@ def similar_items(recommender: Recommender, asked: SimilarBody) -> SimilarAnswer
     if not 1 <= asked.k <= eligible:
         raise RequestError(f"k={asked.k} must be from 1 to {eligible}, the items that are left by the filters")
     queries = np.ascontiguousarray(bundle.item_vectors[rows])
-    found = recommender.retriever.retrieve(queries, asked.k, excluded, allowed=allowed, exact=asked.exact)
+    search = Search(queries=queries, wanted=asked.k, excluded=excluded, allowed=allowed, exact=asked.exact)
+    (found,) = recommender.retriever.retrieve([search])
     items = (
         SimilarItem(item=bundle.item_ids[row], title=bundle.titles[row], similarity=similarity)
         for row, similarity in zip(found.rows.tolist(), found.similarity.tolist(), strict=True)

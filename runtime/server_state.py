@@ -22,7 +22,8 @@ import msgspec
 from unipinrec.errors import BackendError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
 from unipinrec.runtime.grouping import Padding
-from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions, give_back_memory
+from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server_memory import give_back_memory
 
 __all__ = [
     "Deployment",

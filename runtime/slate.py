@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import msgspec
 
-@dataclass(frozen=True, kw_only=True)
-class SlateItem:
+
+class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     """One recommended item.
 
     Attributes:
@@ -25,8 +25,7 @@ class SlateItem:
     retrieval_score: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageTimes:
+class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of each stage; of the whole batch where requests were answered together."""
 
     encode: float
@@ -35,8 +34,7 @@ class StageTimes:
     total: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slate:
+class Slate(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one request.
 
     Attributes:
@@ -59,7 +57,7 @@ class Slate:
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON form; titles and `exact` are not part of it."""
-        document = asdict(self)
+        document: dict[str, Any] = msgspec.to_builtins(self)
         del document["exact"]
         for item in document["items"]:
             del item["title"]

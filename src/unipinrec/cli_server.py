@@ -68,6 +68,13 @@ positive = click.FloatRange(0, min_open=True)
 @click.option("--cache-ttl-s", type=positive, help="Drop encoded histories that were not used for so long.")
 @click.option("--max-batch", type=click.IntRange(1), default=32, show_default=True, help="Requests answered together.")
 @click.option(
+    "--batches",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Batches computed at the same time: one computes while the other collects what it needs and makes answers.",
+)
+@click.option(
     "--max-wait-ms",
     type=click.FloatRange(0),
     default=0.0,

@@ -97,7 +97,9 @@ def _deployment(options: dict[str, Any], sampler: RecallSampler | None) -> Deplo
         strict=options["strict"],
         allow_bundle_engines=options["allow_bundle_engines"],
         cache=cache if budget_bytes else None,
-        batching=BatchOptions(max_batch=options["max_batch"], max_wait_ms=options["max_wait_ms"]),
+        batching=BatchOptions(
+            max_batch=options["max_batch"], max_wait_ms=options["max_wait_ms"], workers=options["batches"]
+        ),
         sampler=sampler,
     )
 

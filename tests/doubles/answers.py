@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
+from unipinrec.runtime.retrieval import Candidates, Retriever, Search
 from unipinrec.runtime.session import Backend
 
 STORED = Path(__file__).resolve().parents[1] / "fixtures" / "bundle_v1"
@@ -45,3 +46,11 @@ def assert_same(found: list[NDArray[Any]], expected: list[NDArray[Any]], atol: f
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
+
+
+def retrieved(
+    retriever: Retriever, queries: NDArray[np.float32], wanted: int, excluded: NDArray[np.int64], **options: Any
+) -> Candidates:
+    """What one search finds."""
+    (found,) = retriever.retrieve([Search(queries=queries, wanted=wanted, excluded=excluded, **options)])
+    return found

@@ -19,7 +19,7 @@ from unipinrec.runtime.histories import HistoryEncoder
 from unipinrec.runtime.kv_buffer import HostTensor, KvBuffer
 from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvPages
 from unipinrec.runtime.manifest import ModelSpec
-from unipinrec.runtime.retrieval import Candidates, Retriever
+from unipinrec.runtime.retrieval import Candidates, Retriever, Search
 from unipinrec.runtime.session import Backend, Tensor
 from unipinrec.runtime.slate import SlateItem
 
@@ -112,9 +112,9 @@ class FailingRetriever(Retriever):
 
     fuse: Fuse
 
-    def retrieve(self, *given: Any, **options: Any) -> Candidates:
+    def retrieve(self, searches: Sequence[Search]) -> list[Candidates]:
         self.fuse.burn()
-        return super().retrieve(*given, **options)
+        return super().retrieve(searches)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,16 @@ import dataclasses
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import retrieved
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.index import ExactIndex, Found
+from unipinrec.runtime.index import Eligible, ExactIndex, Found
 from unipinrec.runtime.retrieval import Retriever
 from unipinrec.runtime.server_recall import RecallSampler
 from unipinrec.runtime.server_state import Deployment, DeploymentOptions, Deployments
@@ -37,7 +38,7 @@ class Forgetful:
 class Broken(ExactIndex):
     """Fails whenever it is asked."""
 
-    def search(self, queries: NDArray[np.float32], k: int, eligible: NDArray[np.bool_] | None = None) -> Found:
+    def near(self, queries: NDArray[np.float32], k: int, eligible: Sequence[Eligible]) -> list[NDArray[np.int64]]:
         raise MemoryError
 
 
@@ -57,13 +58,13 @@ def test_recall_is_that_of_what_the_request_got(retriever: Retriever, sampler: R
     measured: list[float] = []
     sampler.observe = measured.append
     watched, query = sampler.watch(retriever), VECTORS[:1]
-    plain = retriever.retrieve(query, 10, NONE)
-    found = watched.retrieve(query, 10, NONE)
+    plain = retrieved(retriever, query, 10, NONE)
+    found = retrieved(watched, query, 10, NONE)
     np.testing.assert_array_equal(found.rows, plain.rows)
     sampler.settle()
     assert measured == [pytest.approx(0.9)]
     excluded = np.array([0])  # the nearest item is the query itself: without it the index finds all
-    watched.retrieve(query, 10, excluded)
+    retrieved(watched, query, 10, excluded)
     sampler.settle()
     assert measured[1:] == [pytest.approx(1.0)]
 
@@ -71,7 +72,7 @@ def test_recall_is_that_of_what_the_request_got(retriever: Retriever, sampler: R
 def test_a_scan_is_not_compared_with_itself(retriever: Retriever, sampler: RecallSampler) -> None:
     measured: list[float] = []
     sampler.observe = measured.append
-    sampler.watch(retriever).retrieve(VECTORS[:1], 10, NONE, exact=True)
+    retrieved(sampler.watch(retriever), VECTORS[:1], 10, NONE, exact=True)
     sampler.settle()
     assert measured == []
 
@@ -83,7 +84,7 @@ def test_a_share_is_compared(retriever: Retriever) -> None:
         sampler.observe = measured.append
         watched = sampler.watch(retriever)
         for place in range(200):
-            watched.retrieve(VECTORS[place : place + 1], 5, NONE)
+            retrieved(watched, VECTORS[place : place + 1], 5, NONE)
             sampler.settle()
         sampler.close()
         assert fewest <= len(measured) <= most
@@ -99,10 +100,10 @@ def test_requests_do_not_wait_for_a_comparison(retriever: Retriever, sampler: Re
 
     sampler.observe = slow
     watched = sampler.watch(retriever)
-    watched.retrieve(VECTORS[:1], 5, NONE)
+    retrieved(watched, VECTORS[:1], 5, NONE)
     assert entered.wait(20)
     for _ in range(3):
-        assert len(watched.retrieve(VECTORS[:1], 5, NONE).rows) == 5
+        assert len(retrieved(watched, VECTORS[:1], 5, NONE).rows) == 5
     assert sampler.passed_over == 3
     go_on.set()
     sampler.settle()
@@ -113,9 +114,10 @@ def test_a_comparison_that_fails_is_not_the_last(
 ) -> None:
     measured: list[float] = []
     sampler.observe = measured.append
-    sampler.watch(dataclasses.replace(retriever, scan=Broken(VECTORS))).retrieve(VECTORS[:1], 5, NONE)
+    broken = sampler.watch(dataclasses.replace(retriever, scan=Broken(VECTORS)))
+    retrieved(broken, VECTORS[:1], 5, NONE)
     sampler.settle()
-    sampler.watch(retriever).retrieve(VECTORS[:1], 5, NONE)
+    retrieved(sampler.watch(retriever), VECTORS[:1], 5, NONE)
     sampler.settle()
     assert len(measured) == 1
     assert "a sampled search could not be compared" in caplog.text
@@ -123,7 +125,7 @@ def test_a_comparison_that_fails_is_not_the_last(
 
 def test_nothing_of_a_bundle_is_held_afterwards(retriever: Retriever, sampler: RecallSampler) -> None:
     watched = sampler.watch(retriever)
-    watched.retrieve(VECTORS[:1], 5, NONE)
+    retrieved(watched, VECTORS[:1], 5, NONE)
     sampler.settle()
     left = weakref.ref(watched)
     gc.disable()
@@ -144,7 +146,7 @@ def test_closing_ends_the_thread(retriever: Retriever) -> None:
     sampler = RecallSampler(1.0)
     sampler.close()
     sampler.close()
-    sampler.watch(retriever).retrieve(VECTORS[:1], 5, NONE)
+    retrieved(sampler.watch(retriever), VECTORS[:1], 5, NONE)
     assert sampler.passed_over == 1
 
 
