@@ -150,3 +150,19 @@ def test_metrics_survive_json() -> None:
     retrieval = RetrievalMetrics(hit_rate={1: 0.1, 10: 0.5}, ndcg={10: 0.25}, mrr=0.2, targets=4)
     metrics = Metrics(retrieval=retrieval, ranking={"hide": _action(None, 0.0, 5)})
     assert msgspec.json.decode(msgspec.json.encode(metrics), type=Metrics) == metrics
+
+
+def test_a_scorer_that_follows_its_users_outcomes_gains_auc_and_loses_gauc() -> None:
+    """Users of constant taste: to follow it by what they did helps, and GAUC falls; to know it leaves GAUC alone."""
+    rng = np.random.default_rng(0)
+    rows = 12
+    taste, appeal = rng.normal(-0.8, 1.0, (2000, 1)), rng.normal(0.0, 1.0, (2000, rows))
+    labels = (rng.random(appeal.shape) < 1 / (1 + np.exp(-taste - appeal))).astype(np.uint8)
+    earlier = np.cumsum(labels, axis=1) - labels
+    rate = (earlier + 20 * labels.mean()) / (np.arange(rows) + 20)
+    users = np.repeat(np.arange(len(labels)), rows)
+    scorers = {"blind": appeal, "following": appeal + np.log(rate / (1 - rate)), "knowing": appeal + taste}
+    found = {name: action_metrics(users, labels.ravel(), scores.ravel()) for name, scores in scorers.items()}
+    assert (found["blind"].auc, found["blind"].gauc) == pytest.approx((0.7099, 0.7394), abs=1e-4)
+    assert (found["following"].auc, found["following"].gauc) == pytest.approx((0.7361, 0.7193), abs=1e-4)
+    assert (found["knowing"].auc, found["knowing"].gauc) == pytest.approx((0.8009, 0.7394), abs=1e-4)
