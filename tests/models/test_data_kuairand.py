@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unipinrec.errors import DataError
@@ -30,7 +32,7 @@ VIDEOS = (
     "music_id,music_type,tag\n"
     "10,7349781,NORMAL,2022-04-10,LongImport,0.0,87000.0,720.0,1280.0,9155697141,9.0,39\n"
     '11,2103883,AD,2022-04-08,PictureSet,0.0,,720.0,1280.0,6355810746,,"12,65"\n'
-    "12,5067285,NORMAL,,Web,0.0,9000.0,720.0,1280.0,6618412736,4.0,\n"
+    "12,7349781,NORMAL,,Web,0.0,9000.0,720.0,1280.0,6618412736,4.0,\n"
 )
 HISTORY = "user_id,pos,video_id,long_view,is_like\n1,1,11,0,1\n1,0,12,1,0\n3,0,12,0,0\n"
 
@@ -125,8 +127,23 @@ def test_the_catalogue_is_the_video_file_with_videos_never_shown(reduced: Path) 
     ).rows() == [
         ("39", "7349781", "NORMAL", "LongImport", "9"),
         ("12", "2103883", "AD", "PictureSet", None),
-        (None, "5067285", "NORMAL", "Web", "4"),
+        (None, "7349781", "NORMAL", "Web", "4"),
     ]
+
+
+def test_what_history_lists_tell_of_an_item_and_of_its_author_is_a_feature(reduced: Path) -> None:
+    """Three rows: item 11 is liked, item 12 has one long view in two; the prior of either action is 8 of 20 rows."""
+    dataset = build_dataset(read_kuairand(reduced))
+    assert dataset.spec.dense == {"log_duration": 1, "age_days": 1, "past_item": 3, "past_author": 3}
+    unseen = [0.0, math.log(8 / 12), math.log(8 / 12)]
+    liked = [math.log(2), math.log(8 / 13), math.log(9 / 12)]
+    viewed = [math.log(3), math.log(9 / 13), math.log(8 / 14)]
+    for name, expected in (("item", [unseen, liked, viewed]), ("author", [viewed, liked, viewed])):
+        assert np.allclose(dataset.items[f"dense_past_{name}"].to_list(), expected), name
+
+
+def test_without_history_lists_there_are_no_such_features(owner: Path) -> None:
+    assert build_dataset(read_kuairand(owner)).spec.dense == {"log_duration": 1, "age_days": 1}
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
