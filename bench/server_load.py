@@ -11,7 +11,7 @@ LoadGen or, with `--generator poisson`, ours, which needs no package.
 An answer is good if it is a 200 within 100 ms of the moment at which the request was due. Clients are patient, and
 wait for the server's own deadline of 2 s, or hasty: their requests say `X-Deadline-Ms`, somewhat less than 100.
 
-    in process   `Recommender` and `Batcher` here with the same bundle, users and cache; `--clients` threads in a closed
+    in process   `Recommender` and `Batcher` here, set as in the server, same users and cache; `--clients` threads in a closed
                  loop; before and after everything else
     null         the same load on a Starlette route that answers as many bytes and computes nothing: what the generator,
                  the sockets and HTTP take
@@ -151,7 +151,7 @@ def in_process(recommender: Recommender, users: Users, clients: int, seconds: fl
         Request(history=history, options=options, user=name)
         for name, history in zip(users.names, users.histories, strict=True)
     ]
-    with Batcher(recommender, BatchOptions(max_wait_ms=0.0)) as batcher:
+    with Batcher(recommender, BatchOptions(max_wait_ms=0.0, workers=2)) as batcher:
         for request in requests:
             batcher.recommend(request)
         of_us = time.process_time()
