@@ -11,8 +11,8 @@ LoadGen or, with `--generator poisson`, ours, which needs no package.
 An answer is good if it is a 200 within 100 ms of the moment at which the request was due. Clients are patient, and
 wait for the server's own deadline of 2 s, or hasty: their requests say `X-Deadline-Ms`, somewhat less than 100.
 
-    in process   `Recommender` and `Batcher` here, set as in the server, same users and cache; `--clients` threads in a closed
-                 loop; before and after everything else
+    in process   `Recommender` and `Batcher` here, set as in the server, same users and cache; `--clients` threads in a
+                 closed loop; before and after everything else
     null         the same load on a Starlette route that answers as many bytes and computes nothing: what the generator,
                  the sockets and HTTP take
     peak         the highest rate found at which 99 % of what patient clients asked was good, by bisection
@@ -228,7 +228,7 @@ def under_load(
         show(clients, found)
         return found
 
-    best = peak(partial(loaded, "patient"), 0.4 * guess, 1.1 * guess, options.steps)
+    best = options.peak or peak(partial(loaded, "patient"), 0.4 * guess, 1.1 * guess, options.steps)
     curve = [
         {"share_of_peak": share, **{clients: loaded(clients, share * best) for clients in ("patient", "hasty")}}
         for share in options.shares
@@ -280,6 +280,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--steps", type=int, default=6, help="of the search for the peak")
+    parser.add_argument("--peak", type=float, help="a rate to take for the peak instead of searching for it")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the peak, for the curve")
     parser.add_argument("--users", type=int, default=500)
     parser.add_argument("--clients", type=int, default=32, help="threads in process")
