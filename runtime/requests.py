@@ -190,19 +190,16 @@ def resolve_request(
     history = read_history(request.history[start:], manifest, catalogue.rows, first=start)
     denied = set(catalogue.known_rows(options.exclude).tolist())
     if options.exclude_seen:
-        denied.update(history.item_rows.tolist())
-        denied.update(catalogue.known_rows(str(event.item) for event in request.history[:start]).tolist())
+        before = catalogue.known_rows(str(event.item) for event in request.history[:start])
+        denied.update(history.item_rows.tolist(), before.tolist())
     # Not np.unique: it lets another thread have the interpreter, and a server's event loop then waits to get it back.
     excluded = np.array(sorted(denied), np.int64)
     allowed = catalogue.allowed(options.allow, options.categories)
     eligible = catalogue.eligible(allowed, excluded)
     k = _at_least_one("k", request.k)
     if k > eligible:
-        filtered = (
-            ""
-            if options.allow is None and options.categories is None
-            else " and those that allow or categories rule out"
-        )
+        unfiltered = options.allow is None and options.categories is None
+        filtered = "" if unfiltered else " and those that allow or categories rule out"
         remedy = f"ask for at most {eligible}" if eligible else "loosen the filters"
         raise RequestError(
             f"k={k} items were asked for, but only {eligible} of the {catalogue.num_live} items are eligible after "
@@ -323,9 +320,9 @@ def _surfaces(manifest: Manifest) -> Mapping[str, int]:
 
 
 @lru_cache(maxsize=32)
-def _places(names: tuple[str, ...], first: str | None = None) -> Mapping[str, int]:
-    """Place of each name; `first` is another name of place 0. Every event of every request is looked up here."""
-    return {name: place for place, name in enumerate(names)} | ({} if first is None else {first: 0})
+def _places(names: tuple[str, ...], *first: str) -> Mapping[str, int]:
+    """Place of each name, 0 of `first`; kept, since every event of every request is looked up there."""
+    return {name: place for place, name in enumerate(names)} | dict.fromkeys(first, 0)
 
 
 def _look_up(given: str, known: Mapping[str, int], kind: str, where: str) -> int:
