@@ -8,6 +8,7 @@ request once they have their answer. Ways, in turn for `--seconds` each, `--roun
 
     alone     each thread calls `Recommender.recommend` itself
     batched   all threads go through one `Batcher`
+    two       the same with two batches at a time, as in the server
 
 `padding_waste` is the share of what was computed that was padding, by stage.
 """
@@ -63,12 +64,13 @@ def load(answer: Callable[[Request], object], requests: list[Request], clients: 
 
 def row(name: str, recommender: Recommender, options: argparse.Namespace) -> dict[str, Any]:
     requests = requests_of(recommender.bundle.manifest.model.max_history)
-    rates: dict[str, list[float]] = {"alone": [], "batched": []}
-    latencies: dict[str, list[float]] = {"alone": [], "batched": []}
-    with Batcher(recommender, BatchOptions()) as batcher:
+    rates: dict[str, list[float]] = {"alone": [], "batched": [], "two": []}
+    latencies: dict[str, list[float]] = {"alone": [], "batched": [], "two": []}
+    with Batcher(recommender, BatchOptions()) as batcher, Batcher(recommender, BatchOptions(workers=2)) as two:
         ways: dict[str, Callable[[Request], object]] = {
             "alone": lambda asked: recommender.recommend_many([asked]),
             "batched": batcher.recommend,
+            "two": two.recommend,
         }
         for turn in range(options.rounds + 1):
             for way, answer in ways.items():
@@ -78,10 +80,12 @@ def row(name: str, recommender: Recommender, options: argparse.Namespace) -> dic
                     latencies[way] += took
         books = batcher.statistics()
     ratios = [b / a for a, b in zip(rates["alone"], rates["batched"], strict=True)]
+    of_two = [b / a for a, b in zip(rates["batched"], rates["two"], strict=True)]
     return {
         "model": name,
         "requests_per_second": {way: spread(values) for way, values in rates.items()},
         "batched_over_alone": spread(ratios),
+        "two_over_batched": spread(of_two),
         "latency_ms": {
             way: dict(zip(("p50", "p95", "p99"), np.percentile(values, [50, 95, 99]).round(2).tolist(), strict=True))
             for way, values in latencies.items()
@@ -93,7 +97,7 @@ def row(name: str, recommender: Recommender, options: argparse.Namespace) -> dic
 
 
 def main() -> None:
-    """Load both ways; write the result."""
+    """Load all ways; write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=5.0)
