@@ -29,7 +29,7 @@ class BatchOptions:
         max_wait_ms: Longest that a request waits for others while a worker is free; 0 = never. The
             operating system wakes the worker up to half a millisecond later.
         workers: Batches computed at the same time, which share the backend's threads. A second one computes while the
-            first collects what it needs and makes answers.
+            first collects what it needs and makes answers: 1.2 to 1.3 times the throughput (`bench/batching.py`).
     """
 
     max_batch: int = MAX_ROWS
