@@ -27,6 +27,7 @@ from unipinrec.runtime.server_state import Deployments
 
 KEEP_ALIVE_S = 75  # longer than what proxies keep idle connections for, so that they end them and not we
 BACKLOG = 2_048
+LINGER_S = 0.5  # after the last connection was accepted: what a client has sent by then is read and answered
 # The event loop waits this long at most for a batch that holds the interpreter; Python's own 5 ms are felt in the p99.
 SWITCH_INTERVAL_S = 1e-3
 # Python's own (700, 10, 10) looks through all objects of the process again and again: 40 ms, in which nobody is served.
@@ -141,6 +142,40 @@ class _Process(uvicorn.Server):
         if self._ends is not None and time.monotonic() >= self._ends:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, answer all that was accepted, then end."""
+        await self._accept_the_last(sockets or [])
+        await self._read_the_last()
+        await super().shutdown(sockets)
+
+    async def _accept_the_last(self, sockets: list[socket.socket]) -> None:
+        """Closing a socket resets the connections that wait in it, though their clients think they are served."""
+        waiting = [listener.dup() for listener in sockets]
+        for server in self.servers:
+            server.close()
+        for listener in sockets:
+            listener.close()
+        await asyncio.sleep(0)  # uvloop closes a step later
+        accepted = []
+        for listener in waiting:
+            listener.setblocking(False)
+            with listener, suppress(BlockingIOError):
+                while True:
+                    accepted.append(listener.accept()[0])
+        loop = asyncio.get_running_loop()
+        for connection in accepted:
+            await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        state, app_state = self.server_state, self.lifespan.state
+        return self.config.http_protocol_class(config=self.config, server_state=state, app_state=app_state)  # type: ignore[call-arg]  # as uvicorn has it
+
+    async def _read_the_last(self) -> None:
+        """uvicorn closes a connection whose request it has not begun to read."""
+        ends = time.monotonic() + LINGER_S
+        while self.server_state.connections and time.monotonic() < ends and not self.force_exit:
+            await asyncio.sleep(0.01)
 
 
 def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:

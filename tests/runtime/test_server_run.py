@@ -119,9 +119,10 @@ def test_events_that_were_acknowledged_survive_kill_9(tmp_path: Path) -> None:
         assert (status, answer["kv"]) == (200, "miss")
 
 
-def test_sigterm_under_load_loses_no_accepted_request() -> None:
+@pytest.mark.parametrize("drain_delay_s", [0, 0.3])
+def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float) -> None:
     outcomes: list[int | str] = []
-    with started("--drain-delay-s", "0.3", "--max-wait-ms", "20") as running:
+    with started("--drain-delay-s", str(drain_delay_s), "--max-wait-ms", "20") as running:
         running.ready()
         ended = threading.Event()
 
