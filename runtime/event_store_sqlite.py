@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,12 +23,16 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, decode_events, encode_events, merged
 
 FILE = "events.sqlite3"
-FORMAT = 1
+FORMAT = 2
 BUSY_S = 5.0  # how long another process, such as a backup, may hold the file up
-SCHEMA = """
-CREATE TABLE users (user TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, events BLOB NOT NULL);
-CREATE INDEX users_by_update ON users (updated_ms);
-"""
+SCHEMA = (
+    "CREATE TABLE users (user TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, events BLOB NOT NULL)",
+    "CREATE INDEX users_by_update ON users (updated_ms)",
+    "CREATE TABLE total (users INTEGER NOT NULL)",  # counting rows would take longer than to write some
+    "INSERT INTO total VALUES (0)",
+    "CREATE TRIGGER counted_in AFTER INSERT ON users BEGIN UPDATE total SET users = users + 1; END",
+    "CREATE TRIGGER counted_out AFTER DELETE ON users BEGIN UPDATE total SET users = users - 1; END",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,6 @@ class SqliteEventStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._writer, self._reader = _connect(self._path), _connect(self._path)
             _prepare(self._writer, self._path)
-            (self._users,) = self._writer.execute("SELECT count(*) FROM users").fetchone()
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
         self._queue: deque[_Write] = deque()
@@ -103,14 +107,12 @@ class SqliteEventStore:
     def _write_all(self) -> None:
         while writes := self._next_writes():
             running = [write for write in writes if write.done.set_running_or_notify_cancel()]
-            users = self._users
             try:
                 with self._writer:
                     self._writer.execute("BEGIN IMMEDIATE")
                     results = [write.work() for write in running]
                     self._make_room()
             except Exception as error:  # whatever it is, those who wait must hear of it
-                self._users = users
                 for write in running:
                     write.done.set_exception(self._failed(error))
             else:
@@ -134,20 +136,19 @@ class SqliteEventStore:
                 "INSERT INTO users VALUES (?1, ?2, ?3) ON CONFLICT (user) DO UPDATE SET updated_ms = ?2, events = ?3",
                 (append.user, now_ms, encode_events(events)),
             )
-            self._users += not known
         return receipt
 
     def _forget(self, user: str) -> int:
         known = _select(self._writer, user)
-        self._users -= self._writer.execute("DELETE FROM users WHERE user = ?", (user,)).rowcount
+        self._writer.execute("DELETE FROM users WHERE user = ?", (user,))
         return len(known)
 
     def _make_room(self) -> None:
-        if self._users > self._limits.users:
+        (users,) = self._writer.execute("SELECT users FROM total").fetchone()
+        if users > self._limits.users:
             oldest = "SELECT rowid FROM users ORDER BY updated_ms LIMIT ?"
-            over = self._users - self._limits.users
-            done = self._writer.execute(f"DELETE FROM users WHERE rowid IN ({oldest})", (over,))  # noqa: S608 - ours
-            self._users -= done.rowcount
+            over = users - self._limits.users
+            self._writer.execute(f"DELETE FROM users WHERE rowid IN ({oldest})", (over,))  # noqa: S608 - ours
 
     def _failed(self, error: Exception) -> BackendError:
         return BackendError(
@@ -165,14 +166,32 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     Raises:
         BackendError: Another version of this package wrote the file.
     """
-    connection.execute("PRAGMA journal_mode = WAL")
+    _switch_to_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut too
     connection.execute("PRAGMA secure_delete = ON")  # who is forgotten is not left in the free pages of the file
+    connection.execute("BEGIN IMMEDIATE")  # of processes that start together one makes the tables
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-    elif version != FORMAT:
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+    connection.execute("COMMIT")
+    if version not in (0, FORMAT):
         raise BackendError(f"{path}: its format is {version}, this version reads {FORMAT}; give another --state")
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """SQLite does not wait for others here, such as processes that start at the same moment."""
+    limit = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _select(connection: sqlite3.Connection, user: str) -> Events:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -347,12 +347,30 @@ def test_who_is_forgotten_is_not_left_in_the_file(tmp_path: Path) -> None:
     assert b"very-secret-item" not in (tmp_path / "events.sqlite3").read_bytes()
 
 
+def test_stores_that_begin_at_the_same_moment_make_one_file(tmp_path: Path) -> None:
+    for attempt in range(10):
+        gate, folder = threading.Barrier(4), tmp_path / str(attempt)
+
+        def begin(gate: threading.Barrier = gate, folder: Path = folder) -> SqliteEventStore:
+            gate.wait()
+            return SqliteEventStore(folder, LIMITS)
+
+        with ThreadPoolExecutor(4) as threads:
+            stores = [future.result() for future in [threads.submit(begin) for _ in range(4)]]
+        for number, store in enumerate(stores):
+            store.append([append(f"u{number}", event("a", number))], NOW + number).result(20)
+        known = [len(events) for events in stores[0].histories([f"u{number}" for number in range(4)]).result()]
+        assert known == [0, 1, 1, 1]  # the limit is one for all of them
+        for store in stores:
+            store.close()
+
+
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     SqliteEventStore(tmp_path, LIMITS).close()
     with sqlite3.connect(tmp_path / "events.sqlite3") as file:
-        file.execute("PRAGMA user_version = 2")
+        file.execute("PRAGMA user_version = 1")
     file.close()
-    with pytest.raises(BackendError, match="its format is 2, this version reads 1"):
+    with pytest.raises(BackendError, match="its format is 1, this version reads 2"):
         SqliteEventStore(tmp_path, LIMITS)
 
 
