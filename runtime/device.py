@@ -39,10 +39,12 @@ class DeviceRules(TypedDict, total=False):
         strict: Fail instead of falling back to another device. With "auto": fail if this machine has an NVIDIA driver
             and TensorRT does not serve.
         allow_bundle_engines: Run engines that travel in the bundle, built elsewhere. They are executable code.
+        threads: How many compute on the CPU; None = as many as this process may use.
     """
 
     strict: bool
     allow_bundle_engines: bool
+    threads: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ CPU = Device(name="cpu", reason="asked for")
 
 
 def open_backend(
-    bundle: Bundle, wanted: str, *, strict: bool = False, allow_bundle_engines: bool = False
+    bundle: Bundle, wanted: str, *, strict: bool = False, allow_bundle_engines: bool = False, threads: int | None = None
 ) -> tuple[Device, Backend]:
     """Load a bundle's graphs on the wanted device or, where it does not run, on the next; see `DeviceRules`.
 
@@ -78,7 +80,7 @@ def open_backend(
     refused: list[str] = []
     for name in names[:1] if bound else names:
         try:
-            backend = _open(name, bundle, allow_bundle_engines)
+            backend = _open(name, bundle, allow_bundle_engines, threads)
         except BackendError as error:
             if len(names) == 1:
                 raise
@@ -125,7 +127,7 @@ def precision_of(name: str) -> Precision:
     return cast(Precision, name.partition("-")[2] or "fp32")
 
 
-def _open(name: str, bundle: Bundle, allow_bundle_engines: bool) -> Backend:
+def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | None) -> Backend:
     """Load a bundle's graphs on one device.
 
     Raises:
@@ -133,10 +135,10 @@ def _open(name: str, bundle: Bundle, allow_bundle_engines: bool) -> Backend:
     """
     kind, precision, manifest = name.partition("-")[0], precision_of(name), bundle.manifest
     if kind == "cpu":
-        return OrtBackend(bundle.graph_files())
+        return OrtBackend(bundle.graph_files(), threads)
     if kind == "openvino":
         rounded = precision == "bf16"
-        return OpenVinoBackend(bundle.graph_files(), manifest.graphs, precision="bf16" if rounded else "fp32")
+        return OpenVinoBackend(bundle.graph_files(), manifest.graphs, threads, precision="bf16" if rounded else "fp32")
     if precision not in (manifest.precision, *manifest.precisions):
         raise BackendError(
             f"the bundle has graphs in {', '.join((manifest.precision, *manifest.precisions))}, not in {precision}; "

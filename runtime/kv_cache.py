@@ -75,7 +75,7 @@ class KvCache:
             )
         if ttl_s is not None and not ttl_s > 0:
             raise ConfigError(f"ttl_s={ttl_s} must be more than 0, or None")
-        self.pages = KvPages(geometry, options.budget_bytes // geometry.page_bytes)
+        self.pages = KvPages(geometry, options.budget_bytes // geometry.page_bytes, options.threads)
         self._clock = clock
         self._lock = threading.Lock()
         self._free = list(range(self.pages.count))[::-1]

@@ -17,12 +17,14 @@ class CacheOptions:
             users (`bench/kv_precision.py`).
         ttl_s: Drop entries that were not used for so many seconds; None = never.
         page_slots: Events of a page; a user's last page is half empty on average.
+        threads: How many copy pages; None = as many as this process may use.
     """
 
     budget_bytes: int = 1 << 30
     dtype: KvDtype = "int8"
     ttl_s: float | None = None
     page_slots: int = PAGE_SLOTS
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,14 +82,14 @@ class KvGeometry:
 class KvPages:
     """Pages on the host. Different threads may write to and read from different slots at the same time."""
 
-    def __init__(self, geometry: KvGeometry, count: int) -> None:
+    def __init__(self, geometry: KvGeometry, count: int, threads: int | None = None) -> None:
         """Allocate and touch all pages, so that a machine without the memory fails now and not in a request.
 
         Raises:
             ConfigError: The machine has not enough memory.
         """
         self.geometry, self.count = geometry, count
-        self._lanes = available_threads()
+        self._lanes = threads or available_threads()
         self._threads = ThreadPoolExecutor(max(1, self._lanes - 1), "unipinrec-pages")
         shape = (count, geometry.tensors, geometry.heads, geometry.page_slots)
         try:

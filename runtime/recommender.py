@@ -78,7 +78,7 @@ class Recommender:
                 this one replaces. None = encode every history anew.
             window_slack: By how many events the window over a history that is too long moves at a time; None = an
                 eighth of the model's limit.
-            **rules: `strict` and `allow_bundle_engines`, both False unless given; see `DeviceRules`.
+            **rules: `strict`, `allow_bundle_engines` and `threads`; see `DeviceRules`.
 
         Raises:
             BundleError: The bundle is damaged, of a newer format, or does not compute what PyTorch computed.

@@ -30,6 +30,7 @@ class DeploymentOptions:
     device: str = "auto"
     strict: bool = False
     allow_bundle_engines: bool = False
+    threads: int | None = None
     cache: CacheOptions | None = None
     window_slack: int | None = None
     batching: BatchOptions = field(default_factory=BatchOptions)
@@ -79,6 +80,7 @@ class Deployment:
             window_slack=options.window_slack,
             strict=options.strict,
             allow_bundle_engines=options.allow_bundle_engines,
+            threads=options.threads,
         )
         with ExitStack() as unless_ready:
             unless_ready.callback(recommender.close)
