@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import socket
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -16,6 +19,7 @@ from open_loop import Answer, ask, post
 
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
 
+RETIRED = 50
 READY = b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -44,34 +48,51 @@ class Served:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """`kill -9`."""
-        self.process.kill()
+        """`kill -9` of all its processes."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+    def pids(self) -> list[int]:
+        """The process, and those that it started to serve with it."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        with suppress(OSError):
+            return [self.process.pid, *map(int, children.read_text().split())]
+        return [self.process.pid]
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
+    def serving(self) -> list[int]:
+        """The processes of several that answer requests."""
+        return [pid for pid in self.pids()[1:] if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def resident_mib(self) -> float | None:
         """Its memory; None where it does not run."""
         try:
-            found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+            texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids()]
         except OSError:
             return None
-        return int(found[1]) / 1024 if found else None
+        found = [re.search(r"VmRSS:\s+(\d+) kB", text) for text in texts]
+        return sum(int(one[1]) for one in found if one) / 1024
 
     def cpu_s(self) -> float:
         """Processor time that it took so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / 100
+        return sum(_cpu_s(pid) for pid in self.pids())
 
     def __enter__(self) -> Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.kill()
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
 
 
 def free_port() -> int:
@@ -145,3 +166,15 @@ def difference(got: Answered, expected: Slate, tolerance: float, k: int = 20) ->
     shown, last = {item.item for item in got.items}, scores[-1] + 2 * tolerance
     better = [i for i in expected.items if i.item not in shown and i.score > last and i.retrieval_score > edge]
     return f"{better[0].item} is missing" if better else None
+
+
+def second_bundle(bundle: Path, folder: Path) -> dict[str, Path]:
+    """The bundle under the name "a", and an update of it, "b"."""
+    paths = {"a": folder / "a", "b": folder / "b"}
+    paths["a"].symlink_to(bundle.resolve(), target_is_directory=True)
+    ids = json.loads((bundle / "item_ids.json").read_bytes())
+    retired = folder / "retired.txt"
+    retired.write_text("\n".join(ids[:: len(ids) // RETIRED][:RETIRED]) + "\n")
+    words = ["-m", "unipinrec", "index", str(bundle), "--out", str(paths["b"]), "--retire", str(retired)]
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return paths

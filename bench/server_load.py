@@ -32,8 +32,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from served import Served, answered, difference, fresh, recommend, sent
 
 from unipinrec.runtime import Batcher, BatchOptions, CacheOptions, Event, Recommender, RecommendOptions, Request
 
-LIMIT_MS, NOW_MS, TOLERANCE, CACHE_MIB = 100.0, 1_800_000_000_000, 2e-2, 256
+LIMIT_MS, NOW_MS, TOLERANCE, CACHE_MIB, LANES = 100.0, 1_800_000_000_000, 2e-2, 256, 32
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.85, 1.0, 1.1, 1.25, 1.5)
 DECLARED = {200, 429, 504}
 NULL = """
@@ -84,13 +86,14 @@ class Users:
     @classmethod
     def of(cls, recommender: Recommender, most: int, deadline_ms: float) -> Users:
         bundle = recommender.bundle
-        names = [name for name, events in bundle.sample_users(most) if events]
-        if not names:
+        sampled = [bundle.user_events(name) for name, events in bundle.sample_users(most) if events]
+        if not sampled:
             raise SystemExit(f"{bundle.path} carries no sample users; export it with --data")
+        names = [f"user-{place}" for place in range(most)]
         header = f"x-deadline-ms: {deadline_ms:g}"
         return cls(
             names=names,
-            histories=[bundle.user_events(name) for name in names],
+            histories=list(islice(cycle(sampled), most)),
             patient=[recommend(name, NOW_MS) for name in names],
             hasty=[recommend(name, NOW_MS, 20, header) for name in names],
         )
@@ -188,8 +191,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         users = Users.of(cached, options.users, options.deadline_ms)
         before = in_process(cached, users, options.clients, options.seconds)
         generate = generator(options.generator, folder)
+        together = ("--processes", str(options.processes), "--state", folder / "state")
         with (
-            Served.of(options.bundle, folder, "--cache-mib", str(CACHE_MIB)) as server,
+            Served.of(options.bundle, folder, "--cache-mib", str(CACHE_MIB), *together) as server,
             Recommender.load(options.bundle, "cpu") as alone,
         ):
             judge = Judge(alone, users, options.check)
@@ -213,12 +217,7 @@ def under_load(
     server: Served, generate: Generator, users: Users, judge: Judge, options: argparse.Namespace, guess: float
 ) -> dict[str, Any]:
     """Peak and curve."""
-    listed = [
-        sent(name, history, [f"e{n}" for n in range(len(history))])
-        for name, history in zip(users.names, users.histories, strict=True)
-    ]
-    for answer in ask(server.port, listed + users.patient):
-        assert answer.status == 200, answer
+    introduce(server.port, users)
     size = len(ask(server.port, users.patient[:1])[0].content)
 
     def loaded(clients: str, rate: float) -> dict[str, Any]:
@@ -241,6 +240,22 @@ def under_load(
         "goodput_past_saturation_over_peak": round(min(past) / max([*good, best]), 3) if past else None,
         "answer_bytes": size,
     }
+
+
+def introduce(port: int, users: Users) -> None:
+    """Tell a server of all users, and let each ask once; many at a time, which share the wait for the disk."""
+
+    def tell(lane: int) -> None:
+        named = list(zip(users.names, users.histories, strict=True))[lane::LANES]
+        messages = [sent(name, history, [f"e{n}" for n in range(len(history))]) for name, history in named]
+        for message in messages + users.patient[lane::LANES]:
+            while (answer := ask(port, [message])[0]).status in (429, 504):
+                time.sleep(0.2)
+            if answer.status != 200:
+                raise SystemExit(f"status {answer.status}: {answer.content[:200]!r}")
+
+    with ThreadPoolExecutor(LANES) as threads:
+        list(threads.map(tell, range(LANES)))
 
 
 def on_null(
@@ -282,7 +297,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="of the search for the peak")
     parser.add_argument("--peak", type=float, help="a rate to take for the peak instead of searching for it")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the peak, for the curve")
-    parser.add_argument("--users", type=int, default=500)
+    parser.add_argument("--processes", type=int, default=2, help="of the server")
+    parser.add_argument("--users", type=int, default=5_000)
     parser.add_argument("--clients", type=int, default=32, help="threads in process")
     parser.add_argument("--deadline-ms", type=float, default=90.0)
     parser.add_argument("--generator", choices=["loadgen", "poisson"], default="loadgen")
@@ -297,7 +313,7 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
-    kept = ("seconds", "users", "clients", "deadline_ms", "generator")
+    kept = ("seconds", "processes", "users", "clients", "deadline_ms", "generator")
     document = {
         **card("server_load"),
         **{name: getattr(options, name) for name in kept},

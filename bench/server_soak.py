@@ -1,13 +1,14 @@
 """Minutes of everything at once: load, swaps, users who come back, nonsense, and a `kill -9`.
 
-    python bench/server_soak.py BUNDLE [--minutes 30] [--qps 200] [--swap-s 60] [--check 10]
+    python bench/server_soak.py BUNDLE [--minutes 30] [--processes 2] [--qps 200] [--swap-s 60] [--check 10]
 
 BUNDLE has items and actions; a second one is made of it by `unipinrec index`, with fifty items retired. `unipinrec
 serve` keeps events in SQLite and encoded histories as fp32, in less memory than all users need. Arrivals are Poisson
 (`bench/open_loop.py`). At each, a user who is not busy comes back: an event with an id is sent, then the recommendation
 asked for, or only that; users whose history has reached one and a half of the model's limit are deleted and begin
-anew. One arrival in a hundred is malformed. Every `--swap-s` an administrator loads the other bundle. In the middle of
-the time the process is killed and started again.
+anew. One arrival in a hundred is malformed. Every `--swap-s` the other bundle is loaded: by /admin/reload where one
+process serves, by another current.json where several do. In the middle of the time all processes are killed and started
+again; of several one is killed after a quarter of it, and replaced by its parent.
 
 What must be: an answer is a 200, and for nonsense a 4xx; 429, 503 and 504 are refusals that are declared; nothing else.
 Without an answer go those who ask between the kill and the start. Whoever had no answer to an event sends it again
@@ -17,22 +18,25 @@ in process, of the bundle that it names, after the very events that were acknowl
 within 1e-4. `noticed` is how many of 200 such comparisons fail when the last event of the history is left out. At
 the end every user's events are read back and compared one by one.
 
-Exits with 1 if anything of that is not so, or if memory grew by more than 2 % after the first tenth between start
-and kill, or between restart and end.
+Exits with 1 if anything of that is not so, or if memory grew by more than 2 % after the first tenth between two of
+start, kills and end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import secrets
-import subprocess
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +44,12 @@ import msgspec
 import numpy as np
 from common import card, finish
 from open_loop import Answer, Connections, arrive, ask, post
-from served import Answered, Served, answered, difference, fresh, recommend, sent
+from served import Answered, Served, answered, difference, fresh, recommend, second_bundle, sent
 from soak import memory
 
 from unipinrec.runtime import Event, Recommender
 
-START_MS, NOW_MS, TOLERANCE, RETIRED = 1_700_000_000_000, 1_790_000_000_000, 1e-4, 50
+START_MS, NOW_MS, TOLERANCE = 1_700_000_000_000, 1_790_000_000_000, 1e-4
 DECLARED = {429, 503, 504}
 REASK = 404  # of a DELETE that is sent again
 NONSENSE = (
@@ -101,6 +105,7 @@ class Soak:
         self.failures: list[str] = []
         self.latencies: list[float] = []
         self.down = False
+        self.restarts_s: list[float] = []
         for user in self.free:
             self._begin(user)
 
@@ -209,11 +214,13 @@ class Soak:
         return events, tuple(f"e{made + place}" for place in range(count))
 
     def run(self) -> list[list[float]]:
-        """Load, swaps and the kill; resident MiB once a second, before the kill and after."""
-        seconds = 60 * self.options.minutes
+        """Load, swaps and kills; resident MiB once a second, up to each kill and after the last."""
+        seconds, several = 60 * self.options.minutes, self.options.processes > 1
         end, over = time.monotonic() + seconds, threading.Event()
-        samples: list[list[float]] = [[], []]
-        side = threading.Thread(target=self._administrate, args=(end - seconds / 2, samples, over))
+        kills = [(end - 3 * seconds / 4, self._kill_one)] if several else []
+        kills.append((end - seconds / 2, self._kill_all))
+        samples: list[list[float]] = [[]]
+        side = threading.Thread(target=self._administrate, args=(kills, samples, over))
         with Connections(self.server.port) as self.connections:
             side.start()
             arrive(self.arrival, self.options.qps, lambda: time.monotonic() < end and not self.failures)
@@ -226,29 +233,63 @@ class Soak:
             self.failures.append(f"{self.options.users - len(self.free)} users never had an answer")
         return samples
 
-    def _administrate(self, kill_at: float, samples: list[list[float]], over: threading.Event) -> None:
-        names, killed, swap_at = ["b", "a"], 0, time.monotonic() + self.options.swap_s
+    def _administrate(
+        self, kills: list[tuple[float, Callable[[], None]]], samples: list[list[float]], over: threading.Event
+    ) -> None:
+        names, swap_at = ["b", "a"], time.monotonic() + self.options.swap_s
+        swap = self._swap_by_file if self.options.processes > 1 else self._swap_by_request
         while not over.wait(1.0):
-            samples[killed].append(self.server.resident_mib() or 0.0)
-            if not killed and time.monotonic() > kill_at:
-                self.down, killed, names = True, 1, ["b", "a"]
-                self.server.kill()
-                began = time.monotonic()
-                self.server.start()
-                self.restart_s, self.down = round(time.monotonic() - began, 2), False
+            samples[-1].append(self.server.resident_mib() or 0.0)
+            if kills and time.monotonic() > kills[0][0]:
+                _, kill = kills.pop(0)
+                self.down, began = True, time.monotonic()
+                kill()
+                self.restarts_s.append(round(time.monotonic() - began, 2))
+                self.down = False
+                samples.append([])
             if time.monotonic() > swap_at:
                 swap_at += self.options.swap_s
-                self._swap(names[0])
+                began = time.monotonic()
+                swap(names[0])
+                self.counts["swap"] += 1
+                self.counts["swap ms"] += round((time.monotonic() - began) * 1e3)
                 names.reverse()
 
-    def _swap(self, name: str) -> None:
+    def _kill_one(self) -> None:
+        victim = self.server.serving()[0]
+        os.kill(victim, signal.SIGKILL)
+        self._until(lambda: len(self._served_by()) == self.options.processes and victim not in self.server.serving())
+
+    def _kill_all(self) -> None:
+        self.server.kill()
+        self.server.start()
+        if self.options.processes > 1:
+            self._until(lambda: len(self._served_by()) == self.options.processes)
+
+    def _swap_by_request(self, name: str) -> None:
         header = f"authorization: Bearer {self.options.token}"
-        began = time.perf_counter()
         (answer,) = ask(self.server.port, [post("/admin/reload", json.dumps({"bundle": name}).encode(), header)])
-        self.counts["swap"] += 1
-        self.counts["swap ms"] += round((time.perf_counter() - began) * 1e3)
         if answer.status != 200:
             self.failures.append(f"swap to {name}: {answer.status} {answer.content[:300]!r}")
+
+    def _swap_by_file(self, name: str) -> None:
+        new = self.options.bundles / "new.json"
+        new.write_text(json.dumps({"bundle": name}))
+        new.replace(self.options.bundles / "current.json")
+        self._until(lambda: self._served_by() == [name] * self.options.processes)
+
+    def _served_by(self) -> list[str]:
+        """What each process serves that answers to a scrape."""
+        (answer,) = ask(self.server.port, [b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"])
+        return re.findall(r'^unipinrec_serving_info\{bundle="([^"]*)"', answer.content.decode(), re.MULTILINE)
+
+    def _until(self, reached: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 60
+        while not reached():
+            if time.monotonic() > limit:
+                self.failures.append(f"after a minute {self._served_by()} serve")
+                return
+            time.sleep(0.2)
 
     def compare(self) -> dict[str, Any]:
         """Every kept answer with a fresh one; and whether that would notice an event that is missing."""
@@ -282,28 +323,6 @@ class Soak:
         return total
 
 
-def second_bundle(bundle: Path, folder: Path) -> dict[str, Path]:
-    """The bundle under the name "a", and an update of it, "b"."""
-    paths = {"a": folder / "a", "b": folder / "b"}
-    paths["a"].symlink_to(bundle.resolve(), target_is_directory=True)
-    ids = json.loads((bundle / "item_ids.json").read_bytes())
-    retired = folder / "retired.txt"
-    retired.write_text("\n".join(ids[:: len(ids) // RETIRED][:RETIRED]) + "\n")
-    words = [
-        sys.executable,
-        "-m",
-        "unipinrec",
-        "index",
-        str(bundle),
-        "--out",
-        str(paths["b"]),
-        "--retire",
-        str(retired),
-    ]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return paths
-
-
 def soaked(options: argparse.Namespace, folder: Path) -> tuple[Soak, dict[str, Any]]:
     options.token = secrets.token_hex(16)
     token, state = folder / "token", folder / "state"
@@ -312,7 +331,9 @@ def soaked(options: argparse.Namespace, folder: Path) -> tuple[Soak, dict[str, A
     bundles.mkdir()
     paths = second_bundle(options.bundle, bundles)
     alone = {one.bundle.hash: one for one in (Recommender.load(path, "cpu") for path in paths.values())}
-    words: list[str | Path] = ["--state", state, "--admin-token-file", token, "--cache-dtype", "fp32"]
+    options.bundles = bundles
+    words: list[str | Path] = ["--state", state, "--cache-dtype", "fp32", "--processes", str(options.processes)]
+    words += ["--watch"] if options.processes > 1 else ["--admin-token-file", token]
     with Served.of(paths["a"], folder, *words, "--cache-mib", str(options.cache_mib)) as server:
         soak = Soak(server, alone, options)
         samples = soak.run()
@@ -328,6 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--processes", type=int, default=2, help="of the server")
     parser.add_argument("--qps", type=float, default=200.0, help="arrivals a second; about half send an event first")
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--swap-s", type=float, default=60.0)
@@ -337,7 +359,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         soak, result = soaked(options, Path(folder))
-    kept = ("minutes", "qps", "users", "swap_s", "cache_mib", "check")
+    kept = ("minutes", "processes", "qps", "users", "swap_s", "cache_mib", "check")
     p50, p95, p99 = np.percentile(soak.latencies, [50, 95, 99]).round(2).tolist()
     document = {
         **card("server_soak"),
@@ -347,7 +369,7 @@ def main() -> None:
         "kv": dict(soak.kinds),
         "answers_by_bundle": list(soak.served.values()),
         "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
-        "restart_s": soak.restart_s,
+        "restarts_s": soak.restarts_s,
         **result,
         "failures": soak.failures[:20],
     }

@@ -20,6 +20,7 @@ from unipinrec.runtime.event_store import EventStore, MemoryEventStore, StoreLim
 from unipinrec.runtime.server_api import ErrorAnswer, ErrorDetail, Refusal
 from unipinrec.runtime.server_context import Call, Handler, Observer, Server, ServerOptions
 from unipinrec.runtime.server_oip_codec import InferError
+from unipinrec.runtime.server_peers import Peers
 from unipinrec.runtime.server_state import Deployments
 
 __all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
@@ -65,7 +66,7 @@ class Endpoint:
         if self.server.phase == "draining":
             response.headers["connection"] = "close"
         call.status, call.seconds = response.status_code, time.perf_counter() - call.began
-        for observe in self.server.observers:
+        for observe in () if call.answered_elsewhere else self.server.observers:
             observe(call)
         response.headers.update(call.headers)
         await response(scope, receive, send)
@@ -108,13 +109,17 @@ def make_server(
     return server
 
 
-def make_app(server: Server, more: Sequence[BaseRoute] = ()) -> Starlette:
-    """The application: the table of routes, and `more` of them."""
+def make_app(server: Server, more: Sequence[BaseRoute] = (), peers: Peers | None = None) -> Starlette:
+    """The application: the table of routes, and `more` of them; `peers` are processes that serve with this one."""
+    recommend: Handler = handlers.recommend
+    forget: Handler = handlers.forget_user
+    if peers is not None:
+        recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
     routes = [
-        route(server, "POST", "/v1/recommend", handlers.recommend),
+        route(server, "POST", "/v1/recommend", recommend),
         route(server, "POST", "/v1/events", handlers.append_events),
         route(server, "GET", "/v1/users/{user:text}", handlers.user_events),
-        route(server, "DELETE", "/v1/users/{user:text}", handlers.forget_user),
+        route(server, "DELETE", "/v1/users/{user:text}", forget),
         route(server, "POST", "/v1/items/similar", handlers.similar),
         route(server, "GET", "/health/live", handlers.live),
         route(server, "GET", "/health/ready", handlers.ready),

@@ -65,6 +65,8 @@ class Call:
         slates: What was recommended.
         answers: How each of the slates was batched.
         users: Whom it is about; logged only where the operator wants it.
+        content: The body, once it was read.
+        answered_elsewhere: Another process has answered it, and told its own observers.
         headers: Further headers of the answer; an observer may add some.
         status: Of the answer; 499 = the client left first.
         code: Of the error, if it is one.
@@ -79,6 +81,8 @@ class Call:
     slates: list[Slate] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
+    content: bytes | None = None
+    answered_elsewhere: bool = False
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 0
     code: str | None = None
@@ -89,13 +93,24 @@ class Call:
         """Seconds until the deadline."""
         return self.deadline - time.perf_counter()
 
+    @property
+    def from_peer(self) -> bool:
+        """Whether it came from another process of this server, over a socket without a port."""
+        server = self.request.scope.get("server")
+        return server is not None and server[1] is None
+
     async def body(self, limit: int) -> bytes:
-        """All bytes that the client sends.
+        """All bytes that the client sends; they are read once.
 
         Raises:
             Refusal: 413, they are more than `limit`; 408, they did not come before the deadline.
             ClientDisconnect: The client left.
         """
+        if self.content is None:
+            self.content = await self._read(limit)
+        return self.content
+
+    async def _read(self, limit: int) -> bytes:
         declared = self.request.headers.get("content-length", "0")
         parts: list[bytes] = []
         left = limit
@@ -113,7 +128,7 @@ class Call:
             raise Refusal(408, "body_timeout", "the body did not arrive before the deadline") from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def wait(self, futures: Sequence[Future[Any]]) -> None:
+    async def wait(self, futures: Sequence[Future[Any] | asyncio.Future[Any]]) -> None:
         """Wait until all are done; those that are not when the deadline passes or the client leaves are cancelled.
 
         Raises:
@@ -151,7 +166,9 @@ def _first(end: asyncio.Future[_End], how: _End) -> None:
         end.set_result(how)
 
 
-def _when_all_done(futures: Sequence[Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]) -> None:
+def _when_all_done(
+    futures: Sequence[Future[Any] | asyncio.Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]
+) -> None:
     """It ends when all are done, whatever came of them."""
     left = len(futures)
 
@@ -161,7 +178,7 @@ def _when_all_done(futures: Sequence[Future[Any]], loop: asyncio.AbstractEventLo
         if left <= 0:
             _first(end, "done")
 
-    def one_done(_: Future[Any]) -> None:
+    def one_done(_: Future[Any] | asyncio.Future[Any]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(count)
 
@@ -216,6 +233,7 @@ class Server:
         deployments: What serves; None until it is loaded.
         admission: Of requests for the device.
         writes: Of requests for the store.
+        handed_over: Of requests that another process may have to answer.
         users: Who is being answered.
         threads: For what neither the event loop nor a batch is to wait for.
         observers: Called with every request when its answer is ready.
@@ -227,13 +245,14 @@ class Server:
     deployments: Deployments | None = None
     admission: Admission = field(init=False)
     writes: Admission = field(init=False)
+    handed_over: Admission = field(init=False)
     users: UsersInFlight = field(default_factory=UsersInFlight)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "unipinrec-server"))
     observers: list[Observer] = field(default_factory=list)
     phase: Phase = "loading"
 
     def __post_init__(self) -> None:
-        self.admission, self.writes = Admission(self.options.queue), Admission(self.options.queue)
+        self.admission, self.writes, self.handed_over = (Admission(self.options.queue) for _ in range(3))
 
     def open(self, deployments: Deployments) -> None:
         """Answer with these from now on."""

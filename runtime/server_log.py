@@ -34,12 +34,14 @@ class LogOptions:
         level: The least of `LEVELS` that is logged.
         users: Whether a request's line names its user.
         probes: Whether health checks and scrapes that went well are logged.
+        process: Which of the processes that serve together this is; every line names it.
     """
 
     format: Literal["json", "human"] = "json"
     level: str = "info"
     users: bool = False
     probes: bool = False
+    process: int | None = None
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -92,6 +94,11 @@ def request_fields(call: Call, *, users: bool = False) -> dict[str, Any]:
 class JsonFormatter(logging.Formatter):
     """A record as one JSON object."""
 
+    def __init__(self, process: int | None = None) -> None:
+        """Name a process in every line."""
+        super().__init__()
+        self._known = {} if process is None else {"process": process}
+
     def format(self, record: logging.LogRecord) -> str:
         """See the class; a traceback is in `exception`."""
         line: dict[str, Any] = {
@@ -99,6 +106,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._known,
             **getattr(record, FIELDS, {}),
         }
         if record.exc_info:
@@ -109,11 +117,16 @@ class JsonFormatter(logging.Formatter):
 class HumanFormatter(logging.Formatter):
     """A record as a line of text, with what is known of a request behind it."""
 
+    def __init__(self, process: int | None = None) -> None:
+        """Name a process in every line."""
+        super().__init__()
+        self._known = "" if process is None else f"[{process}] "
+
     def format(self, record: logging.LogRecord) -> str:
         """See the class; a traceback follows on lines of its own."""
         fields = getattr(record, FIELDS, {})
         known = "".join(f" {name}={value}" for name, value in fields.items() if name not in ("route", "status"))
-        text = f"{_time(record)} {record.levelname.lower():<7} {record.getMessage()}{known}"
+        text = f"{_time(record)} {record.levelname.lower():<7} {self._known}{record.getMessage()}{known}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -123,7 +136,8 @@ def configure_logs(options: LogOptions, stream: TextIO | None = None) -> None:
     uvicorn's own line for every request is left out, since `RequestLog` writes one; start it with `log_config=None`.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if options.format == "json" else HumanFormatter())
+    formatter = JsonFormatter if options.format == "json" else HumanFormatter
+    handler.setFormatter(formatter(options.process))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)  # libraries tell what is wrong, not what they do

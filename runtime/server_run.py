@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -58,14 +59,39 @@ class RunOptions:
             )
 
 
-def run(server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The place of one process among those that serve together.
+
+    Attributes:
+        index: From 0 on.
+        count: How many there are.
+        folder: Where each of them makes a socket for the others as soon as it serves.
+        listener: What clients connect to; all of them accept from it.
+    """
+
+    index: int
+    count: int
+    folder: Path
+    listener: socket.socket
+
+    def socket_of(self, index: int) -> Path:
+        """The socket of a process."""
+        return self.folder / f"{index}.sock"
+
+
+def run(
+    server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions, place: Place | None = None
+) -> None:
     """Serve until a signal ends it; then all that was accepted is answered, and everything is closed.
 
     Args:
         server: What the application's handlers share; it is opened when `load` is done.
         app: The application.
-        load: Called in a thread of its own while the server already says that it is not ready.
+        load: Called in a thread of its own, while the server already says that it is not ready. Of processes that serve
+            together one that loads accepts nothing, for others may be ready.
         options: Where to listen, and how to end.
+        place: Of this process among those that serve together; None = it serves alone.
 
     Raises:
         ConfigError: The address cannot be had.
@@ -74,10 +100,8 @@ def run(server: Server, app: Starlette, load: Callable[[], Deployments], options
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.set_threshold(*GC_THRESHOLDS)
     keep_memory_flat()
-    with listen(options.host, options.port) as listener:
-        process = _Process(app, server, load, options)
-        host, port = listener.getsockname()[:2]
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    with place.listener if place else listen(options.host, options.port) as listener:
+        process = _Process(app, server, load, options, place)
         try:
             process.run(sockets=[listener])
         finally:
@@ -97,24 +121,41 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    return listener
 
 
 class _Process(uvicorn.Server):
     """uvicorn, with loading in the background, and an end in two steps."""
 
-    def __init__(self, app: Starlette, server: Server, load: Callable[[], Deployments], options: RunOptions) -> None:
+    def __init__(
+        self,
+        app: Starlette,
+        server: Server,
+        load: Callable[[], Deployments],
+        options: RunOptions,
+        place: Place | None,
+    ) -> None:
         super().__init__(_config(app, options))
         self.failure: BaseException | None = None
-        self._server, self._load, self._options = server, load, options
+        self._server, self._load, self._options, self._place = server, load, options, place
         self._ends: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._load_in, args=(loop,), name="unipinrec-load", daemon=True).start()
+        while self._place is not None and self._server.deployments is None and not self.should_exit:
+            await asyncio.sleep(0.02)
+        if self.should_exit:
+            return
+        await super().startup(sockets)
+        if self._place is not None:
+            path = self._place.socket_of(self._place.index)
+            self.servers.append(await loop.create_unix_server(self._protocol, path))
 
     def _load_in(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # the server has ended meanwhile

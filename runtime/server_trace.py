@@ -18,6 +18,7 @@ from unipinrec.runtime.server_api import Refusal
 from unipinrec.runtime.server_app import route
 from unipinrec.runtime.server_context import Call, Server
 from unipinrec.runtime.server_handlers import as_json
+from unipinrec.runtime.server_peers import Peers
 from unipinrec.runtime.slate import Slate
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ class Traces:
         return self._kept.get(name)
 
 
-def trace_route(server: Server, traces: Traces) -> Route:
-    """GET /debug/traces/{name}."""
+def trace_route(server: Server, traces: Traces, peers: Peers | None = None) -> Route:
+    """GET /debug/traces/{name}; of other processes that serve with this one too."""
 
     async def find(_server: Server, call: Call) -> Response:
         trace = traces.find(call.request.path_params["name"])
@@ -122,7 +123,7 @@ def trace_route(server: Server, traces: Traces) -> Route:
             )
         return as_json(trace)
 
-    return route(server, "GET", f"{PATH}/{{name}}", find)
+    return route(server, "GET", f"{PATH}/{{name}}", peers.anywhere(find) if peers else find)
 
 
 class OtelSpans:

@@ -14,6 +14,7 @@ EXAMPLES = """\b
 Examples:
   unipinrec serve bundle/
   unipinrec serve bundle/ --host 0.0.0.0 --port 8000 --state /var/lib/unipinrec --cache-mib 8192
+  unipinrec serve bundle/ --processes 4 --state /var/lib/unipinrec
   unipinrec serve bundle/ --state redis://cache:6379/0 --deadline-ms 200 --queue 512
   curl localhost:8000/health/ready"""
 
@@ -24,6 +25,18 @@ positive = click.FloatRange(0, min_open=True)
 @bundle_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 = all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = one that is free.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Serve with so many processes at one port, which share the CPU's threads, --cache-mib and --state.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads that a process computes with.  [default: its share of what may be used]",
+)
 @device_option
 @strict_option
 @engines_option
@@ -66,13 +79,16 @@ positive = click.FloatRange(0, min_open=True)
     help="Precision that encoded histories are kept in.",
 )
 @click.option("--cache-ttl-s", type=positive, help="Drop encoded histories that were not used for so long.")
-@click.option("--max-batch", type=click.IntRange(1), default=32, show_default=True, help="Requests answered together.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1),
+    help="Requests answered together.  [default: 32, or 16 for a process that computes with one thread]",
+)
 @click.option(
     "--batches",
     type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    help="Batches computed at the same time: one computes while the other collects what it needs and makes answers.",
+    help="Batches computed at the same time: one computes while the other collects what it needs and makes answers.  "
+    "[default: 2, or 1 for a process that computes with one thread]",
 )
 @click.option(
     "--max-wait-ms",

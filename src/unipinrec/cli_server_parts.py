@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.routing import BaseRoute
 
 from unipinrec import __version__
+from unipinrec.cli_common import command
+from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle import read_manifest
+from unipinrec.runtime.cpu import available_threads
 from unipinrec.runtime.event_store import StoreLimits, open_store
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.server_admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
@@ -20,39 +24,69 @@ from unipinrec.runtime.server_app import Server, ServerOptions, make_app, make_s
 from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server_log import LogOptions, RequestLog, configure_logs
 from unipinrec.runtime.server_metrics import Metrics, metrics_route
+from unipinrec.runtime.server_metrics_together import metrics_together_route
 from unipinrec.runtime.server_oip import oip_routes
 from unipinrec.runtime.server_openapi import openapi_route
 from unipinrec.runtime.server_page import page_routes
+from unipinrec.runtime.server_peers import Peers
+from unipinrec.runtime.server_processes import serve_together
 from unipinrec.runtime.server_recall import RecallSampler
-from unipinrec.runtime.server_run import RunOptions, run
+from unipinrec.runtime.server_run import Place, RunOptions, run
 from unipinrec.runtime.server_state import Deployments
 from unipinrec.runtime.server_trace import OtelSpans, Traces, trace_route
 
 KEPT_HISTORIES = 2
+BATCH_OF_A_THREAD = 16  # a request waits for a batch, and is computed in another
 MEBIBYTE = 1 << 20
 log = logging.getLogger(__name__)
 
 
 def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
-    """Serve until a signal ends it.
+    """Serve until a signal ends it, with one process or several.
 
     Raises:
         UnipinrecError: An option cannot be had, or the bundle cannot be served.
     """
-    logs = LogOptions(format=options["log_format"], level=options["log_level"], users=options["log_users"])
+    count = options["processes"]
+    if count == 1:
+        serve_here(bundle, options)
+        return
+    if options["state"] is None:
+        raise ConfigError(f"{count} processes need a --state, for all of them must read the same events of a user")
+    if options["admin_token_file"] or options["admin_token_env"]:
+        raise ConfigError(
+            f"{count} processes are swapped by --watch, not by /admin: one that is started again must find in "
+            f"{CURRENT} what the others serve; leave the admin token out"
+        )
+    configure_logs(_logs(options, None))
+    serve_together(count, partial(_serve_at, bundle, options), _run_options(options))
+
+
+@command
+def _serve_at(bundle: Path, options: dict[str, Any], place: Place) -> None:
+    serve_here(bundle, options, place)
+
+
+def serve_here(bundle: Path, options: dict[str, Any], place: Place | None = None) -> None:
+    """Serve with this process, which may be one of several.
+
+    Raises:
+        UnipinrecError: An option cannot be had, or the bundle cannot be served.
+    """
+    logs = _logs(options, place)
     configure_logs(logs)
     folder = options["bundles"] or bundle.absolute().parent
     if options["watch"] and (folder / CURRENT).exists():
         bundle = read_current(folder)
     manifest, _ = read_manifest(bundle)
-    process = RunOptions(**{name: options[name] for name in ("host", "port", "drain_delay_s", "drain_s")})
+    peers = Peers(place=place) if place else None
     with ExitStack() as parts:
         sampler = RecallSampler(options["recall_share"]) if options["recall_share"] else None
         if sampler is not None:
             parts.callback(sampler.close)
-        deployment = _deployment(options, sampler)
+        deployment = _deployment(options, sampler, place)
         server = _server(options, manifest.model.max_history)
-        routes = _observed(server, options, sampler, parts)
+        routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
         routes += page_routes(server) if options["page"] else []
         server.observers.append(RequestLog(logs).observe)
@@ -62,26 +96,52 @@ def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
 
         def load() -> Deployments:
             deployments = Deployments(Deployment.open(bundle, deployment))
+            if place is not None:
+                _require_cpu(deployments, place)
             if options["watch"]:
                 watcher = CurrentWatcher(deployments, folder)
                 parts.callback(watcher.stop)
                 watcher.start()
             return deployments
 
-        run(server, make_app(server, routes), load, process)
+        run(server, make_app(server, routes, peers), load, _run_options(options), place)
+
+
+def _logs(options: dict[str, Any], place: Place | None) -> LogOptions:
+    return LogOptions(
+        format=options["log_format"],
+        level=options["log_level"],
+        users=options["log_users"],
+        process=place.index if place else None,
+    )
+
+
+def _run_options(options: dict[str, Any]) -> RunOptions:
+    return RunOptions(**{name: options[name] for name in ("host", "port", "drain_delay_s", "drain_s")})
+
+
+def _require_cpu(deployments: Deployments, place: Place) -> None:
+    device = deployments.current.recommender.device.name
+    if not device.startswith(("cpu", "openvino")):
+        deployments.close()
+        raise ConfigError(
+            f"{place.count} processes would load what serves into the GPU's memory as often; {device} needs one, "
+            "processes are for --device cpu and openvino"
+        )
 
 
 def _observed(
-    server: Server, options: dict[str, Any], sampler: RecallSampler | None, parts: ExitStack
+    server: Server, options: dict[str, Any], sampler: RecallSampler | None, peers: Peers | None, parts: ExitStack
 ) -> list[BaseRoute]:
     """Let metrics, traces and spans see every request; returns their routes."""
     metrics = Metrics(server, sampler)
     server.observers.append(metrics.observe)
-    routes: list[BaseRoute] = [metrics_route(server, metrics)]
+    scrape = metrics_together_route(server, metrics, peers) if peers else metrics_route(server, metrics)
+    routes: list[BaseRoute] = [scrape]
     if options["traces"]:
         traces = Traces()
         server.observers.append(traces.observe)
-        routes.append(trace_route(server, traces))
+        routes.append(trace_route(server, traces, peers))
     if options["otel"]:
         spans = OtelSpans.open()
         parts.callback(spans.close)
@@ -89,16 +149,24 @@ def _observed(
     return routes
 
 
-def _deployment(options: dict[str, Any], sampler: RecallSampler | None) -> DeploymentOptions:
-    budget_bytes = options["cache_mib"] * MEBIBYTE
-    cache = CacheOptions(budget_bytes=budget_bytes, dtype=options["cache_dtype"], ttl_s=options["cache_ttl_s"])
+def _deployment(options: dict[str, Any], sampler: RecallSampler | None, place: Place | None) -> DeploymentOptions:
+    """How bundles are opened; processes that serve together share memory and threads evenly."""
+    share = place.count if place else 1
+    budget_bytes = options["cache_mib"] * MEBIBYTE // share
+    threads = options["threads"] or max(1, available_threads() // share)
+    cache = CacheOptions(
+        budget_bytes=budget_bytes, dtype=options["cache_dtype"], ttl_s=options["cache_ttl_s"], threads=threads
+    )
     return DeploymentOptions(
         device=options["device"],
         strict=options["strict"],
         allow_bundle_engines=options["allow_bundle_engines"],
+        threads=threads,
         cache=cache if budget_bytes else None,
         batching=BatchOptions(
-            max_batch=options["max_batch"], max_wait_ms=options["max_wait_ms"], workers=options["batches"]
+            max_batch=options["max_batch"] or BATCH_OF_A_THREAD * min(2, threads),
+            max_wait_ms=options["max_wait_ms"],
+            workers=options["batches"] or min(2, threads),
         ),
         sampler=sampler,
     )

@@ -21,7 +21,21 @@ def run(script: str, bundle: Path, *options: str) -> Any:
 
 
 def test_what_is_answered_under_load_is_right_and_what_is_not_is_refused_as_declared(bundle: Path) -> None:
-    short = ("--seconds", "1", "--peak", "200", "--shares", "0.5", "10", "--generator", "poisson", "--check", "5")
+    short = (
+        "--seconds",
+        "1",
+        "--peak",
+        "200",
+        "--shares",
+        "0.5",
+        "10",
+        "--generator",
+        "poisson",
+        "--check",
+        "5",
+        "--users",
+        "200",
+    )
     result = run("server_load.py", bundle, *short, "--deadline-ms", "60")
     assert result["wrong"] == []
     assert result["compared"] > 20
@@ -31,13 +45,14 @@ def test_what_is_answered_under_load_is_right_and_what_is_not_is_refused_as_decl
     assert all(set(one["statuses"]) == {"200"} for one in result["null"])
 
 
-def test_swaps_a_kill_and_nonsense_cost_no_right_answer(bundle: Path) -> None:
-    short = ("--minutes", "0.1", "--swap-s", "1", "--qps", "40", "--users", "60", "--check", "2", "--cache-mib", "2")
-    result = run("server_soak.py", bundle, *short)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_swaps_kills_and_nonsense_cost_no_right_answer(bundle: Path, processes: int) -> None:
+    short = ("--minutes", "0.15", "--swap-s", "2", "--qps", "40", "--users", "60", "--check", "2", "--cache-mib", "2")
+    result = run("server_soak.py", bundle, *short, "--processes", str(processes))
     assert result["failures"] == []
     assert result["compared"] > 20
     assert result["counts"]["swap"] >= 2
-    assert result["restart_s"] > 0
+    assert len(result["restarts_s"]) == processes
     assert len(result["answers_by_bundle"]) == 2
     noticed, tried = map(int, result["noticed"].split(" of "))
     assert noticed > 0.5 * tried
@@ -46,7 +61,7 @@ def test_swaps_a_kill_and_nonsense_cost_no_right_answer(bundle: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["server_load.py", "server_soak.py"])
 def test_ten_seconds_of_each(script: str, bundle: Path) -> None:
-    load = ("--seconds", "10", "--steps", "2", "--shares", "0.7", "1.5", "--generator", "poisson")
+    load = ("--seconds", "10", "--steps", "2", "--shares", "0.7", "1.5", "--generator", "poisson", "--users", "500")
     soak = ("--minutes", "1", "--swap-s", "5", "--qps", "100", "--users", "300", "--check", "3")
     result = run(script, bundle, *(load if script == "server_load.py" else soak))
     assert result["wrong" if script == "server_load.py" else "failures"] == []

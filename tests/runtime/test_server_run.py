@@ -5,82 +5,20 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from answers import STORED
+from served_process import HISTORY, started
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.server_run import RunOptions, listen
 
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n"
-HISTORY = [{"item": "item-1", "actions": ["click"]}]
-
-
-@dataclass(kw_only=True)
-class Running:
-    """A server process."""
-
-    process: subprocess.Popen[str]
-    port: int = 0
-    lines: list[str] = field(default_factory=list)
-
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-        finally:
-            connection.close()
-
-    def until(self, text: str) -> str:
-        limit = time.monotonic() + 60
-        while time.monotonic() < limit:
-            for line in list(self.lines):
-                if text in line:
-                    return line
-            assert self.process.poll() is None, "".join(self.lines)
-            time.sleep(0.01)
-        raise AssertionError(f"no {text!r} in {''.join(self.lines)}")
-
-    def ready(self) -> None:
-        limit = time.monotonic() + 60
-        while self.ask("GET", "/health/ready")[0] != 200:
-            assert time.monotonic() < limit
-            time.sleep(0.02)
-
-
-@contextmanager
-def started(*options: str | Path, bundle: Path = STORED) -> Iterator[Running]:
-    words = [sys.executable, "-m", "unipinrec", "serve", str(bundle), "--port", "0", "--device", "cpu", "--log-format"]
-    process = subprocess.Popen([*words, "human", *map(str, options)], stderr=subprocess.PIPE, text=True)
-    running = Running(process=process)
-    stderr = process.stderr
-    assert stderr is not None
-    reader = threading.Thread(target=lambda: running.lines.extend(iter(stderr.readline, "")))
-    reader.start()
-    try:
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", running.until("listening on"))
-        assert found
-        running.port = int(found[1])
-        yield running
-    finally:
-        process.kill()
-        process.wait(20)
-        reader.join(20)
-        stderr.close()
 
 
 def event(name: str, at: int) -> dict[str, Any]:
@@ -119,10 +57,11 @@ def test_events_that_were_acknowledged_survive_kill_9(tmp_path: Path) -> None:
         assert (status, answer["kv"]) == (200, "miss")
 
 
-@pytest.mark.parametrize("drain_delay_s", [0, 0.3])
-def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float) -> None:
+@pytest.mark.parametrize(("drain_delay_s", "processes"), [(0, 1), (0.3, 1), (0.3, 2)])
+def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, processes: int, tmp_path: Path) -> None:
     outcomes: list[int | str] = []
-    with started("--drain-delay-s", str(drain_delay_s), "--max-wait-ms", "20") as running:
+    together = ("--processes", str(processes), "--state", tmp_path)
+    with started("--drain-delay-s", str(drain_delay_s), "--max-wait-ms", "20", *together) as running:
         running.ready()
         ended = threading.Event()
 

@@ -1,0 +1,172 @@
+"""Several processes that serve together: one socket, one folder of users' events, an interpreter and threads for each.
+
+The parent computes nothing. It holds the socket, so that no connection is lost while a process is replaced, restarts
+what dies, and hands signals on.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime.server_run import Place, RunOptions, listen
+
+LOOK_S = 0.2
+GRACE_S = 10.0  # beyond what draining may take
+RESTART_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before a process that died is started again, the n-th time in a row
+STABLE_S = 60.0  # a process that ran for so long has not died in a row
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class _Member:
+    """A process, and how often in a row it died."""
+
+    place: Place
+    process: SpawnProcess
+    began: float
+    deaths: int = 0
+    again: float | None = None
+    """When it is started again; None = it runs."""
+
+
+def serve_together(count: int, serve: Callable[[Place], None], options: RunOptions) -> None:
+    """Let processes serve until a signal ends them; what was accepted is answered first.
+
+    Args:
+        count: How many.
+        serve: What each of them does, with its place; a function of a module, with arguments that can be pickled.
+        options: Where to listen, and how to end.
+
+    Raises:
+        ConfigError: The address cannot be had.
+        BackendError: A process ended before any of them served, or did not end properly.
+    """
+    with (
+        listen(options.host, options.port) as listener,
+        tempfile.TemporaryDirectory(prefix="unipinrec-") as folder,
+    ):
+        log.info("%d processes serve together", count)
+        places = [Place(index=i, count=count, folder=Path(folder), listener=listener) for i in range(count)]
+        _Parent(places, serve, options).run()
+
+
+class _Parent:
+    """Starts, watches, and ends."""
+
+    def __init__(self, places: Sequence[Place], serve: Callable[[Place], None], options: RunOptions) -> None:
+        self._serve, self._options = serve, options
+        self._context = multiprocessing.get_context("spawn")
+        self._members = [self._start(place) for place in places]
+        self._served = False
+
+    def _start(self, place: Place) -> _Member:
+        process = self._context.Process(target=_in_process, args=(self._serve, place), name=f"unipinrec-{place.index}")
+        process.start()
+        return _Member(place=place, process=process, began=time.monotonic())
+
+    def run(self) -> None:
+        """Until a signal ends all of them.
+
+        Raises:
+            BackendError: See `serve_together`.
+        """
+        signals: list[int] = []
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            signals.append(number)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while not signals:
+                wait([member.process.sentinel for member in self._members if member.again is None], LOOK_S)
+                if not signals:
+                    self._look()
+            self._end(signals)
+        finally:
+            for member in self._members:
+                if member.process.is_alive():
+                    member.process.kill()
+                member.process.join()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _look(self) -> None:
+        """Start again what died."""
+        now = time.monotonic()
+        self._served = self._served or any(one.place.socket_of(one.place.index).exists() for one in self._members)
+        for at, member in enumerate(self._members):
+            if member.again is not None and now >= member.again:
+                self._members[at] = self._start(member.place)
+                self._members[at].deaths = member.deaths
+            elif member.again is None and not member.process.is_alive():
+                self._died(member, now)
+
+    def _died(self, member: _Member, now: float) -> None:
+        why = _ended(member.process.exitcode)
+        if not self._served:
+            raise BackendError(f"process {member.place.index} {why} before it served; what it said is above")
+        member.deaths = 0 if now - member.began > STABLE_S else member.deaths
+        delay_s = RESTART_S[min(member.deaths, len(RESTART_S) - 1)]
+        member.deaths, member.again = member.deaths + 1, now + delay_s
+        with suppress(OSError):
+            member.place.socket_of(member.place.index).unlink()
+        log.error("process %d %s; it is started again in %g s", member.place.index, why, delay_s)
+
+    def _end(self, signals: list[int]) -> None:
+        """Hand signals on until all have ended."""
+        running = [member for member in self._members if member.again is None]
+        self._members[0].place.listener.close()  # the last process that closes it answers what waits in it
+        limit = time.monotonic() + self._options.drain_delay_s + self._options.drain_s + GRACE_S
+        while alive := [member.process for member in running if member.process.is_alive()]:
+            for number in signals:
+                for process in alive:
+                    _send(process, number)
+            signals.clear()
+            if time.monotonic() > limit:
+                raise BackendError(f"{len(alive)} processes did not end in time, and were killed")
+            wait([process.sentinel for process in alive], LOOK_S)
+        bad = [_ended(member.process.exitcode) for member in running if member.process.exitcode]
+        if bad:
+            raise BackendError(f"of {len(running)} processes not all ended properly: {', '.join(bad)}")
+
+
+def _send(process: SpawnProcess, number: int) -> None:
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+
+def _ended(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
+
+
+def _in_process(serve: Callable[[Place], None], place: Place) -> None:
+    """What a process runs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.setpgrp()  # Ctrl-C reaches the parent alone, which hands it on
+    threading.Thread(target=_end_with_parent, name="unipinrec-parent", daemon=True).start()
+    serve(place)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    log.error("the parent process is gone; ending")
+    os.kill(os.getpid(), signal.SIGINT)  # without delay, so that who starts it again finds the port free
