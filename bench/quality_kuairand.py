@@ -19,6 +19,7 @@ import torch
 from common import card
 from interleaved import InterleavedTrainer, load_interleaved
 from quality_runs import PLAIN, Form, figures, keep, summary, trained
+from time_rotary import TimeRotaryTrainer, load_time_rotary
 
 from unipinrec.models.data_kuairand import read_kuairand
 from unipinrec.models.data_schema import CATEGORY_PREFIX, DENSE_PREFIX, Dataset
@@ -36,6 +37,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "no_content": {},
     "self_attention": {},
     "interleaved": {"mask_probability": 0.0},
+    "time_rotary": {},
+}
+FORMS = {
+    "interleaved": Form(trainer=InterleavedTrainer, load=load_interleaved),
+    "time_rotary": Form(trainer=TimeRotaryTrainer, load=load_time_rotary),
 }
 MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}}
 
@@ -88,8 +94,7 @@ def main() -> None:
         for row in options.rows:
             name = f"{table}_{row}_seed{seed}"
             data = without_content(dataset) if row == "no_content" else dataset
-            form = Form(trainer=InterleavedTrainer, load=load_interleaved) if row == "interleaved" else PLAIN
-            run = trained(data, config_of(options, row, seed), options.out / name, name, form)
+            run = trained(data, config_of(options, row, seed), options.out / name, name, FORMS.get(row, PLAIN))
             runs[row].append(row_figures(row, run))
             done = {row: summary(found) for row, found in runs.items() if found}
             counts = {row: len(found) for row, found in runs.items()}
