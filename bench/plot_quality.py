@@ -6,15 +6,15 @@ python bench/plot_quality.py [--out docs/quality.svg]
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from quality_runs import RESULTS
+from quality_runs import RESULTS, figures, finished
 
 WIDTH, HEIGHT, MARGIN = 440, 280, 48
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099")
 SWEEP = {"mask_0": 0.0, "mask_0.1": 0.1, "joint": 0.2, "mask_0.3": 0.3}
+ACTION = "long_view"
 Line = tuple[str, list[tuple[float, float]]]
 
 
@@ -47,18 +47,20 @@ def panel(title: str, across: str, lines: list[Line], left: float) -> str:
 
 def curves(stem: str) -> list[Line]:
     """NDCG@10 on validation by epoch, a line per seed."""
-    runs = [json.loads(path.read_bytes()) for path in sorted(RESULTS.glob(f"{stem}_seed*.json"))]
     return [
         (f"seed {run['seed']}", [(p["epoch"], p["NDCG@10"]) for p in run["curve"] if p["NDCG@10"] is not None])
-        for run in runs
+        for run in finished(stem)
     ]
 
 
-def sweep(document: dict[str, Any], figure: str) -> list[Line]:
-    """Mean of a figure over the seeds, by p_mask."""
-    rows = document["rows"]
-    points = [(p, rows[name][figure]["mean"]) for name, p in SWEEP.items() if name in rows]
-    return [(figure, points)]
+def sweep(figure: str) -> list[Line]:
+    """Mean of a figure over the seeds that every p_mask has."""
+    runs = {p: {run["seed"]: run for run in finished(f"kuairand_last_fit_{row}")} for row, p in SWEEP.items()}
+    seeds = set.intersection(*(set(found) for found in runs.values()))
+    if not seeds:
+        return []
+    means = [(p, fmean(figures(runs[p][seed]["metrics"], (ACTION,))[figure] or 0.0 for seed in seeds)) for p in runs]
+    return [(f"{len(seeds)} seed{'s' * (len(seeds) > 1)}", means)]
 
 
 def main() -> None:
@@ -67,10 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/quality.svg"))
     options = parser.parse_args()
     wanted = [("ML-1M, NDCG@10 on validation", "epoch", curves("ml1m"))]
-    table = RESULTS / "kuairand_last_fit.json"
-    if table.exists():
-        for figure in ("long_view auc", "NDCG@10"):
-            wanted.append((f"KuaiRand-Pure, {figure}", "p_mask", sweep(json.loads(table.read_bytes()), figure)))
+    for figure in (f"{ACTION} auc", "NDCG@10"):
+        wanted.append((f"KuaiRand-Pure, {figure}", "p_mask", sweep(figure)))
     panels = [panel(*plot, left=WIDTH * i) for i, plot in enumerate(p for p in wanted if any(line[1] for line in p[2]))]
     if not panels:
         raise SystemExit(f"no finished runs in {RESULTS}; run quality_ml1m.py or quality_kuairand.py first")

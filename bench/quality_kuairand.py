@@ -5,7 +5,7 @@
 Tested from 1 May 2022 on (on `time_ms`, repeated rows merged). Trained before 30 April, the best epoch chosen by 30
 April; with `--last-fit` trained to 30 April for all epochs of the configuration, which a run without it has to have
 chosen. All rows have the same budget and see the same batches. Runs are kept in RUNS: the command goes on where it was
-stopped. Every run is written to bench/results/quality, and so is the summary of the rows that are complete.
+stopped. Every run is written to bench/results/quality, and so is a summary of all that are there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import torch
 from common import card
 from interleaved import InterleavedTrainer, load_interleaved
-from quality_runs import PLAIN, Form, figures, keep, summary, trained
+from quality_runs import PLAIN, Form, figures, finished, keep, summary, trained
 from time_rotary import TimeRotaryTrainer, load_time_rotary
 
 from unipinrec.models.data_kuairand import read_kuairand
@@ -31,6 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "joint": {},
     "retrieval_only": {"ranking_weight": 0.0},
     "ranking_only": {"retrieval_weight": 0.0},
+    "retrieval_only_mask_0": {"ranking_weight": 0.0, "mask_probability": 0.0},
     "mask_0": {"mask_probability": 0.0},
     "mask_0.1": {"mask_probability": 0.1},
     "mask_0.3": {"mask_probability": 0.3},
@@ -67,7 +68,7 @@ def config_of(options: argparse.Namespace, row: str, seed: int) -> RunConfig:
 def row_figures(row: str, run: dict[str, Any]) -> dict[str, float | None]:
     """The figures of a run, without those of a head that was not trained."""
     found = figures(run["metrics"], ACTIONS)
-    if row == "retrieval_only":
+    if row.startswith("retrieval_only"):
         return {name: value for name, value in found.items() if "@" in name}
     if row == "ranking_only":
         return {name: value for name, value in found.items() if "@" not in name}
@@ -89,18 +90,23 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dataset = build_dataset(read_kuairand(options.folder))
     table = f"{options.config.stem}{'_last_fit' if options.last_fit else ''}"
-    runs: dict[str, list[dict[str, float | None]]] = {row: [] for row in options.rows}
     for seed in options.seeds:
         for row in options.rows:
             name = f"{table}_{row}_seed{seed}"
             data = without_content(dataset) if row == "no_content" else dataset
-            run = trained(data, config_of(options, row, seed), options.out / name, name, FORMS.get(row, PLAIN))
-            runs[row].append(row_figures(row, run))
-            done = {row: summary(found) for row, found in runs.items() if found}
-            counts = {row: len(found) for row, found in runs.items()}
-            keep({**card("quality_kuairand"), "seeds_done": counts, "rows": done}, table)
-    for row, found in done.items():
+            trained(data, config_of(options, row, seed), options.out / name, name, FORMS.get(row, PLAIN))
+            summarised(table)
+    for row, found in summarised(table).items():
         print(row, " ".join(f"{name} {values['mean']:.4f}" for name, values in found.items()))
+
+
+def summarised(table: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Write the summary of every finished run of a table, whichever call trained it; returns its rows."""
+    runs = {row: finished(f"{table}_{row}") for row in ROWS}
+    rows = {row: summary([row_figures(row, run) for run in found]) for row, found in runs.items() if found}
+    seeds = {row: [run["seed"] for run in found] for row, found in runs.items() if found}
+    keep({**card("quality_kuairand"), "seeds": seeds, "rows": rows}, table)
+    return rows
 
 
 if __name__ == "__main__":

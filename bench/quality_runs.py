@@ -88,6 +88,12 @@ def keep(document: Mapping[str, Any], name: str) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
+def finished(name: str) -> list[dict[str, Any]]:
+    """The results in bench/results/quality of one row, by seed."""
+    runs = [json.loads(path.read_bytes()) for path in RESULTS.glob(f"{name}_seed*.json")]
+    return sorted(runs, key=lambda run: int(run["seed"]))
+
+
 def test_metrics(dataset: Dataset, model: UniPinRec) -> dict[str, Any]:
     """Metrics of a model on the whole test split; "frozen" and "by_request" where the split is by time."""
     data = sequences_of(dataset)
