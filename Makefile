@@ -16,7 +16,7 @@ demo: install  ## train, export, verify and recommend in demo/; DATA=folder for 
 	$(BIN)/unipinrec demo --out demo $(if $(DATA),--data $(DATA))
 
 test: install  ## the fast tests
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu" --durations=15
 
 check: install  ## lint, format, types, size
 	$(BIN)/ruff check .
