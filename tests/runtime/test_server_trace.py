@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +112,39 @@ def test_spans_of_opentelemetry(server: Server) -> None:
     assert (alone.name, alone.parent) == ("/health/live", None)
 
 
-def test_spans_need_their_extra() -> None:
-    if find_spec("opentelemetry") and find_spec("opentelemetry.exporter"):
-        pytest.skip("it is installed")
+def test_spans_reach_the_collector_that_the_environment_names(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="its exporter is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        sent = OtelSpans.open()
+        server.observers[:] = [sent.observe]
+        with TestClient(make_app(server)) as client:
+            client.post("/v1/recommend", json=BODY, headers={"x-request-id": "r-3"})
+        sent.close()
+        collector.shutdown()
+    ((path, body),) = received
+    assert path == "/v1/traces"
+    (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
+    names = [span.name for scope in resource.scope_spans for span in scope.spans]
+    assert names == ["/v1/recommend", "queue", "batch", "encode", "retrieve", "rank"]
+
+
+def test_spans_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ConfigError, match=r"spans need opentelemetry.* run pip install 'unipinrec\[otel\]'"):
         OtelSpans.open()
