@@ -13,8 +13,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -56,21 +56,38 @@ def serve_together(count: int, serve: Callable[[Place], None], options: RunOptio
         BackendError: A process ended before any of them served, or did not end properly.
     """
     with (
+        _noted_signals() as signals,
         listen(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="unipinrec-") as folder,
     ):
         log.info("%d processes serve together", count)
         places = [Place(index=i, count=count, folder=Path(folder), listener=listener) for i in range(count)]
-        _Parent(places, serve, options).run()
+        _Parent(places, serve, options).run(signals)
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT in the order in which they come."""
+    signals: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Parent:
     """Starts, watches, and ends."""
 
     def __init__(self, places: Sequence[Place], serve: Callable[[Place], None], options: RunOptions) -> None:
-        self._serve, self._options = serve, options
+        self._places, self._serve, self._options = places, serve, options
         self._context = multiprocessing.get_context("spawn")
-        self._members = [self._start(place) for place in places]
+        self._members: list[_Member] = []
         self._served = False
 
     def _start(self, place: Place) -> _Member:
@@ -78,19 +95,14 @@ class _Parent:
         process.start()
         return _Member(place=place, process=process, began=time.monotonic())
 
-    def run(self) -> None:
+    def run(self, signals: list[int]) -> None:
         """Until a signal ends all of them.
 
         Raises:
             BackendError: See `serve_together`.
         """
-        signals: list[int] = []
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            signals.append(number)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            self._members += [self._start(place) for place in self._places]
             while not signals:
                 wait([member.process.sentinel for member in self._members if member.again is None], LOOK_S)
                 if not signals:
@@ -101,8 +113,6 @@ class _Parent:
                 if member.process.is_alive():
                     member.process.kill()
                 member.process.join()
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _look(self) -> None:
         """Start again what died."""
@@ -129,7 +139,7 @@ class _Parent:
     def _end(self, signals: list[int]) -> None:
         """Hand signals on until all have ended."""
         running = [member for member in self._members if member.again is None]
-        self._members[0].place.listener.close()  # the last process that closes it answers what waits in it
+        self._places[0].listener.close()  # the last process that closes it answers what waits in it
         limit = time.monotonic() + self._options.drain_delay_s + self._options.drain_s + GRACE_S
         while alive := [member.process for member in running if member.process.is_alive()]:
             for number in signals:
@@ -139,7 +149,8 @@ class _Parent:
             if time.monotonic() > limit:
                 raise BackendError(f"{len(alive)} processes did not end in time, and were killed")
             wait([process.sentinel for process in alive], LOOK_S)
-        bad = [_ended(member.process.exitcode) for member in running if member.process.exitcode]
+        asked = (None, 0, -signal.SIGTERM, -signal.SIGINT)  # the latter of those that were only just starting
+        bad = [_ended(member.process.exitcode) for member in running if member.process.exitcode not in asked]
         if bad:
             raise BackendError(f"of {len(running)} processes not all ended properly: {', '.join(bad)}")
 

@@ -320,3 +320,10 @@ def test_what_processes_cannot_share_is_refused(options: tuple[str, ...], messag
     result = CliRunner().invoke(main, ["serve", str(STORED), *TOGETHER, *options])
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+def test_sigterm_during_the_start_is_no_fault(tmp_path: Path) -> None:
+    with started(*TOGETHER, "--state", tmp_path) as running:
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+        assert "Traceback" not in "".join(running.lines)
