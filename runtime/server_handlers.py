@@ -53,9 +53,14 @@ def refusal_of(error: Exception, call_id: str) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, RequestError):
-        return Refusal(400, "invalid_request", str(error))
+        return _invalid(error)
     log.error("request %s failed", call_id, exc_info=error)
     return Refusal(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
+
+
+def _invalid(error: RequestError) -> Refusal:
+    """What the client is told, without the frames that led to it: they would keep the bundle alive."""
+    return Refusal(400, "invalid_request", str(error))
 
 
 async def live(_server: Server, _call: Call) -> Response:
@@ -156,8 +161,10 @@ def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]
         if asked.history is None and not history:
             raise _cold_start(asked.user, len(events))
         answer = deployment.batcher.submit(asked.request(history))
-    except (RequestError, Refusal) as error:
-        return error
+    except RequestError as error:
+        return _invalid(error)
+    except Refusal as refusal:
+        return refusal.with_traceback(None)  # for the same reason
     return _Started(answer=answer, events=len(history), skipped=len(events) - len(history))
 
 
@@ -224,8 +231,7 @@ async def append_events(server: Server, call: Call) -> Response:
         posts = posted if isinstance(posted, tuple) else (posted,)
         place.add(len(posts) - 1)
         place.begin()
-        with server.acquire() as deployment:
-            checked = [_checked(post, deployment.recommender.bundle) for post in posts]
+        checked = _all_checked(server, posts)
         if not isinstance(posted, tuple) and isinstance(checked[0], Exception):
             raise checked[0]
         appends = [one for one in checked if isinstance(one, Append)]
@@ -235,13 +241,18 @@ async def append_events(server: Server, call: Call) -> Response:
         return as_json(answers if isinstance(posted, tuple) else answers[0])
 
 
-def _checked(post: EventsBody, bundle: Bundle) -> Append | RequestError:
+def _all_checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | Refusal]:
+    with server.acquire() as deployment:
+        return [_checked(post, deployment.recommender.bundle) for post in posts]
+
+
+def _checked(post: EventsBody, bundle: Bundle) -> Append | Refusal:
     """What to append, or why not: an event that is wrong keeps back those that were sent with it."""
     try:
         for place, event in enumerate(post.events):
             check_event(event, bundle.manifest, bundle.rows, f"events[{place}]")
     except RequestError as error:
-        return error
+        return _invalid(error)
     events = (
         StoredEvent(
             item=str(event.item),

@@ -7,6 +7,7 @@ answered: no answer is ever made of two bundles. Whatever goes wrong before the 
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -121,6 +122,7 @@ class Deployments:
         self._changed = threading.Condition()  # guards what follows; told when a deployment is released or drained
         self._current = _Held(deployment=current)
         self._draining: list[_Held] = []
+        self._freeing = 0
         self._previous: tuple[Path, str] | None = None
         self._swaps: deque[SwapRecord] = deque(maxlen=REMEMBERED_SWAPS)
         self._counts: Counter[tuple[str, SwapResult]] = Counter()
@@ -215,7 +217,7 @@ class Deployments:
             if not self._closed:
                 self._closed = True
                 self._retire(self._current)
-            return self._changed.wait_for(lambda: not self._draining, timeout_s)
+            return self._changed.wait_for(lambda: not self._draining and not self._freeing, timeout_s)
 
     def _replace(self, kind: SwapKind, path: Path, expected: str | None) -> Deployment:
         if not self._one_at_a_time.acquire(blocking=False):
@@ -273,10 +275,14 @@ class Deployments:
             log.exception("bundle %s was not closed as it should be", version)
         with self._changed:
             self._draining.remove(held)
+            self._freeing += 1
             self._done = _total(self._done, _work(held.deployment))
-            self._changed.notify_all()
         del held.deployment  # this thread still has `held`
+        gc.collect()  # what errors of its requests refer to in cycles
         give_back_memory()
+        with self._changed:
+            self._freeing -= 1
+            self._changed.notify_all()  # not before: the process may end then, and with it the runtime's libraries
 
     def _record(
         self,

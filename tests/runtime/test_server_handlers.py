@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sqlite3
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -367,3 +370,26 @@ def test_an_unforeseen_error_is_internal(server: Server, caplog: pytest.LogCaptu
         "message": "the server failed to answer; its log has more about request mine-1",
     }
     assert "/secret/path" in caplog.text
+
+
+def test_what_was_refused_keeps_no_replaced_bundle_alive(
+    twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with deployed(twins[0]) as deployments, TestClient(make_app(make_server(deployments=deployments))) as client:
+        gc.collect()
+        monkeypatch.setattr(gc, "collect", lambda *_: 0)
+        gc.disable()  # nothing of it may have to wait for the collector
+        try:
+            wrong = {"item": "no such item", "actions": []}
+            post(client, "/v1/recommend", {"user": "nobody"}, 422)
+            post(client, "/v1/recommend", {"history": [wrong]}, 400)
+            post(client, "/v1/recommend", [{"user": "nobody"}, {"history": [wrong]}])
+            post(client, "/v1/events", {"user": "ann", "events": [wrong]}, 400)
+            old = weakref.ref(deployments.current.recommender.bundle)
+            deployments.swap(twins[1])
+            limit = time.monotonic() + 20
+            while old() is not None:
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+        finally:
+            gc.enable()

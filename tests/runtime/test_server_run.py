@@ -90,10 +90,11 @@ def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, proc
             time.sleep(0.01)
         before = len(outcomes)
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(20) == 0
+        exit_code = running.process.wait(20)
         ended.set()
         for client in clients:
             client.join(20)
+    assert exit_code == 0, "".join(running.lines)[-8000:]
     assert len(outcomes) > before
     assert set(outcomes) == {200}
     assert "is drained and closed" in "".join(running.lines)
