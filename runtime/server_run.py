@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import gc
 import logging
 import signal
@@ -98,7 +97,6 @@ def run(
         ConfigError: The address cannot be had.
         UnipinrecError: What `load` raises.
     """
-    faulthandler.enable()  # a crash of a library says in the log where every thread was
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.set_threshold(*GC_THRESHOLDS)
     keep_memory_flat()

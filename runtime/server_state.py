@@ -7,7 +7,6 @@ answered: no answer is ever made of two bundles. Whatever goes wrong before the 
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -278,7 +277,6 @@ class Deployments:
             self._freeing += 1
             self._done = _total(self._done, _work(held.deployment))
         del held.deployment  # this thread still has `held`
-        gc.collect()  # what errors of its requests refer to in cycles
         give_back_memory()
         with self._changed:
             self._freeing -= 1

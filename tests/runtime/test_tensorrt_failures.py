@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -134,22 +133,12 @@ def test_an_error_on_the_gpu_belongs_to_the_run_that_made_it(
     assert_same(answer(engine, stored), answer(exact, stored))
 
 
-@pytest.fixture
-def small_heap() -> Iterator[None]:
-    """`gc.collect` looks at what the test makes, not at all that earlier tests left."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def every_step(stored: Bundle, memory: HostRuntime) -> list[NDArray[Any]]:
     """Everything that a backend does, from loading to closing."""
     with double_backend(stored, memory) as backend:
         return answer(engine_of(backend, stored), stored)
 
 
-@pytest.mark.usefixtures("small_heap")
 def test_whatever_call_fails_nothing_is_left_and_the_next_run_is_right(stored: Bundle, exact: Engine) -> None:
     whole = HostRuntime()
     expected = answer(exact, stored)
@@ -172,7 +161,6 @@ def try_every_step(stored: Bundle, memory: HostRuntime, name: str) -> None:
         every_step(stored, memory)
 
 
-@pytest.mark.usefixtures("small_heap")
 def test_a_run_that_fails_half_way_leaves_the_backend_whole(stored: Bundle, memory: HostRuntime, exact: Engine) -> None:
     expected = answer(exact, stored)
     with double_backend(stored, memory) as backend:
