@@ -7,13 +7,11 @@ its actions, every action token the next item. For comparison in `quality_kuaira
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from unipinrec.models.batches import Batch
-from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.losses import Objective
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
@@ -72,11 +70,3 @@ class InterleavedTrainer(Trainer):
 
     model_type = InterleavedModel
     objective_type = InterleavedObjective
-
-
-def load_interleaved(folder: Path) -> InterleavedModel:
-    """The model of a checkpoint that `InterleavedTrainer` wrote: its weights have the names of the model's."""
-    plain = load_checkpoint(folder).model
-    model = InterleavedModel(plain.config, plain.vocabulary)
-    model.load_state_dict(plain.state_dict())
-    return model.eval()

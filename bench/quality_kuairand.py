@@ -17,13 +17,14 @@ from typing import Any
 import msgspec
 import torch
 from common import card
-from interleaved import InterleavedTrainer, load_interleaved
-from quality_runs import PLAIN, Form, figures, finished, keep, summary, trained
-from time_rotary import TimeRotaryTrainer, load_time_rotary
+from interleaved import InterleavedTrainer
+from quality_runs import figures, finished, keep, summary, trained
+from time_rotary import TimeRotaryTrainer
 
 from unipinrec.models.data_kuairand import read_kuairand
 from unipinrec.models.data_schema import CATEGORY_PREFIX, DENSE_PREFIX, Dataset
 from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.train import Trainer
 from unipinrec.models.train_config import RunConfig, load_run_config
 
 ACTIONS = ("click", "long_view", "like")
@@ -40,10 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "interleaved": {"mask_probability": 0.0},
     "time_rotary": {},
 }
-FORMS = {
-    "interleaved": Form(trainer=InterleavedTrainer, load=load_interleaved),
-    "time_rotary": Form(trainer=TimeRotaryTrainer, load=load_time_rotary),
-}
+TRAINERS: dict[str, type[Trainer]] = {"interleaved": InterleavedTrainer, "time_rotary": TimeRotaryTrainer}
 MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}}
 
 
@@ -94,7 +92,7 @@ def main() -> None:
         for row in options.rows:
             name = f"{table}_{row}_seed{seed}"
             data = without_content(dataset) if row == "no_content" else dataset
-            trained(data, config_of(options, row, seed), options.out / name, name, FORMS.get(row, PLAIN))
+            trained(data, config_of(options, row, seed), options.out / name, name, TRAINERS.get(row, Trainer))
             summarised(table)
     for row, found in summarised(table).items():
         print(row, " ".join(f"{name} {values['mean']:.4f}" for name, values in found.items()))

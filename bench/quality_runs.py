@@ -12,8 +12,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +43,18 @@ RESULTS = ROOT / "bench" / "results" / "quality"
 CUTOFFS = (1, 10, 50, 200)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """What trains a run, and how its checkpoint is loaded."""
-
-    trainer: type[Trainer] = Trainer
-    load: Callable[[Path], UniPinRec] = lambda folder: load_checkpoint(folder).model
-
-
-PLAIN = Form()
-
-
-def trained(dataset: Dataset, config: RunConfig, out: Path, name: str, form: Form = PLAIN) -> dict[str, Any]:
+def trained(
+    dataset: Dataset, config: RunConfig, out: Path, name: str, trainer: type[Trainer] = Trainer
+) -> dict[str, Any]:
     """Train and measure one run, or return what an earlier call left; also written to bench/results/quality."""
     result = out / "result.json"
     if result.exists():
         document: dict[str, Any] = json.loads(result.read_bytes())
         _require_config(out, document["config"], config)
         return document
-    reports = _train(form.trainer(dataset, config, out, resume=(out / STATE_FILE).exists()), name)
+    reports = _train(trainer(dataset, config, out, resume=(out / STATE_FILE).exists()), name)
     began = time.monotonic()
-    metrics = test_metrics(dataset, form.load(out))
+    metrics = test_metrics(dataset, loaded(out, trainer))
     document = {
         **card("quality"),
         "name": name,
@@ -80,6 +71,14 @@ def trained(dataset: Dataset, config: RunConfig, out: Path, name: str, form: For
     result.write_text(json.dumps(document))
     keep(document, name)
     return document
+
+
+def loaded(folder: Path, trainer: type[Trainer]) -> UniPinRec:
+    """The model of a checkpoint as the trainer had it: variants have the same weights under the same names."""
+    plain = load_checkpoint(folder).model
+    model = trainer.model_type(plain.config, plain.vocabulary)
+    model.load_state_dict(plain.state_dict())
+    return model.eval()
 
 
 def keep(document: Mapping[str, Any], name: str) -> None:

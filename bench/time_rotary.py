@@ -11,12 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import ModelConfig, Vocabulary
 from unipinrec.models.layers import Rotary
 from unipinrec.models.model import CandidateTokens, HistoryTokens, KeyValues, UniPinRec
@@ -88,11 +86,3 @@ class TimeRotaryTrainer(Trainer):
     """Trains it."""
 
     model_type = TimeRotaryModel
-
-
-def load_time_rotary(folder: Path) -> TimeRotaryModel:
-    """The model of a checkpoint that `TimeRotaryTrainer` wrote."""
-    plain = load_checkpoint(folder).model
-    model = TimeRotaryModel(plain.config, plain.vocabulary)
-    model.load_state_dict(plain.state_dict())
-    return model.eval()

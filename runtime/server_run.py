@@ -97,10 +97,10 @@ def run(
         ConfigError: The address cannot be had.
         UnipinrecError: What `load` raises.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    gc.set_threshold(*GC_THRESHOLDS)
-    keep_memory_flat()
     with place.listener if place else listen(options.host, options.port) as listener:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.set_threshold(*GC_THRESHOLDS)
+        keep_memory_flat()
         process = _Process(app, server, load, options, place)
         try:
             process.run(sockets=[listener])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality_runs import Form, trained
-from time_rotary import TimeRotaryModel, TimeRotaryTrainer, load_time_rotary
+from quality_runs import loaded, trained
+from time_rotary import TimeRotaryModel, TimeRotaryTrainer
 
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.data_schema import read_dataset
@@ -20,7 +20,9 @@ NOW, DAY = 1_700_000_000_000, 86_400_000
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> TimeRotaryModel:
-    return load_time_rotary(checkpoint)
+    found = loaded(checkpoint, TimeRotaryTrainer)
+    assert isinstance(found, TimeRotaryModel)
+    return found
 
 
 def tokens(model: TimeRotaryModel) -> tuple[HistoryTokens, CandidateTokens]:
@@ -84,6 +86,7 @@ def test_it_trains_and_is_measured(
 ) -> None:
     monkeypatch.setattr("quality_runs.RESULTS", tmp_path / "results")
     train = TrainConfig(epochs=1, batch_size=64, precision="fp32", seed=1)
-    form = Form(trainer=TimeRotaryTrainer, load=load_time_rotary)
-    run = trained(read_dataset(dataset), RunConfig(model=model.config, train=train), tmp_path / "run", "timed", form)
+    run = trained(
+        read_dataset(dataset), RunConfig(model=model.config, train=train), tmp_path / "run", "timed", TimeRotaryTrainer
+    )
     assert run["metrics"]["retrieval"]["hit_rate"]["10"] >= 0

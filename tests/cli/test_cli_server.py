@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 import socket
 import subprocess
@@ -71,7 +72,9 @@ def test_a_bundle_that_does_not_verify_ends_the_process(tmp_path: Path) -> None:
 
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
+        before = gc.get_threshold()
         result = run("serve", STORED, "--port", str(taken.getsockname()[1]))
+        assert gc.get_threshold() == before  # who only tried to serve goes on as before
     assert result.exit_code == 1
     assert "Address already in use" in result.stderr
 
