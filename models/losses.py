@@ -58,14 +58,14 @@ class Objective(nn.Module):
         rows = batch.item_rows
         vectors = self.model.embed_items(rows, self.dense[rows], self.categories[rows])
         history = HistoryTokens(
-            vectors=vectors[batch.history_items],
+            vectors=F.embedding(batch.history_items, vectors),
             actions=batch.history_actions,
             surfaces=batch.history_surfaces,
             timestamps_ms=batch.history_timestamps_ms,
             lengths=batch.lengths,
         )
         slate = CandidateTokens(
-            vectors=vectors[batch.candidate_items],
+            vectors=F.embedding(batch.candidate_items, vectors),
             surfaces=batch.candidate_surfaces,
             timestamps_ms=batch.candidate_timestamps_ms,
             cutoffs=batch.cutoffs,
@@ -82,7 +82,7 @@ class Objective(nn.Module):
         queries = self.model.retrieval_head(hidden[at], outcomes)
         scale = self.model.log_scale.clamp(max=5.0).exp()
         labels = torch.searchsorted(batch.sampled_items, batch.targets[at])
-        items = vectors[batch.sampled_items]
+        items = F.embedding(batch.sampled_items, vectors)
         return softmax_loss(scale * queries, items, batch.sampled_log_q, labels, self.options.label_smoothing)
 
     def _actions(self, hidden: Tensor, labels: Tensor, known: Tensor) -> Tensor:

@@ -94,9 +94,9 @@ def test_matrices_are_stored_low_alone(bundle: Path, name: str, precision: LowTy
 
 
 def events(bundle: Path) -> Arrays:
-    """Inputs of the encoder: two histories, of fewer events than the reference's GatherElements can take."""
+    """Inputs of the encoder: seven histories, of fewer events than the reference's GatherElements can take."""
     opened = Bundle.open(bundle)
-    histories = zip(opened.sample_histories(2), (40, 7), strict=True)
+    histories = zip(opened.sample_histories(7), (40, 7, 21, 3, 12, 30, 16), strict=True)
     batch = pad_histories([history.part(-count) for history, count in histories])
     return {
         "item_vectors": opened.item_vectors[batch.item_rows],
@@ -149,8 +149,10 @@ def test_the_emulation_computes_what_the_typed_graph_says(bundle: Path, precisio
         assert np.dtype(output.dtype) == (NUMPY[precision] if value.name.startswith("present") else np.float32)
         difference = np.abs(output.astype(np.float32) - emulated[value.name])
         rounding = np.abs(exact[value.name] - emulated[value.name])
-        # Sums in another order put a value that lies on an edge on its other side; that is rare, and rounding is not.
-        assert difference.mean() < 0.02 * rounding.mean(), value.name
+        # Sums in another order put a value that lies on an edge on its other side. Few histories have such a value;
+        # in theirs, all that is computed from it differs.
+        of_history = difference.reshape(len(difference), -1).mean(1)
+        assert np.median(of_history) < 0.02 * rounding.mean(), value.name
         assert (rounding > 0).mean() > 0.9, value.name
 
 

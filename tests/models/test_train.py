@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.config import ModelConfig
-from unipinrec.models.data_schema import Dataset
+from unipinrec.models.config import TINY, ModelConfig
+from unipinrec.models.data_schema import Dataset, read_dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
 from unipinrec.models.train import EpochReport, RunMetrics, Trainer
 from unipinrec.models.train_config import RunConfig, TrainConfig
@@ -128,6 +128,19 @@ def test_the_same_seed_gives_the_same_run(noise: Dataset, tmp_path: Path) -> Non
     assert _run(Trainer(noise, config, tmp_path / "second"))[0] == first
     other, _ = _run(Trainer(noise, _config({"epochs": 1, "seed": 1}, dropout=0.1), tmp_path / "other"))
     assert other[0] != first[0]
+
+
+def test_two_threads_add_up_gradients_in_the_same_order_each_time(dataset: Path, tmp_path: Path) -> None:
+    """Items that occur many times in a batch: atomic additions to their gradients would come in any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = RunConfig(model=TINY, train=TrainConfig(epochs=1, batch_size=32, precision="fp32", seed=3))
+        runs = [_run(Trainer(read_dataset(dataset), config, tmp_path / name))[0] for name in "abc"]
+    finally:
+        torch.set_num_threads(before)
+    assert len(runs[0]) >= 10
+    assert runs[0] == runs[1] == runs[2]
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 9, 13])
