@@ -1,7 +1,7 @@
 """Several processes that serve together: one socket, one folder of users' events, an interpreter and threads for each.
 
-The parent computes nothing. It holds the socket, so that no connection is lost while a process is replaced, restarts
-what dies, and hands signals on.
+The parent computes nothing. It holds the socket, so that no connection is lost while a process is replaced, kills what
+hangs, restarts what dies, and hands signals on.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class _Member:
     deaths: int = 0
     again: float | None = None
     """When it is started again; None = it runs."""
+    beat_ns: int | None = None
+    """When its event loop last said that it turns; None = it does not serve yet."""
+    silent_s: float = 0.0
+    """For how long the parent has looked since and seen no other."""
 
 
 def serve_together(count: int, serve: Callable[[Place], None], options: RunOptions) -> None:
@@ -89,6 +93,7 @@ class _Parent:
         self._context = multiprocessing.get_context("spawn")
         self._members: list[_Member] = []
         self._served = False
+        self._looked = time.monotonic()
 
     def _start(self, place: Place) -> _Member:
         process = self._context.Process(target=_in_process, args=(self._serve, place), name=f"unipinrec-{place.index}")
@@ -115,8 +120,9 @@ class _Parent:
                 member.process.join()
 
     def _look(self) -> None:
-        """Start again what died."""
+        """Kill what hangs, start again what died."""
         now = time.monotonic()
+        seen_s, self._looked = min(now - self._looked, 2 * LOOK_S), now  # less if the parent itself stood still
         self._served = self._served or any(one.place.socket_of(one.place.index).exists() for one in self._members)
         for at, member in enumerate(self._members):
             if member.again is not None and now >= member.again:
@@ -124,6 +130,18 @@ class _Parent:
                 self._members[at].deaths = member.deaths
             elif member.again is None and not member.process.is_alive():
                 self._died(member, now)
+            elif member.again is None:
+                self._listen_to(member, seen_s)
+
+    def _listen_to(self, member: _Member, seen_s: float) -> None:
+        with suppress(FileNotFoundError):
+            beat_ns = member.place.socket_of(member.place.index).stat().st_mtime_ns
+            member.silent_s = member.silent_s + seen_s if beat_ns == member.beat_ns else 0.0
+            member.beat_ns = beat_ns
+        if member.silent_s > self._options.hung_s:
+            log.error("process %d has stood still for %.0f s; it is killed", member.place.index, member.silent_s)
+            member.silent_s = 0.0
+            member.process.kill()
 
     def _died(self, member: _Member, now: float) -> None:
         why = _ended(member.process.exitcode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from unipinrec.runtime.server_state import Deployments
 
 KEEP_ALIVE_S = 75  # longer than what proxies keep idle connections for, so that they end them and not we
 BACKLOG = 2_048
+BEAT_S = 1.0
 LINGER_S = 0.5  # after the last connection was accepted: what a client has sent by then is read and answered
 # The event loop waits this long at most for a batch that holds the interpreter; Python's own 5 ms are felt in the p99.
 SWITCH_INTERVAL_S = 1e-3
@@ -45,18 +47,22 @@ class RunOptions:
         drain_delay_s: How long after SIGTERM connections are still accepted. Meanwhile /health/ready says 503, so that
             load balancers go elsewhere, and every answer ends its connection.
         drain_s: How long after that the requests that were accepted may take.
+        hung_s: Of processes that serve together, one whose event loop stands still for so long is killed and replaced.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     drain_delay_s: float = 1.0
     drain_s: float = 30.0
+    hung_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not (self.drain_delay_s >= 0 and self.drain_s >= 1):
             raise ConfigError(
                 f"drain_delay_s={self.drain_delay_s} must be at least 0, drain_s={self.drain_s} at least 1"
             )
+        if not self.hung_s >= 2 * BEAT_S:
+            raise ConfigError(f"hung_s={self.hung_s} must be at least {2 * BEAT_S:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,7 @@ class Place:
     listener: socket.socket
 
     def socket_of(self, index: int) -> Path:
-        """The socket of a process."""
+        """The socket of a process; its time of change is that of the last beat of the event loop."""
         return self.folder / f"{index}.sock"
 
 
@@ -144,6 +150,7 @@ class _Process(uvicorn.Server):
         self.failure: BaseException | None = None
         self._server, self._load, self._options, self._place = server, load, options, place
         self._ends: float | None = None
+        self._beating: asyncio.Task[None] | None = None  # a loop holds its tasks weakly
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -156,6 +163,7 @@ class _Process(uvicorn.Server):
         if self._place is not None:
             path = self._place.socket_of(self._place.index)
             self.servers.append(await loop.create_unix_server(self._protocol, path))
+            self._beating = loop.create_task(_beat(path))
 
     def _load_in(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # the server has ended meanwhile
@@ -217,6 +225,14 @@ class _Process(uvicorn.Server):
         ends = time.monotonic() + LINGER_S
         while self.server_state.connections and time.monotonic() < ends and not self.force_exit:
             await asyncio.sleep(0.01)
+
+
+async def _beat(path: Path) -> None:
+    """Show the parent process that the event loop turns, until the loop ends."""
+    while True:
+        with suppress(FileNotFoundError):  # its server was closed
+            os.utime(path)
+        await asyncio.sleep(BEAT_S)
 
 
 def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:

@@ -126,6 +126,13 @@ positive = click.FloatRange(0, min_open=True)
     "--drain-s", type=click.FloatRange(1), default=30.0, show_default=True, help="How long the rest may then take."
 )
 @click.option(
+    "--hung-s",
+    type=click.FloatRange(2),
+    default=30.0,
+    show_default=True,
+    help="Of --processes, one whose event loop stands still for so long is killed and started again.",
+)
+@click.option(
     "--bundles",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="The folder of all bundles between which may be swapped.  [default: that in which BUNDLE lies]",

@@ -117,7 +117,7 @@ def _logs(options: dict[str, Any], place: Place | None) -> LogOptions:
 
 
 def _run_options(options: dict[str, Any]) -> RunOptions:
-    return RunOptions(**{name: options[name] for name in ("host", "port", "drain_delay_s", "drain_s")})
+    return RunOptions(**{name: options[name] for name in ("host", "port", "drain_delay_s", "drain_s", "hung_s")})
 
 
 def _require_cpu(deployments: Deployments, place: Place) -> None:

@@ -244,6 +244,36 @@ def test_a_process_that_is_killed_is_replaced_and_no_answer_is_wrong(tmp_path: P
         assert running.process.wait(20) == 0
 
 
+def test_a_process_that_stands_still_is_replaced(tmp_path: Path) -> None:
+    with started(*TOGETHER, "--state", tmp_path, "--hung-s", "2", "--deadline-ms", "500") as running:
+        all_up(running)
+        user, (victim, other) = user_of(0, "waiting"), children(running)
+        known_user(running, user)
+        os.kill(victim, signal.SIGSTOP)
+        assert running.ask("POST", "/v1/recommend", {"user": user, "k": 1})[0] == 504
+        running.until("process 0 has stood still for 2 s; it is killed")
+        running.until("process 0 was ended by SIGKILL")
+        all_up(running)
+        assert other in children(running)
+        assert running.ask("POST", "/v1/recommend", {"user": user, "k": 1})[0] == 200
+
+
+def test_processes_are_not_blamed_for_a_time_in_which_their_parent_stood_still(tmp_path: Path) -> None:
+    with started(*TOGETHER, "--state", tmp_path, "--hung-s", "2") as running:
+        all_up(running)
+        before = children(running)
+        for pid in (running.process.pid, *before):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(running.process.pid, signal.SIGCONT)
+        time.sleep(0.5)
+        for pid in before:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(3)
+        all_up(running)
+        assert children(running) == before
+
+
 def close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     pairs = list(zip(found, expected, strict=True))
     return all(a["item"] == b["item"] and abs(a["score"] - b["score"]) < 1e-4 for a, b in pairs)
