@@ -1,6 +1,7 @@
 """Minutes of everything at once: load, swaps, users who come back, nonsense, and a `kill -9`.
 
     python bench/server_soak.py BUNDLE [--minutes 30] [--processes 2] [--qps 200] [--swap-s 60] [--check 10]
+    python bench/server_soak.py BUNDLE --no-kill --minutes 1 --qps 700 --swap-s 100 --name server_soak_peak
 
 BUNDLE has items and actions; a second one is made of it by `unipinrec index`, with fifty items retired. `unipinrec
 serve` keeps events in SQLite and encoded histories as fp32, in less memory than all users need. Arrivals are Poisson
@@ -17,6 +18,8 @@ were acknowledged, by their number. One in `--check` is kept and, after the load
 in process, of the bundle that it names, after the very events that were acknowledged by then: scores and similarities
 within 1e-4. `noticed` is how many of 200 such comparisons fail when the last event of the history is left out. At
 the end every user's events are read back and compared one by one.
+
+The second command asks for more than can be answered: `answered_per_s` is the peak of this mix of requests.
 
 Exits with 1 if anything of that is not so, or if memory grew by more than 2 % after the first tenth between two of
 start, kills and end.
@@ -219,6 +222,8 @@ class Soak:
         end, over = time.monotonic() + seconds, threading.Event()
         kills = [(end - 3 * seconds / 4, self._kill_one)] if several else []
         kills.append((end - seconds / 2, self._kill_all))
+        if self.options.no_kill:
+            kills.clear()
         samples: list[list[float]] = [[]]
         side = threading.Thread(target=self._administrate, args=(kills, samples, over))
         with Connections(self.server.port) as self.connections:
@@ -355,11 +360,13 @@ def main() -> None:
     parser.add_argument("--swap-s", type=float, default=60.0)
     parser.add_argument("--cache-mib", type=int, default=48)
     parser.add_argument("--check", type=int, default=10)
+    parser.add_argument("--no-kill", action="store_true", help="let all processes live")
+    parser.add_argument("--name", default="server_soak", help="of the result")
     parser.add_argument("--no-result", action="store_true", help="do not write bench/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         soak, result = soaked(options, Path(folder))
-    kept = ("minutes", "processes", "qps", "users", "swap_s", "cache_mib", "check")
+    kept = ("minutes", "processes", "qps", "users", "swap_s", "cache_mib", "check", "no_kill")
     p50, p95, p99 = np.percentile(soak.latencies, [50, 95, 99]).round(2).tolist()
     document = {
         **card("server_soak"),
@@ -368,6 +375,7 @@ def main() -> None:
         "statuses": dict(sorted(soak.statuses.items())),
         "kv": dict(soak.kinds),
         "answers_by_bundle": list(soak.served.values()),
+        "answered_per_s": round(soak.statuses["recommend 200"] / (60 * options.minutes), 1),
         "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
         "restarts_s": soak.restarts_s,
         **result,
@@ -376,7 +384,7 @@ def main() -> None:
     if options.no_result:
         sys.stdout.write(json.dumps(document) + "\n")
     else:
-        finish(document, "server_soak")
+        finish(document, options.name)
     flat = all(part["growth_share"] < 0.02 for part in result["memory"]) or options.minutes < 5
     sys.exit(0 if flat and not soak.failures else 1)
 
