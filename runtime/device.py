@@ -56,12 +56,14 @@ class Device:
         reason: Why it was chosen.
         precision: What it computes in.
         refused: What was preferred to it, each with the reason why it does not run.
+        fell_back: Whether something was refused that somebody wanted, or that has a GPU.
     """
 
     name: str
     reason: str
     precision: Precision = "fp32"
     refused: tuple[str, ...] = ()
+    fell_back: bool = False
 
 
 CPU = Device(name="cpu", reason="asked for")
@@ -87,7 +89,11 @@ def open_backend(
             refused.append(f"{name}: {error}")
         else:
             device = Device(
-                name=name, reason=_reason(wanted, name, refused), precision=precision_of(name), refused=tuple(refused)
+                name=name,
+                reason=_reason(wanted, name, refused),
+                precision=precision_of(name),
+                refused=tuple(refused),
+                fell_back=bool(refused) and (wanted != "auto" or driver_problem() is None),
             )
             _tell(device, wanted)
             return device, backend
@@ -205,7 +211,7 @@ def _others() -> str:
 
 def _tell(device: Device, wanted: str) -> None:
     """Say what was not used; as a warning where somebody wanted it, or paid for a GPU."""
-    level = logging.INFO if wanted == "auto" and driver_problem() else logging.WARNING
+    level = logging.WARNING if device.fell_back else logging.INFO
     for reason in device.refused:
         log.log(level, "not used: %s", reason)
     if device.refused:

@@ -63,6 +63,7 @@ class SqliteEventStore:
         self._queue: deque[_Write] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._left_in_log = False
         self._writing = threading.Thread(target=self._write_all, name="unipinrec-events", daemon=True)
         self._writing.start()
         self._reading = threading.Lock()
@@ -112,6 +113,7 @@ class SqliteEventStore:
                     self._writer.execute("BEGIN IMMEDIATE")
                     results = [write.work() for write in running]
                     self._make_room()
+                self._empty_log()
             except Exception as error:  # whatever it is, those who wait must hear of it
                 for write in running:
                     write.done.set_exception(self._failed(error))
@@ -141,7 +143,14 @@ class SqliteEventStore:
     def _forget(self, user: str) -> int:
         known = _select(self._writer, user)
         self._writer.execute("DELETE FROM users WHERE user = ?", (user,))
+        self._left_in_log |= bool(known)
         return len(known)
+
+    def _empty_log(self) -> None:
+        """Who was forgotten is in the write-ahead log, and still in the file, until the log is copied and emptied."""
+        if self._left_in_log:
+            (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._left_in_log = bool(busy)  # by another process that reads: after the next write
 
     def _make_room(self) -> None:
         (users,) = self._writer.execute("SELECT users FROM total").fetchone()

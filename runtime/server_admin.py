@@ -176,8 +176,14 @@ class CurrentWatcher:
     A bundle that was refused is not tried again until the file is replaced once more.
     """
 
-    def __init__(self, deployments: Deployments, folder: Path, every_s: float = 1.0) -> None:
-        """Look so often.
+    def __init__(
+        self,
+        deployments: Deployments,
+        folder: Path,
+        every_s: float = 1.0,
+        swapped: Callable[[Path], object] = lambda _: None,
+    ) -> None:
+        """Look so often, and tell `swapped` of each bundle that has taken over.
 
         Raises:
             ConfigError: That is no time.
@@ -185,6 +191,7 @@ class CurrentWatcher:
         if not every_s > 0:
             raise ConfigError(f"current.json cannot be looked at every {every_s} s; it must be more than 0")
         self._deployments, self._folder, self._every_s = deployments, folder, every_s
+        self._swapped = swapped
         self._seen: tuple[int, int, int] | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="unipinrec-current", daemon=True)
@@ -203,9 +210,9 @@ class CurrentWatcher:
         if seen is None or seen == self._seen:
             return
         try:
-            folder = read_current(self._folder)
-            if read_manifest(folder)[1] != self._deployments.current.version:
-                self._deployments.swap(folder)
+            folder, version = self._named()
+            if version != self._deployments.current.version:
+                self._swapped(self._deployments.swap(folder).path)
         except SwapBusyError:
             return  # by hand, at this moment: next time
         except UnipinrecError as error:
@@ -213,6 +220,15 @@ class CurrentWatcher:
         except Exception:
             log.exception("%s changed, but nothing was swapped", self._folder / CURRENT)
         self._seen = seen
+
+    def _named(self) -> tuple[Path, str]:
+        """The bundle that the file names, and its version; that there is none counts as a swap that was refused."""
+        try:
+            folder = read_current(self._folder)
+            return folder, read_manifest(folder)[1]
+        except UnipinrecError as error:
+            self._deployments.refuse(self._folder / CURRENT, error)
+            raise
 
     def _signature(self) -> tuple[int, int, int] | None:
         try:

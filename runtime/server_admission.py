@@ -23,6 +23,7 @@ class Admission:
     Attributes:
         limit: Most requests that are admitted and not yet answered.
         pending: Requests that are.
+        arriving: Those among them that the client has not sent yet: nobody waits for them.
         most_pending: The most that ever were.
         refused: Requests that were turned away.
         seconds_each: Running mean of the time to an answer over the requests that it shared the server with: those
@@ -34,23 +35,26 @@ class Admission:
         if limit < 1:
             raise ConfigError(f"a queue of {limit} requests must hold at least 1")
         self.limit, self._clock = limit, clock
-        self.pending = self.most_pending = self.refused = 0
+        self.pending = self.arriving = self.most_pending = self.refused = 0
         self.seconds_each = self.deviation = 0.0
         self._measured = 0
 
     @contextmanager
-    def admit(self, within_s: float, *, measured: bool = True) -> Iterator[Place]:
+    def admit(self, within_s: float, *, measured: bool = True, arriving: bool = False) -> Iterator[Place]:
         """Hold a place until the request is answered.
 
         Args:
             within_s: How long that may take.
             measured: Whether how long it takes says something of those to come.
+            arriving: Whether the client has yet to send it; until `Place.begin` it takes room, but nobody's time.
 
         Raises:
             Refusal: 429, there is no place, or those ahead take longer than `within_s`.
         """
         place = Place(self, within_s)
         place.add(1)
+        place.arriving = int(arriving)
+        self.arriving += place.arriving
         try:
             yield place
         except Refusal as refusal:
@@ -62,19 +66,21 @@ class Admission:
                 self.learn(place.seconds_each())
         finally:
             self.pending -= place.count
+            self.arriving -= place.arriving
 
     def expected_s(self) -> float:
         """How long what is pending will take, by the latest measurements."""
-        return self.pending * self.seconds_each
+        return (self.pending - self.arriving) * self.seconds_each
 
     def take(self, count: int, within_s: float) -> None:
         """See `admit`; for `Place`."""
-        longest_s = self.pending * (self.seconds_each + CAUTION * self.deviation)
+        ahead = self.pending - self.arriving
+        longest_s = ahead * (self.seconds_each + CAUTION * self.deviation)
         if self.pending + count > self.limit or longest_s > within_s:
             self.refused += 1
             why = f"{self.pending} requests are waiting, of at most {self.limit}"
             if longest_s > within_s:
-                why = f"{self.pending} requests are ahead, which may take {longest_s * 1e3:.0f} ms"
+                why = f"{ahead} requests are ahead, which may take {longest_s * 1e3:.0f} ms"
             raise Refusal(
                 429,
                 "overloaded",
@@ -100,7 +106,7 @@ class Place:
     """The place of one HTTP request, which may carry several."""
 
     def __init__(self, admission: Admission, within_s: float) -> None:
-        self._admission, self._within_s, self.count = admission, within_s, 0
+        self._admission, self._within_s, self.count, self.arriving = admission, within_s, 0, 0
         self.begin()
 
     def add(self, count: int) -> None:
@@ -114,7 +120,10 @@ class Place:
 
     def begin(self) -> None:
         """From here on it is the server that takes its time: all that the client has to send is there."""
-        self._began, self._ahead = self._admission.now(), self._admission.pending - self.count
+        self._admission.arriving -= self.arriving
+        self.arriving = 0
+        others = self._admission.pending - self.count - self._admission.arriving
+        self._began, self._ahead = self._admission.now(), others
 
     def seconds_each(self) -> float:
         """What it took since, divided among those ahead and itself."""

@@ -62,6 +62,7 @@ class Endpoint:
             response = Response(status_code=CLIENT_LEFT)
         except Exception as error:
             response = _refused(handlers.refusal_of(error, call.id), call)
+            _let_go(error)
         response.headers["x-request-id"] = call.id
         if self.server.phase == "draining":
             response.headers["connection"] = "close"
@@ -70,6 +71,16 @@ class Endpoint:
             observe(call)
         response.headers.update(call.headers)
         await response(scope, receive, send)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of the frames of a traceback: they hold the request and its body, and often a future that holds the error.
+
+    Only the garbage collector would find that cycle, and it counts objects, not their bytes.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _refused(refusal: Refusal, call: Call) -> Response:

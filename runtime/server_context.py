@@ -70,6 +70,7 @@ class Call:
         headers: Further headers of the answer; an observer may add some.
         status: Of the answer; 499 = the client left first.
         code: Of the error, if it is one.
+        codes_in_list: Of the errors among the answers of a list.
         seconds: From arrival to the answer, which was then sent.
     """
 
@@ -86,6 +87,7 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 0
     code: str | None = None
+    codes_in_list: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property

@@ -95,7 +95,7 @@ class _Started:
 
 async def recommend(server: Server, call: Call) -> Response:
     """POST /v1/recommend."""
-    with server.admission.admit(call.left_s) as place:
+    with server.admission.admit(call.left_s, arriving=True) as place:
         limits = server.options.limits
         asked = decode_recommend(await call.body(limits.body_bytes), limits)
         several = asked if isinstance(asked, tuple) else (asked,)
@@ -110,7 +110,11 @@ async def recommend(server: Server, call: Call) -> Response:
 
 
 def _in_a_list(outcome: T | Exception, call: Call) -> T | ErrorAnswer:
-    return ErrorAnswer(error=refusal_of(outcome, call.id).detail) if isinstance(outcome, Exception) else outcome
+    if not isinstance(outcome, Exception):
+        return outcome
+    detail = refusal_of(outcome, call.id).detail
+    call.codes_in_list.append(detail.code)
+    return ErrorAnswer(error=detail)
 
 
 async def _recommend(server: Server, call: Call, asked: Sequence[RecommendBody]) -> list[RecommendAnswer | Exception]:
@@ -225,7 +229,7 @@ def _outcome(started: _Started | Exception, call: Call) -> RecommendAnswer | Exc
 
 async def append_events(server: Server, call: Call) -> Response:
     """POST /v1/events: of a list each element is refused or kept for itself; what is kept is kept in one step."""
-    with server.writes.admit(call.left_s) as place:
+    with server.writes.admit(call.left_s, arriving=True) as place:
         now_ms, limits = time.time_ns() // 1_000_000, server.options.limits
         posted = decode_events(await call.body(limits.body_bytes), limits, now_ms)
         posts = posted if isinstance(posted, tuple) else (posted,)
@@ -301,9 +305,10 @@ async def forget_user(server: Server, call: Call) -> Response:
 
 async def similar(server: Server, call: Call) -> Response:
     """POST /v1/items/similar."""
-    with server.admission.admit(call.left_s, measured=False):
+    with server.admission.admit(call.left_s, measured=False, arriving=True) as place:
         limits = server.options.limits
         asked = decode_similar(await call.body(limits.body_bytes), limits)
+        place.begin()
         with server.acquire() as deployment:
             answer = server.threads.submit(similar_items, deployment.recommender, asked)
             await call.wait([answer])

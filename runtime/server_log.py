@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
@@ -75,6 +76,8 @@ def request_fields(call: Call, *, users: bool = False) -> dict[str, Any]:
     }
     if call.code is not None:
         fields["error"] = call.code
+    if call.codes_in_list:
+        fields["errors_in_list"] = dict(Counter(call.codes_in_list))
     if users and call.users:
         fields["users"] = call.users
     if not call.slates:

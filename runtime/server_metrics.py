@@ -77,8 +77,9 @@ class Metrics(Collector):
         """Count a request that was answered."""
         self._http[call.route].observe(call.seconds)
         self._codes[call.route, str(call.status)] += 1
-        if call.code is not None:
-            self._errors[call.route, call.code] += 1
+        for code in (call.code, *call.codes_in_list):
+            if code is not None:
+                self._errors[call.route, code] += 1
         for slate, answer in zip(call.slates, call.answers, strict=True):
             for stage, tally in self._stages:
                 tally.observe(getattr(slate.stages_ms, stage) * 1e-3)
@@ -154,6 +155,7 @@ def _serving(deployments: Deployments) -> Iterator[Metric]:
     for why in device.refused:
         refused.add_metric([why], 1)
     yield refused
+    yield _gauge("device_fell_back", "Whether a device serves that nobody wanted.", int(device.fell_back))
     yield _gauge("device_fallbacks", "Devices that were tried before the one that serves.", len(device.refused))
 
 

@@ -27,6 +27,7 @@ JSON_TYPES: dict[str, list[Any]] = {
     "INT64": [list[INT64], list[list[INT64]], list[list[list[INT64]]], list[list[list[list[INT64]]]]],
 }
 MAX_RANK = 4
+JSON_VALUES = 1 << 20  # of one request: to read them holds up everybody else, by a tenth of a second
 ELSEWHERE = ("shared_memory_region", "classification")  # parameters of extensions that are not spoken here
 HEADER_LENGTH = "Inference-Header-Content-Length"
 Parameters = dict[str, bool | int | float | str | None]
@@ -152,6 +153,8 @@ def decode_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, 
         RequestError: The body is not such a request.
     """
     json_bytes = _json_bytes(header_length, len(body))
+    if body.count(b",", 0, json_bytes) > JSON_VALUES:
+        raise RequestError(f"the JSON has more than {JSON_VALUES} values; send large tensors as binary behind it")
     try:
         request = msgspec.json.decode(memoryview(body)[:json_bytes], type=InferRequest)
     except MALFORMED as error:

@@ -124,11 +124,10 @@ class Peers:
         """The answer of another process; None if there is none."""
         asked = asyncio.ensure_future(self.ask(index, call, content))
         await call.wait([asked])
-        try:
-            answer = asked.result()
-        except PeerGoneError:
+        if isinstance(asked.exception(), PeerGoneError):
             self.handed_over[index, "gone"] += 1
             return None
+        answer = asked.result()
         self.handed_over[index, "answered"] += 1
         call.answered_elsewhere = True
         return answer.response()

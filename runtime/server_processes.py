@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -150,8 +150,9 @@ class _Parent:
         member.deaths = 0 if now - member.began > STABLE_S else member.deaths
         delay_s = RESTART_S[min(member.deaths, len(RESTART_S) - 1)]
         member.deaths, member.again = member.deaths + 1, now + delay_s
-        with suppress(OSError):
-            member.place.socket_of(member.place.index).unlink()
+        socket_path = member.place.socket_of(member.place.index)
+        member.place = replace(member.place, again=not socket_path.exists())
+        socket_path.unlink(missing_ok=True)
         log.error("process %d %s; it is started again in %g s", member.place.index, why, delay_s)
 
     def _end(self, signals: list[int]) -> None:

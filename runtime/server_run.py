@@ -74,12 +74,27 @@ class Place:
         count: How many there are.
         folder: Where each of them makes a socket for the others as soon as it serves.
         listener: What clients connect to; all of them accept from it.
+        again: Start with what served last here: what was to be served did not come up.
     """
 
     index: int
     count: int
     folder: Path
     listener: socket.socket
+    again: bool = False
+
+    def note(self, bundle: Path) -> None:
+        """Remember what serves, for processes that are started again."""
+        new = self.folder / f"{self.index}.last"
+        new.write_text(str(bundle.absolute()))
+        new.replace(self.folder / "last")
+
+    def last_served(self) -> Path | None:
+        """The bundle that took over last in one of the processes; None if there is none yet."""
+        try:
+            return Path((self.folder / "last").read_text())
+        except FileNotFoundError:
+            return None
 
     def socket_of(self, index: int) -> Path:
         """The socket of a process; its time of change is that of the last beat of the event loop."""

@@ -167,6 +167,10 @@ class Deployments:
         """
         return self._replace("swap", Path(path), None)
 
+    def refuse(self, path: Path, problem: UnipinrecError) -> None:
+        """Record as refused what could not even be looked at."""
+        self._record("swap", path, None, problem, 0.0)
+
     def rollback(self) -> Deployment:
         """Bring back what the last swap replaced, by opening it again; a second rollback undoes the first.
 

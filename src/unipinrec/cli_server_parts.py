@@ -76,7 +76,11 @@ def serve_here(bundle: Path, options: dict[str, Any], place: Place | None = None
     logs = _logs(options, place)
     configure_logs(logs)
     folder = options["bundles"] or bundle.absolute().parent
-    if options["watch"] and (folder / CURRENT).exists():
+    last = place.last_served() if place is not None and place.again else None
+    if last is not None:
+        log.error("what was to be served did not come up; %s, which served last, does", last)
+        bundle = last
+    elif options["watch"] and (folder / CURRENT).exists():
         bundle = read_current(folder)
     manifest, _ = read_manifest(bundle)
     peers = Peers(place=place) if place else None
@@ -98,8 +102,9 @@ def serve_here(bundle: Path, options: dict[str, Any], place: Place | None = None
             deployments = Deployments(Deployment.open(bundle, deployment))
             if place is not None:
                 _require_cpu(deployments, place)
+                place.note(deployments.current.path)
             if options["watch"]:
-                watcher = CurrentWatcher(deployments, folder)
+                watcher = CurrentWatcher(deployments, folder, swapped=place.note if place else lambda _: None)
                 parts.callback(watcher.stop)
                 watcher.start()
             return deployments

@@ -47,6 +47,9 @@ class Running:
             time.sleep(0.01)
         raise AssertionError(f"no {text!r} in {''.join(self.lines)}")
 
+    def found(self, text: str) -> list[str]:
+        return [line for line in list(self.lines) if text in line]
+
     def ready(self) -> None:
         limit = time.monotonic() + 60
         while self.ask("GET", "/health/ready")[0] != 200:

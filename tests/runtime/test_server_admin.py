@@ -249,6 +249,8 @@ def test_a_file_that_names_no_bundle_is_logged_once(
     assert len(warned) == 1
     assert message in warned[0]
     assert deployments.current is before
+    assert deployments.swap_counts() == {("swap", "refused"): 1}
+    assert message in str(deployments.status().swaps[0].reason)
     put(folder, '{"bundle": "b"}')
     watcher.check()
     assert deployments.current.path.name == "b"

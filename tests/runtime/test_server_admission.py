@@ -86,6 +86,22 @@ def test_what_a_client_takes_to_send_does_not_count(clock: Clock) -> None:
     assert admission.seconds_each == pytest.approx(0.1)
 
 
+def test_nobody_waits_for_what_a_client_has_not_sent(clock: Clock) -> None:
+    admission = Admission(3, clock)
+    admission.learn(1.0)
+    with admission.admit(9.0, arriving=True) as slow, admission.admit(9.0, arriving=True):
+        with admission.admit(0.1, arriving=True) as place:  # though two of a second are before it
+            place.begin()
+            clock.now += 0.5
+            with pytest.raises(Refusal, match="3 requests are waiting, of at most 3"), admission.admit(9.0):
+                pass  # they take room all the same
+        assert admission.seconds_each == pytest.approx((1.0 + 0.5) / 2)
+        slow.begin()
+        with pytest.raises(Refusal, match="1 requests are ahead"), admission.admit(0.1):
+            pass
+    assert (admission.pending, admission.arriving) == (0, 0)
+
+
 def test_only_answers_and_deadlines_that_passed_are_learnt_from(clock: Clock) -> None:
     admission = Admission(100, clock)
     with admission.admit(9.0):

@@ -21,7 +21,9 @@ from unipinrec.runtime.event_store_sqlite import SqliteEventStore
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
 from unipinrec.runtime.server_app import Server, make_app, make_server
+from unipinrec.runtime.server_context import Call
 from unipinrec.runtime.server_handlers import usable
+from unipinrec.runtime.server_oip import oip_routes
 from unipinrec.runtime.server_state import Deployments
 
 AT = 1_700_000_000_000
@@ -372,23 +374,30 @@ def test_an_unforeseen_error_is_internal(server: Server, caplog: pytest.LogCaptu
     assert "/secret/path" in caplog.text
 
 
-def test_what_was_refused_keeps_no_replaced_bundle_alive(
-    twins: tuple[Path, Path],
-) -> None:
-    with deployed(twins[0]) as deployments, TestClient(make_app(make_server(deployments=deployments))) as client:
-        gc.collect()
-        gc.disable()  # nothing of it may have to wait for the collector
-        try:
-            wrong = {"item": "no such item", "actions": []}
-            post(client, "/v1/recommend", {"user": "nobody"}, 422)
-            post(client, "/v1/recommend", {"history": [wrong]}, 400)
-            post(client, "/v1/recommend", [{"user": "nobody"}, {"history": [wrong]}])
-            post(client, "/v1/events", {"user": "ann", "events": [wrong]}, 400)
-            old = weakref.ref(deployments.current.recommender.bundle)
-            deployments.swap(twins[1])
-            limit = time.monotonic() + 20
-            while old() is not None:
-                assert time.monotonic() < limit
-                time.sleep(0.01)
-        finally:
-            gc.enable()
+def test_what_was_refused_is_kept_by_nothing(twins: tuple[Path, Path]) -> None:
+    """No request, with its body, and no bundle that was replaced since, has to wait for the collector."""
+    calls: list[weakref.ref[Call]] = []
+    wrong = {"item": "no such item", "actions": []}
+    with deployed(twins[0]) as deployments:
+        server = make_server(deployments=deployments, observers=[lambda call: calls.append(weakref.ref(call))])
+        with TestClient(make_app(server, oip_routes(server, version="1"))) as client:
+            gc.collect()
+            gc.disable()
+            try:
+                post(client, "/v1/recommend", {"user": "nobody"}, 422)
+                post(client, "/v1/recommend", {"history": [wrong]}, 400)
+                post(client, "/v1/recommend", {"k": "many"}, 400)
+                post(client, "/v1/recommend", [{"user": "nobody"}, {"history": [wrong]}])
+                post(client, "/v1/events", {"user": "ann", "events": [wrong]}, 400)
+                post(client, "/v1/items/similar", {"items": ["no such item"]}, 400)
+                post(client, "/v2/models/encoder/infer", {"inputs": []}, 400)
+                post(client, "/v2/models/nothing/infer", {"inputs": []}, 404)
+                assert len(calls) == 8
+                old = weakref.ref(deployments.current.recommender.bundle)
+                deployments.swap(twins[1])
+                limit = time.monotonic() + 20
+                while old() is not None or any(call() is not None for call in calls):
+                    assert time.monotonic() < limit, [call() for call in calls]
+                    time.sleep(0.01)
+            finally:
+                gc.enable()

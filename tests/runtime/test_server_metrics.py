@@ -96,6 +96,15 @@ def test_requests_by_endpoint_and_code(client: TestClient, answers: list[dict[st
     assert samples["process_resident_memory_bytes", ()] > 1e6
 
 
+def test_errors_in_a_list_are_counted_each(client: TestClient) -> None:
+    wrong = {"history": [{"item": "no such item", "actions": []}]}
+    assert client.post("/v1/recommend", json=[body(2), wrong, wrong, {"user": "nobody"}]).status_code == 200
+    samples, recommend = scrape(client), {"endpoint": "/v1/recommend"}
+    assert value(samples, "http_requests_total", code="200", **recommend) == 1
+    assert value(samples, "http_errors_total", reason="invalid_request", **recommend) == 2
+    assert value(samples, "http_errors_total", reason="cold_start", **recommend) == 1
+
+
 def test_stages_and_batches(client: TestClient, answers: list[dict[str, Any]]) -> None:
     samples = scrape(client)
     for stage in ("encode", "retrieve", "rank", "total"):
@@ -175,6 +184,7 @@ def test_what_does_not_serve_says_why(twins: tuple[Path, Path]) -> None:
     refused = deployments.current.recommender.device.refused
     assert deployments.close(timeout_s=20)
     assert value(samples, "device_fallbacks") == len(refused)
+    assert value(samples, "device_fell_back") == (driver_problem() is None)  # without a GPU, auto is the CPU
     whys = [dict(labels)["why"] for name, labels in samples if name == "unipinrec_device_refused"]
     assert sorted(whys) == sorted(refused)
     if driver_problem():

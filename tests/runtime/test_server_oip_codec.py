@@ -98,6 +98,15 @@ def test_bodies_that_are_no_request(given: bytes) -> None:
         decode_infer(given, None)
 
 
+def test_more_numbers_than_can_be_read_quickly_are_refused_before_they_are() -> None:
+    given = body(inputs=[PAIR | {"data": [0] * ((1 << 20) + 2)}])
+    with pytest.raises(RequestError, match="more than 1048576 values; send large tensors as binary"):
+        decode_infer(given, None)
+    numbers = np.zeros(1 << 20, np.float32)
+    given, length = binary({"inputs": [binary_input("x", numbers)]}, b",," * (2 << 20))
+    assert decode_infer(given, length)[1]["x"].size == numbers.size
+
+
 def test_nesting_without_end_is_refused() -> None:
     deep = '{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": ' + "[" * 50_000 + "]" * 50_000 + "}]}"
     with pytest.raises(RequestError, match=r"nested too deeply|not valid|not FP32"):

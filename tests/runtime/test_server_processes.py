@@ -306,6 +306,28 @@ def test_all_swap_to_what_current_json_names_and_start_again_with_it(tmp_path: P
         assert serving() == ["b", "b"]
 
 
+def test_a_bundle_that_all_refused_keeps_no_process_from_starting_again(tmp_path: Path) -> None:
+    bundles = tmp_path / "bundles"
+    bundles.mkdir()
+    twin(bundles / "a", 0)
+    shutil.copytree(bundles / "a", bundles / "broken")
+    (bundles / "broken" / "items.safetensors").write_bytes(b"nothing")
+    manifest = bundles / "broken" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    options = ("--state", tmp_path / "state", "--watch")
+    with started(*TOGETHER, *options, bundle=bundles / "a") as running:
+        all_up(running)
+        (bundles / "current.json").write_text('{"bundle": "broken"}')
+        eventually(lambda: sum(samples(running, "unipinrec_swaps_total").values()) >= COUNT)
+        assert {dict(labels)["result"] for labels in samples(running, "unipinrec_swaps_total")} == {"refused"}
+        for victim in children(running):
+            os.kill(victim, signal.SIGKILL)
+        eventually(lambda: len(running.found("which served last, does")) == COUNT)
+        all_up(running)
+        serving = [dict(labels)["bundle"] for labels in samples(running, "unipinrec_serving_info")]
+        assert serving == ["a", "a"]
+
+
 def test_without_their_parent_they_end_and_leave_the_port_free(tmp_path: Path) -> None:
     with started(*TOGETHER, "--state", tmp_path) as running:
         all_up(running)
