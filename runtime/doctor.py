@@ -182,7 +182,9 @@ def _expected(devices: Mapping[str, str | None]) -> Choice:
         problem = devices[name]
         if problem is None:
             reason = f"auto, once its engines are compiled; {AUTO[1]} until then" if name == AUTO[0] else "auto"
-            return Choice(device=Device(name=name, reason=reason, refused=tuple(refused)), problem=None)
+            fell_back = bool(refused) and driver_problem() is None
+            device = Device(name=name, reason=reason, refused=tuple(refused), fell_back=fell_back)
+            return Choice(device=device, problem=None)
         refused.append(f"{name}: {problem}")
     return Choice(device=None, problem="; ".join(refused))
 

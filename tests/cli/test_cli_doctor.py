@@ -44,7 +44,7 @@ def test_json_is_one_document() -> None:
         *("unipinrec", "python", "system", "cpu", "memory", "gpu", "onnxruntime", "tensorrt", "openvino", "cache"),
         *("devices", "bundle", "engines", "engines_problem", "auto"),
     ]
-    assert list(document["auto"]["device"]) == ["name", "reason", "precision", "refused"]
+    assert list(document["auto"]["device"]) == ["name", "reason", "precision", "refused", "fell_back"]
     assert list(document["devices"]) == ["tensorrt", "cuda", "cpu", "openvino", "openvino-bf16"]
 
 
