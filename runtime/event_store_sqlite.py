@@ -7,6 +7,7 @@ log): a row that is looked up takes some ten microseconds, handing that to anoth
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -25,6 +26,8 @@ from unipinrec.runtime.event_store import Append, Events, Receipt, StoreLimits, 
 FILE = "events.sqlite3"
 FORMAT = 2
 BUSY_S = 5.0  # how long another process, such as a backup, may hold the file up
+READERS_MS = 50  # how long those who wait for a write wait for other processes' reads
+log = logging.getLogger(__name__)
 SCHEMA = (
     "CREATE TABLE users (user TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, events BLOB NOT NULL)",
     "CREATE INDEX users_by_update ON users (updated_ms)",
@@ -148,9 +151,15 @@ class SqliteEventStore:
 
     def _empty_log(self) -> None:
         """Who was forgotten is in the write-ahead log, and still in the file, until the log is copied and emptied."""
-        if self._left_in_log:
+        if not self._left_in_log:
+            return
+        try:
+            self._writer.execute(f"PRAGMA busy_timeout = {READERS_MS}")
             (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._left_in_log = bool(busy)  # by another process that reads: after the next write
+            self._left_in_log = bool(busy)  # then after the next write
+            self._writer.execute(f"PRAGMA busy_timeout = {BUSY_S * 1e3:.0f}")
+        except sqlite3.Error as error:  # what was to be written is
+            log.warning("%s: who was forgotten is still in its log: %s", self._path, error)
 
     def _make_room(self) -> None:
         (users,) = self._writer.execute("SELECT users FROM total").fetchone()

@@ -78,7 +78,7 @@ def _let_go(error: BaseException | None) -> None:
 
     Only the garbage collector would find that cycle, and it counts objects, not their bytes.
     """
-    while error is not None:
+    while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 

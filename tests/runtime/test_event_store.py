@@ -349,6 +349,23 @@ def test_who_is_forgotten_is_not_left_in_the_file(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_long_read_of_another_process_delays_no_write_and_what_it_kept_goes_with_the_next(tmp_path: Path) -> None:
+    store = SqliteEventStore(tmp_path, LIMITS)
+    store.append([append("u", event("very-secret-item", 1))], NOW).result(10)
+    backup = sqlite3.connect(tmp_path / "events.sqlite3", isolation_level=None)
+    backup.execute("BEGIN")
+    backup.execute("SELECT * FROM users").fetchall()
+    began = time.monotonic()
+    assert store.forget("u").result(10) == 1
+    store.append([append("v", event("b"))], NOW).result(10)
+    assert time.monotonic() - began < 2
+    backup.execute("COMMIT")
+    store.append([append("v", event("c", 2))], NOW).result(10)
+    assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    backup.close()
+    store.close()
+
+
 def test_stores_that_begin_at_the_same_moment_make_one_file(tmp_path: Path) -> None:
     for attempt in range(10):
         gate, folder = threading.Barrier(4), tmp_path / str(attempt)
