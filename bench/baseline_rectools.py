@@ -74,7 +74,7 @@ def ranks_of(
     seen = [history_rows(data, u, e) for u, e in zip(requests.users.tolist(), requests.ends.tolist(), strict=True)]
     best = min(int(known.sum()), max(CUTOFFS) + max(len(set(rows.tolist())) for rows in seen))
     context = interactions(owners, np.concatenate(histories))
-    found = model.recommend(asked, context, k=best, filter_viewed=False)
+    found = model.recommend(asked, context, k=best, filter_viewed=False, on_unsupported_targets="ignore")
     for place, items in found.groupby("user_id", sort=False)["item_id"]:
         left = items.to_numpy()[~np.isin(items.to_numpy(), seen[place])]
         hits = np.flatnonzero(left == requests.targets[place])
