@@ -33,6 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "retrieval_only": {"ranking_weight": 0.0},
     "ranking_only": {"retrieval_weight": 0.0},
     "retrieval_only_mask_0": {"ranking_weight": 0.0, "mask_probability": 0.0},
+    "ranking_only_mask_0": {"retrieval_weight": 0.0, "mask_probability": 0.0},
     "mask_0": {"mask_probability": 0.0},
     "mask_0.1": {"mask_probability": 0.1},
     "mask_0.3": {"mask_probability": 0.3},
@@ -68,7 +69,7 @@ def row_figures(row: str, run: dict[str, Any]) -> dict[str, float | None]:
     found = figures(run["metrics"], ACTIONS)
     if row.startswith("retrieval_only"):
         return {name: value for name, value in found.items() if "@" in name}
-    if row == "ranking_only":
+    if row.startswith("ranking_only"):
         return {name: value for name, value in found.items() if "@" not in name}
     return found
 
