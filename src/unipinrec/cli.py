@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from unipinrec import __version__
@@ -21,6 +23,8 @@ from unipinrec.cli_train import evaluate, train
 @click.version_option(__version__)
 def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
+    # Read when torch loads OpenMP, whose threads would spin for milliseconds at each barrier for one without a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 for subcommand in (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -136,3 +137,26 @@ def test_demo_names_what_it_cannot_read(tmp_path: Path) -> None:
     result = run("demo", "--data", tmp_path, "--out", tmp_path / "demo")
     assert result.exit_code == 1
     assert "holds none of dataset.json, u.data" in result.stderr
+
+
+SPINNING = """
+import time
+from unipinrec.cli import main
+main(["train", "--help"], standalone_mode=False)
+import torch
+torch.set_num_threads(2)
+values, spent = torch.ones(1_000_000), 0.0
+for _ in range(20):
+    values.exp()
+    before = time.process_time()
+    time.sleep(0.02)
+    spent += time.process_time() - before
+print(spent)
+"""
+
+
+def test_waiting_threads_leave_their_core_to_others() -> None:
+    """By default OpenMP's threads spin after each piece of work; then .2 s of processor time are spent asleep here."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", SPINNING], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) < 0.05
