@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
-from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, file_problems
+from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, file_problems, identity
 from unipinrec.runtime.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
@@ -55,6 +55,7 @@ class Bundle:
         item_ids: External ids in row order.
         titles: Titles in row order, for people; None where there is none.
         catalogue: The items as a request names them.
+        mapped: Identity of the file that `item_vectors` is mapped from, before it was checked.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Bundle:
     item_ids: tuple[str, ...]
     titles: tuple[str | None, ...]
     catalogue: Catalogue
+    mapped: tuple[int, int, int] | None
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
@@ -76,6 +78,7 @@ class Bundle:
         """
         folder = Path(path)
         manifest, digest = read_manifest(folder)
+        mapped = identity(folder / ITEMS)
         problems = file_problems(folder, manifest.files)
         if problems:
             listed = "; ".join(f"{name} {problem}" for name, problem in problems.items())
@@ -93,7 +96,13 @@ class Bundle:
             item_ids=item_ids,
             titles=titles,
             catalogue=_catalogue(folder, manifest, item_ids),
+            mapped=mapped,
         )
+
+    def written_over(self) -> bool:
+        """Whether the file that vectors are mapped from was changed in place; to replace or remove it is fine."""
+        now = identity(self.path / ITEMS)
+        return now is not None and self.mapped is not None and now != self.mapped and now[0] == self.mapped[0]
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -123,8 +132,8 @@ class Bundle:
         users = self._user_ids()
         if user not in users:
             raise RequestError(
-                f"user {user!r} is not among the {len(users)} sample users of this bundle; "
-                "pass the user's events instead (--history EVENTS.json)"
+                f"user {user!r} is not among the {len(users)} sample users of this bundle, such as "
+                f"{', '.join(users[:3]) or 'none'}; pass the user's events instead (--history EVENTS.json)"
             )
         tensors = self._user_tensors(users)
         place = users.index(user)

@@ -28,6 +28,15 @@ def fingerprint(path: Path) -> FileSpec:
         return FileSpec(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
 
 
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """Inode, bytes and time of the last change of a file; None if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def file_problems(folder: Path, files: Mapping[str, FileSpec]) -> dict[str, str]:
     """What is wrong with each damaged file: missing, truncated or altered. Raises nothing."""
     largest_first = sorted(files, key=lambda name: -files[name].size_bytes)

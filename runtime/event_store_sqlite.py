@@ -8,6 +8,7 @@ log): a row that is looked up takes some ten microseconds, handing that to anoth
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -61,6 +62,7 @@ class SqliteEventStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._writer, self._reader = _connect(self._path), _connect(self._path)
             _prepare(self._writer, self._path)
+            self._file = self._path.stat()
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
         self._queue: deque[_Write] = deque()
@@ -79,9 +81,10 @@ class SqliteEventStore:
         """See `EventStore.histories`."""
         future: Future[list[Events]] = Future()
         try:
+            self._require_file()
             with self._reading:
                 future.set_result([_select(self._reader, user) for user in users])
-        except (sqlite3.Error, msgspec.DecodeError) as error:
+        except (OSError, sqlite3.Error, msgspec.DecodeError) as error:
             future.set_exception(self._failed(error))
         return future
 
@@ -112,6 +115,7 @@ class SqliteEventStore:
         while writes := self._next_writes():
             running = [write for write in writes if write.done.set_running_or_notify_cancel()]
             try:
+                self._require_file()
                 with self._writer:
                     self._writer.execute("BEGIN IMMEDIATE")
                     results = [write.work() for write in running]
@@ -123,6 +127,11 @@ class SqliteEventStore:
             else:
                 for write, result in zip(running, results, strict=True):
                     write.done.set_result(result)
+
+    def _require_file(self) -> None:
+        """SQLite goes on in a file that was deleted, which nobody would find again."""
+        if not os.path.samestat(self._path.stat(), self._file):
+            raise OSError("another file lies in its place; start again to use that one")
 
     def _next_writes(self) -> list[_Write]:
         """All that waits; empty once the store is closed."""

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import RequestError
+from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.catalogue import Catalogue
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import Manifest
@@ -201,7 +201,7 @@ def resolve_request(
         unfiltered = options.allow is None and options.categories is None
         filtered = "" if unfiltered else " and those that allow or categories rule out"
         remedy = f"ask for at most {eligible}" if eligible else "loosen the filters"
-        raise RequestError(
+        raise TooFewItemsError(
             f"k={k} items were asked for, but only {eligible} of the {catalogue.num_live} items are eligible after "
             f"leaving out {len(excluded)} seen or excluded ones{filtered}; {remedy}"
         )

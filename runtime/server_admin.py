@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from unipinrec.errors import BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
+from unipinrec.runtime.bundle_files import identity
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.server_api import Refusal
 from unipinrec.runtime.server_app import route
@@ -206,7 +207,7 @@ class CurrentWatcher:
 
     def check(self) -> None:
         """Look once, and swap if the file is another than before and names a bundle that does not serve."""
-        seen = self._signature()
+        seen = identity(self._folder / CURRENT)
         if seen is None or seen == self._seen:
             return
         try:
@@ -229,13 +230,6 @@ class CurrentWatcher:
         except UnipinrecError as error:
             self._deployments.refuse(self._folder / CURRENT, error)
             raise
-
-    def _signature(self) -> tuple[int, int, int] | None:
-        try:
-            stat = (self._folder / CURRENT).stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._every_s):

@@ -20,6 +20,7 @@ from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
 T = TypeVar("T")
 SHOWN_CHARACTERS = 500
+AS_SECONDS = range(10**9, 10**10)  # Unix times of our days in seconds: as milliseconds they would be in early 1970
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class RecommendBody(RecommendOptions, frozen=True, kw_only=True, forbid_unknown_
     """
 
     user: str | None = None
-    history: tuple[Event, ...] | None = None
+    history: tuple[SentEvent, ...] | None = None
     k: int = 20
 
     def request(self, history: tuple[Event, ...]) -> Request:
@@ -247,11 +248,8 @@ def decode_events(body: bytes, limits: Limits, now_ms: int) -> Posts:
         _at_most("the body", count, limits.events, "events")
         for place, event in enumerate(one.events):
             _check_id(f"{where}events[{place}].id", event.id, limits)
-            if event.timestamp_ms is not None and event.timestamp_ms > now_ms + limits.ahead_ms:
-                raise RequestError(
-                    f"{where}events[{place}].timestamp_ms={event.timestamp_ms} lies more than {limits.ahead_ms} ms "
-                    f"ahead of this machine's clock, {now_ms}; send Unix time in ms"
-                )
+            if event.timestamp_ms is not None:
+                _check_time(f"{where}events[{place}].timestamp_ms", event.timestamp_ms, now_ms + limits.ahead_ms)
     return posted
 
 
@@ -273,7 +271,7 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except MALFORMED as error:
-        raise RequestError(f"the body: {error}; send one JSON object, or a list of them, as documented") from error
+        raise RequestError(f"the body: {error}; /openapi.json says what it must be, with examples") from error
 
 
 def _each(asked: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:
@@ -289,6 +287,13 @@ def _each(asked: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:
 def _check_id(name: str, given: str | None, limits: Limits) -> None:
     if given is not None and not 0 < len(given) <= limits.id_characters:
         raise RequestError(f"{name} has {len(given)} characters; send from 1 to {limits.id_characters}")
+
+
+def _check_time(name: str, given_ms: int, latest_ms: int) -> None:
+    if given_ms > latest_ms:
+        raise RequestError(f"{name}={given_ms} is after {latest_ms}, too far in the future; send Unix time in ms")
+    if given_ms in AS_SECONDS:
+        raise RequestError(f"{name}={given_ms} is in 1970, or in seconds; send Unix time in ms")
 
 
 def _at_most(name: str, given: int, limit: int, unit: str = "") -> None:

@@ -24,7 +24,7 @@ from unipinrec.runtime.server_state import Deployment, Deployments
 from unipinrec.runtime.slate import Slate
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-Phase = Literal["loading", "ready", "draining"]
+Phase = Literal["loading", "ready", "draining", "bundle_changed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Call:
         """All bytes that the client sends; they are read once.
 
         Raises:
-            Refusal: 413, they are more than `limit`; 408, they did not come before the deadline.
+            Refusal: 400, they are compressed; 413, more than `limit`; 408, they did not come before the deadline.
             ClientDisconnect: The client left.
         """
         if self.content is None:
@@ -113,6 +113,10 @@ class Call:
         return self.content
 
     async def _read(self, limit: int) -> bytes:
+        coding = self.request.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            message = f"Content-Encoding: {coding[:20]!r} is not supported; send the body as it is"
+            raise Refusal(400, "invalid_request", message)
         declared = self.request.headers.get("content-length", "0")
         parts: list[bytes] = []
         left = limit
@@ -239,7 +243,7 @@ class Server:
         users: Who is being answered.
         threads: For what neither the event loop nor a batch is to wait for.
         observers: Called with every request when its answer is ready.
-        phase: What /health/ready says.
+        phase: How far its life has come.
     """
 
     options: ServerOptions
@@ -262,12 +266,20 @@ class Server:
         if self.phase == "loading":
             self.phase = "ready"
 
+    @property
+    def status(self) -> Phase:
+        """What /health/ready says: its phase, or that the files of what serves were written over."""
+        serving = self.deployments if self.phase == "ready" else None
+        if serving is not None and serving.current.recommender.bundle.written_over():
+            return "bundle_changed"
+        return self.phase
+
     @contextmanager
     def acquire(self) -> Iterator[Deployment]:
         """What serves now, which stays open until it is released.
 
         Raises:
-            Refusal: 503, the server is still loading, or is shutting down.
+            Refusal: 503, the server is still loading, or is shutting down, or what it would answer could be wrong.
         """
         if self.deployments is None:
             raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
@@ -277,6 +289,9 @@ class Server:
         except BackendError as error:
             raise Refusal(503, "shutting_down", str(error), {"retry-after": "1"}) from error
         try:
+            if deployment.recommender.bundle.written_over():
+                message = "the bundle in service was written over; swap to one in a new folder"
+                raise Refusal(503, "bundle_changed", message)
             yield deployment
         finally:
             held.__exit__(None, None, None)

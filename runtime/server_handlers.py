@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.responses import Response
 
-from unipinrec.errors import BackendError, RequestError
+from unipinrec.errors import BackendError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.event_store import Append, StoredEvent
@@ -60,7 +60,7 @@ def refusal_of(error: Exception, call_id: str) -> Refusal:
 
 def _invalid(error: RequestError) -> Refusal:
     """What the client is told, without the frames that led to it: they would keep the bundle alive."""
-    return Refusal(400, "invalid_request", str(error))
+    return Refusal(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
 
 
 async def live(_server: Server, _call: Call) -> Response:
@@ -74,14 +74,15 @@ async def ready(server: Server, _call: Call) -> Response:
         return as_json(Readiness(status=server.phase), 503)
     current = server.deployments.current
     device = current.recommender.device
+    status = server.status
     answer = Readiness(
-        status=server.phase,
+        status=status,
         device=device.name,
         device_reason=device.reason,
         refused=device.refused,
         bundle=current.version,
     )
-    return as_json(answer, 200 if server.phase == "ready" else 503)
+    return as_json(answer, 200 if status == "ready" else 503)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from functools import partial
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unipinrec.errors import RequestError
 from unipinrec.runtime.manifest import REQUIRED_GRAPHS
 from unipinrec.runtime.server_admission import Admission
 from unipinrec.runtime.server_api import Refusal
@@ -71,7 +70,7 @@ async def _live(_server: Server, _call: Call) -> Response:
 
 
 async def _ready(server: Server, _call: Call) -> Response:
-    ready = server.phase == "ready"
+    ready = server.status == "ready"
     return as_json(ServerReady(ready=ready), 200 if ready else 503)
 
 
@@ -86,7 +85,7 @@ async def _model_ready(server: Server, call: Call) -> Response:
     model, version = _named(call)
     with server.acquire() as deployment:
         _check_named(model, version, deployment)
-    ready = server.phase == "ready"
+    ready = server.status == "ready"
     return as_json(ModelReady(name=model, ready=ready), 200 if ready else 503)
 
 
@@ -110,9 +109,6 @@ class _Graphs:
     def _answer(self, server: Server, call: Call, body: bytes) -> Encoded:
         """In the executor's thread, which holds the deployment: a client that leaves does not take it away."""
         model, version = _named(call)
-        coding = call.request.headers.get("content-encoding", "identity")
-        if coding != "identity":
-            raise RequestError(f"Content-Encoding: {coding[:20]!r} is not supported; send the body as it is")
         with server.acquire() as deployment:
             _check_named(model, version, deployment)
             recommender = deployment.recommender

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unipinrec.errors import RequestError
+from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import item_row
 from unipinrec.runtime.retrieval import Search
@@ -23,8 +23,10 @@ def similar_items(recommender: Recommender, asked: SimilarBody) -> SimilarAnswer
     excluded = np.unique(np.concatenate([rows, catalogue.known_rows(asked.exclude)]))
     allowed = catalogue.allowed(asked.allow, asked.categories)
     eligible = catalogue.eligible(allowed, excluded)
-    if not 1 <= asked.k <= eligible:
-        raise RequestError(f"k={asked.k} must be from 1 to {eligible}, the items that are left by the filters")
+    if asked.k < 1:
+        raise RequestError(f"k={asked.k} must be at least 1")
+    if asked.k > eligible:
+        raise TooFewItemsError(f"k={asked.k} is more than the {eligible} items that are left by the filters")
     queries = np.ascontiguousarray(bundle.item_vectors[rows])
     search = Search(queries=queries, wanted=asked.k, excluded=excluded, allowed=allowed, exact=asked.exact)
     (found,) = recommender.retriever.retrieve([search])

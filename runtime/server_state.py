@@ -12,14 +12,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from unipinrec.errors import BackendError, SwapBusyError, SwapError, UnipinrecError
+from unipinrec.errors import BackendError, BundleError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
 from unipinrec.runtime.grouping import Padding
 from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
@@ -159,6 +159,7 @@ class Deployments:
         """Open a bundle beside the one that serves, in the calling thread, and let it take over; returns it.
 
         Requests go on meanwhile. What it replaces is closed, and its memory freed, when its last request is answered.
+        If it is what serves already, nothing happens, and a rollback still brings back what was replaced before.
 
         Raises:
             SwapBusyError: Another swap is under way.
@@ -229,6 +230,8 @@ class Deployments:
             raise error
         began = time.perf_counter()
         try:
+            if kind == "swap" and _same(path, self.current):
+                return self.current
             opened = self._take_over(path, expected)
         except BaseException as error:
             self._record(kind, path, None, error, time.perf_counter() - began)
@@ -310,6 +313,13 @@ class Deployments:
             log.info("%s to %s in %.2f s, bundle %s", kind, path, seconds, record.version)
         else:
             log.warning("%s to %s %s: %s", kind, path, record.result, record.reason)
+
+
+def _same(path: Path, serving: Deployment) -> bool:
+    """Whether a folder holds what serves; what is not a bundle does not."""
+    with suppress(BundleError):
+        return read_manifest(path)[1] == serving.version and not serving.recommender.bundle.written_over()
+    return False
 
 
 def _users(draining: Sequence[_Held]) -> dict[str, int]:

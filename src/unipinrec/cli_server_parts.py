@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,7 @@ from typing import Any
 from starlette.routing import BaseRoute
 
 from unipinrec import __version__
-from unipinrec.cli_common import command
-from unipinrec.errors import ConfigError
+from unipinrec.errors import ConfigError, UnipinrecError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle import read_manifest
 from unipinrec.runtime.cpu import available_threads
@@ -48,6 +50,7 @@ def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
         UnipinrecError: An option cannot be had, or the bundle cannot be served.
     """
     count = options["processes"]
+    _end_on_hangup()
     if count == 1:
         serve_here(bundle, options)
         return
@@ -59,29 +62,59 @@ def serve_bundle(bundle: Path, options: dict[str, Any]) -> None:
             f"{CURRENT} what the others serve; leave the admin token out"
         )
     configure_logs(_logs(options, None))
-    serve_together(count, partial(_serve_at, bundle, options), _run_options(options))
+    with _last_words():
+        serve_together(count, partial(serve_here, bundle, options), _run_options(options))
 
 
-@command
-def _serve_at(bundle: Path, options: dict[str, Any], place: Place) -> None:
-    serve_here(bundle, options, place)
+def _end_on_hangup() -> None:
+    """A terminal that is closed ends the server as SIGTERM does, unless it was started to survive that (nohup)."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """What ends a process is said in its log, in the form of all that it says."""
+    try:
+        yield
+    except UnipinrecError as error:
+        log.error("%s", error)
+        sys.exit(1)
 
 
 def serve_here(bundle: Path, options: dict[str, Any], place: Place | None = None) -> None:
     """Serve with this process, which may be one of several.
 
-    Raises:
-        UnipinrecError: An option cannot be had, or the bundle cannot be served.
+    An option that cannot be had, or a bundle that cannot be served, ends it with exit code 1.
     """
     logs = _logs(options, place)
     configure_logs(logs)
-    folder = options["bundles"] or bundle.absolute().parent
+    with _last_words():
+        _serve(_chosen(bundle, options, place), options, logs, place)
+
+
+def _chosen(bundle: Path, options: dict[str, Any], place: Place | None) -> Path:
+    """What to begin with: the bundle that was named, unless `current.json` or an earlier death says otherwise."""
+    folder = _folder(bundle, options)
     last = place.last_served() if place is not None and place.again else None
     if last is not None:
         log.error("what was to be served did not come up; %s, which served last, does", last)
-        bundle = last
-    elif options["watch"] and (folder / CURRENT).exists():
-        bundle = read_current(folder)
+        return last
+    if options["watch"] and (folder / CURRENT).exists():
+        named = read_current(folder)
+        if named.absolute() != bundle.absolute():
+            log.warning("%s names %s, which is served instead of %s", folder / CURRENT, named.name, bundle)
+        return named
+    return bundle
+
+
+def _folder(bundle: Path, options: dict[str, Any]) -> Path:
+    """Where all bundles lie."""
+    return options["bundles"] or bundle.absolute().parent
+
+
+def _serve(bundle: Path, options: dict[str, Any], logs: LogOptions, place: Place | None) -> None:
+    folder = _folder(bundle, options)
     manifest, _ = read_manifest(bundle)
     peers = Peers(place=place) if place else None
     with ExitStack() as parts:

@@ -16,6 +16,7 @@
     ├── SwapError               a bundle that does not take over from the one that serves
     │   └── SwapBusyError       because another one is about to
     └── RequestError            a request that cannot be answered as given
+        └── TooFewItemsError    because fewer items are left than it asks for
 
 A message names what was given, what is accepted, and what to do.
 """
@@ -83,3 +84,7 @@ class SwapBusyError(SwapError):
 
 class RequestError(UnipinrecError):
     """A request cannot be answered as given."""
+
+
+class TooFewItemsError(RequestError):
+    """Fewer items are left than are asked for, after those that were seen, excluded or filtered out."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -94,3 +96,23 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "this command needs starlette, which is an extra; run pip install 'unipinrec[cpu,serve]'" in done.stderr
+
+
+def test_what_ends_it_is_in_the_log_and_names_current_json(tmp_path: Path) -> None:
+    shutil.copytree(STORED, tmp_path / "v1")
+    (tmp_path / "current.json").write_text('{"bundle": "nothing"}')
+    result = run("serve", tmp_path / "v1", "--watch", "--log-format", "json")
+    assert result.exit_code == 1
+    told, ended = [json.loads(line) for line in result.stderr.splitlines()]
+    assert "current.json names nothing, which is served instead of" in told["message"]
+    assert (ended["level"], "nothing is not a bundle" in ended["message"]) == ("error", True)
+
+
+def test_a_terminal_that_is_closed_ends_it_as_sigterm_does() -> None:
+    command = [sys.executable, "-m", "unipinrec", "serve", str(STORED), "--port", "0", "--cache-mib", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        for line in server.stderr:
+            if "serving " in line:
+                server.send_signal(signal.SIGHUP)
+        assert server.wait(30) == 0

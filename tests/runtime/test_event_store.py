@@ -366,6 +366,20 @@ def test_a_long_read_of_another_process_delays_no_write_and_what_it_kept_goes_wi
     store.close()
 
 
+def test_a_folder_that_is_deleted_is_noticed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "state"), LIMITS)
+    store.append([append("u", event("a"))], NOW).result(5)
+    shutil.rmtree(tmp_path / "state")
+    for asked in (lambda: store.append([append("u", event("b"))], NOW), lambda: store.histories(["u"])):
+        with pytest.raises(BackendError, match="No such file"):
+            asked().result(5)
+    other = open_store(str(tmp_path / "state"), LIMITS)
+    with pytest.raises(BackendError, match="another file lies in its place; start again"):
+        store.append([append("u", event("b"))], NOW).result(5)
+    for one in (store, other):
+        one.close()
+
+
 def test_stores_that_begin_at_the_same_moment_make_one_file(tmp_path: Path) -> None:
     for attempt in range(10):
         gate, folder = threading.Barrier(4), tmp_path / str(attempt)

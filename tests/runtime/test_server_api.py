@@ -13,6 +13,7 @@ from unipinrec.runtime.requests import Event
 from unipinrec.runtime.server_api import (
     Limits,
     Refusal,
+    SentEvent,
     decode_events,
     decode_recommend,
     decode_similar,
@@ -49,7 +50,7 @@ def test_every_option_is_taken() -> None:
         "truncate": False,
     }
     asked = recommend({"history": [EVENT], "k": 3, **options})
-    assert asked.history == (Event(item="a", actions=("click",)),)
+    assert asked.history == (SentEvent(item="a", actions=("click",)),)
     assert (asked.surface, asked.now_ms, asked.candidates, asked.exact) == ("home", 5, 7, True)
     assert (asked.weights, asked.exclude, asked.allow, asked.truncate) == ({"click": 1.0}, ("b",), ("c",), False)
 
@@ -74,12 +75,17 @@ def test_a_list_is_several_requests() -> None:
         ({"user": "u", "k": "3"}, r"Expected `int`, got `str` - at `\$.k`"),
         ({"user": 3}, r"at `\$.user`"),
         ("text", "the body: Expected"),
-        (None, "send one JSON object, or a list of them"),
+        (None, "/openapi.json says what it must be"),
     ],
 )
 def test_what_is_no_request_is_told(body: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         recommend(body)
+
+
+def test_what_the_server_lists_of_a_user_can_be_sent_as_a_history() -> None:
+    listed = [{**EVENT, "surface": "home", "timestamp_ms": 5, "id": "x"}]
+    assert recommend({"history": listed}).history[0].item == "a"
 
 
 @given(st.binary(max_size=200) | st.text(alphabet='[]{}",:0eE-."user\\\\ud8', max_size=60).map(str.encode))
@@ -109,7 +115,11 @@ def test_events() -> None:
         ([{"user": "u", "events": [EVENT] * 2}] * 2, "the body: 4 events"),
         ({"user": "", "events": [EVENT]}, "user has 0 characters"),
         ({"user": "u", "events": [{**EVENT, "id": "longer"}]}, r"events\[0\].id has 6 characters"),
-        ([{"user": "u", "events": [{**EVENT, "timestamp_ms": NOW + 86_400_001}]}], r"\[0\]: events\[0\].*ahead of"),
+        (
+            [{"user": "u", "events": [{**EVENT, "timestamp_ms": NOW + 86_400_001}]}],
+            r"\[0\]: events\[0\].*in the future",
+        ),
+        ({"user": "u", "events": [EVENT, {**EVENT, "timestamp_ms": NOW // 1000}]}, r"events\[1\].*in seconds; send"),
         ({"user": "u", "events": [{"item": "a"}]}, "missing required field `actions`"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import shutil
 import sqlite3
@@ -137,17 +138,44 @@ def test_requests_of_a_list_are_computed_together(client: TestClient, deployment
         ({"history": [], "k": 1}, "the history is empty"),
         ({"history": [{"item": "new", "actions": []}]}, "item 'new' is not among the 24 items"),
         ({"history": HISTORY[::-1]}, "send events oldest first"),
-        ({"history": HISTORY, "k": 100}, "only 21 of the 24 items are eligible"),
         ({"history": HISTORY * 5, "truncate": False}, "this model takes at most 8"),
         ({"history": HISTORY, "k": 0}, "k=0 must be an integer of at least 1"),
         ({"history": HISTORY, "now_ms": 5}, "before the last event"),
-        ("what", "send one JSON object, or a list of them"),
+        ("what", "/openapi.json says what it must be"),
     ],
 )
 def test_what_cannot_be_answered_is_told(client: TestClient, body: Any, message: str) -> None:
     error = post(client, "/v1/recommend", body, 400)["error"]
     assert error["code"] == "invalid_request"
     assert message in error["message"]
+
+
+def test_that_too_few_items_are_left_has_a_code_of_its_own(client: TestClient) -> None:
+    error = post(client, "/v1/recommend", {"history": HISTORY, "k": 100}, 400)["error"]
+    assert error["code"] == "too_few_items"
+    assert "only 21 of the 24 items are eligible" in error["message"]
+
+
+def test_a_compressed_body_is_refused(client: TestClient) -> None:
+    answer = client.post("/v1/recommend", content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"})
+    assert answer.status_code == 400
+    assert "'gzip' is not supported" in answer.json()["error"]["message"]
+
+
+def test_a_bundle_that_is_written_over_serves_no_more(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(STORED, bundle)
+    with deployed(bundle) as deployments, TestClient(make_app(make_server(deployments=deployments))) as client:
+        content = (bundle / "items.safetensors").read_bytes()
+        beside = tmp_path / "beside"
+        beside.write_bytes(content)
+        beside.rename(bundle / "items.safetensors")
+        post(client, "/v1/recommend", {"history": HISTORY, "k": 1})
+    with deployed(bundle) as deployments, TestClient(make_app(make_server(deployments=deployments))) as client:
+        (bundle / "items.safetensors").write_bytes(content[:-4] + b"\0\0\x80?")
+        assert post(client, "/v1/recommend", {"history": HISTORY, "k": 1}, 503)["error"]["code"] == "bundle_changed"
+        assert client.get("/health/ready").json()["status"] == "bundle_changed"
+        assert client.get("/health/ready").status_code == 503
 
 
 def test_a_user_without_events_is_a_cold_start(client: TestClient) -> None:
@@ -306,7 +334,7 @@ def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
     assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
     assert answer["exact"] == "asked for"
     assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
-        "k=3 must be from 1 to 2, the items that are left by the filters"
+        "k=3 is more than the 2 items that are left by the filters"
     )
     assert "items[0]: item 'new'" in post(client, "/v1/items/similar", {"items": ["new"]}, 400)["error"]["message"]
 

@@ -284,6 +284,13 @@ def test_what_nobody_foresaw_leaves_the_old_one_too(
     assert deployments.swap(twins[1]).version == ask(deployments, requests(1)[0]).bundle
 
 
+def test_a_swap_to_what_serves_changes_nothing(deployments: Deployments, twins: tuple[Path, Path]) -> None:
+    first, second = deployments.current.version, deployments.swap(twins[1])
+    assert deployments.swap(twins[1]) is second
+    assert deployments.status().previous == first
+    assert deployments.rollback().version == first
+
+
 def test_one_swap_at_a_time(
     deployments: Deployments, twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
