@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import CheckpointError
+from unipinrec.errors import CheckpointError, DataError
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.data_schema import DatasetSpec, read_dataset
 from unipinrec.models.evaluate import (
     EVALUATION_BATCH,
+    NO_TARGET,
     Requests,
     Scores,
     Split,
@@ -40,8 +41,8 @@ def compare_scorers(
     """Metrics of the model, of popularity and, for simulated data, of the ceiling, on the same requests.
 
     Raises:
-        CheckpointError: The checkpoint was trained on other items or actions.
-        DataError: The data set cannot be read.
+        CheckpointError: The checkpoint was trained on other items or another vocabulary.
+        DataError: The data set cannot be read, or its part has nothing to measure.
     """
     dataset = read_dataset(data_folder)
     loaded = load_checkpoint(checkpoint)
@@ -50,6 +51,8 @@ def compare_scorers(
         raise CheckpointError(f"{checkpoint} was trained on other data than {data_folder}: items or actions differ")
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
     requests = held_out_requests(data, positive, split, limit)
+    if not len(shown_items(data, requests)) and not (requests.targets != NO_TARGET).any():
+        raise DataError(f"{data_folder}: nothing to measure in the {split} part: {_why_nothing(data)}")
     parts = []
     for part in model_scores(loaded.model, data, requests):
         parts.append(part)
@@ -58,6 +61,17 @@ def compare_scorers(
     if (data_folder / "oracle.parquet").exists():
         scorers["ceiling"] = ceiling_scores(read_oracle(data_folder), dataset.spec, data, requests)
     return {name: metrics_of(scores, data, requests, dataset.spec.actions) for name, scores in scorers.items()}
+
+
+def _why_nothing(data: Sequences) -> str:
+    if data.split is None:
+        return "no user has an event to hold out, after others and of a new item; give longer histories"
+    if len(data.slate_ids):
+        lack = "no slate of that part has an event of its user before it"
+    else:
+        lack = "no positive event of that part is of an item new to its user, with events before it"
+    times = f"valid_start_ms={data.split.valid_start_ms} and test_start_ms={data.split.test_start_ms}"
+    return f"{lack}, with {times}; run `unipinrec prepare` again with other --valid-start and --test-start"
 
 
 def ceiling_scores(oracle: Oracle, spec: DatasetSpec, data: Sequences, requests: Requests) -> Scores:
