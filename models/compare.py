@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import CheckpointError, DataError
 from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import DatasetSpec, read_dataset
 from unipinrec.models.evaluate import (
     EVALUATION_BATCH,
@@ -27,7 +29,7 @@ from unipinrec.models.evaluate import (
     shown_items,
 )
 from unipinrec.models.metrics import Metrics
-from unipinrec.models.sequences import Sequences, sequences_of
+from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.simulator_oracle import Oracle, oracle_item_scores, read_oracle
 
 
@@ -47,8 +49,12 @@ def compare_scorers(
     dataset = read_dataset(data_folder)
     loaded = load_checkpoint(checkpoint)
     data = sequences_of(dataset)
-    if loaded.catalogue.item_ids != data.item_ids or loaded.model.vocabulary.actions != dataset.spec.actions:
-        raise CheckpointError(f"{checkpoint} was trained on other data than {data_folder}: items or actions differ")
+    then = _words(loaded.model.vocabulary, loaded.catalogue.item_ids)
+    difference = _difference(then, _words(vocabulary_of(dataset), data.item_ids))
+    if difference:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data than {data_folder}: {difference}; give the data it was trained on"
+        )
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
     requests = held_out_requests(data, positive, split, limit)
     if not len(shown_items(data, requests)) and not (requests.targets != NO_TARGET).any():
@@ -61,6 +67,29 @@ def compare_scorers(
     if (data_folder / "oracle.parquet").exists():
         scorers["ceiling"] = ceiling_scores(read_oracle(data_folder), dataset.spec, data, requests)
     return {name: metrics_of(scores, data, requests, dataset.spec.actions) for name, scores in scorers.items()}
+
+
+def _words(vocabulary: Vocabulary, item_ids: list[str]) -> dict[str, Sequence[object]]:
+    return {
+        "item ids": item_ids,
+        "actions": vocabulary.actions,
+        "positive actions": vocabulary.positive_actions,
+        "surfaces": vocabulary.surfaces,
+        "widths of dense features": [f"{name}: {width}" for name, width in vocabulary.dense.items()],
+        "categories": list(vocabulary.categories),
+        **{f"words of category {name!r}": words for name, words in vocabulary.categories.items()},
+    }
+
+
+def _difference(trained: dict[str, Sequence[object]], given: dict[str, Sequence[object]]) -> str | None:
+    for name, then in trained.items():
+        now = given.get(name, ())
+        pairs = enumerate(zip_longest(then, now))
+        place = next((place for place, (a, b) in pairs if a != b), None)
+        if place is not None:
+            shown = slice(place, place + 3)
+            return f"{name} from number {place + 1} on were {list(then[shown])}, are {list(now[shown])}"
+    return None
 
 
 def _why_nothing(data: Sequences) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from unipinrec.errors import CheckpointError, DataError
 from unipinrec.models.compare import ceiling_scores, compare_scorers
-from unipinrec.models.data_schema import TimeSplit, read_dataset, write_dataset
+from unipinrec.models.data_schema import TimeSplit, item_columns, read_dataset, write_dataset
 from unipinrec.models.evaluate import held_out_requests, shown_items
 from unipinrec.models.sequences import sequences_of
 from unipinrec.models.simulator import SimulatorConfig, simulate
@@ -49,8 +49,29 @@ def test_the_ceiling_scores_each_shown_item_with_its_own_truth(dataset: Path) ->
 
 def test_other_data_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
-    with pytest.raises(CheckpointError, match="was trained on other data than"):
+    with pytest.raises(CheckpointError, match=r"was trained on other data than .*: item ids from number 51 on were"):
         compare_scorers(checkpoint, tmp_path / "other", "test")
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "difference"),
+    [
+        ("surfaces", ("unknown", "a", "home"), r"surfaces from number 2 on were \['home', .*\], are \['a', 'home'\]"),
+        ("positive_actions", ("hide",), r"positive actions from number 1 on were \['click'\], are \['hide'\]"),
+        ("categories", {"topic": ("b",), "creator": ()}, r"words of category 'topic' from number 1 .*, are \['b'\]"),
+        ("categories", {}, r"categories from number 1 on were \['topic', 'creator'\], are \[\]"),
+        ("dense", {}, r"widths of dense features from number 1 on were \['content: 16', 'log_duration: 1'\], are \[\]"),
+    ],
+)
+def test_another_vocabulary_for_the_same_items_is_refused(
+    checkpoint: Path, dataset: Path, tmp_path: Path, field: str, given: object, difference: str
+) -> None:
+    prepared = read_dataset(dataset)
+    spec = msgspec.structs.replace(prepared.spec, **{field: given})
+    items = prepared.items.select(list(item_columns(spec)))
+    write_dataset(replace(prepared, spec=spec, items=items), tmp_path / "data")
+    with pytest.raises(CheckpointError, match=difference):
+        compare_scorers(checkpoint, tmp_path / "data", "test")
 
 
 def test_engagements_alone_are_measured(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
