@@ -37,6 +37,7 @@ from unipinrec.models.data_schema import (
 )
 
 DEFAULT_GAP_MS = 30 * 60 * 1000
+LONGEST_GAP_MINUTES = 1_000_000_000
 LATEST_MS = 4_102_444_800_000  # 2100-01-01: anything later is a wrong unit, such as microseconds
 
 

@@ -208,6 +208,13 @@ def test_order_sorts_events_without_time(tmp_path: Path) -> None:
         (HEAD + CLICK + COLUMNS + 'timestamp = "when"\n', r"`timestamp` and `timestamp_unit` .* go together"),
         (HEAD + CLICK + COLUMNS + 'timestamp = "when"\ntimestamp_unit = "h"\n', r"Invalid enum value 'h'"),
         ("slate_gap_minutes = 30\n" + HEAD + CLICK + COLUMNS, r"need events.timestamp"),
+        *(
+            (
+                f"slate_gap_minutes = {gap}\n" + HEAD + CLICK + COLUMNS + SECONDS,
+                r"gap_minutes=\S+ must be positive and at",
+            )
+            for gap in ("0", "-5", "inf", "nan", "1e300")
+        ),
         ("slate_gap_minutes = 30\n" + HEAD + CLICK + COLUMNS + SECONDS + 'slate = "request"\n', r"not from several"),
         (HEAD + CLICK + COLUMNS + '[slates]\nuser = "who"\nitem = "what"\n', r"\[slates\] needs `file`, `slate`"),
     ],
