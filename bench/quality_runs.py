@@ -94,14 +94,14 @@ def finished(name: str) -> list[dict[str, Any]]:
 
 
 def test_metrics(dataset: Dataset, model: UniPinRec) -> dict[str, Any]:
-    """Metrics of a model on the whole test split; "frozen" and "by_request" where the split is by time."""
+    """Metrics of a model on the whole test split; "frozen" and "by_request" where slates are split by time."""
     data = sequences_of(dataset)
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
     requests = held_out_requests(data, positive, "test")
     scores = gather_scores(list(model_scores(model, data, requests)))
     ranking = metrics_of(scores, data, requests, dataset.spec.actions).ranking
     found: dict[str, Any] = {"retrieval": retrieval_metrics(scores.ranks, CUTOFFS), "ranking": ranking}
-    if data.split is not None:
+    if data.split is not None and ranking is not None:
         old = frozen(data, requests, data.split.test_start_ms)
         frozen_scores = gather_scores(list(model_scores(model, data, old)))
         shown = shown_items(data, requests)

@@ -10,9 +10,10 @@
 | events | user_id, item_id       | String        | no   | external ids                                               |
 | events | surface                | String        | no   | where it happened; one of `surfaces`                       |
 | events | timestamp_ms           | Int64         | yes  | Unix time in ms, UTC; null = unknown, before all known     |
-| events | action_{name}          | Boolean       | no   | one column per declared action; all False = no action      |
+| events | action_{name}          | Boolean       | yes  | one column per declared action; null = nobody knows        |
 | slates | slate_id               | Int64         | no   | groups the rows of one impression slate                    |
 | slates | the columns of events  | as above      | no   | timestamp_ms: when the slate was shown                     |
+| slates | action_{name}          | Boolean       | no   | the labels                                                 |
 | slates | position               | Int32         | yes  | rank at which the item was shown, 0 = first                |
 | items  | item_id                | String        | no   | unique                                                     |
 | items  | title                  | String        | yes  | for people                                                 |
@@ -165,10 +166,10 @@ def write_dataset(dataset: Dataset, folder: Path, also: Callable[[Path], None] =
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """Read a prepared data set and check columns and types.
+    """Read a prepared data set; check columns and types, the order of the events, and the items' ids and features.
 
     Raises:
-        DataError: The folder is no prepared data set, or a table lacks a column, has a foreign one or a wrong type.
+        DataError: The folder is no prepared data set, or a table is not in the format of the module docstring.
     """
     spec = read_spec(folder)
     tables = {}
@@ -184,7 +185,32 @@ def read_dataset(folder: Path) -> Dataset:
             raise DataError(f"{path}: not readable as Parquet: {error}; run `unipinrec prepare` again") from error
         if dict(tables[name].schema) != columns:
             raise DataError(f"{path}: columns are {dict(tables[name].schema)}, expected {columns}")
+    _require_order(folder / "events.parquet", tables["events"])
+    _require_items(folder / "items.parquet", tables["items"], spec)
     return Dataset(spec=spec, **tables)
+
+
+def _require_order(path: Path, events: pl.DataFrame) -> None:
+    time = pl.col("timestamp_ms").fill_null(-1)
+    early = events.filter(time < time.shift().over("user_id")).select("user_id", "timestamp_ms")
+    _refuse(path, early, "a user's events must be in order of time, unknown times first")
+
+
+def _require_items(path: Path, items: pl.DataFrame, spec: DatasetSpec) -> None:
+    again = items.filter(~pl.col("item_id").is_first_distinct()).select("item_id")
+    _refuse(path, again, "each item_id must stand in one row")
+    for name, width in spec.dense.items():
+        column = pl.col(DENSE_PREFIX + name)
+        finite = column.list.eval(pl.element().is_finite().fill_null(False)).list.all()
+        bad = items.filter(column.is_null() | ~finite | (column.list.len() != width))
+        rule = f"{DENSE_PREFIX}{name} of each item must be finite numbers, {width} of them"
+        _refuse(path, bad.select("item_id", column.list.head(5)), rule)
+
+
+def _refuse(path: Path, bad: pl.DataFrame, rule: str) -> None:
+    if bad.height:
+        first = bad.row(0, named=True)
+        raise DataError(f"{path}: {rule}; wrong rows: {bad.height}, first {first}; run `unipinrec prepare` again")
 
 
 def read_spec(folder: Path) -> DatasetSpec:

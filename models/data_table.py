@@ -15,7 +15,7 @@ import polars as pl
 
 from unipinrec.errors import DataError
 from unipinrec.models.data_schema import ACTION_PREFIX, CATEGORY_PREFIX, DENSE_PREFIX
-from unipinrec.models.data_validate import RawTables, slates_from_events
+from unipinrec.models.data_validate import LONGEST_GAP_MINUTES, RawTables, slates_from_events
 
 TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
@@ -76,6 +76,9 @@ class ColumnMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     source: str = "own data"
 
     def __post_init__(self) -> None:
+        gap = self.slate_gap_minutes
+        if gap is not None and not 0 < gap <= LONGEST_GAP_MINUTES:
+            raise ValueError(f"slate_gap_minutes={gap} must be positive and at most {LONGEST_GAP_MINUTES:,}")
         ways = [self.slates, self.events.slate, self.slate_gap_minutes]
         if sum(way is not None for way in ways) > 1:
             raise ValueError("slates come from one of [slates], events.slate and slate_gap_minutes, not from several")

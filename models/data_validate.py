@@ -37,6 +37,7 @@ from unipinrec.models.data_schema import (
 )
 
 DEFAULT_GAP_MS = 30 * 60 * 1000
+LONGEST_GAP_MINUTES = 1_000_000_000
 LATEST_MS = 4_102_444_800_000  # 2100-01-01: anything later is a wrong unit, such as microseconds
 
 
@@ -118,7 +119,7 @@ def split_by_time(times: pl.Series, fractions: SplitFractions) -> TimeSplit:
     """Times that cut rows with these timestamps (Int64, nulls ignored) into about the wanted shares.
 
     Raises:
-        DataError: There is no timestamp.
+        DataError: There is no timestamp, or both times would be the same and leave nothing for a wanted validation.
     """
     known = times.drop_nulls().sort()
     if not known.len():
@@ -126,6 +127,12 @@ def split_by_time(times: pl.Series, fractions: SplitFractions) -> TimeSplit:
     held_out = [fractions.valid + fractions.test, fractions.test]
     # Rounding keeps 10 * (1 - 0.3 - 0.2) at 5; one less would be the next lower time.
     starts = [known[int(round(known.len() * (1 - share), 6))] for share in held_out]
+    if fractions.valid and starts[0] == starts[1]:
+        raise DataError(
+            f"split: no row falls into validation: it would begin at {_date(starts[0])}, as the test does "
+            f"({(known == starts[0]).sum()} of {known.len()} rows have that time); give the times yourself "
+            "(--valid-start and --test-start, the same for no validation)"
+        )
     return TimeSplit(valid_start_ms=starts[0], test_start_ms=starts[1])
 
 

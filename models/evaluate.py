@@ -2,8 +2,9 @@
 
 One request per held-out slate, exactly as it would be served: all events before the slate (the last `max_history`
 of them), candidates = the shown items, retrieval target = the slate's first positive item. Items in the history are
-excluded from retrieval, as they are in serving, and so are targets that were seen before. Data without slates is split
-leave-one-out: the target is the user's last event (test) or the one before (validation).
+excluded from retrieval, as they are in serving, and so are targets that were seen before. Data that has times but no
+slates gives one request per held-out positive event whose item is new to its user, with all events before its time.
+Data without times is split leave-one-out: the target is the user's last event (test) or the one before (validation).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from unipinrec.models.batches import pad_rows
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
+from unipinrec.models.data_schema import TimeSplit
 from unipinrec.models.metrics import Metrics, action_metrics, retrieval_metrics, target_ranks
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.models.sequences import Sequences
@@ -65,7 +67,12 @@ class Scores:
 
 def held_out_requests(data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None) -> Requests:
     """The requests of a split, at most `limit` of them (drawn evenly over the split)."""
-    requests = _leave_one_out(data, split) if data.split is None else _by_time(data, positive, split)
+    if data.split is None:
+        requests = _leave_one_out(data, split)
+    elif len(data.slate_ids):
+        requests = _by_time(data, data.split, positive, split)
+    else:
+        requests = _by_event(data, data.split, positive, split)
     if limit is not None and len(requests) > limit:
         requests = requests.take(np.linspace(0, len(requests) - 1, limit).astype(np.int64))
     return requests
@@ -82,12 +89,8 @@ def _leave_one_out(data: Sequences, split: Split) -> Requests:
     return Requests(users=users, ends=ends, targets=targets, slates=np.full(len(users), NO_SLATE))
 
 
-def _by_time(data: Sequences, positive: NDArray[np.bool_], split: Split) -> Requests:
-    times = data.slate_timestamp_ms
-    assert data.split is not None
-    begin, end = data.split.valid_start_ms, data.split.test_start_ms
-    chosen = (times >= end) if split == "test" else (times >= begin) & (times < end)
-    slates = np.flatnonzero(chosen & (data.slate_cutoff > 0))
+def _by_time(data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split) -> Requests:
+    slates = np.flatnonzero(_inside(data.slate_timestamp_ms, times, split) & (data.slate_cutoff > 0))
     users = data.slate_user[slates]
     ends = data.event_start[users] + data.slate_cutoff[slates]
     wanted: NDArray[np.bool_] = np.any(data.slate_actions[:, positive] > 0, axis=1)
@@ -99,6 +102,24 @@ def _by_time(data: Sequences, positive: NDArray[np.bool_], split: Split) -> Requ
         if len(hits):
             targets[i] = hits[0]
     return Requests(users=users, ends=ends, targets=targets, slates=slates)
+
+
+def _by_event(data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split) -> Requests:
+    users = np.repeat(np.arange(data.num_users), np.diff(data.event_start))
+    later = (np.diff(users, prepend=-1) != 0) | (np.diff(data.timestamps_ms, prepend=0) != 0)
+    ends = np.flatnonzero(later)[np.cumsum(later) - 1]  # events of the same time are in no history of each other
+    pairs = users * data.num_items + data.rows
+    _, first, pair = np.unique(pairs, return_index=True, return_inverse=True)
+    wanted = np.any(data.actions[:, positive] > 0, axis=1) & _inside(data.timestamps_ms, times, split)
+    events = np.flatnonzero(wanted & (ends > data.event_start[users]) & (first[pair] >= ends))
+    return Requests(
+        users=users[events], ends=ends[events], targets=data.rows[events], slates=np.full(len(events), NO_SLATE)
+    )
+
+
+def _inside(times_ms: NDArray[np.int64], times: TimeSplit, split: Split) -> NDArray[np.bool_]:
+    after = times_ms >= times.test_start_ms
+    return after if split == "test" else (times_ms >= times.valid_start_ms) & ~after
 
 
 def history_rows(data: Sequences, user: int, end: int) -> NDArray[np.int64]:

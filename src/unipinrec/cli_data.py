@@ -213,6 +213,10 @@ def _split(valid_start: int | None, test_start: int | None) -> TimeSplit | None:
 
 
 def _gap_ms(minutes: float) -> int:
+    from unipinrec.models.data_validate import LONGEST_GAP_MINUTES
+
+    if not 0 < minutes <= LONGEST_GAP_MINUTES:
+        raise click.BadParameter(f"--slate-gap-minutes {minutes} must be at most {LONGEST_GAP_MINUTES:,}")
     return max(1, round(minutes * 60_000))
 
 

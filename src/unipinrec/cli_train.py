@@ -102,8 +102,10 @@ def _follow(trainer: Trainer) -> EpochReport | None:
     from unipinrec.models.train import EpochReport
 
     last = None
+    if trainer.finished and trainer.accelerator.is_main_process:
+        stderr.print(f"already finished: {trainer.position.epoch} epochs are done", highlight=False)
     with progress() as bar:
-        bar.disable = not trainer.accelerator.is_main_process
+        bar.disable = not trainer.accelerator.is_main_process or trainer.finished
         task = bar.add_task("train", total=trainer.total_steps, note="")
         for report in trainer.run():
             if isinstance(report, EpochReport):
@@ -133,7 +135,7 @@ def _epoch_line(report: EpochReport) -> str:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
 @click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
-@click.option("--limit", type=int, help="Score at most this many requests, drawn evenly.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score at most this many requests, drawn evenly.")
 @json_option
 @command
 def evaluate(checkpoint: Path, data: Path, split: Any, limit: int | None, as_json: bool) -> None:

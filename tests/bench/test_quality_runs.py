@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,18 @@ def test_frozen_histories_hold_every_earlier_event_and_none_of_the_test(
         assert len({part["rows"] for part in found}) == 1
         assert found[0]["auc"] == found[2]["auc"]
         assert found[0]["logloss"] != found[1]["logloss"]
+
+
+def test_engagements_have_no_ranking_to_freeze(
+    dataset: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from quality_runs import figures, test_metrics
+
+    prepared = read_dataset(dataset)
+    engagements = replace(prepared, slates=prepared.slates.clear())
+    metrics = test_metrics(engagements, load_checkpoint(checkpoint).model)
+    assert metrics["retrieval"]["targets"] > 100
+    assert metrics["ranking"] is None
+    assert not {"frozen", "by_request"} & metrics.keys()
+    assert list(figures(metrics, ())) == ["HR@10", "NDCG@10", "HR@50", "NDCG@50"]

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
@@ -96,6 +98,42 @@ def test_ctrl_c_leaves_a_state_to_resume_from(dataset: Path, tmp_path: Path) -> 
     resumed = run("train", "--data", dataset, "--out", out, "--resume", "--epochs", "2", "--json")
     assert resumed.exit_code == 0, resumed.stderr
     assert [epoch["epoch"] for epoch in json.loads(resumed.stdout)["epochs"]][:1] == [0]
+
+
+def test_a_run_that_is_done_says_so(dataset: Path, tmp_path: Path) -> None:
+    train = ("train", "--data", dataset, "--out", tmp_path / "ck")
+    assert run(*train, "--epochs", "2").exit_code == 0
+    again = run(*train, "--resume", "--epochs", "1")
+    assert again.exit_code == 0
+    assert again.stdout == ""
+    assert again.stderr == "already finished: 2 epochs are done\n"
+    longer = run(*train, "--resume", "--epochs", "3")
+    assert "already finished" not in longer.stderr
+    assert "epoch 3 " in longer.stderr
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_evaluate_needs_a_request(checkpoint: Path, dataset: Path, limit: str) -> None:
+    refused = run("evaluate", checkpoint, "--data", dataset, "--limit", limit)
+    assert refused.exit_code == 2
+    assert f"{limit} is not in the range x>=1" in refused.stderr
+
+
+def test_evaluate_of_engagements_alone(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    engagements = tmp_path / "data"
+    shutil.copytree(dataset, engagements, ignore=shutil.ignore_patterns("oracle*"))
+    slates = pl.read_parquet(engagements / "slates.parquet")
+    slates.clear().write_parquet(engagements / "slates.parquet")
+    result = run("evaluate", checkpoint, "--data", engagements)
+    assert result.exit_code == 0, result.stderr
+    assert "HR@10" in result.stdout
+    assert "auc" not in result.stdout
+    spec = json.loads((engagements / "dataset.json").read_bytes())
+    spec["split"]["valid_start_ms"] = spec["split"]["test_start_ms"]
+    (engagements / "dataset.json").write_text(json.dumps(spec))
+    refused = run("evaluate", checkpoint, "--data", engagements, "--split", "valid")
+    assert refused.exit_code == 1
+    assert "nothing to measure in the valid part: no positive event of that part" in refused.stderr
 
 
 def test_evaluate_prints_model_popularity_and_ceiling(checkpoint: Path, dataset: Path) -> None:

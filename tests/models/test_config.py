@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -37,6 +38,10 @@ def test_head_width_and_prefix_follow_from_the_architecture() -> None:
         ({"token_dropout": 1.0}, "token_dropout=1.0 must be in"),
         ({"item_form": "residual", "id_dim": 32}, "id_dim=32 must equal item_dim=64"),
         ({"dropout": -0.1}, "dropout=-0.1 must be in"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be positive and finite"),
+        ({"rope_theta": math.inf}, "rope_theta=inf must be positive and finite"),
+        ({"norm_eps": -1e-6}, "norm_eps=-1e-06 must be positive and finite"),
+        ({"norm_eps": math.nan}, "norm_eps=nan must be positive and finite"),
     ],
 )
 def test_an_impossible_architecture_is_refused(change: dict[str, Any], message: str) -> None:

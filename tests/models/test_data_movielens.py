@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -35,7 +36,7 @@ def write_100k(folder: Path) -> Path:
 @pytest.mark.parametrize("inside", ["", "ml-100k"])
 def test_100k_ratings_are_events_in_time_order_with_ties_in_file_order(tmp_path: Path, inside: str) -> None:
     write_100k(tmp_path / inside)
-    dataset = build_dataset(read_movielens(tmp_path))
+    dataset = build_dataset(replace(read_movielens(tmp_path), split=None))
     assert dataset.spec.name == "ml-100k"
     assert (dataset.spec.actions, dataset.spec.positive_actions) == (("rate", "like"), ("like",))
     assert dataset.spec.surfaces == ("unknown",)
@@ -50,7 +51,7 @@ def test_100k_ratings_are_events_in_time_order_with_ties_in_file_order(tmp_path:
 
 
 def test_100k_movies_keep_accents_and_quotes_and_have_genres_and_decade(tmp_path: Path) -> None:
-    items = build_dataset(read_movielens(write_100k(tmp_path))).items
+    items = build_dataset(replace(read_movielens(write_100k(tmp_path)), split=None)).items
     assert items.select("item_id", "title", "category_genre", "category_decade").rows() == [
         ("1", '"Toy" Story (1995)', "Animation", "1990s"),
         ("2", "Amélie", None, None),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -94,4 +96,48 @@ def test_what_is_no_data_set_is_named(made: Dataset, tmp_path: Path) -> None:
     declaration = tmp_path / "data/dataset.json"
     declaration.write_text(json.dumps({**json.loads(declaration.read_bytes()), "format_version": 2}))
     with pytest.raises(DataError, match="format_version is 2, this version reads 1"):
+        read_dataset(tmp_path / "data")
+
+
+def test_events_out_of_order_are_refused(made: Dataset, tmp_path: Path) -> None:
+    known = made.events.drop_nulls("timestamp_ms")
+    by_time = known.sort("timestamp_ms")
+    write_dataset(replace(made, events=by_time), tmp_path / "users take turns")
+    assert read_dataset(tmp_path / "users take turns").events.equals(by_time)
+    write_dataset(replace(made, events=known.reverse()), tmp_path / "newest first")
+    rule = r"a user's events must be in order of time, unknown times first; wrong rows: \d+, first {'user_id'"
+    with pytest.raises(DataError, match=r"events\.parquet: " + rule):
+        read_dataset(tmp_path / "newest first")
+    unknown = known.head(1).with_columns(timestamp_ms=pl.lit(None, pl.Int64))
+    write_dataset(replace(made, events=pl.concat([unknown, known])), tmp_path / "unknown first")
+    read_dataset(tmp_path / "unknown first")
+    write_dataset(replace(made, events=pl.concat([known, unknown])), tmp_path / "unknown last")
+    with pytest.raises(DataError, match=rule):
+        read_dataset(tmp_path / "unknown last")
+
+
+def test_an_item_twice_is_refused(made: Dataset, tmp_path: Path) -> None:
+    write_dataset(replace(made, items=pl.concat([made.items, made.items.head(1)])), tmp_path / "data")
+    with pytest.raises(
+        DataError,
+        match=r"items\.parquet: each item_id must stand in one row; wrong rows: 1, first",
+    ):
+        read_dataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [([math.nan], r"\[nan\]"), ([-math.inf], r"\[-inf\]"), (None, "None"), ([None], r"\[None\]"), ([], r"\[\]")],
+)
+def test_dense_features_that_are_not_numbers_are_refused(
+    made: Dataset, tmp_path: Path, value: list[float | None] | None, shown: str
+) -> None:
+    name = "dense_log_duration"
+    values = made.items[name].to_list()
+    values[3] = value
+    items = made.items.with_columns(pl.Series(name, values, dtype=pl.List(pl.Float32)))
+    write_dataset(replace(made, items=items), tmp_path / "data")
+    item = made.items["item_id"][3]
+    rule = f"{name} of each item must be finite numbers, 1 of them"
+    with pytest.raises(DataError, match=f"{rule}; wrong rows: 1, first {{'item_id': '{item}', '{name}': {shown}}}"):
         read_dataset(tmp_path / "data")

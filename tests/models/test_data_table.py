@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from unipinrec.errors import DataError
 from unipinrec.models.data_schema import Dataset, TimeSplit
 from unipinrec.models.data_table import read_column_map, read_mapped, read_table
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data_validate import SplitFractions, build_dataset
 
 EVENTS = """who,what,page,when,clicked,rating,kind,request,rank
 007,a,home,1600000000,1,5,buy,r1,0
@@ -29,7 +30,14 @@ SECONDS = 'timestamp = "when"\ntimestamp_unit = "s"\n'
 def prepared(folder: Path, toml: str, events: str = EVENTS) -> Dataset:
     (folder / "events.csv").write_text(events)
     (folder / "map.toml").write_text(toml)
-    return build_dataset(read_mapped(folder / "events.csv", read_column_map(folder / "map.toml")))
+    return built(folder / "events.csv")
+
+
+def built(source: Path) -> Dataset:
+    """The data set of `source` and the map beside or in it; few rows leave nothing for validation."""
+    folder = source if source.is_dir() else source.parent
+    raw = read_mapped(source, read_column_map(folder / "map.toml"))
+    return build_dataset(replace(raw, split=SplitFractions(valid=0.0)))
 
 
 def test_the_smallest_map_keeps_ids_as_text_and_makes_the_catalogue_from_the_events(tmp_path: Path) -> None:
@@ -104,7 +112,7 @@ def test_parquet_keeps_its_own_times_lists_and_flags(tmp_path: Path) -> None:
         '[items]\nfile = "i.parquet"\nitem = "id"\ndense = { vector = "vector" }\ncategories = { brand = "brand" }\n'
     )
     (tmp_path / "map.toml").write_text(toml)
-    dataset = build_dataset(read_mapped(tmp_path, read_column_map(tmp_path / "map.toml")))
+    dataset = built(tmp_path)
     assert dataset.events.select("user_id", "item_id", "timestamp_ms").rows() == [
         ("1", "10", 1600000000000),
         ("1", "10", 1600086400000),
@@ -200,6 +208,13 @@ def test_order_sorts_events_without_time(tmp_path: Path) -> None:
         (HEAD + CLICK + COLUMNS + 'timestamp = "when"\n', r"`timestamp` and `timestamp_unit` .* go together"),
         (HEAD + CLICK + COLUMNS + 'timestamp = "when"\ntimestamp_unit = "h"\n', r"Invalid enum value 'h'"),
         ("slate_gap_minutes = 30\n" + HEAD + CLICK + COLUMNS, r"need events.timestamp"),
+        *(
+            (
+                f"slate_gap_minutes = {gap}\n" + HEAD + CLICK + COLUMNS + SECONDS,
+                r"gap_minutes=\S+ must be positive and at",
+            )
+            for gap in ("0", "-5", "inf", "nan", "1e300")
+        ),
         ("slate_gap_minutes = 30\n" + HEAD + CLICK + COLUMNS + SECONDS + 'slate = "request"\n', r"not from several"),
         (HEAD + CLICK + COLUMNS + '[slates]\nuser = "who"\nitem = "what"\n', r"\[slates\] needs `file`, `slate`"),
     ],
@@ -282,7 +297,7 @@ def test_the_example_of_the_documentation_works(tmp_path: Path) -> None:
         }
     ).write_parquet(tmp_path / "events.parquet")
     (tmp_path / "items.csv").write_text("sku,name,price,e0,e1,brand\na,Apple,1,2,3,x\nb,Pear,1,2,3,\n")
-    dataset = build_dataset(read_mapped(tmp_path, read_column_map(tmp_path / "map.toml")))
+    dataset = built(tmp_path)
     assert dataset.spec.source == "own logs of May, internal"
     assert dataset.events.select("timestamp_ms", "surface", "action_click", "action_buy", "action_like").rows() == [
         (1777593600000, "home", True, True, True),

@@ -356,6 +356,16 @@ def test_fractions_cut_slate_times_by_row_count() -> None:
     assert dataset.spec.split == TimeSplit(valid_start_ms=200, test_start_ms=300)
 
 
+@pytest.mark.parametrize("times", [[100] * 6 + [200] * 4, [100, 200, 300]])
+def test_fractions_that_leave_no_validation_are_refused(times: list[int]) -> None:
+    shown = slates(*((i, 0, "u", "a", "home", time, False, False) for i, time in enumerate(times)))
+    with pytest.raises(DataError, match=r"no row falls into validation.* give the times yourself \(--valid-start"):
+        build_dataset(raw(GOOD, slates=shown, split=SplitFractions()))
+    test_alone = build_dataset(raw(GOOD, slates=shown, split=SplitFractions(valid=0.0))).spec.split
+    assert test_alone is not None
+    assert test_alone.valid_start_ms == test_alone.test_start_ms
+
+
 def test_fractions_use_events_where_there_are_no_slates_and_give_up_without_times() -> None:
     many = events(*(("u", "a", None, time, True, False) for time in range(10)))
     assert build_dataset(raw(many, split=SplitFractions())).spec.split == TimeSplit(valid_start_ms=8, test_start_ms=9)

@@ -82,6 +82,60 @@ def test_requests_by_time_equal_their_definition(random_dataset: MakeData, seed:
     assert list(zip(*(f.tolist() for f in fields), strict=True)) == expected
 
 
+def test_requests_of_engagements_by_hand(make_dataset: MakeData) -> None:
+    events = [
+        ("ann", "a", "feed", None, "click"),
+        ("ann", "b", "feed", 59, "click"),  # training
+        ("ann", "c", "feed", 60, "like"),  # validation, from its first ms
+        ("ann", "d", "feed", 60, "click"),  # of the same time: neither is in the other's history
+        ("ann", "e", "feed", 70, "hide"),  # not positive
+        ("ann", "b", "feed", 71, "click"),  # seen before
+        ("ann", "f", "feed", 80, "click"),  # test
+        ("bob", "a", "feed", 80, "click"),  # test, but nothing happened before it
+        ("bob", "b", "feed", 80, "click"),
+        ("bob", "c", "feed", 81, "click"),  # test
+    ]
+    data = sequences_of(make_dataset(events, split=(60, 80)))
+    valid, test = (held_out_requests(data, POSITIVE, split) for split in ("valid", "test"))
+    assert (valid.users.tolist(), valid.ends.tolist(), valid.targets.tolist()) == ([0, 0], [2, 2], [2, 3])
+    assert (test.users.tolist(), test.ends.tolist(), test.targets.tolist()) == ([0, 1], [6, 9], [5, 2])
+    assert test.slates.tolist() == [-1, -1]
+
+
+@quick
+@given(seed=st.integers(0, 10_000), split=st.sampled_from(["valid", "test"]))
+def test_requests_of_engagements_equal_their_definition(random_dataset: MakeData, seed: int, split: Split) -> None:
+    data = sequences_of(random_dataset(seed, slates=0, items=30, max_events=60))
+    requests = held_out_requests(data, POSITIVE, split)
+    expected = []
+    for user in range(data.num_users):
+        events = range(*_user(data, user).indices(len(data.rows)))
+        for event in events:
+            before = [e for e in events if data.timestamps_ms[e] < data.timestamps_ms[event]]
+            held_out = 60 <= data.timestamps_ms[event] < 80 if split == "valid" else data.timestamps_ms[event] >= 80
+            new = data.rows[event] not in data.rows[before]
+            if held_out and data.actions[event, :2].any() and before and new:
+                expected.append((user, before[-1] + 1, data.rows[event], -1))
+    fields = (requests.users, requests.ends, requests.targets, requests.slates)
+    assert list(zip(*(f.tolist() for f in fields), strict=True)) == expected
+
+
+def test_engagements_are_scored_for_retrieval_alone(make_model: MakeModel, random_dataset: MakeData) -> None:
+    dataset = random_dataset(1, slates=0, items=30, max_events=60)
+    data = sequences_of(dataset)
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert len(requests) > 5
+    model = make_model(vocabulary_of(dataset))
+    for scores in (
+        gather_scores(list(model_scores(model, data, requests, batch_size=3))),
+        popularity_scores(data, POSITIVE, requests),
+    ):
+        metrics = metrics_of(scores, data, requests, ACTIONS)
+        assert metrics.ranking is None
+        assert metrics.retrieval is not None
+        assert metrics.retrieval.targets == len(requests)
+
+
 def test_without_a_split_the_last_two_events_are_held_out(make_dataset: MakeData) -> None:
     events = [
         *[("ann", item, "feed", None, "click") for item in "abcd"],

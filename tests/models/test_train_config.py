@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def test_a_file_overrides_its_size_and_the_command_line_overrides_the_file(tmp_p
     assert (run.model.max_history, run.model.attention, run.model.hidden_size) == (128, "self", TINY.hidden_size)
     assert (run.train.epochs, run.train.seed, run.train.batch_size) == (5, 3, 64)
     assert run.train.weights_of(("click", "like")) == (1.0, 2.0)
+
+
+def test_the_example_of_the_documentation_names_every_training_setting(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    example = document.split("```toml\n")[1].split("```")[0]
+    (tmp_path / "run.toml").write_text(example)
+    train = load_run_config(str(tmp_path / "run.toml"), {}).train
+    assert set(tomllib.loads(example)["train"]) == set(TrainConfig.__struct_fields__)
+    default = TrainConfig()
+    for name in ("max_candidates", "max_targets", "valid_requests"):
+        assert getattr(train, name) == getattr(default, name)
 
 
 def test_an_empty_file_is_tiny(tmp_path: Path) -> None:
