@@ -18,12 +18,13 @@ from torch import nn
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.batches import Batch, Batches, BatchOptions
 from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
+from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.losses import LossOptions, Objective
 from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
+from unipinrec.models.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
 from unipinrec.models.train_config import RunConfig, TrainConfig
 from unipinrec.models.train_log import StepReport, TrainLog
 from unipinrec.models.training_state import STATE_FILE, Position, read_state, write_state
@@ -88,7 +89,7 @@ class Trainer:
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
-        self.position = Position(settings=_settings(config, self.data))
+        self.position = Position(settings=_settings(config, self.data, self.vocabulary))
         self._open(dataset, resume)
         self.log = self._log(tensorboard)
 
@@ -232,13 +233,14 @@ class Trainer:
         )
 
 
-def _settings(config: RunConfig, data: Sequences) -> dict[str, Any]:
+def _settings(config: RunConfig, data: Sequences, vocabulary: Vocabulary) -> dict[str, Any]:
     """What must stay as it is when a run goes on; its length and how it is watched may change."""
     train = msgspec.to_builtins(config.train)
     for name in ("epochs", "patience", "valid_requests", "precision", "log_every"):
         del train[name]
     sizes = {"items": data.num_items, "events": len(data.rows), "slate items": len(data.slate_rows)}
-    return {**msgspec.to_builtins(config.model), **train, **sizes}
+    known = {"data fingerprint": fingerprint(data, vocabulary)}
+    return {**msgspec.to_builtins(config.model), **train, **sizes, **known}
 
 
 def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
 from unipinrec.models.data_schema import Dataset
-from unipinrec.models.sequences import sequences_of, vocabulary_of
+from unipinrec.models.sequences import fingerprint, sequences_of, vocabulary_of
 
 Make = Callable[..., Dataset]
 
@@ -121,3 +123,24 @@ def test_arrays_hold_what_the_tables_hold(random_dataset: Make, seed: int) -> No
 
 def _span(starts: np.ndarray[tuple[int], np.dtype[np.int64]], index: int) -> slice:
     return slice(int(starts[index]), int(starts[index + 1]))
+
+
+def test_a_fingerprint_changes_with_every_part_of_the_data(random_dataset: Make) -> None:
+    dataset = random_dataset(3, features=True)
+    data, vocabulary = sequences_of(dataset), vocabulary_of(dataset)
+    plain = fingerprint(data, vocabulary)
+    assert plain == fingerprint(sequences_of(dataset), vocabulary_of(dataset))
+    others = [replace(data, split=None), replace(data, item_ids=data.item_ids[::-1])]
+    for owner in (data, data.features):
+        for field in fields(owner):
+            array = getattr(owner, field.name)
+            if isinstance(array, np.ndarray):
+                changed = array.copy()
+                changed.flat[-1] += 1
+                part = replace(owner, **{field.name: changed})
+                others.append(part if owner is data else replace(data, features=part))
+    found = {fingerprint(other, vocabulary) for other in others}
+    assert len(others) == 18
+    assert len(found) == len(others)
+    assert plain not in found
+    assert fingerprint(data, msgspec.structs.replace(vocabulary, positive_actions=("hide",))) not in {plain, *found}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY, ModelConfig
-from unipinrec.models.data_schema import Dataset, read_dataset
+from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
 from unipinrec.models.train import EpochReport, RunMetrics, Trainer
 from unipinrec.models.train_config import RunConfig, TrainConfig
@@ -215,6 +215,20 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(noise: Dataset, rule:
     fewer = replace(noise, events=noise.events.filter(noise.events["user_id"] != noise.events["user_id"][0]))
     with pytest.raises(CheckpointError, match="other settings or data: events was"):
         Trainer(fewer, _config(), tmp_path, resume=True)
+
+
+def test_a_run_does_not_go_on_with_other_data_of_the_same_size(noise: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
+        _run(Trainer(noise, _config(), tmp_path), 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    swapped = replace(noise, events=noise.events.with_columns(action_click=~noise.events["action_click"]))
+    reordered = replace(noise, items=noise.items.reverse())
+    moved = msgspec.structs.replace(noise.spec, split=TimeSplit(valid_start_ms=61, test_start_ms=80))
+    for other in (swapped, reordered, replace(noise, spec=moved)):
+        with pytest.raises(CheckpointError, match="other settings or data: data fingerprint was '"):
+            Trainer(other, _config(), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Trainer(noise, _config(), tmp_path, resume=True).position.batch == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path) -> None:
