@@ -90,6 +90,8 @@ class Trainer:
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
         self.position = Position(settings=_settings(config, self.data, self.vocabulary))
+        # A position counts steps, and what a step trains on depends on how many share it.
+        self.position.settings["processes"] = self.accelerator.num_processes
         self._open(dataset, resume)
         self.log = self._log(tensorboard)
 

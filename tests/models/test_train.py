@@ -231,6 +231,15 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_size(noise: Dataset, t
     assert Trainer(noise, _config(), tmp_path, resume=True).position.batch == 1
 
 
+def test_a_run_does_not_go_on_with_another_number_of_processes(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config(), tmp_path)
+    trainer.position.settings["processes"] *= 2
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
+        _run(trainer, 1)
+    with pytest.raises(CheckpointError, match="processes was 2, is 1; resume with the same ones"):
+        Trainer(noise, _config(), tmp_path, resume=True)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config(), tmp_path)
     with torch.no_grad():
