@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 import numpy as np
 import polars as pl
@@ -41,12 +43,10 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     retrieval: RetrievalMetrics | None
     ranking: dict[str, ActionMetrics] | None
 
-    def trained_part(self, *, retrieval: bool, ranking: bool) -> Metrics:
-        """Without the metrics of a head that was not trained, whose figures are chance."""
-        return Metrics(
-            retrieval=self.retrieval if retrieval else None,
-            ranking=self.ranking if ranking else None,
-        )
+    def trained_part(self, *, retrieval: bool, actions: Collection[str]) -> Metrics:
+        """Without the metrics of a head that was not trained, whose figures are chance; `actions` were."""
+        ranking = {name: measured for name, measured in (self.ranking or {}).items() if name in actions}
+        return Metrics(retrieval=self.retrieval if retrieval else None, ranking=ranking or None)
 
     def selection_score(self) -> float:
         """What "best by validation" means: NDCG@10 plus the mean AUC of the actions, weighted by their positive rows.

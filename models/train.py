@@ -224,8 +224,12 @@ class Trainer:
         requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
         metrics = metrics_of(scores, self.data, requests, self.vocabulary.actions)
-        train = self.config.train
-        return metrics.trained_part(retrieval=train.retrieval_weight > 0, ranking=train.ranking_weight > 0)
+        train, actions = self.config.train, self.vocabulary.actions
+        weights = zip(actions, train.weights_of(actions), strict=True)
+        return metrics.trained_part(
+            retrieval=train.retrieval_weight > 0,
+            actions=[name for name, weight in weights if weight * train.ranking_weight > 0],
+        )
 
     def _stop(self) -> None:
         if self.accelerator.is_main_process:

@@ -108,12 +108,17 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """w_c in the order of `actions`.
 
         Raises:
-            ConfigError: A weight names an action that the data does not have.
+            ConfigError: A weight names an action that the data does not have, or nothing has a weight.
         """
         foreign = set(self.action_weights) - set(actions)
         if foreign:
             raise ConfigError(f"action_weights names {sorted(foreign)}; the data has {list(actions)}")
-        return tuple(self.action_weights.get(name, 1.0) for name in actions)
+        weights = tuple(self.action_weights.get(name, 1.0) for name in actions)
+        if self.retrieval_weight == 0 and not any(weights):
+            raise ConfigError(
+                f"retrieval_weight and the weights of all actions {list(actions)} are 0: nothing would be trained"
+            )
+        return weights
 
 
 def _require(config: TrainConfig, names: tuple[str, ...], accepted: Callable[[float], bool], rule: str) -> None:

@@ -146,6 +146,15 @@ def test_the_selection_score_weighs_actions_by_their_positive_rows() -> None:
     assert Metrics(retrieval=None, ranking={"hide": _action(None, 0.0, 5)}).selection_score() == 0.0
 
 
+def test_only_the_heads_that_were_trained_are_left() -> None:
+    retrieval = RetrievalMetrics(hit_rate={10: 0.5}, ndcg={10: 0.25}, mrr=0.2, targets=4)
+    whole = Metrics(retrieval=retrieval, ranking={"click": _action(0.8, 0.3, 100), "hide": _action(0.1, 0.3, 100)})
+    part = whole.trained_part(retrieval=True, actions=["click"])
+    assert part == Metrics(retrieval=retrieval, ranking={"click": _action(0.8, 0.3, 100)})
+    assert part.selection_score() == pytest.approx(0.25 + 0.8)
+    assert whole.trained_part(retrieval=False, actions=[]) == Metrics(retrieval=None, ranking=None)
+
+
 def test_metrics_survive_json() -> None:
     retrieval = RetrievalMetrics(hit_rate={1: 0.1, 10: 0.5}, ndcg={10: 0.25}, mrr=0.2, targets=4)
     metrics = Metrics(retrieval=retrieval, ranking={"hide": _action(None, 0.0, 5)})

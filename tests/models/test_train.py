@@ -298,6 +298,12 @@ def test_a_head_that_is_not_trained_does_not_choose_the_epoch(noise: Dataset, tm
     _, epochs = _run(Trainer(noise, _config({"epochs": 1, "retrieval_weight": 0.0}), tmp_path / "ranking"))
     assert epochs[0].metrics.retrieval is None
     assert epochs[0].metrics.ranking is not None
+    silent = _config({"epochs": 1, "action_weights": {"like": 0.0}})
+    _, epochs = _run(Trainer(noise, silent, tmp_path / "silent"))
+    assert list(epochs[0].metrics.ranking or {}) == ["click", "hide"]
+    nothing = {"click": 0.0, "like": 0.0, "hide": 0.0}
+    _, epochs = _run(Trainer(noise, _config({"epochs": 1, "action_weights": nothing}), tmp_path / "no-actions"))
+    assert epochs[0].metrics.ranking is None
 
 
 def test_patience_ends_a_run_that_no_longer_improves(noise: Dataset, tmp_path: Path) -> None:
@@ -440,6 +446,9 @@ def test_only_matrices_decay(noise: Dataset, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_the_data_are_refused(noise: Dataset, make_dataset: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"action_weights names \['love'\]"):
         Trainer(noise, _config({"action_weights": {"love": 1.0}}), tmp_path / "weights")
+    nothing = {"click": 0.0, "like": 0.0, "hide": 0.0}
+    with pytest.raises(ConfigError, match="are 0: nothing would be trained"):
+        Trainer(noise, _config({"action_weights": nothing, "retrieval_weight": 0.0}), tmp_path / "nothing")
     events = [("ann", item, "feed", 90, "click") for item in "ab"]
     with pytest.raises(ConfigError, match="0 training windows make no batch for each of 1 processes"):
         Trainer(make_dataset(events, split=(60, 80)), _config(), tmp_path / "late")
