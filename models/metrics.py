@@ -96,7 +96,12 @@ def retrieval_metrics(ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1,
 def action_metrics(
     users: NDArray[np.int64], labels: NDArray[np.uint8], probabilities: NDArray[np.float64]
 ) -> ActionMetrics:
-    """AUC, GAUC and logloss of one action; all arguments are [rows]."""
+    """AUC, GAUC and logloss of one action; all arguments are [rows].
+
+    A probability that is not a number counts as the worst mistake about its label.
+    """
+    worst = np.where(labels > 0, -np.inf, np.inf)
+    probabilities = np.where(np.isnan(probabilities), worst, probabilities)
     frame = pl.DataFrame({"user": users, "label": labels.astype(np.float64), "score": probabilities})
     by_user = frame.group_by("user", maintain_order=True).agg(_auc(), pl.len().alias("rows")).drop_nulls("auc")
     clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)

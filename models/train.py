@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from numpy.typing import NDArray
 from torch import nn
 
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
@@ -133,7 +134,8 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: It was asked to stop; the state is on disk.
-            TrainingError: The loss is not finite.
+            TrainingError: The loss, its gradient or a validation score is not finite.
+            CheckpointError: The checkpoint could not be written.
         """
         while not self.finished:
             began = time.monotonic()
@@ -166,24 +168,28 @@ class Trainer:
             losses = self.objective(batch.to(self.accelerator.device))
         self.accelerator.backward(losses["loss"])
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        self._require_finite(f"loss is {values['loss']} at step {done + 1}", values["loss"])
+        # The scaler of fp16 tries scales that are too large on purpose, and leaves such steps out.
+        if norm is not None and self.accelerator.scaler is None:
+            self._require_finite(f"gradient's norm is {float(norm)} at step {done + 1}", float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepReport(
             epoch=self.position.epoch,
             step=done + 1,
-            losses=self._finite({name: float(value.detach()) for name, value in losses.items()}),
+            losses=values,
             learning_rate=rate,
             gradient_norm=float(norm) if norm is not None else math.nan,
             events=int(batch.lengths.sum()),
         )
 
-    def _finite(self, losses: dict[str, float]) -> dict[str, float]:
-        if not math.isfinite(losses["loss"]):
+    def _require_finite(self, said: str, values: float | NDArray[np.float64]) -> None:
+        if not np.isfinite(values).all():
             raise TrainingError(
-                f"the loss is {losses['loss']} at step {self._steps_done() + 1}; the checkpoint of the last good epoch "
-                f"is untouched. Lower the learning rate (now {self.config.train.learning_rate}) or use --precision fp32"
+                f"the {said}; the checkpoint of the last good epoch is untouched. "
+                f"Lower the learning rate (now {self.config.train.learning_rate}) or use --precision fp32"
             )
-        return losses
 
     def _finish_epoch(self, seconds: float) -> EpochReport:
         metrics = self._validate()
@@ -219,10 +225,14 @@ class Trainer:
 
     def _validate(self) -> Metrics:
         """Metrics on validation requests; every process computes the same, so all agree on when to stop."""
-        if self.config.train.fit_validation:
-            return Metrics(retrieval=None, ranking=None)
         requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
+        # A target whose score is not a number ranks behind the whole catalogue.
+        ranked = np.where(scores.ranks < self.data.num_items, scores.ranks, np.nan)
+        for found in (scores.probabilities, ranked):
+            self._require_finite(f"validation after step {self._steps_done()} gives scores that are no numbers", found)
+        if self.config.train.fit_validation:
+            return Metrics(retrieval=None, ranking=None)
         metrics = metrics_of(scores, self.data, requests, self.vocabulary.actions)
         train, actions = self.config.train, self.vocabulary.actions
         weights = zip(actions, train.weights_of(actions), strict=True)

@@ -249,6 +249,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path)
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_take_it(
+    noise: Dataset, tmp_path: Path
+) -> None:
+    trainer = Trainer(noise, _config(), tmp_path)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.log_scale.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at step 1; .* Lower the learning rate"):
+        _run(trainer)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("slates", [True, False])
+@pytest.mark.parametrize("change", [{}, {"fit_validation": True}, {"ranking_weight": 0.0}])
+def test_an_epoch_that_ends_in_scores_that_are_no_numbers_is_not_stored(
+    noise: Dataset, tmp_path: Path, change: dict[str, Any], slates: bool
+) -> None:
+    """The last step is too large: every loss is good, and so is every gradient."""
+    leave_one_out = replace(noise, slates=noise.slates.clear(), spec=msgspec.structs.replace(noise.spec, split=None))
+    config = _config({"epochs": 2, "log_every": 99, **change})
+    trainer, stored = Trainer(noise if slates else leave_one_out, config, tmp_path), {}
+    with pytest.raises(TrainingError, match=r"the validation after step \d+ gives scores that are no numbers; .* Lower"):
+        for report in trainer.run():
+            if isinstance(report, EpochReport):
+                stored = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            elif report.step == trainer.total_steps:
+                with torch.no_grad():
+                    trainer.model.blocks[0].qkv.weight.fill_(1e25)
+    assert len(stored) == 6
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == stored
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(noise: Dataset, tmp_path: Path) -> None:
     config = _config({"epochs": 1})
     with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
