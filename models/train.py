@@ -64,7 +64,8 @@ class Trainer:
         """Set up a run, or take one up again; `tensorboard` writes events beside `log.csv`.
 
         Raises:
-            CheckpointError: `out` holds a run already and `resume` is False, or there is nothing to resume.
+            CheckpointError: `out` holds a run already and `resume` is False, there is nothing to resume, or `out`
+                cannot be written.
             ConfigError: The settings do not fit the data, or TensorBoard is wanted but not installed.
         """
         self.config, self.out, self.stop_requested = config, out, False
@@ -109,13 +110,24 @@ class Trainer:
             _require_same(self.out, self.position.settings, settings)
             if self.position.epoch:
                 self.reports = read_json(self.out / "metrics.json", RunMetrics).epochs[: self.position.epoch]
+                self._write_best()
             return
-        if (self.out / "config.json").exists() or (self.out / STATE_FILE).exists():
+        if (self.out / STATE_FILE).exists():
             raise CheckpointError(f"{self.out} holds a run already; pass --resume to go on, or choose another --out")
+        if (self.out / "config.json").exists():
+            raise CheckpointError(f"{self.out} holds a model, but no run to go on with; choose another --out")
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"--out {self.out} cannot be made a folder: {error}; choose another") from error
             catalogue = Catalogue(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
             write_catalogue(self.out, catalogue, self.data.features)
+
+    def _write_best(self) -> None:
+        """Write the checkpoint where the state is that of the best epoch's end, and so has its weights."""
+        if self.accelerator.is_main_process and not self.position.stale_epochs and not self.position.batch:
+            write_model(self.out, self.model)
 
     @property
     def total_steps(self) -> int:
@@ -212,12 +224,12 @@ class Trainer:
             stale_epochs=0 if best else self.position.stale_epochs + 1,
         )
         if self.accelerator.is_main_process:
-            if best:
-                write_model(self.out, self.model)
             parameters = sum(p.numel() for p in self.model.parameters())
             document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports)
             write_atomically(self.out / "metrics.json", msgspec.json.format(msgspec.json.encode(document)))
+            # The state before the model: a model whose state was never written could not go on, nor begin anew.
             write_state(self.out, self.position, self.model, self.optimizer)
+        self._write_best()
         if self.log is not None:
             self.log.epoch(metrics, self._steps_done())
         self.accelerator.wait_for_everyone()

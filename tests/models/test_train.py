@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,9 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path)
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_take_it(
-    noise: Dataset, tmp_path: Path
-) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_take_it(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config(), tmp_path)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.model.log_scale.register_hook(lambda gradient: gradient * math.inf)
@@ -260,22 +259,29 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_take_it(
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
+def _run_and_spoil_the_last_step(trainer: Trainer, stored: dict[str, bytes]) -> None:
+    """Every loss is good, and so is every gradient; `stored` is what was on disk before the last epoch ended."""
+    for report in trainer.run():
+        if isinstance(report, EpochReport):
+            stored.update({path.name: path.read_bytes() for path in trainer.out.iterdir()})
+        elif report.step == trainer.total_steps:
+            with torch.no_grad():
+                trainer.model.blocks[0].qkv.weight.fill_(1e25)
+
+
 @pytest.mark.parametrize("slates", [True, False])
 @pytest.mark.parametrize("change", [{}, {"fit_validation": True}, {"ranking_weight": 0.0}])
 def test_an_epoch_that_ends_in_scores_that_are_no_numbers_is_not_stored(
     noise: Dataset, tmp_path: Path, change: dict[str, Any], slates: bool
 ) -> None:
-    """The last step is too large: every loss is good, and so is every gradient."""
     leave_one_out = replace(noise, slates=noise.slates.clear(), spec=msgspec.structs.replace(noise.spec, split=None))
     config = _config({"epochs": 2, "log_every": 99, **change})
-    trainer, stored = Trainer(noise if slates else leave_one_out, config, tmp_path), {}
-    with pytest.raises(TrainingError, match=r"the validation after step \d+ gives scores that are no numbers; .* Lower"):
-        for report in trainer.run():
-            if isinstance(report, EpochReport):
-                stored = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-            elif report.step == trainer.total_steps:
-                with torch.no_grad():
-                    trainer.model.blocks[0].qkv.weight.fill_(1e25)
+    trainer = Trainer(noise if slates else leave_one_out, config, tmp_path)
+    stored: dict[str, bytes] = {}
+    with pytest.raises(
+        TrainingError, match=r"the validation after step \d+ gives scores that are no numbers; .* Lower"
+    ):
+        _run_and_spoil_the_last_step(trainer, stored)
     assert len(stored) == 6
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == stored
 
@@ -292,8 +298,55 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(noise: Dataset, tmp_path: 
         assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
 
 
+def test_a_run_whose_first_state_was_never_written_begins_anew(
+    noise: Dataset, tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    config = _config({"epochs": 1})
+    expected, _ = _run(Trainer(noise, config, tmp_path / "whole"))
+    trainer = Trainer(noise, config, tmp_path / "parts")
+    room = (tmp_path / "whole/model.safetensors").stat().st_size + 1
+    with full_disk(room), pytest.raises(CheckpointError, match=r"could not write .*state\.safetensors"):
+        _run(trainer)
+    with pytest.raises(CheckpointError, match="holds no run to resume; leave out --resume to start one"):
+        Trainer(noise, config, tmp_path / "parts", resume=True)
+    assert _run(Trainer(noise, config, tmp_path / "parts"))[0] == expected
+
+
+def test_a_run_that_died_between_state_and_model_writes_the_model_when_it_goes_on(
+    noise: Dataset, tmp_path: Path
+) -> None:
+    config = _config({"epochs": 1})
+    _run(Trainer(noise, config, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match="holds a run already; pass --resume"):
+        Trainer(noise, config, tmp_path)
+    assert Trainer(noise, config, tmp_path, resume=True).finished
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_without_a_state_is_neither_overwritten_nor_resumed(noise: Dataset, tmp_path: Path) -> None:
+    _run(Trainer(noise, _config({"epochs": 1}), tmp_path))
+    (tmp_path / "state.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="holds a model, but no run to go on with; choose another --out"):
+        Trainer(noise, _config(), tmp_path)
+    with pytest.raises(CheckpointError, match="leave out --resume to start one, in a folder without a model"):
+        Trainer(noise, _config(), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_is_no_folder_to_write(noise: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/run"):
+        with pytest.raises(CheckpointError, match=rf"--out .*{out} cannot be made a folder: .*; choose another"):
+            Trainer(noise, _config(), tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_nothing_to_resume_is_an_error(noise: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no interrupted run to resume"):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
         Trainer(noise, _config(), tmp_path, resume=True)
 
 
