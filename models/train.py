@@ -281,11 +281,13 @@ def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _standardise(model: UniPinRec, data: Sequences) -> None:
-    """Give the item embedder mean and spread of the dense features; a constant feature keeps spread 1."""
-    if data.features.dense.shape[1]:
-        spread = data.features.dense.std(axis=0)
-        model.item_embedder.dense_mean.copy_(torch.from_numpy(data.features.dense.mean(axis=0)))
-        model.item_embedder.dense_std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32)))
+    """Give the item embedder mean and spread of the dense features; an all but constant feature keeps spread 1."""
+    dense = data.features.dense
+    if dense.shape[1]:
+        mean, spread = dense.mean(axis=0, dtype=np.float64), dense.std(axis=0, dtype=np.float64)
+        spread[spread <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+        model.item_embedder.dense_mean.copy_(torch.from_numpy(mean))
+        model.item_embedder.dense_std.copy_(torch.from_numpy(spread))
 
 
 def batch_options(config: RunConfig) -> BatchOptions:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -461,6 +462,20 @@ def test_a_checkpoint_has_the_features_and_standardises_them(noise: Dataset, tmp
     assert loaded.model.item_embedder.dense_mean.tolist() == pytest.approx([5.0, 2.5, -4.0])
     spread = math.sqrt(10.0)
     assert loaded.model.item_embedder.dense_std.tolist() == pytest.approx([spread, spread / 2, spread])
+
+
+def test_a_feature_is_standardised_however_large_it_is_and_a_constant_one_is_left_alone(
+    make_dataset: Make, tmp_path: Path
+) -> None:
+    """Unix seconds of a day, which float32 holds to 128 s, and a column of 0.1."""
+    names, times = [f"i{n:04d}" for n in range(3000)], 1.7e9 + 28.8 * np.arange(3000)
+    rows = [(f"u{u:02d}", names[u + t], "feed", t, "click") for u in range(20) for t in range(9)]
+    dataset = make_dataset(rows, items=names, split=(7, 8), features=True)
+    columns = {"dense_size": times[:, None].tolist(), "dense_content": [[0.1, 0.0]] * 3000}
+    items = dataset.items.with_columns(**{n: pl.Series(c, dtype=pl.List(pl.Float32)) for n, c in columns.items()})
+    embedder = Trainer(replace(dataset, items=items), _config(), tmp_path).model.item_embedder
+    assert embedder.dense_mean.tolist() == pytest.approx([times.mean(), 0.1, 0.0], rel=1e-7)
+    assert embedder.dense_std.tolist() == pytest.approx([times.std(), 1.0, 1.0], rel=1e-4)
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine_to_a_tenth(noise: Dataset, tmp_path: Path) -> None:
