@@ -66,7 +66,7 @@ class Trainer:
         Raises:
             CheckpointError: `out` holds a run already and `resume` is False, there is nothing to resume, or `out`
                 cannot be written.
-            ConfigError: The settings do not fit the data, or TensorBoard is wanted but not installed.
+            ConfigError: The settings do not fit the data or the machine, or TensorBoard is wanted but not installed.
         """
         self.config, self.out, self.stop_requested = config, out, False
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
@@ -334,6 +334,8 @@ def _learning_rate(train: TrainConfig, done: int, total: int) -> float:
 
 
 def _precision(train: TrainConfig) -> str:
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision fp16 needs a CUDA GPU, and there is none; use fp32, bf16 or auto")
     if train.precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return "no" if train.precision == "fp32" else train.precision

@@ -531,6 +531,13 @@ def test_the_log_holds_every_step_of_an_interrupted_run_once(noise: Dataset, tmp
     assert [float(row["loss"]) for row in rows[2:]] == [step["loss"] for step in steps]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can train in fp16")
+def test_fp16_without_a_gpu_is_refused(noise: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision fp16 needs a CUDA GPU, and there is none; use fp32, bf16 or auto"):
+        Trainer(noise, _config({"precision": "fp16"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_matrices_decay(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config({"weight_decay": 0.3}), tmp_path)
     decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
