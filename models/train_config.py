@@ -37,7 +37,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mask_probability: p of Masked Action Modeling (paper: 0.2).
         num_negatives: Random items added to the in-batch ones; at or above the catalogue's size: full softmax.
         label_smoothing: Share of a retrieval target's probability that is spread over the sampled items.
-        max_candidates: Shown items per window and step; whole slates are left out at random beyond it.
+        max_candidates: Shown items per window and step; whole slates are left out at random beyond it. Of a slate that
+            is larger by itself so many of its items are drawn, in steps that show no other slate of its window.
         history_candidates: History events per window that are scored as candidates too, each with the events before it:
             more labels for the action heads, without hiding context as a higher `mask_probability` does.
         max_targets: Retrieval targets per step; more are subsampled.
