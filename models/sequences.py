@@ -120,7 +120,7 @@ def fingerprint(data: Sequences, vocabulary: Vocabulary) -> str:
     for name, array in arrays.items():
         if isinstance(array, np.ndarray):
             digest.update(f"{name} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
     return digest.hexdigest()[:16]
 
 
