@@ -45,7 +45,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         action_weights: w_c by action name; actions not named weigh 1.
         retrieval_weight: Weight of the retrieval loss; 0 trains a ranking-only model.
         ranking_weight: Weight of the action losses; 0 trains a retrieval-only model.
-        precision: "fp32", "bf16" or "fp16" autocast, or "auto": bf16 on a GPU that has it, else fp32.
+        precision: "fp32", "bf16" or "fp16" (needs a GPU) autocast, or "auto": bf16 on a GPU that has it, else fp32.
         patience: Stop after this many epochs without a better validation score; None = never.
         valid_requests: Held-out requests scored after each epoch.
         fit_validation: Train on the validation part too, as a last fit before serving; nothing is left to choose an
