@@ -251,14 +251,24 @@ class Batches:
     def _slate_items(
         self, windows: list[Window], rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices of slate items and of their slates, (B, k), -1 where padded: whole slates, drawn up to the limit."""
-        items, owners = [], []
+        """Indices of slate items and of their slates, (B, k), -1 where padded: whole slates, drawn up to the limit.
+
+        A slate beyond the limit is drawn alone, with as many of its items as the limit allows.
+        """
+        starts, limit, items, owners = self.data.slate_start, self.options.max_candidates, [], []
         for window in windows:
             slates = rng.permutation(np.arange(window.slate_begin, window.slate_end))
-            sizes = np.diff(self.data.slate_start)[slates]
-            slates = slates[np.cumsum(sizes) <= self.options.max_candidates]
-            items.append(np.concatenate([np.zeros(0, np.int64), *(_span(self.data.slate_start, s) for s in slates)]))
-            owners.append(np.repeat(slates, np.diff(self.data.slate_start)[slates]))
+            sizes = np.diff(starts)[slates]
+            if (sizes > limit).any():
+                # Only where it comes first, so that it takes no room from the others where it does not.
+                slates = slates[:1] if sizes[0] > limit else slates[sizes <= limit]
+                sizes = np.minimum(np.diff(starts)[slates], limit)
+            fits = np.cumsum(sizes) <= limit
+            slates, sizes = slates[fits], sizes[fits]
+            spans = [_span(starts, slate) for slate in slates]
+            parts = [span if len(span) <= limit else rng.permutation(span)[:limit] for span in spans]
+            items.append(np.concatenate([np.zeros(0, np.int64), *parts]))
+            owners.append(np.repeat(slates, sizes))
         return pad_rows(items), pad_rows(owners)
 
     def _sample(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 import numpy as np
 import polars as pl
@@ -41,12 +43,10 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     retrieval: RetrievalMetrics | None
     ranking: dict[str, ActionMetrics] | None
 
-    def trained_part(self, *, retrieval: bool, ranking: bool) -> Metrics:
-        """Without the metrics of a head that was not trained, whose figures are chance."""
-        return Metrics(
-            retrieval=self.retrieval if retrieval else None,
-            ranking=self.ranking if ranking else None,
-        )
+    def trained_part(self, *, retrieval: bool, actions: Collection[str]) -> Metrics:
+        """Without the metrics of a head that was not trained, whose figures are chance; `actions` were."""
+        ranking = {name: measured for name, measured in (self.ranking or {}).items() if name in actions}
+        return Metrics(retrieval=self.retrieval if retrieval else None, ranking=ranking or None)
 
     def selection_score(self) -> float:
         """What "best by validation" means: NDCG@10 plus the mean AUC of the actions, weighted by their positive rows.
@@ -96,7 +96,12 @@ def retrieval_metrics(ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1,
 def action_metrics(
     users: NDArray[np.int64], labels: NDArray[np.uint8], probabilities: NDArray[np.float64]
 ) -> ActionMetrics:
-    """AUC, GAUC and logloss of one action; all arguments are [rows]."""
+    """AUC, GAUC and logloss of one action; all arguments are [rows].
+
+    A probability that is not a number counts as the worst mistake about its label.
+    """
+    worst = np.where(labels > 0, -np.inf, np.inf)
+    probabilities = np.where(np.isnan(probabilities), worst, probabilities)
     frame = pl.DataFrame({"user": users, "label": labels.astype(np.float64), "score": probabilities})
     by_user = frame.group_by("user", maintain_order=True).agg(_auc(), pl.len().alias("rows")).drop_nulls("auc")
     clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -107,6 +109,19 @@ def sequences_of(dataset: Dataset) -> Sequences:
         slate_actions=_actions(dataset, slates),
         split=dataset.spec.split,
     )
+
+
+def fingerprint(data: Sequences, vocabulary: Vocabulary) -> str:
+    """16 hex digits that differ where the ids, arrays or split of two data sets, or what their codes mean, differ."""
+    arrays = {field.name: getattr(data, field.name) for field in fields(data)}
+    arrays |= {field.name: getattr(data.features, field.name) for field in fields(data.features)}
+    words = [vocabulary, data.split, data.user_ids, data.item_ids]
+    digest = hashlib.sha256(msgspec.json.encode(words))
+    for name, array in arrays.items():
+        if isinstance(array, np.ndarray):
+            digest.update(f"{name} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def item_features(dataset: Dataset) -> ItemFeatures:

@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from numpy.typing import NDArray
 from torch import nn
 
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.batches import Batch, Batches, BatchOptions
 from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
+from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.losses import LossOptions, Objective
 from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
+from unipinrec.models.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
 from unipinrec.models.train_config import RunConfig, TrainConfig
 from unipinrec.models.train_log import StepReport, TrainLog
 from unipinrec.models.training_state import STATE_FILE, Position, read_state, write_state
@@ -62,8 +64,9 @@ class Trainer:
         """Set up a run, or take one up again; `tensorboard` writes events beside `log.csv`.
 
         Raises:
-            CheckpointError: `out` holds a run already and `resume` is False, or there is nothing to resume.
-            ConfigError: The settings do not fit the data, or TensorBoard is wanted but not installed.
+            CheckpointError: `out` holds a run already and `resume` is False, there is nothing to resume, or `out`
+                cannot be written.
+            ConfigError: The settings do not fit the data or the machine, or TensorBoard is wanted but not installed.
         """
         self.config, self.out, self.stop_requested = config, out, False
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
@@ -88,7 +91,9 @@ class Trainer:
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
-        self.position = Position(settings=_settings(config, self.data))
+        self.position = Position(settings=_settings(config, self.data, self.vocabulary))
+        # A position counts steps, and what a step trains on depends on how many share it.
+        self.position.settings["processes"] = self.accelerator.num_processes
         self._open(dataset, resume)
         self.log = self._log(tensorboard)
 
@@ -105,13 +110,24 @@ class Trainer:
             _require_same(self.out, self.position.settings, settings)
             if self.position.epoch:
                 self.reports = read_json(self.out / "metrics.json", RunMetrics).epochs[: self.position.epoch]
+                self._write_best()
             return
-        if (self.out / "config.json").exists() or (self.out / STATE_FILE).exists():
+        if (self.out / STATE_FILE).exists():
             raise CheckpointError(f"{self.out} holds a run already; pass --resume to go on, or choose another --out")
+        if (self.out / "config.json").exists():
+            raise CheckpointError(f"{self.out} holds a model, but no run to go on with; choose another --out")
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"--out {self.out} cannot be made a folder: {error}; choose another") from error
             catalogue = Catalogue(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
             write_catalogue(self.out, catalogue, self.data.features)
+
+    def _write_best(self) -> None:
+        """Write the checkpoint where the state is that of the best epoch's end, and so has its weights."""
+        if self.accelerator.is_main_process and not self.position.stale_epochs and not self.position.batch:
+            write_model(self.out, self.model)
 
     @property
     def total_steps(self) -> int:
@@ -130,7 +146,8 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: It was asked to stop; the state is on disk.
-            TrainingError: The loss is not finite.
+            TrainingError: The loss, its gradient or a validation score is not finite.
+            CheckpointError: The checkpoint could not be written.
         """
         while not self.finished:
             began = time.monotonic()
@@ -163,24 +180,28 @@ class Trainer:
             losses = self.objective(batch.to(self.accelerator.device))
         self.accelerator.backward(losses["loss"])
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        self._require_finite(f"loss is {values['loss']} at step {done + 1}", values["loss"])
+        # The scaler of fp16 tries scales that are too large on purpose, and leaves such steps out.
+        if norm is not None and self.accelerator.scaler is None:
+            self._require_finite(f"gradient's norm is {float(norm)} at step {done + 1}", float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepReport(
             epoch=self.position.epoch,
             step=done + 1,
-            losses=self._finite({name: float(value.detach()) for name, value in losses.items()}),
+            losses=values,
             learning_rate=rate,
             gradient_norm=float(norm) if norm is not None else math.nan,
             events=int(batch.lengths.sum()),
         )
 
-    def _finite(self, losses: dict[str, float]) -> dict[str, float]:
-        if not math.isfinite(losses["loss"]):
+    def _require_finite(self, said: str, values: float | NDArray[np.float64]) -> None:
+        if not np.isfinite(values).all():
             raise TrainingError(
-                f"the loss is {losses['loss']} at step {self._steps_done() + 1}; the checkpoint of the last good epoch "
-                f"is untouched. Lower the learning rate (now {self.config.train.learning_rate}) or use --precision fp32"
+                f"the {said}; the checkpoint of the last good epoch is untouched. "
+                f"Lower the learning rate (now {self.config.train.learning_rate}) or use --precision fp32"
             )
-        return losses
 
     def _finish_epoch(self, seconds: float) -> EpochReport:
         metrics = self._validate()
@@ -203,12 +224,12 @@ class Trainer:
             stale_epochs=0 if best else self.position.stale_epochs + 1,
         )
         if self.accelerator.is_main_process:
-            if best:
-                write_model(self.out, self.model)
             parameters = sum(p.numel() for p in self.model.parameters())
             document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports)
             write_atomically(self.out / "metrics.json", msgspec.json.format(msgspec.json.encode(document)))
+            # The state before the model: a model whose state was never written could not go on, nor begin anew.
             write_state(self.out, self.position, self.model, self.optimizer)
+        self._write_best()
         if self.log is not None:
             self.log.epoch(metrics, self._steps_done())
         self.accelerator.wait_for_everyone()
@@ -216,13 +237,21 @@ class Trainer:
 
     def _validate(self) -> Metrics:
         """Metrics on validation requests; every process computes the same, so all agree on when to stop."""
-        if self.config.train.fit_validation:
-            return Metrics(retrieval=None, ranking=None)
         requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
+        # A target whose score is not a number ranks behind the whole catalogue.
+        ranked = np.where(scores.ranks < self.data.num_items, scores.ranks, np.nan)
+        for found in (scores.probabilities, ranked):
+            self._require_finite(f"validation after step {self._steps_done()} gives scores that are no numbers", found)
+        if self.config.train.fit_validation:
+            return Metrics(retrieval=None, ranking=None)
         metrics = metrics_of(scores, self.data, requests, self.vocabulary.actions)
-        train = self.config.train
-        return metrics.trained_part(retrieval=train.retrieval_weight > 0, ranking=train.ranking_weight > 0)
+        train, actions = self.config.train, self.vocabulary.actions
+        weights = zip(actions, train.weights_of(actions), strict=True)
+        return metrics.trained_part(
+            retrieval=train.retrieval_weight > 0,
+            actions=[name for name, weight in weights if weight * train.ranking_weight > 0],
+        )
 
     def _stop(self) -> None:
         if self.accelerator.is_main_process:
@@ -232,13 +261,14 @@ class Trainer:
         )
 
 
-def _settings(config: RunConfig, data: Sequences) -> dict[str, Any]:
+def _settings(config: RunConfig, data: Sequences, vocabulary: Vocabulary) -> dict[str, Any]:
     """What must stay as it is when a run goes on; its length and how it is watched may change."""
     train = msgspec.to_builtins(config.train)
     for name in ("epochs", "patience", "valid_requests", "precision", "log_every"):
         del train[name]
     sizes = {"items": data.num_items, "events": len(data.rows), "slate items": len(data.slate_rows)}
-    return {**msgspec.to_builtins(config.model), **train, **sizes}
+    known = {"data fingerprint": fingerprint(data, vocabulary)}
+    return {**msgspec.to_builtins(config.model), **train, **sizes, **known}
 
 
 def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -251,11 +281,13 @@ def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _standardise(model: UniPinRec, data: Sequences) -> None:
-    """Give the item embedder mean and spread of the dense features; a constant feature keeps spread 1."""
-    if data.features.dense.shape[1]:
-        spread = data.features.dense.std(axis=0)
-        model.item_embedder.dense_mean.copy_(torch.from_numpy(data.features.dense.mean(axis=0)))
-        model.item_embedder.dense_std.copy_(torch.from_numpy(np.where(spread > 0, spread, 1.0).astype(np.float32)))
+    """Give the item embedder mean and spread of the dense features; an all but constant feature keeps spread 1."""
+    dense = data.features.dense
+    if dense.shape[1]:
+        mean, spread = dense.mean(axis=0, dtype=np.float64), dense.std(axis=0, dtype=np.float64)
+        spread[spread <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+        model.item_embedder.dense_mean.copy_(torch.from_numpy(mean))
+        model.item_embedder.dense_std.copy_(torch.from_numpy(spread))
 
 
 def batch_options(config: RunConfig) -> BatchOptions:
@@ -302,6 +334,8 @@ def _learning_rate(train: TrainConfig, done: int, total: int) -> float:
 
 
 def _precision(train: TrainConfig) -> str:
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision fp16 needs a CUDA GPU, and there is none; use fp32, bf16 or auto")
     if train.precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return "no" if train.precision == "fp32" else train.precision

@@ -37,14 +37,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mask_probability: p of Masked Action Modeling (paper: 0.2).
         num_negatives: Random items added to the in-batch ones; at or above the catalogue's size: full softmax.
         label_smoothing: Share of a retrieval target's probability that is spread over the sampled items.
-        max_candidates: Shown items per window and step; whole slates are left out at random beyond it.
+        max_candidates: Shown items per window and step; whole slates are left out at random beyond it. Of a slate that
+            is larger by itself so many of its items are drawn, in steps that show no other slate of its window.
         history_candidates: History events per window that are scored as candidates too, each with the events before it:
             more labels for the action heads, without hiding context as a higher `mask_probability` does.
         max_targets: Retrieval targets per step; more are subsampled.
         action_weights: w_c by action name; actions not named weigh 1.
         retrieval_weight: Weight of the retrieval loss; 0 trains a ranking-only model.
         ranking_weight: Weight of the action losses; 0 trains a retrieval-only model.
-        precision: "fp32", "bf16" or "fp16" autocast, or "auto": bf16 on a GPU that has it, else fp32.
+        precision: "fp32", "bf16" or "fp16" (needs a GPU) autocast, or "auto": bf16 on a GPU that has it, else fp32.
         patience: Stop after this many epochs without a better validation score; None = never.
         valid_requests: Held-out requests scored after each epoch.
         fit_validation: Train on the validation part too, as a last fit before serving; nothing is left to choose an
@@ -108,12 +109,17 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """w_c in the order of `actions`.
 
         Raises:
-            ConfigError: A weight names an action that the data does not have.
+            ConfigError: A weight names an action that the data does not have, or nothing has a weight.
         """
         foreign = set(self.action_weights) - set(actions)
         if foreign:
             raise ConfigError(f"action_weights names {sorted(foreign)}; the data has {list(actions)}")
-        return tuple(self.action_weights.get(name, 1.0) for name in actions)
+        weights = tuple(self.action_weights.get(name, 1.0) for name in actions)
+        if self.retrieval_weight == 0 and not any(weights):
+            raise ConfigError(
+                f"retrieval_weight and the weights of all actions {list(actions)} are 0: nothing would be trained"
+            )
+        return weights
 
 
 def _require(config: TrainConfig, names: tuple[str, ...], accepted: Callable[[float], bool], rule: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from unipinrec.errors import ConfigError
+from unipinrec.errors import CheckpointError, ConfigError
+from unipinrec.models.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -45,19 +47,31 @@ class TrainLog:
         """Open the log of a run of which `steps_done` steps are done; a row is written for every `every` steps.
 
         Raises:
+            CheckpointError: The rows to keep cannot be read or written.
             ConfigError: TensorBoard is wanted but not installed.
         """
         self.path, self.every = folder / LOG_FILE, every
         self.writer = _tensorboard(folder, steps_done) if tensorboard else None
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
+            header, *rows = self._rows() or [[]]
             kept = [row for row in rows if len(row) == len(header) and int(row[1]) <= steps_done]
-            with self.path.open("w", newline="") as file:
-                csv.writer(file).writerows([header, *kept] if kept else [])
+            text = io.StringIO()
+            csv.writer(text).writerows([header, *kept] if kept else [])
+            write_atomically(self.path, text.getvalue().encode())
+
+    def _rows(self) -> list[list[str]]:
+        try:
+            with self.path.open(newline="") as file:
+                return list(csv.reader(file))
+        except OSError as error:
+            raise CheckpointError(f"could not read {self.path}: {error}") from error
 
     def step(self, report: StepReport) -> None:
-        """Note a step."""
+        """Note a step.
+
+        Raises:
+            CheckpointError: The row could not be written.
+        """
         if report.step % self.every:
             return
         row = {
@@ -68,9 +82,14 @@ class TrainLog:
             "events": report.events,
             **report.losses,
         }
-        fresh = not self.path.exists() or not self.path.stat().st_size
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows([list(row), list(row.values())] if fresh else [list(row.values())])
+        try:
+            fresh = not self.path.exists() or not self.path.stat().st_size
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows([list(row), list(row.values())] if fresh else [list(row.values())])
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write {self.path}: {error}; make room and go on with --resume from the last saved state"
+            ) from error
         if self.writer is not None:
             for name, value in row.items():
                 self.writer.add_scalar(f"train/{name}", value, report.step)

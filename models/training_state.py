@@ -64,7 +64,9 @@ def read_state(folder: Path, model: UniPinRec, optimizer: torch.optim.Optimizer)
         CheckpointError: There is nothing to resume, or it belongs to a model of another shape.
     """
     if not (folder / STATE_FILE).exists():
-        raise CheckpointError(f"{folder} holds no interrupted run to resume; leave out --resume to start one")
+        raise CheckpointError(
+            f"{folder} holds no run to resume; leave out --resume to start one, in a folder without a model"
+        )
     try:
         with safe_open(folder / STATE_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary

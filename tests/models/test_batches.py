@@ -224,6 +224,26 @@ def test_slates_beyond_the_limit_are_left_out_at_random(make_dataset: Make, limi
     assert kept == {3, 4, 5, 6}
 
 
+def test_of_a_slate_beyond_the_limit_a_part_is_shown_and_the_others_keep_their_room(make_dataset: Make) -> None:
+    events = [("ann", "a", "feed", t, "click") for t in range(3)]
+    large = [(item, "click" if item in "ab" else "") for item in "abcdefgh"]
+    slates = [(0, "ann", "feed", 3, large), *((s, "ann", "feed", 3 + s, [("a", ""), ("b", "")]) for s in (1, 2))]
+    batches = _batches(make_dataset(events, slates, split=(9, 9)), max_candidates=5)
+    shown, alone = set(), 0
+    for epoch in range(60):
+        (batch,) = batches.epoch(epoch, [0])
+        times, items = batch.candidate_timestamps_ms[0].tolist(), batch.item_rows[batch.candidate_items[0]].tolist()
+        assert sorted(times) in ([3] * 5, [4, 4, 5, 5])
+        if times[0] == 3:
+            alone += 1
+            shown |= set(items)
+            assert len(set(items)) == 5
+            assert batch.candidate_actions[0, :, 0].tolist() == [float(row < 2) for row in items]
+            assert batch.cutoffs[0].tolist() == [3] * 5
+    assert 10 < alone < 30
+    assert shown == set(range(8))
+
+
 @quick
 @given(seed=seeds, split=splits)
 def test_sampled_items_are_distinct_sorted_and_hold_every_target(

@@ -83,6 +83,22 @@ def test_a_certain_mistake_costs_much_but_not_everything() -> None:
     assert metrics.logloss == pytest.approx(-math.log(1e-7), rel=1e-6)
 
 
+def test_a_probability_that_is_not_a_number_never_looks_good() -> None:
+    users, labels = np.array([1, 1, 1, 2, 2]), np.array([1, 0, 0, 0, 1], np.uint8)
+    for lost in range(5):
+        probabilities = np.array([0.9, 0.1, 0.2, 0.3, 0.8])
+        assert action_metrics(users, labels, probabilities).auc == 1.0
+        probabilities[lost] = np.nan
+        found = action_metrics(users, labels, probabilities)
+        assert found.auc is not None
+        assert found.gauc is not None
+        assert max(found.auc, found.gauc) < 1.0
+        assert found.logloss > -math.log(1e-7) / 5
+    found = action_metrics(users, labels, np.full(5, np.nan))
+    assert (found.auc, found.gauc) == (0.0, 0.0)
+    assert found.logloss == pytest.approx(-math.log(1e-7), rel=1e-6)
+
+
 def test_ranks_among_unseen_items() -> None:
     scores = np.array([[0.9, 0.5, 0.7, 0.5, 0.1]] * 4, np.float32)
     seen = [np.array([], np.int64), np.array([0]), np.array([0, 2, 0]), np.array([3, 1])]
@@ -144,6 +160,15 @@ def test_the_selection_score_weighs_actions_by_their_positive_rows() -> None:
     assert Metrics(retrieval=None, ranking=ranking).selection_score() == pytest.approx(0.75)
     assert Metrics(retrieval=retrieval, ranking=None).selection_score() == 0.25
     assert Metrics(retrieval=None, ranking={"hide": _action(None, 0.0, 5)}).selection_score() == 0.0
+
+
+def test_only_the_heads_that_were_trained_are_left() -> None:
+    retrieval = RetrievalMetrics(hit_rate={10: 0.5}, ndcg={10: 0.25}, mrr=0.2, targets=4)
+    whole = Metrics(retrieval=retrieval, ranking={"click": _action(0.8, 0.3, 100), "hide": _action(0.1, 0.3, 100)})
+    part = whole.trained_part(retrieval=True, actions=["click"])
+    assert part == Metrics(retrieval=retrieval, ranking={"click": _action(0.8, 0.3, 100)})
+    assert part.selection_score() == pytest.approx(0.25 + 0.8)
+    assert whole.trained_part(retrieval=False, actions=[]) == Metrics(retrieval=None, ranking=None)
 
 
 def test_metrics_survive_json() -> None:

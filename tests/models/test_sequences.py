@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -10,7 +13,8 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
 from unipinrec.models.data_schema import Dataset
-from unipinrec.models.sequences import sequences_of, vocabulary_of
+from unipinrec.models.item_features import ItemFeatures
+from unipinrec.models.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
 
 Make = Callable[..., Dataset]
 
@@ -121,3 +125,28 @@ def test_arrays_hold_what_the_tables_hold(random_dataset: Make, seed: int) -> No
 
 def _span(starts: np.ndarray[tuple[int], np.dtype[np.int64]], index: int) -> slice:
     return slice(int(starts[index]), int(starts[index + 1]))
+
+
+def _altered(owner: Sequences | ItemFeatures) -> Iterator[dict[str, Any]]:
+    """Each of its arrays by name, with another last entry."""
+    for field in fields(owner):
+        array = getattr(owner, field.name)
+        if isinstance(array, np.ndarray):
+            changed = array.copy()
+            changed.flat[-1] += 1
+            yield {field.name: changed}
+
+
+def test_a_fingerprint_changes_with_every_part_of_the_data(random_dataset: Make) -> None:
+    dataset = random_dataset(3, features=True)
+    data, vocabulary = sequences_of(dataset), vocabulary_of(dataset)
+    plain = fingerprint(data, vocabulary)
+    assert plain == fingerprint(sequences_of(dataset), vocabulary_of(dataset))
+    others = [replace(data, split=None), replace(data, item_ids=data.item_ids[::-1])]
+    others += [replace(data, **part) for part in _altered(data)]
+    others += [replace(data, features=replace(data.features, **part)) for part in _altered(data.features)]
+    found = {fingerprint(other, vocabulary) for other in others}
+    assert len(others) == 18
+    assert len(found) == len(others)
+    assert plain not in found
+    assert fingerprint(data, msgspec.structs.replace(vocabulary, positive_actions=("hide",))) not in {plain, *found}

@@ -3,12 +3,14 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY, ModelConfig
-from unipinrec.models.data_schema import Dataset, read_dataset
+from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
 from unipinrec.models.train import EpochReport, RunMetrics, Trainer
 from unipinrec.models.train_config import RunConfig, TrainConfig
@@ -217,6 +219,29 @@ def test_a_run_goes_on_only_with_its_own_settings_and_data(noise: Dataset, rule:
         Trainer(fewer, _config(), tmp_path, resume=True)
 
 
+def test_a_run_does_not_go_on_with_other_data_of_the_same_size(noise: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
+        _run(Trainer(noise, _config(), tmp_path), 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    swapped = replace(noise, events=noise.events.with_columns(action_click=~noise.events["action_click"]))
+    reordered = replace(noise, items=noise.items.reverse())
+    moved = msgspec.structs.replace(noise.spec, split=TimeSplit(valid_start_ms=61, test_start_ms=80))
+    for other in (swapped, reordered, replace(noise, spec=moved)):
+        with pytest.raises(CheckpointError, match="other settings or data: data fingerprint was '"):
+            Trainer(other, _config(), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Trainer(noise, _config(), tmp_path, resume=True).position.batch == 1
+
+
+def test_a_run_does_not_go_on_with_another_number_of_processes(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config(), tmp_path)
+    trainer.position.settings["processes"] *= 2
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1"):
+        _run(trainer, 1)
+    with pytest.raises(CheckpointError, match="processes was 2, is 1; resume with the same ones"):
+        Trainer(noise, _config(), tmp_path, resume=True)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config(), tmp_path)
     with torch.no_grad():
@@ -224,6 +249,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(noise: Dataset, tmp_path: Path)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 1; .* Lower the learning rate"):
         _run(trainer)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_take_it(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config(), tmp_path)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.model.log_scale.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is (inf|nan) at step 1; .* Lower the learning rate"):
+        _run(trainer)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def _run_and_spoil_the_last_step(trainer: Trainer, stored: dict[str, bytes]) -> None:
+    """Every loss is good, and so is every gradient; `stored` is what was on disk before the last epoch ended."""
+    for report in trainer.run():
+        if isinstance(report, EpochReport):
+            stored.update({path.name: path.read_bytes() for path in trainer.out.iterdir()})
+        elif report.step == trainer.total_steps:
+            with torch.no_grad():
+                trainer.model.state_dict()["blocks.0.qkv.weight"].fill_(1e25)
+
+
+@pytest.mark.parametrize("slates", [True, False])
+@pytest.mark.parametrize("change", [{}, {"fit_validation": True}, {"ranking_weight": 0.0}])
+def test_an_epoch_that_ends_in_scores_that_are_no_numbers_is_not_stored(
+    noise: Dataset, tmp_path: Path, change: dict[str, Any], slates: bool
+) -> None:
+    leave_one_out = replace(noise, slates=noise.slates.clear(), spec=msgspec.structs.replace(noise.spec, split=None))
+    config = _config({"epochs": 2, "log_every": 99, **change})
+    trainer = Trainer(noise if slates else leave_one_out, config, tmp_path)
+    stored: dict[str, bytes] = {}
+    with pytest.raises(
+        TrainingError, match=r"the validation after step \d+ gives scores that are no numbers; .* Lower"
+    ):
+        _run_and_spoil_the_last_step(trainer, stored)
+    assert len(stored) == 6
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == stored
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(noise: Dataset, tmp_path: Path) -> None:
@@ -238,8 +299,55 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(noise: Dataset, tmp_path: 
         assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
 
 
+def test_a_run_whose_first_state_was_never_written_begins_anew(
+    noise: Dataset, tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    config = _config({"epochs": 1})
+    expected, _ = _run(Trainer(noise, config, tmp_path / "whole"))
+    trainer = Trainer(noise, config, tmp_path / "parts")
+    room = (tmp_path / "whole/model.safetensors").stat().st_size + 1
+    with full_disk(room), pytest.raises(CheckpointError, match=r"could not write .*state\.safetensors"):
+        _run(trainer)
+    with pytest.raises(CheckpointError, match="holds no run to resume; leave out --resume to start one"):
+        Trainer(noise, config, tmp_path / "parts", resume=True)
+    assert _run(Trainer(noise, config, tmp_path / "parts"))[0] == expected
+
+
+def test_a_run_that_died_between_state_and_model_writes_the_model_when_it_goes_on(
+    noise: Dataset, tmp_path: Path
+) -> None:
+    config = _config({"epochs": 1})
+    _run(Trainer(noise, config, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match="holds a run already; pass --resume"):
+        Trainer(noise, config, tmp_path)
+    assert Trainer(noise, config, tmp_path, resume=True).finished
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_without_a_state_is_neither_overwritten_nor_resumed(noise: Dataset, tmp_path: Path) -> None:
+    _run(Trainer(noise, _config({"epochs": 1}), tmp_path))
+    (tmp_path / "state.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="holds a model, but no run to go on with; choose another --out"):
+        Trainer(noise, _config(), tmp_path)
+    with pytest.raises(CheckpointError, match="leave out --resume to start one, in a folder without a model"):
+        Trainer(noise, _config(), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_is_no_folder_to_write(noise: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/run"):
+        with pytest.raises(CheckpointError, match=rf"--out .*{out} cannot be made a folder: .*; choose another"):
+            Trainer(noise, _config(), tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_nothing_to_resume_is_an_error(noise: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no interrupted run to resume"):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
         Trainer(noise, _config(), tmp_path, resume=True)
 
 
@@ -275,6 +383,12 @@ def test_a_head_that_is_not_trained_does_not_choose_the_epoch(noise: Dataset, tm
     _, epochs = _run(Trainer(noise, _config({"epochs": 1, "retrieval_weight": 0.0}), tmp_path / "ranking"))
     assert epochs[0].metrics.retrieval is None
     assert epochs[0].metrics.ranking is not None
+    silent = _config({"epochs": 1, "action_weights": {"like": 0.0}})
+    _, epochs = _run(Trainer(noise, silent, tmp_path / "silent"))
+    assert list(epochs[0].metrics.ranking or {}) == ["click", "hide"]
+    nothing = {"click": 0.0, "like": 0.0, "hide": 0.0}
+    _, epochs = _run(Trainer(noise, _config({"epochs": 1, "action_weights": nothing}), tmp_path / "no-actions"))
+    assert epochs[0].metrics.ranking is None
 
 
 def test_patience_ends_a_run_that_no_longer_improves(noise: Dataset, tmp_path: Path) -> None:
@@ -350,6 +464,20 @@ def test_a_checkpoint_has_the_features_and_standardises_them(noise: Dataset, tmp
     assert loaded.model.item_embedder.dense_std.tolist() == pytest.approx([spread, spread / 2, spread])
 
 
+def test_a_feature_is_standardised_however_large_it_is_and_a_constant_one_is_left_alone(
+    make_dataset: Make, tmp_path: Path
+) -> None:
+    """Unix seconds of a day, which float32 holds to 128 s, and a column of 0.1."""
+    names, times = [f"i{n:04d}" for n in range(3000)], 1.7e9 + 28.8 * np.arange(3000)
+    rows = [(f"u{u:02d}", names[u + t], "feed", t, "click") for u in range(20) for t in range(9)]
+    dataset = make_dataset(rows, items=names, split=(7, 8), features=True)
+    columns = {"dense_size": times[:, None].tolist(), "dense_content": [[0.1, 0.0]] * 3000}
+    items = dataset.items.with_columns(**{n: pl.Series(c, dtype=pl.List(pl.Float32)) for n, c in columns.items()})
+    embedder = Trainer(replace(dataset, items=items), _config(), tmp_path).model.item_embedder
+    assert embedder.dense_mean.tolist() == pytest.approx([times.mean(), 0.1, 0.0], rel=1e-7)
+    assert embedder.dense_std.tolist() == pytest.approx([times.std(), 1.0, 1.0], rel=1e-4)
+
+
 def test_the_rate_warms_up_and_falls_along_a_cosine_to_a_tenth(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config({"epochs": 2, "learning_rate": 1.0e-3, "warmup_steps": 4}), tmp_path)
     rates = [trainer.optimizer.param_groups[0]["lr"] * 1000 for r in trainer.run() if isinstance(r, StepReport)]
@@ -403,6 +531,13 @@ def test_the_log_holds_every_step_of_an_interrupted_run_once(noise: Dataset, tmp
     assert [float(row["loss"]) for row in rows[2:]] == [step["loss"] for step in steps]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can train in fp16")
+def test_fp16_without_a_gpu_is_refused(noise: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision fp16 needs a CUDA GPU, and there is none; use fp32, bf16 or auto"):
+        Trainer(noise, _config({"precision": "fp16"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_matrices_decay(noise: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(noise, _config({"weight_decay": 0.3}), tmp_path)
     decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -417,6 +552,9 @@ def test_only_matrices_decay(noise: Dataset, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_the_data_are_refused(noise: Dataset, make_dataset: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"action_weights names \['love'\]"):
         Trainer(noise, _config({"action_weights": {"love": 1.0}}), tmp_path / "weights")
+    nothing = {"click": 0.0, "like": 0.0, "hide": 0.0}
+    with pytest.raises(ConfigError, match="are 0: nothing would be trained"):
+        Trainer(noise, _config({"action_weights": nothing, "retrieval_weight": 0.0}), tmp_path / "nothing")
     events = [("ann", item, "feed", 90, "click") for item in "ab"]
     with pytest.raises(ConfigError, match="0 training windows make no batch for each of 1 processes"):
         Trainer(make_dataset(events, split=(60, 80)), _config(), tmp_path / "late")

@@ -122,3 +122,13 @@ def test_a_setting_out_of_range_is_refused(change: dict[str, Any], message: str)
 def test_a_weight_of_an_action_that_the_data_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="action_weights names \\['love'\\]; the data has \\['click', 'like'\\]"):
         TrainConfig(action_weights={"love": 2.0}).weights_of(("click", "like"))
+
+
+def test_weights_that_train_nothing_are_refused() -> None:
+    nothing = {"click": 0.0, "like": 0.0}
+    message = "retrieval_weight and the weights of all actions \\['click', 'like'\\] are 0: nothing would be trained"
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(retrieval_weight=0.0, action_weights=nothing).weights_of(("click", "like"))
+    assert TrainConfig(action_weights=nothing).weights_of(("click", "like")) == (0.0, 0.0)
+    rest = TrainConfig(retrieval_weight=0.0, action_weights=nothing)
+    assert rest.weights_of(("click", "like", "share")) == (0.0, 0.0, 1.0)

@@ -15,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unipinrec.errors import CheckpointError
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.data_schema import Dataset, write_dataset
+from unipinrec.models.train import Trainer
+from unipinrec.models.train_config import load_run_config
 
 Make = Callable[..., Dataset]
 
@@ -83,3 +86,6 @@ def test_two_processes_train_one_model(
     assert any(not torch.equal(first[name], before[name]) for name in first)
     kept = load_checkpoint(folder / "run").model.state_dict()
     assert all(torch.equal(kept[name], first[name]) for name in first)
+    alone = load_run_config(str(folder / "run.toml"), {})
+    with pytest.raises(CheckpointError, match="processes was 2, is 1; resume with the same ones"):
+        Trainer(dataset, alone, folder / "run", resume=True)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from unipinrec.errors import ConfigError
+from unipinrec.errors import CheckpointError, ConfigError
 from unipinrec.models.train_log import StepReport, TrainLog
 
 
@@ -45,6 +47,30 @@ def test_a_run_that_starts_anew_has_one_header(tmp_path: Path) -> None:
     TrainLog(tmp_path, every=1, steps_done=0, tensorboard=False).step(report(1))
     TrainLog(tmp_path, every=1, steps_done=0, tensorboard=False).step(report(1))
     assert [row[1] for row in rows(tmp_path)] == ["step", "1"]
+
+
+def test_a_disk_that_is_full_costs_no_row_that_is_written(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    log = TrainLog(tmp_path, every=1, steps_done=0, tensorboard=False)
+    for step in range(1, 40):
+        log.step(report(step))
+    before = (tmp_path / "log.csv").read_bytes()
+    with (
+        full_disk(len(before)),
+        pytest.raises(CheckpointError, match=r"could not write .*log\.csv: .*too large; make room"),
+    ):
+        log.step(report(40))
+    with full_disk(len(before) // 2), pytest.raises(CheckpointError, match=r"could not write .*log\.csv"):
+        TrainLog(tmp_path, every=1, steps_done=38, tensorboard=False)
+    assert (tmp_path / "log.csv").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_a_log_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(CheckpointError, match=r"could not read .*log\.csv"):
+        TrainLog(tmp_path, every=1, steps_done=0, tensorboard=False)
 
 
 def test_tensorboard_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

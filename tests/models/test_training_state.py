@@ -60,7 +60,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, make_model: Make, positi
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path, make_model: Make) -> None:
     model = make_model()
-    with pytest.raises(CheckpointError, match="holds no interrupted run to resume; leave out --resume"):
+    with pytest.raises(CheckpointError, match="holds no run to resume; leave out --resume"):
         read_state(tmp_path, model, torch.optim.AdamW(model.parameters()))
 
 
