@@ -21,7 +21,7 @@ from unipinrec.models.batches import Batch, Batches, BatchOptions
 from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import Dataset
-from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
+from unipinrec.models.evaluate import EVALUATION_BATCH, gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.losses import LossOptions, Objective
 from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
@@ -237,16 +237,17 @@ class Trainer:
 
     def _validate(self) -> Metrics:
         """Metrics on validation requests; every process computes the same, so all agree on when to stop."""
-        requests = held_out_requests(self.data, self.positive, "valid", self.config.train.valid_requests)
+        train, actions = self.config.train, self.vocabulary.actions
+        limit = EVALUATION_BATCH if train.fit_validation else train.valid_requests
+        requests = held_out_requests(self.data, self.positive, "valid", limit)
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
         # A target whose score is not a number ranks behind the whole catalogue.
         ranked = np.where(scores.ranks < self.data.num_items, scores.ranks, np.nan)
         for found in (scores.probabilities, ranked):
             self._require_finite(f"validation after step {self._steps_done()} gives scores that are no numbers", found)
-        if self.config.train.fit_validation:
+        if train.fit_validation:  # those requests were trained on
             return Metrics(retrieval=None, ranking=None)
         metrics = metrics_of(scores, self.data, requests, self.vocabulary.actions)
-        train, actions = self.config.train, self.vocabulary.actions
         weights = zip(actions, train.weights_of(actions), strict=True)
         return metrics.trained_part(
             retrieval=train.retrieval_weight > 0,
@@ -285,7 +286,7 @@ def _standardise(model: UniPinRec, data: Sequences) -> None:
     dense = data.features.dense
     if dense.shape[1]:
         mean, spread = dense.mean(axis=0, dtype=np.float64), dense.std(axis=0, dtype=np.float64)
-        spread[spread <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+        spread[spread <= 1e-6 * np.abs(mean)] = 1.0
         model.item_embedder.dense_mean.copy_(torch.from_numpy(mean))
         model.item_embedder.dense_std.copy_(torch.from_numpy(spread))
 
