@@ -9,19 +9,27 @@ import numpy as np
 from unipinrec.errors import ExportError
 from unipinrec.export.protocol import ExportSource, Histories
 from unipinrec.models.data_schema import read_dataset
-from unipinrec.models.sequences import sequences_of
+from unipinrec.models.sequences import sequences_of, vocabulary_of
 
 
 def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:
     """The newest events of up to `limit` users, those with the latest activity first.
 
     Raises:
-        DataError: The folder is no prepared data set, or its items are not those of the model.
+        DataError: The folder is no prepared data set.
+        ExportError: Its items, actions or surfaces are not those of the model.
     """
     dataset = read_dataset(folder)
     data = sequences_of(dataset)
-    if data.item_ids != source.item_ids or dataset.spec.actions != source.actions:
-        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: items or actions differ")
+    given = vocabulary_of(dataset)
+    same = {
+        "items": data.item_ids == source.item_ids,
+        "actions": given.actions == source.actions,
+        "surfaces": given.surfaces == source.surfaces,
+    }
+    if not all(same.values()):
+        differ = " and ".join(name for name, equal in same.items() if not equal)
+        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: {differ} differ")
     counts = np.diff(data.event_start)
     latest = np.where(counts > 0, data.timestamps_ms[np.maximum(data.event_start[1:] - 1, 0)], -1)
     users = np.argsort(-latest, kind="stable")

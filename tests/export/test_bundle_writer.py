@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +177,15 @@ def test_killed_half_way_there_is_no_bundle_and_the_next_export_works(checkpoint
     assert not (tmp_path / "bundle").exists()
     manifest = export_bundle(source_from_checkpoint(checkpoint), tmp_path / "bundle")
     assert manifest.num_items == 300
+
+
+def test_data_whose_surfaces_have_other_codes_is_refused(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "other")
+    described = json.loads((tmp_path / "other/dataset.json").read_bytes())
+    described["surfaces"].append("another")
+    (tmp_path / "other/dataset.json").write_text(json.dumps(described))
+    with pytest.raises(ExportError, match="trained on: surfaces differ"):
+        histories_from_data(tmp_path / "other", source_from_checkpoint(checkpoint), 10)
 
 
 def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
