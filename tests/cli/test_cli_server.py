@@ -108,11 +108,17 @@ def test_what_ends_it_is_in_the_log_and_names_current_json(tmp_path: Path) -> No
     assert (ended["level"], "nothing is not a bundle" in ended["message"]) == ("error", True)
 
 
-def test_a_terminal_that_is_closed_ends_it_as_sigterm_does() -> None:
-    command = [sys.executable, "-m", "unipinrec", "serve", str(STORED), "--port", "0", "--cache-mib", "1"]
+@pytest.mark.parametrize(("before", "code"), [("SIG_DFL", 0), ("SIG_IGN", -signal.SIGKILL)])
+def test_a_terminal_that_is_closed_ends_it_as_sigterm_does_but_not_under_nohup(before: str, code: int) -> None:
+    start = f"import signal; signal.signal(signal.SIGHUP, signal.{before}); from unipinrec.cli import main; main()"
+    command = [sys.executable, "-c", start, "serve", str(STORED), "--port", "0", "--cache-mib", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        for line in server.stderr:
-            if "serving " in line:
-                server.send_signal(signal.SIGHUP)
-        assert server.wait(30) == 0
+        next(line for line in server.stderr if "serving " in line)
+        server.send_signal(signal.SIGHUP)
+        try:
+            ended = server.wait(30 if code == 0 else 2)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            ended = server.wait()
+    assert ended == code
