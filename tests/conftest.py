@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests share their cores
 DATA_ROOT = Path(os.environ.get("UNIPINREC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
