@@ -54,6 +54,28 @@ def bundle(checkpoint: Path, dataset: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def lively(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the same shape with large random weights, whose answers move visibly with every event.
+
+    Those of two epochs of training do not: an action of an early event changes their logits by a millionth.
+    """
+    import torch
+
+    from unipinrec.export.bundle_writer import export_bundle
+    from unipinrec.export.checkpoint_source import source_from_model
+    from unipinrec.models.checkpoint import load_checkpoint
+
+    stored = load_checkpoint(checkpoint)
+    noise = torch.Generator().manual_seed(0)
+    for parameter in stored.model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
+    folder = tmp_path_factory.mktemp("lively") / "bundle"
+    export_bundle(source_from_model(stored.model, stored.catalogue, stored.features), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of public data sets; skips where it is not at hand."""
     if not DATA_ROOT.is_dir():

@@ -10,18 +10,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper, parser
 
 from unipinrec.errors import ExportError, ParityError
-from unipinrec.export.bundle_writer import ExportOptions, export_bundle
-from unipinrec.export.checkpoint_source import source_from_checkpoint, source_from_model
+from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
 from unipinrec.export.fp8 import Quantizer
 from unipinrec.export.precision import emulated_graph, typed_graph
 from unipinrec.export.precision_check import add_precisions
-from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.ort_session import import_onnxruntime
 
@@ -181,20 +179,11 @@ def test_a_graph_without_such_layers_is_in_bf16() -> None:
     assert {node.op_type for node in typed_graph(quantized_graph(model), "bf16").graph.node} >= {"MatMul", "Cast"}
 
 
-def test_a_loss_is_refused_unless_it_is_accepted(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_loss_is_refused_unless_it_is_accepted(lively: Path, checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
     """Large random weights are harder to round than trained ones."""
-    stored = load_checkpoint(checkpoint)
-    noise = torch.Generator().manual_seed(0)
-    for parameter in stored.model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
-    source = source_from_model(stored.model, stored.catalogue, stored.features)
-    histories = histories_from_data(dataset, source, 20)
+    histories = histories_from_data(dataset, source_from_checkpoint(checkpoint), 20).split()
+    folder = Path(shutil.copytree(lively, tmp_path / "bundle"))
     with pytest.raises(ParityError, match=r"fp8 does not recommend what fp32 recommends: .*or pass --accept-loss"):
-        export_bundle(source, tmp_path / "bundle", histories=histories, precisions=["fp8"])
-    assert list(tmp_path.iterdir()) == []
-    accepted = ExportOptions(accept_loss=True)
-    precisions = export_bundle(
-        source, tmp_path / "bundle", histories=histories, precisions=["fp8", "fp16"], options=accepted
-    ).precisions
-    assert [bool(spec.agreement.problem) for spec in precisions.values()] == [False, True]
+        add_precisions(folder, ("fp8",), histories)
+    precisions = add_precisions(folder, ("fp16", "fp8"), histories, accept_loss=True).precisions
+    assert [bool(precisions[name].agreement.problem) for name in ("fp16", "fp8")] == [False, True]

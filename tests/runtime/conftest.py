@@ -36,28 +36,6 @@ def recommender(bundle: Path) -> Recommender:
     return Recommender.load(bundle)
 
 
-@pytest.fixture(scope="session")
-def lively(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the same shape with large random weights, whose answers move visibly with every event.
-
-    Those of two epochs of training do not: an action of an early event changes their logits by a millionth.
-    """
-    import torch
-
-    from unipinrec.export.bundle_writer import export_bundle
-    from unipinrec.export.checkpoint_source import source_from_model
-    from unipinrec.models.checkpoint import load_checkpoint
-
-    stored = load_checkpoint(checkpoint)
-    noise = torch.Generator().manual_seed(0)
-    for parameter in stored.model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
-    folder = tmp_path_factory.mktemp("lively") / "bundle"
-    export_bundle(source_from_model(stored.model, stored.catalogue, stored.features), folder)
-    return folder
-
-
 def needs(device: str) -> None:
     """Skip where a device is not installed, or this CPU does not have it."""
     if device.startswith("openvino") and find_spec("openvino") is None:
