@@ -146,10 +146,10 @@ def summary(rows: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, f
         values = [value for row in rows if (value := row[name]) is not None]
         if values:
             merged[name] = {
-                "mean": round(statistics.fmean(values), 5),
-                "median": round(statistics.median(values), 5),
-                "min": round(min(values), 5),
-                "max": round(max(values), 5),
+                "mean": round(statistics.fmean(values), 7),
+                "median": round(statistics.median(values), 7),
+                "min": round(min(values), 7),
+                "max": round(max(values), 7),
             }
     return merged
 
