@@ -41,9 +41,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "self_attention": {},
     "interleaved": {"mask_probability": 0.0},
     "time_rotary": {},
+    "marked": {},
 }
 TRAINERS: dict[str, type[Trainer]] = {"interleaved": InterleavedTrainer, "time_rotary": TimeRotaryTrainer}
-MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}}
+MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}, "marked": {"mark_masked": True}}
 
 
 def without_content(dataset: Dataset) -> Dataset:

@@ -48,6 +48,7 @@ FORMS = {
     "self_attention": 'every event sees itself ("self")',
     "interleaved": "items and actions interleaved, as many events, p_mask 0",
     "no_content": "items are ids alone",
+    "marked": "masked events are marked",
 }
 Figure = Mapping[str, float]  # mean, median, min, max
 Row = Mapping[str, Figure]
@@ -129,7 +130,7 @@ def tables() -> dict[str, str]:
             lambda row: [spread(row, name) for name in WITHIN],
         ),
         "sweep": compared({name: rows[key] for key, name in SWEEP.items()}),
-        "forms": compared({name: rows[key] for key, name in FORMS.items()}),
+        "forms": compared({name: rows[key] for key, name in FORMS.items() if key in rows}),
         "lightgbm": table_of(
             trees, PAIRS, lambda row: [mean(row, f"{action} auc", f"{action} gauc") for action in ACTIONS]
         ),

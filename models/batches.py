@@ -55,6 +55,7 @@ class Batch:
     candidate_timestamps_ms: Tensor  # (B, k)
     cutoffs: Tensor  # (B, k)
     candidate_valid: Tensor  # (B, k) bool
+    candidate_logged: Tensor  # (B, k) f32, 1 for events of the history
     sampled_items: Tensor  # (S,) items of the sampled softmax, distinct, every target among them
     sampled_log_q: Tensor  # (S,) f32 log of how often each is expected to be drawn, repeats counted
 
@@ -206,6 +207,7 @@ class Batches:
             "candidate_timestamps_ms": candidates["timestamps_ms"],
             "cutoffs": candidates["cutoffs"],
             "candidate_valid": candidates["valid"],
+            "candidate_logged": candidates["logged"].astype(np.float32),
             "sampled_items": sampled_items,
             "sampled_log_q": log_q,
         }
@@ -224,6 +226,7 @@ class Batches:
             "timestamps_ms": np.where(shown, data.slate_timestamp_ms[slates], MISSING_TIMESTAMP_MS),
             "cutoffs": np.where(shown, data.slate_cutoff[slates] + slate_begin - begin, 0),
             "valid": shown,
+            "logged": np.zeros_like(shown),
         }
         if not self.options.history_candidates:
             return found
@@ -237,6 +240,7 @@ class Batches:
             "timestamps_ms": np.where(real, data.timestamps_ms[events], MISSING_TIMESTAMP_MS),
             "cutoffs": np.where(real, events - begin, 0),
             "valid": real,
+            "logged": real,
         }
         return {name: np.concatenate([found[name], drawn[name]], axis=1) for name in found}
 

@@ -30,6 +30,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         attention: "sink": an event sees a learned sink key and strictly earlier events; "self": it sees earlier
             events and itself (the paper's form). docs/decisions/0001 holds the measurement.
         outcome_conditioned: Whether a query is conditioned on the wanted actions.
+        mark_masked: Whether training marks events of the history whose actions are hidden, so that they differ from
+            candidates: an event is in the log because something was done, an item that is shown need not be. What
+            serves has no masked events, and no mark (docs/decisions/0013). False is the paper's form.
         item_form: "mlp": an item's vector is an MLP of its id embedding and content; "residual": the id embedding plus
             that MLP, so that ids are learned directly (id_dim must equal item_dim).
         dropout: Dropout probability on each residual branch in training.
@@ -52,6 +55,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     feature_dim: int
     attention: AttentionForm = "sink"
     outcome_conditioned: bool = False
+    mark_masked: bool = False
     item_form: ItemForm = "mlp"
     dropout: float = 0.0
     token_dropout: float = 0.0
@@ -132,6 +136,7 @@ TINY = ModelConfig(
     item_dim=64,
     id_dim=64,
     feature_dim=16,
+    mark_masked=True,
 )
 SMALL = ModelConfig(
     num_layers=4,
@@ -143,6 +148,7 @@ SMALL = ModelConfig(
     item_dim=64,
     id_dim=64,
     feature_dim=32,
+    mark_masked=True,
 )
 PAPER = ModelConfig(
     num_layers=12,
@@ -154,5 +160,6 @@ PAPER = ModelConfig(
     item_dim=256,
     id_dim=256,
     feature_dim=64,
+    mark_masked=True,
 )
 SIZES = {"tiny": TINY, "small": SMALL, "paper": PAPER}

@@ -66,6 +66,7 @@ class TokenEmbedder(nn.Module):
     """[item vector ; action embedding ; surface ; time] on the feature axis -> input projector -> d (paper 3.1.1).
 
     The action embedding is linear over C + 1 bits; the extra bit is [MASK], so that "unknown" differs from "none".
+    `logged` is what training adds to events whose actions it hides (`ModelConfig.mark_masked`); None without.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -76,6 +77,7 @@ class TokenEmbedder(nn.Module):
         self.time = nn.Linear(TIME_FEATURES, width)
         self.projector = nn.Linear(config.item_dim + 3 * width, config.hidden_size)
         self.dropout = nn.Dropout(config.token_dropout)
+        self.logged = nn.Parameter(torch.zeros(config.hidden_size)) if config.mark_masked else None
         self.item_scale = math.sqrt(config.item_dim)
 
     def forward(

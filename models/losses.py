@@ -69,6 +69,7 @@ class Objective(nn.Module):
             surfaces=batch.candidate_surfaces,
             timestamps_ms=batch.candidate_timestamps_ms,
             cutoffs=batch.cutoffs,
+            logged=batch.candidate_logged,
         )
         return vectors, history, slate
 

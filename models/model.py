@@ -50,13 +50,15 @@ class HistoryTokens:
 class CandidateTokens:
     """Raw inputs of k candidates per row, which may belong to several slates.
 
-    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: how many events each may see.
+    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: how many events each may see; logged
+    [B,k] f32, in training alone: 1 for candidates that are events of the history. None: no candidate is one.
     """
 
     vectors: Tensor
     surfaces: Tensor
     timestamps_ms: Tensor
     cutoffs: Tensor
+    logged: Tensor | None = None
 
 
 class ActionHeads(nn.Module):
@@ -219,7 +221,7 @@ class UniPinRec(nn.Module):
 
         Args:
             history: The events; their actions are hidden where `masked`.
-            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions.
+            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions; these events are marked as such.
             slate: Candidates of one or more slates; each sees the events before its cutoff.
             dense_mask: Attend through one dense (n + k) x (slots) mask instead of two calls. Same result, slower;
                 the reference that everything else is compared with.
@@ -235,6 +237,9 @@ class UniPinRec(nn.Module):
             ],
             dim=1,
         )
+        if self.token_embedder.logged is not None:
+            logged = torch.zeros_like(slate.vectors[..., 0]) if slate.logged is None else slate.logged
+            x = x + torch.cat([masked, logged], dim=1)[..., None] * self.token_embedder.logged
         rotation = self.rotary(torch.cat([_positions(history.surfaces), slate.cutoffs], dim=1))
         attention = self._joint_dense if dense_mask else self._joint_split
         for block in self.layers():

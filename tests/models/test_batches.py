@@ -346,6 +346,9 @@ def test_history_events_are_candidates_that_see_what_came_before_them(
         slates = without.candidate_items.shape[1]
         assert torch.equal(batch.candidate_actions[:, :slates], without.candidate_actions)
         assert batch.candidate_known[:, :slates].sum(-1).tolist() == (3.0 * without.candidate_valid).tolist()
+        assert not without.candidate_logged.any()
+        assert not batch.candidate_logged[:, :slates].any()
+        assert torch.equal(batch.candidate_logged[:, slates:] > 0, batch.candidate_valid[:, slates:])
         for at in range(len(batch.lengths)):
             length = int(batch.lengths[at])
             valid = batch.candidate_valid[at, slates:]

@@ -48,6 +48,16 @@ def _model(make_model: Make, case: Case, **overrides: object) -> UniPinRec:
     return make_model(seed=case.seed % 7, attention=case.form, num_kv_heads=case.kv_heads, **overrides)
 
 
+def _with_mark(make_model: Make, case: Case) -> UniPinRec:
+    """The same model with a mark that would be seen."""
+    model = _model(make_model, case, mark_masked=True)
+    mark = model.token_embedder.logged
+    assert mark is not None
+    mark.data = torch.randn(mark.shape, generator=torch.Generator().manual_seed(1))
+    model.load_state_dict({**_model(make_model, case).state_dict(), "token_embedder.logged": mark.data})
+    return model
+
+
 def _unit(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn((*shape, 8), generator=generator), dim=-1)
 
@@ -98,7 +108,8 @@ def _rows(history: HistoryTokens, begin: int, end: int, row: int) -> HistoryToke
 
 def _chosen(slate: CandidateTokens, row: int, which: slice | list[int]) -> CandidateTokens:
     """Some candidates of one row."""
-    return CandidateTokens(**{f.name: getattr(slate, f.name)[row : row + 1, which] for f in fields(slate)})
+    drawn = {f.name: getattr(slate, f.name) for f in fields(slate) if f.name != "logged"}
+    return CandidateTokens(**{name: value[row : row + 1, which] for name, value in drawn.items()})
 
 
 def _last_times(history: HistoryTokens, lengths: Tensor) -> Tensor:
@@ -335,10 +346,11 @@ def test_a_masked_event_does_not_tell_its_actions(make_model: Make, case: Case, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_masked_event_is_computed_as_a_candidate_is(make_model: Make, form: AttentionForm) -> None:
-    """Same token, same position, same view of the past: so what is learned on one holds for the other."""
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_masked_event_is_computed_as_a_candidate_is(make_model: Make, form: AttentionForm, marked: bool) -> None:
+    """Same token but for a mark, same position, same view of the past: what is learned on one holds for the other."""
     case = Case(seed=5, lengths=[6], candidates=1, form=form, kv_heads=2)
-    model, history = _model(make_model, case), _history(case)
+    model, history = _with_mark(make_model, case) if marked else _model(make_model, case), _history(case)
     for at in range(6):
         masked = _unmasked(history)
         masked[:, at] = 1.0
@@ -350,7 +362,26 @@ def test_a_masked_event_is_computed_as_a_candidate_is(make_model: Make, form: At
         )
         with torch.no_grad():
             hidden, candidates = model.joint(history, masked, slate)
-        _close(hidden[:, at], candidates[:, 0])
+            _, logged = model.joint(history, masked, replace(slate, logged=torch.ones(1, 1)))
+        _close(hidden[:, at], logged[:, 0])
+        assert torch.allclose(candidates, logged, atol=1e-3) != marked
+
+
+@quick
+@given(case=cases)
+def test_what_serves_knows_nothing_of_the_mark(make_model: Make, case: Case) -> None:
+    marked, plain = _with_mark(make_model, case), _model(make_model, case)
+    history, slate = _history(case), _slate(case)
+    lengths, last = history.lengths, _last_times(history, history.lengths)
+    with torch.no_grad():
+        for model in (marked, plain):
+            cache, hidden = model.encode(history)
+            logits = model.rank(cache, lengths, last, slate)
+            _, candidates = model.joint(history, _unmasked(history), slate)
+            if model is marked:
+                expected = hidden, logits, candidates
+            else:
+                assert all(torch.equal(*pair) for pair in zip((hidden, logits, candidates), expected, strict=True))
 
 
 def test_a_mask_differs_from_an_event_without_action(make_model: Make) -> None:
@@ -390,10 +421,13 @@ def test_action_heads_are_one_mlp_per_action(make_model: Make) -> None:
 
 def test_every_parameter_gets_a_gradient(make_model: Make) -> None:
     case = Case(seed=5, lengths=[3, 8], candidates=2, form="sink", kv_heads=2)
-    model, history, slate = _model(make_model, case, outcome_conditioned=True), _history(case), _slate(case)
+    model = _model(make_model, case, outcome_conditioned=True, mark_masked=True)
+    history, slate = _history(case), _slate(case)
     vectors = model.embed_items(torch.arange(11), torch.randn(11, 3), torch.ones((11, 2), dtype=torch.int64))
     history = replace(history, vectors=vectors[torch.arange(16).reshape(2, 8) % 11])
-    hidden, candidates = model.joint(history, _unmasked(history), slate)
+    masked = _unmasked(history)
+    masked[:, 1] = 1.0
+    hidden, candidates = model.joint(history, masked, slate)
     queries = model.retrieval_head(hidden, history.actions)
     (model.action_heads(candidates).sum() + model.log_scale * (queries * vectors[0]).sum()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
