@@ -69,7 +69,7 @@ def as_two_models(recommender: Recommender) -> Recommender:
 
 
 def with_engine(recommender: Recommender, engine: Engine, cache: KvCache | None) -> Recommender:
-    encoder = HistoryEncoder(engine, cache, recommender.bundle.kv_namespace)
+    encoder = HistoryEncoder(engine, cache, recommender.bundle.kv_namespace, recommender.bundle.kv_item_keys)
     return dataclasses.replace(recommender, engine=engine, encoder=encoder)
 
 

@@ -45,7 +45,10 @@ class Soak:
         self.fresh = recommender
         model = recommender.bundle.manifest.model
         cache = KvCache(model, CacheOptions(budget_bytes=options.budget_mib << 20, dtype=options.dtype, ttl_s=30.0))
-        self.cache, encoder = cache, HistoryEncoder(recommender.engine, cache, recommender.bundle.kv_namespace)
+        self.cache, encoder = (
+            cache,
+            HistoryEncoder(recommender.engine, cache, recommender.bundle.kv_namespace, recommender.bundle.kv_item_keys),
+        )
         self.cached = dataclasses.replace(recommender, encoder=encoder)
         self.tolerance = 1e-4 if options.dtype == "fp32" else 2e-2
         self.check, self.end = options.check, time.monotonic() + 60 * options.minutes

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,8 +112,26 @@ class Bundle:
 
     @property
     def kv_namespace(self) -> str:
-        """Bundles that share it compute the same keys and values of the same history rows."""
-        return self.manifest.kv_namespace or self.hash
+        """Bundles that share it compute the same keys and values of a history of the same `kv_item_keys`."""
+        given = self.manifest.kv_namespace
+        return self.hash if given is None or self.manifest.kv_rows is None else given
+
+    @property
+    def kv_rows(self) -> int:
+        """The rows that all bundles of this `kv_namespace` have in common."""
+        return self.manifest.num_items if self.manifest.kv_rows is None else self.manifest.kv_rows
+
+    @cached_property
+    def kv_item_keys(self) -> NDArray[np.int64]:
+        """What stands for the item of each row in the cache, [N]: the row, where all updates have the same item there.
+
+        Of a row that an update added it is a hash of the item's vector, which is all that keys and values know of it.
+        """
+        keys = np.arange(self.manifest.num_items)
+        for row in range(self.kv_rows, len(keys)):
+            digest = hashlib.blake2b(self.item_vectors[row].tobytes(), digest_size=8).digest()
+            keys[row] = -1 - (int.from_bytes(digest) >> 1)  # negative: no row
+        return keys
 
     def graph_files(self, precision: str = "fp32") -> dict[str, Path]:
         """The graphs that answering a request takes, by name, in a precision that the bundle holds."""

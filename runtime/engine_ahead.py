@@ -101,6 +101,7 @@ def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> str:
         tools=parent.manifest.tools | {"unipinrec": __version__},
         parent=parent.hash,
         kv_namespace=parent.kv_namespace,
+        kv_rows=parent.kv_rows,
         engines=tuple(map(_spec, records)),
     )
     return seal(folder, manifest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,8 +60,9 @@ class Found:
 class HistoryEncoder:
     """Encodes histories of one bundle; safe to use from several threads."""
 
-    def __init__(self, engine: Engine, cache: KvCache | None, namespace: str) -> None:
-        self.engine, self.cache, self.namespace = engine, cache, namespace
+    def __init__(self, engine: Engine, cache: KvCache | None, namespace: str, item_keys: NDArray[np.int64]) -> None:
+        """Keep what is encoded in a cache, under a namespace and the bundle's `kv_item_keys` (see `CacheKey`)."""
+        self.engine, self.cache, self.namespace, self.item_keys = engine, cache, namespace, item_keys
         self.padding = PaddingMeter()
         self._prefix = engine.model.kv_prefix_slots
 
@@ -98,7 +99,7 @@ class HistoryEncoder:
         key = CacheKey(
             user=asked.user,
             namespace=self.namespace,
-            events=event_records(asked.history),
+            events=event_records(replace(asked.history, item_rows=self.item_keys[asked.history.item_rows])),
             count=len(asked.history),
             start=asked.start,
         )

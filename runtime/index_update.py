@@ -209,5 +209,6 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> str:
         tools=parent.manifest.tools | {"unipinrec": __version__},
         parent=parent.hash,
         kv_namespace=parent.kv_namespace,
+        kv_rows=parent.kv_rows,
     )
     return seal(folder, manifest)

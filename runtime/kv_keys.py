@@ -46,7 +46,10 @@ class CacheKey:
 
 
 def event_records(history: History) -> bytes:
-    """One record for each event: item row, time, surface, actions; of equal length for all events of a bundle."""
+    """One record for each event: item, time, surface, actions; of equal length for all events of a bundle.
+
+    What stands for an item is in `history.item_rows`; where bundles share a cache, `Bundle.kv_item_keys`.
+    """
     columns = (history.item_rows, history.timestamps_ms, history.surfaces)
     raw = [np.ascontiguousarray(column).view(np.uint8).reshape(len(history), -1) for column in columns]
     return np.concatenate([*raw, np.packbits(history.actions != 0.0, axis=1)], axis=1).tobytes()

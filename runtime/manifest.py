@@ -191,6 +191,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         parent: Hash of the bundle that this one is an update of.
         kv_namespace: What cached keys and values depend on: the hash of the exported bundle at the root of all updates.
             None in that bundle itself.
+        kv_rows: Rows of that bundle, which stand for the same items in all of its updates; later ones do not. None
+            in that bundle itself.
         precisions: Further graphs, by precision: bf16, fp16, fp8.
         engines: TensorRT engines built ahead of time.
     """
@@ -217,6 +219,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_retired: int = 0
     parent: str | None = None
     kv_namespace: str | None = None
+    kv_rows: int | None = None
     precisions: dict[str, PrecisionSpec] = {}
     engines: tuple[EngineSpec, ...] = ()
 

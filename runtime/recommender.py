@@ -99,7 +99,7 @@ class Recommender:
                 bundle=bundle,
                 engine=engine,
                 retriever=Retriever.open(bundle),
-                encoder=HistoryEncoder(engine, _cache(cache, model), namespace),
+                encoder=HistoryEncoder(engine, _cache(cache, model), namespace, bundle.kv_item_keys),
                 window_slack=window_slack,
             )
             unless_served.pop_all()

@@ -51,7 +51,9 @@ def cached(fresh: Recommender, dtype: KvDtype, budget_bytes: int = 1 << 22) -> R
 
 
 def with_cache(recommender: Recommender, cache: KvCache | None, namespace: str = "one") -> Recommender:
-    return replace(recommender, encoder=HistoryEncoder(recommender.engine, cache, namespace))
+    return replace(
+        recommender, encoder=HistoryEncoder(recommender.engine, cache, namespace, recommender.bundle.kv_item_keys)
+    )
 
 
 class Histories:

@@ -155,7 +155,7 @@ def make_rig(
     backend = FailingBackend(fresh.engine.backend, fuses["run"], graphs)
     engine = Engine(backend, model, fresh.engine.item_vectors)
     retriever = FailingRetriever(**vars(fresh.retriever), fuse=fuses["retrieve"])
-    encoder = HistoryEncoder(engine, cache, fresh.bundle.kv_namespace)
+    encoder = HistoryEncoder(engine, cache, fresh.bundle.kv_namespace, fresh.bundle.kv_item_keys)
     recommender = replace(fresh, engine=engine, retriever=retriever, encoder=encoder)
     return Rig(recommender=recommender, cache=cache, fuses=fuses)
 

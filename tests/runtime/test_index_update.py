@@ -131,6 +131,38 @@ def test_cached_keys_and_values_stay_valid(bundle: Path, updated: tuple[Path, Up
     assert after.recommend(again, 10, OPTIONS, user="v").kv_reason == "edited"
 
 
+def test_two_updates_that_give_a_row_to_different_items_share_a_cache(
+    bundle: Path, ids: list[str], tmp_path: Path
+) -> None:
+    words = Bundle.open(bundle).manifest.categories["topic"]
+    for name, number, topic in (("one", 1, words[0]), ("other", 9, words[-1]), ("same", 1, words[0])):
+        update(bundle, tmp_path / name, (new("new", number, topic=topic),), (ids[7],) if name == "same" else ())
+    one, other = Bundle.open(tmp_path / "one"), Bundle.open(tmp_path / "other")
+    assert one.rows["new"] == other.rows["new"] == 300
+    assert one.kv_namespace == other.kv_namespace == Bundle.open(bundle).hash
+    assert one.kv_item_keys[:300].tolist() == list(range(300))
+    assert one.kv_item_keys[300] != other.kv_item_keys[300] < 0
+    before = Recommender.load(tmp_path / "one", cache=CacheOptions(budget_bytes=1 << 20, dtype="fp32"))
+    history = [{"item": item, "actions": ["click"], "timestamp_ms": T} for item in (ids[3], "new", ids[4])]
+    before.recommend(history, 10, OPTIONS, user="u")
+    for name, kind, reason in (("same", "hit", None), ("other", "miss", "edited")):
+        after = Recommender.load(tmp_path / name, cache=before.cache)
+        slate = after.recommend(history, 10, OPTIONS, user="u")
+        assert (slate.kv, slate.kv_reason) == (kind, reason)
+        expected = Recommender.load(tmp_path / name).recommend(history, 10, OPTIONS)
+        assert [item.item for item in slate.items] == [item.item for item in expected.items]
+
+
+def test_an_update_without_the_number_of_common_rows_shares_nothing(
+    updated: tuple[Path, UpdateReport], bundle: Path, tmp_path: Path, reseal: Reseal
+) -> None:
+    assert Bundle.open(updated[0]).manifest.kv_rows == 300
+    shutil.copytree(updated[0], tmp_path / "earlier")
+    reseal(tmp_path / "earlier", kv_rows=None)
+    earlier = Bundle.open(tmp_path / "earlier")
+    assert earlier.kv_namespace == earlier.hash != Bundle.open(bundle).hash
+
+
 def test_a_new_vector_is_that_of_the_model(checkpoint: Path, updated: tuple[Path, UpdateReport]) -> None:
     import torch
 
