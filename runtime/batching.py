@@ -6,6 +6,7 @@ the next batch collects by itself. What is answered together is answered as it w
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from unipinrec.runtime.grouping import MAX_ROWS
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Request, ResolvedRequest
 from unipinrec.runtime.slate import Slate
+
+LONGEST_WAIT_MS = 60_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,11 @@ class BatchOptions:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1 or self.workers < 1 or not self.max_wait_ms >= 0:
+        whole = isinstance(self.max_batch, int) and isinstance(self.workers, int)
+        if not (whole and self.max_batch >= 1 and self.workers >= 1 and 0 <= self.max_wait_ms <= LONGEST_WAIT_MS):
             raise ConfigError(
-                f"max_batch={self.max_batch} and workers={self.workers} must be at least 1, "
-                f"max_wait_ms={self.max_wait_ms} at least 0"
+                f"max_batch={self.max_batch} and workers={self.workers} must be integers of at least 1, "
+                f"max_wait_ms={self.max_wait_ms} from 0 to {LONGEST_WAIT_MS}"
             )
 
 
@@ -146,21 +150,38 @@ class Batcher:
             worker.join()
 
     def _work(self) -> None:
-        while batch := self._next_batch():
-            running = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
-            started = time.perf_counter()
-            try:
-                answers = self.recommender.answer([waiting.asked for waiting in running])
-            except BaseException as error:  # whatever it is, those who wait must hear of it
-                answers = [error if isinstance(error, Exception) else BackendError(repr(error))] * len(running)
-            finished = time.perf_counter()
-            for waiting, answer in zip(running, answers, strict=True):
-                waiting.answer.started, waiting.answer.finished = started, finished
-                waiting.answer.batch = len(running)
-                if isinstance(answer, Exception):
-                    waiting.answer.set_exception(answer)
-                else:
-                    waiting.answer.set_result(answer)
+        try:
+            while batch := self._next_batch():
+                self._answer(batch)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        running = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
+        started = time.perf_counter()
+        try:
+            answers = self.recommender.answer([waiting.asked for waiting in running])
+        except BaseException as error:  # whatever it is, those who wait must hear of it
+            answers = [error if isinstance(error, Exception) else BackendError(repr(error))] * len(running)
+        finished = time.perf_counter()
+        for waiting, answer in zip(running, answers, strict=True):
+            waiting.answer.started, waiting.answer.finished = started, finished
+            waiting.answer.batch = len(running)
+            if isinstance(answer, Exception):
+                waiting.answer.set_exception(answer)
+            else:
+                waiting.answer.set_result(answer)
+
+    def _give_up(self, error: BaseException) -> None:
+        """A worker ends that should not: take nothing more, and let nobody wait for it."""
+        with self._changed:
+            self._closed = True
+            left, self._queue = self._queue, deque()
+            self._changed.notify_all()
+        for waiting in left:
+            if waiting.answer.set_running_or_notify_cancel():
+                waiting.answer.set_exception(BackendError(f"the batcher failed: {error!r}; make a new one"))
 
     def _next_batch(self) -> list[_Waiting]:
         """Wait for requests; empty once the batcher is closed and all are taken."""
@@ -173,9 +194,11 @@ class Batcher:
                 if (left is not None and left <= 0) or (left is None and self._closed):
                     break
                 self._changed.wait(left)
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.options.max_batch))]
+            batch = list(itertools.islice(self._queue, self.options.max_batch))
             if batch:
                 self._count(batch, free)
+            for _ in batch:
+                self._queue.popleft()
             return batch
 
     def _full(self) -> bool:

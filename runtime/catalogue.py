@@ -87,6 +87,8 @@ class Catalogue:
         if known is None:
             listed = ", ".join(self.words) or "none"
             raise RequestError(f"categories: unknown feature {feature!r}; this bundle's categorical features: {listed}")
+        if isinstance(words, str):
+            raise RequestError(f"categories: {feature}={words!r} must be a list of words; write [{words!r}]")
         missing = [word for word in words if word not in known]
         if missing:
             raise RequestError(f"categories: {feature} has no word {missing[0]!r}; it has {_listed(list(known))}")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from unipinrec.errors import ConfigError
+
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
@@ -23,6 +25,19 @@ def available_threads(cgroup: Path = CGROUP) -> int:
     """How many threads can run at once: the affinity mask, or the cgroup's CPU quota where that is less."""
     cores, quota = len(os.sched_getaffinity(0)), cpu_quota(cgroup)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def thread_count(wanted: int | None) -> int:
+    """How many threads to use: as many as wanted; None = as many as can run at once.
+
+    Raises:
+        ConfigError: Fewer than one are wanted.
+    """
+    if wanted is None:
+        return available_threads()
+    if not isinstance(wanted, int) or wanted < 1:
+        raise ConfigError(f"threads={wanted} must be an integer of at least 1, or None for as many as can run at once")
+    return wanted
 
 
 def cpu_quota(cgroup: Path = CGROUP) -> float | None:

@@ -5,9 +5,10 @@ Knows how histories are padded and which tensor goes where; refuses to know exte
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, Unpack
@@ -115,6 +116,7 @@ class Engine:
         self.backend, self.model, self.item_vectors, self.device = backend, model, item_vectors, device
         self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
         self._lock, self._batches = threading.Lock(), 0
+        self._process, self._closed = os.getpid(), False
 
     @classmethod
     def open(cls, bundle: Bundle, wanted: str = "cpu", **rules: Unpack[DeviceRules]) -> Engine:
@@ -128,8 +130,21 @@ class Engine:
 
     def close(self) -> None:
         """Release the graphs and the memory that they take; requests that are under way, and later ones, fail."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.backend.close()
+
+    def require_process(self) -> None:
+        """Refuse to run in a fork, which has none of the threads that it would wait for.
+
+        Raises:
+            BackendError: This process is not the one that opened the graphs.
+        """
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"the bundle was loaded by process {self._process}; this one, {os.getpid()}, is a fork without its "
+                "threads; load the bundle after the fork, in each process"
+            )
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -233,8 +248,13 @@ class Engine:
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
         lanes = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // LANE_WORK))
         mine, *others = np.array_split(candidates, lanes, axis=1)
-        running = [self._threads.submit(self._logits, request, part) for part in others]
-        logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)
+        try:
+            running = [self._threads.submit(self._logits, request, part) for part in others]
+            logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)
+        except (RuntimeError, CancelledError) as error:
+            if not self._closed:
+                raise
+            raise BackendError("the graphs were closed while they ran; load the bundle again") from error
         if not np.isfinite(logits).all():
             raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
         return logits

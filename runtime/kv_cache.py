@@ -34,7 +34,8 @@ class _Entry:
     """Published keys and values of one user.
 
     `attached`: lookups can find it; pages of a detached entry go back when its last lease is closed. `writing`: a lease
-    fills the slots behind the published ones; no other may.
+    fills the slots behind the published ones; no other may. `published`: how many publications the cache had seen with
+    this one.
     """
 
     key: CacheKey
@@ -42,6 +43,7 @@ class _Entry:
     pages: list[int]
     last_hidden_state: NDArray[np.float32]
     used: float
+    published: int = 0
     pins: int = 0
     writing: bool = False
     attached: bool = True
@@ -67,14 +69,12 @@ class KvCache:
             ConfigError: The budget does not hold a single page, or the memory is not there.
         """
         self.geometry = geometry = KvGeometry.of(model, options.dtype, options.page_slots)
-        self.ttl_s = ttl_s = options.ttl_s
+        self.ttl_s = options.ttl_s
         if options.budget_bytes < geometry.page_bytes:
             raise ConfigError(
                 f"a cache budget of {options.budget_bytes:,} bytes does not hold one page of {geometry.page_bytes:,} "
                 f"bytes ({geometry.page_slots} events as {geometry.dtype}); raise it"
             )
-        if ttl_s is not None and not ttl_s > 0:
-            raise ConfigError(f"ttl_s={ttl_s} must be more than 0, or None")
         self.pages = KvPages(geometry, options.budget_bytes // geometry.page_bytes, options.threads)
         self._clock = clock
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class KvCache:
         self._lost: OrderedDict[str, tuple[str, str]] = OrderedDict()  # user -> namespace, reason
         self._leases: set[Lease] = set()
         self._counts: Counter[str] = Counter()
-        self._most_used = 0
+        self._most_used = self._publications = 0
         self._bytes_beside = 0
 
     def lookup(self, key: CacheKey) -> Lease:
@@ -101,6 +101,7 @@ class KvCache:
                 self._entries.move_to_end(key.user)
                 lease = Lease(self, key, entry, None)
                 self._counts[lease.kind] += 1
+            lease.since = self._publications
             self._leases.add(lease)
             return lease
 
@@ -229,7 +230,10 @@ class KvCache:
             if entry is not None and (entry.writing or not entry.attached or entry.slots != lease.slots):
                 return False
             replaced = self._entries.get(lease.key.user) if entry is None else None
-            if replaced is not None:  # it makes room now; should nothing come in its place, its loss has a reason
+            if replaced is not None:
+                if replaced.published > lease.since and _knows_as_much(replaced.key, lease.key):
+                    return False  # another request was quicker
+                # It makes room now; should nothing come in its place, its loss has a reason.
                 self._drop(lease.key.user, mismatch(replaced.key, lease.key) or "evicted")
             pages = self._allocate(self.geometry.pages_for(slots) - len(lease.pages))
             if pages is None:
@@ -256,6 +260,8 @@ class KvCache:
                 self._bytes_beside -= entry.bytes_beside
                 entry.key, entry.slots, entry.pages = lease.key, slots, pages
                 entry.last_hidden_state = last_hidden_state
+            self._publications += 1
+            entry.published = self._publications
             self._bytes_beside += entry.bytes_beside
             self._lost.pop(user, None)
             return True
@@ -283,6 +289,7 @@ class Lease:
         count: Events that are cached.
         slots: Slots that are cached: events and the model's prefix slots.
         last_hidden_state: [d] f32 after the last cached event; empty on a miss.
+        since: How many publications the cache had seen when it was asked.
     """
 
     def __init__(self, cache: KvCache, key: CacheKey, entry: _Entry | None, reason: str | None) -> None:
@@ -294,6 +301,7 @@ class Lease:
         self.staged: list[int] = []
         self.writing = self.revoked = False
         self._written: int | None = None
+        self.since = 0
         self._unstored = self._closed = False
 
     @property
@@ -350,3 +358,7 @@ class Lease:
         if not self._closed:
             self._closed = True
             self._cache.release(self, unstored=self._unstored)
+
+
+def _knows_as_much(key: CacheKey, other: CacheKey) -> bool:
+    return key.namespace == other.namespace and key.count >= other.count

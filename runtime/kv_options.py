@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unipinrec.errors import ConfigError
 from unipinrec.runtime.kv_pages import PAGE_SLOTS, KvDtype
 
 
@@ -26,6 +27,14 @@ class CacheOptions:
     page_slots: int = PAGE_SLOTS
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("budget_bytes", "page_slots"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ConfigError(f"{name}={value!r} must be an integer")
+        if self.ttl_s is not None and not (isinstance(self.ttl_s, int | float) and self.ttl_s > 0):
+            raise ConfigError(f"ttl_s={self.ttl_s!r} must be more than 0, or None")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStatistics:
@@ -41,8 +50,8 @@ class CacheStatistics:
         hits, extended: Lookups that found all, or a beginning.
         misses: Other lookups, by reason.
         evictions: Entries that made room.
-        unstored: Answers that were not kept: all pages were in use, another request was writing the same user, or the
-            user was invalidated meanwhile.
+        unstored: Answers that were not kept: all pages were in use, another request was writing the same user or had
+            just stored as much, or the user was invalidated meanwhile.
     """
 
     entries: int

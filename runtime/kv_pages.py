@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
-from unipinrec.runtime.cpu import available_threads
+from unipinrec.runtime.cpu import thread_count
 from unipinrec.runtime.manifest import ModelSpec
 
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
@@ -89,7 +89,7 @@ class KvPages:
             ConfigError: The machine has not enough memory.
         """
         self.geometry, self.count = geometry, count
-        self._lanes = threads or available_threads()
+        self._lanes = thread_count(threads)
         self._threads = ThreadPoolExecutor(max(1, self._lanes - 1), "unipinrec-pages")
         shape = (count, geometry.tensors, geometry.heads, geometry.page_slots)
         try:

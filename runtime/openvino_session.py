@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.cpu import available_threads, has_bf16
+from unipinrec.runtime.cpu import has_bf16, thread_count
 from unipinrec.runtime.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.session import Tensor
 from unipinrec.runtime.tensors import check_inputs, host_array, opened
@@ -104,7 +104,7 @@ class OpenVinoBackend:
         if precision == "bf16" and not has_bf16():
             raise BackendError(NO_BF16)
         self._ov = import_openvino()
-        self.threads = threads or available_threads()
+        self.threads = thread_count(threads)
         self.precision = precision
         self.version: str = self._ov.__version__
         log.info("OpenVINO %s on the CPU, %s, %d threads", self.version, precision, self.threads)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.cpu import available_threads, flush_denormals
+from unipinrec.runtime.cpu import flush_denormals, thread_count
 from unipinrec.runtime.manifest import TensorSpec
 from unipinrec.runtime.session import Tensor
 from unipinrec.runtime.tensors import REDUCED, check_inputs, host_array, in_type, opened, widened
@@ -85,7 +85,7 @@ class OrtBackend:
             BackendError: ONNX Runtime is missing, or does not load a graph on the CPU.
         """
         self._ort = import_onnxruntime()
-        self.threads = threads or available_threads()
+        self.threads = thread_count(threads)
         self.version: str = self._ort.__version__
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
         self.rank_runs = self.threads

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +30,8 @@ from unipinrec.runtime.requests import (
     Request,
     ResolvedRequest,
     as_events,
+    as_ids,
+    check_types,
     item_row,
     resolve_request,
 )
@@ -87,8 +88,9 @@ class Recommender:
         """
         bundle = Bundle.open(path)
         model = bundle.manifest.model
-        if window_slack is not None and not 0 < window_slack <= model.max_history:
-            raise ConfigError(f"window_slack={window_slack} must be from 1 to {model.max_history}")
+        slack = model.max_history if window_slack is None else window_slack
+        if not isinstance(slack, int) or not 0 < slack <= model.max_history:
+            raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
         engine = Engine.open(bundle, device, **rules)
         with ExitStack() as unless_served:
             unless_served.callback(engine.close)
@@ -166,18 +168,28 @@ class Recommender:
 
         Raises:
             RequestError: It cannot be answered as given.
+            BackendError: This process is a fork of the one that loaded the bundle.
         """
-        return resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
+        self.engine.require_process()
+        try:
+            return resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
+        except (TypeError, ValueError, AttributeError):
+            check_types(request)
+            raise
 
     def answer(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
-        """Answer valid requests in groups; those of a group that fails get its error, the others their slates."""
+        """Answer valid requests in groups; those of a group that fails are answered one by one."""
         answers: dict[int, Slate | Exception] = {}
+        failed: list[int] = []
         with self.engine.under_way(), self.encoder.find(asked) as found:
             for places in grouped([self.encoder.work(one) for one in found], self.engine.backend.prefill_chunk):
                 try:
                     answers.update(zip(places, self._answer([found[place] for place in places]), strict=True))
                 except Exception as error:  # it belongs to those who asked, not to the other groups
                     answers.update(dict.fromkeys(places, error))
+                    failed += places if len(places) > 1 else []
+        for place in failed:  # one of them may have spoilt it for the others
+            answers[place] = self.answer([asked[place]])[0]
         return [answers[place] for place in range(len(asked))]
 
     def _answer(self, group: Sequence[Found]) -> list[Slate]:
@@ -226,7 +238,7 @@ class Recommender:
     def score(
         self,
         history: Iterable[EventLike],
-        candidates: Iterable[str],
+        candidates: Iterable[str | int],
         options: RecommendOptions = DEFAULT_OPTIONS,
         *,
         extend_at: int | None = None,
@@ -243,10 +255,14 @@ class Recommender:
         Raises:
             RequestError: The request cannot be answered as given.
         """
-        nothing_left_out = msgspec.structs.replace(options, exclude_seen=False, exclude=(), allow=None, categories=None)
-        request = Request(history=as_events(history), k=1, options=nothing_left_out)
-        asked = self.resolve(request)
-        rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in candidates]], np.int64)
+        read = RecommendOptions(
+            surface=options.surface, now_ms=options.now_ms, truncate=options.truncate, exclude_seen=False
+        )
+        asked = self.resolve(Request(history=as_events(history), k=1, options=read))
+        items = as_ids(candidates, "candidates")
+        if not items:
+            raise RequestError("candidates is empty; name at least one item to score")
+        rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in items]], np.int64)
         if extend_at is not None and not 0 < extend_at < len(asked.history):
             raise RequestError(f"extend_at={extend_at} must be from 1 to {len(asked.history) - 1}")
         encoded = self.engine.prefill(pad_histories([asked.history.part(0, extend_at)]))

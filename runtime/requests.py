@@ -6,6 +6,7 @@ Knows which items, actions and surfaces a bundle accepts; refuses to know how a 
 
 from __future__ import annotations
 
+import codecs
 import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,8 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             each positive action of the bundle.
         outcomes: Actions that retrieval aims at, where the model is conditioned on them. None = the positive actions.
         exclude_seen: Leave out the items of the history.
-        exclude: Further item ids to leave out; ids that the catalogue lacks have no effect.
+        exclude: Further item ids to leave out; ids that the catalogue lacks have no effect. As everywhere, an integer
+            stands for its decimal string.
         allow: The only item ids that may be recommended; ids that the catalogue lacks have no effect. None = all.
         categories: The words that are accepted of categorical item features, by feature; an item must have one of the
             words of each. None = all.
@@ -77,8 +79,8 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     weights: dict[str, float] | None = None
     outcomes: tuple[str, ...] | None = None
     exclude_seen: bool = True
-    exclude: tuple[str, ...] = ()
-    allow: tuple[str, ...] | None = None
+    exclude: tuple[str | int, ...] = ()
+    allow: tuple[str | int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
     exact: bool = False
     truncate: bool = True
@@ -151,7 +153,7 @@ def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
         RequestError: It is not JSON, or not a list of events; an unknown key is an error.
     """
     try:
-        return msgspec.json.decode(content, type=tuple[Event, ...])
+        return msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=tuple[Event, ...])
     except MALFORMED as error:
         raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
 
@@ -171,6 +173,35 @@ def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
     return tuple(events)
 
 
+def as_ids(given: Iterable[str | int], name: str) -> list[str]:
+    """External item ids as texts; an integer stands for its decimal string. `name` says in errors what they are.
+
+    Raises:
+        RequestError: Given is one text, not a list of them, or an element is neither text nor integer.
+    """
+    if isinstance(given, str | bytes):
+        raise RequestError(f"{name}={given!r} must be a list of item ids; write [{given!r}]")
+    ids = list(given)
+    if set(map(type, ids)) <= {str, int}:
+        return list(map(str, ids))
+    wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, str | int | np.integer)]
+    if wrong:
+        raise RequestError(f"{name}: {wrong[0]!r} is not an item id, which is a text or an integer")
+    return list(map(str, ids))
+
+
+def check_types(request: Request) -> None:
+    """Find what in a request is of a type that its fields do not take.
+
+    Raises:
+        RequestError: Something is; names it.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(request), Request)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the request has a value of the wrong type: {error}") from error
+
+
 def resolve_request(
     request: Request, manifest: Manifest, catalogue: Catalogue, slack: int | None = None
 ) -> ResolvedRequest:
@@ -188,13 +219,14 @@ def resolve_request(
     options, limit = request.options, manifest.model.max_history
     start = window_start(len(request.history), limit, slack or default_slack(limit)) if options.truncate else 0
     history = read_history(request.history[start:], manifest, catalogue.rows, first=start)
-    denied = set(catalogue.known_rows(options.exclude).tolist())
+    denied = set(catalogue.known_rows(as_ids(options.exclude, "exclude")).tolist())
     if options.exclude_seen:
         before = catalogue.known_rows(str(event.item) for event in request.history[:start])
         denied.update(history.item_rows.tolist(), before.tolist())
     # Not np.unique: it lets another thread have the interpreter, and a server's event loop then waits to get it back.
     excluded = np.array(sorted(denied), np.int64)
-    allowed = catalogue.allowed(options.allow, options.categories)
+    allow = None if options.allow is None else as_ids(options.allow, "allow")
+    allowed = catalogue.allowed(allow, options.categories)
     eligible = catalogue.eligible(allowed, excluded)
     k = _at_least_one("k", request.k)
     if k > eligible:
@@ -366,8 +398,8 @@ def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
 
 
 def _user(given: str | None) -> str | None:
-    if given == "":
-        raise RequestError("user='' is empty; send the user's id, or none for an answer that is not kept")
+    if given is not None and not (isinstance(given, str) and given):
+        raise RequestError(f"user={given!r} must be a text that is not empty, or None for an answer that is not kept")
     return given
 
 

@@ -132,6 +132,21 @@ def test_a_failure_reaches_those_who_wait_and_no_one_else(
         assert len(batcher.recommend(request).items) == 10
 
 
+def test_nobody_waits_for_a_worker_that_is_gone(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(Batcher, "_count", fail)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    batcher = Batcher(recommender, BatchOptions(max_wait_ms=0.0))
+    answer = batcher.submit(random_requests(recommender, 1)[0])
+    with pytest.raises(BackendError, match=r"the batcher failed: MemoryError\('no more'\); make a new one"):
+        answer.result(timeout=20)
+    with pytest.raises(BackendError, match="the batcher is closed"):
+        batcher.submit(random_requests(recommender, 1)[0])
+    batcher.close()
+
+
 def test_threads_end_with_the_batcher(recommender: Recommender) -> None:
     def workers() -> int:
         return sum(thread.name.startswith("unipinrec-batch") for thread in threading.enumerate())
@@ -144,7 +159,16 @@ def test_threads_end_with_the_batcher(recommender: Recommender) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_batch": 0}, {"workers": 0}, {"max_wait_ms": -1.0}, {"max_wait_ms": float("nan")}]
+    "wrong",
+    [
+        {"max_batch": 0},
+        {"max_batch": 2.5},
+        {"workers": 0},
+        {"max_wait_ms": -1.0},
+        {"max_wait_ms": float("nan")},
+        {"max_wait_ms": float("inf")},
+        {"max_wait_ms": 60_001},
+    ],
 )
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):

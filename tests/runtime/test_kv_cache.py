@@ -298,7 +298,7 @@ def test_two_that_miss_the_same_user_are_both_answered(cache: KvCache) -> None:
             lease.write(slots_of(key("ab")))
             lease.commit(state_of(key("ab")))
     statistics = cache.statistics()
-    assert (statistics.entries, statistics.misses, statistics.unstored) == (1, {"new": 2}, 0)
+    assert (statistics.entries, statistics.misses, statistics.unstored) == (1, {"new": 2}, 1)
     assert statistics.bytes_used == 2 * PAGE_BYTES
     cache.check_integrity()
 
@@ -370,6 +370,30 @@ def test_statistics(make: Callable[..., KvCache]) -> None:
     assert (statistics.hits, statistics.extended, statistics.misses) == (0, 1, {"new": 3})
 
 
+@pytest.mark.parametrize(("late", "kept"), [("abc", True), ("abcde", True), ("abcdef", False), ("xyz", True)])
+def test_a_late_miss_does_not_drop_what_another_request_just_published(cache: KvCache, late: str, kept: bool) -> None:
+    slow = cache.lookup(key(late))
+    ask(cache, key("abcde"))
+    assert slow.write(slots_of(key(late))) != kept
+    after = "hit" if kept else "miss"
+    assert ask(cache, key("abcde")).kind == after
+    slow.close()
+    assert cache.statistics().evictions == 0
+    cache.check_integrity()
+
+
+def test_a_miss_that_is_not_late_takes_the_place_of_a_longer_history(cache: KvCache) -> None:
+    ask(cache, key("abcde"))
+    assert found(ask(cache, key("abc"))) == ("miss", "truncated")
+    assert ask(cache, key("abc")).kind == "hit"
+
+
+def test_a_late_miss_of_another_bundle_is_kept(cache: KvCache) -> None:
+    with cache.lookup(key("abc", namespace="two")) as slow:
+        ask(cache, key("abcde"))
+        assert slow.write(slots_of(key("abc")))
+
+
 def test_a_budget_is_rounded_down_to_pages(model: ModelSpec) -> None:
     cache = KvCache(model, CacheOptions(budget_bytes=3 * PAGE_BYTES + 31, dtype="fp32", page_slots=2))
     assert cache.statistics().bytes_budget == 3 * PAGE_BYTES
@@ -388,6 +412,11 @@ def test_only_so_many_losses_are_remembered(cache: KvCache, monkeypatch: pytest.
     [
         ({"budget_bytes": 63}, "a cache budget of 63 bytes does not hold one page of 64 bytes .4 events as fp32."),
         ({"budget_bytes": 0}, "a cache budget of 0 bytes"),
+        ({"budget_bytes": 4e9}, r"budget_bytes=4000000000\.0 must be an integer"),
+        ({"page_slots": 2.5}, r"page_slots=2\.5 must be an integer"),
+        ({"threads": -1}, "threads=-1 must be an integer of at least 1, or None"),
+        ({"threads": 2.0}, r"threads=2\.0 must be an integer"),
+        ({"ttl_s": "5"}, "ttl_s='5' must be more than 0"),
         ({"ttl_s": 0.0}, r"ttl_s=0\.0 must be more than 0, or None"),
         ({"ttl_s": float("nan")}, "ttl_s=nan must be more than 0"),
         ({"dtype": "fp8"}, "kv dtype 'fp8' is not one of"),

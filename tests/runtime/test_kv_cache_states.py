@@ -72,6 +72,7 @@ class Known:
 
     key: CacheKey
     used: float
+    published: int
     readers: list[Asked] = field(default_factory=list)
     writer: Asked | None = None
     kept: bool = True
@@ -83,6 +84,7 @@ class Asked:
 
     lease: Lease
     entry: Known | None
+    since: int
     staged: int = 0
     state: str = "found"
     revoked: bool = False
@@ -102,7 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.open: list[Asked] = []
         self.counts: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
-        self.high_water = 0
+        self.high_water = self.publications = 0
 
     # The model: what should happen.
 
@@ -165,7 +167,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.counts[kind] += 1
         else:
             self.misses[reason] += 1
-        request = Asked(lease=lease, entry=entry)
+        request = Asked(lease=lease, entry=entry, since=self.publications)
         if entry is not None:
             np.testing.assert_array_equal(lease.last_hidden_state, state_of(entry.key))
             entry.used = self.now
@@ -186,7 +188,10 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             free, pages = True, pages_of(asked)
             if (old := self.known.get(asked.user)) is not None:
-                self.lose(asked.user, mismatch(old.key, asked) or "evicted")
+                as_much = old.key.namespace == asked.namespace and old.key.count >= asked.count
+                free = old.published <= request.since or not as_much
+                if free:
+                    self.lose(asked.user, mismatch(old.key, asked) or "evicted")
         stored = free and self.make_room(pages)
         request.lease.write(slots_of(asked, request.lease.slots))
         assert request.lease.written == stored
@@ -211,12 +216,13 @@ class CacheMachine(RuleBasedStateMachine):
         request.state = "committed"
 
     def publish(self, asked: CacheKey, entry: Known | None) -> None:
+        self.publications += 1
         if entry is not None:
-            entry.key = asked
+            entry.key, entry.published = asked, self.publications
         else:
             if asked.user in self.known:
                 self.known.pop(asked.user).kept = False
-            self.known[asked.user] = Known(asked, self.now)
+            self.known[asked.user] = Known(asked, self.now, self.publications)
         self.lost.pop(asked.user, None)
 
     @precondition(lambda self: self.open)

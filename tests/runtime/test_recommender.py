@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from unipinrec.errors import BundleCorruptError, BundleError, RequestError
+from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
+from unipinrec.runtime.engine import Encoded
+from unipinrec.runtime.histories import Found
 
 Reseal = Callable[..., None]
 T = 1_760_000_000_000
@@ -172,6 +174,35 @@ def test_seen_and_excluded_items_can_be_scored(recommender: Recommender) -> None
 def test_an_unknown_candidate_is_named(recommender: Recommender) -> None:
     with pytest.raises(RequestError, match="candidates: item 'z' is not among the 300 items"):
         recommender.score(history(recommender, 3), ["z"], NOW)
+
+
+def test_candidates_and_filters_may_be_integers_and_are_lists(recommender: Recommender) -> None:
+    events, ids = history(recommender, 3), recommender.bundle.item_ids
+    with pytest.raises(RequestError, match="candidates is empty; name at least one item"):
+        recommender.score(events, [], NOW)
+    with pytest.raises(RequestError, match=r"candidates='item-12' must be a list of item ids; write \['item-12'\]"):
+        recommender.score(events, "item-12", NOW)
+    unread = RecommendOptions(now_ms=T + 1000, weights={"nope": 1.0}, candidates=0, exact=True)
+    np.testing.assert_array_equal(recommender.score(events, ids[:2], unread), recommender.score(events, ids[:2], NOW))
+
+
+def test_what_one_request_spoils_is_its_own(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(history=history(recommender, row), k=5, options=NOW) for row in (3, 1, 4)]
+    expected = recommender.recommend_many(requests)
+    asked = [recommender.resolve(request) for request in requests]
+    encode = recommender.encoder.encode
+
+    def spoilt(group: Sequence[Found]) -> Encoded:
+        if any(found.asked is asked[1] for found in group):
+            raise BackendError("a key of the second does not fit")
+        return encode(group)
+
+    monkeypatch.setattr(recommender.encoder, "encode", spoilt)
+    first, second, third = recommender.answer(asked)
+    assert isinstance(second, BackendError)
+    for slate, alone in ((first, expected[0]), (third, expected[2])):
+        assert isinstance(slate, Slate)
+        assert names(slate) == names(alone)
 
 
 @pytest.mark.parametrize("cut", [0, 3, -1])

@@ -16,6 +16,7 @@ from unipinrec.runtime.requests import (
     History,
     ResolvedRequest,
     as_events,
+    check_types,
     read_history,
     resolve_request,
 )
@@ -39,6 +40,10 @@ def event(item: str | int = "a", timestamp_ms: Any = None, **fields: Any) -> Eve
 def resolve(manifest: Manifest, *events: Event, k: Any = 1, **options: Any) -> ResolvedRequest:
     history = events or (event("a", T),)
     return resolve_request(Request(history=history, k=k, options=RecommendOptions(**options)), manifest, CATALOGUE)
+
+
+def with_options(**options: Any) -> Request:
+    return Request(history=(event(),), k=1, options=RecommendOptions(**options))
 
 
 def read(manifest: Manifest, *events: Event, first: int = 0) -> History:
@@ -179,8 +184,47 @@ def test_a_user_has_an_id_or_is_none(manifest: Manifest) -> None:
     request = Request(history=(event(),), k=1, user="u-1")
     assert resolve_request(request, manifest, CATALOGUE).user == "u-1"
     assert resolve(manifest).user is None
-    with pytest.raises(RequestError, match="user='' is empty; send the user's id, or none"):
-        resolve_request(msgspec.structs.replace(request, user=""), manifest, CATALOGUE)
+    for wrong in ("", 7, ["u"]):
+        with pytest.raises(RequestError, match=r"user=.* must be a text that is not empty, or None"):
+            resolve_request(msgspec.structs.replace(request, user=wrong), manifest, CATALOGUE)
+
+
+def test_integers_name_items_in_filters_as_in_histories(manifest: Manifest) -> None:
+    request = resolve(manifest, event(7, T), exclude=(np.int64(7), "a"), allow=(7, "b"), exclude_seen=False)
+    assert request.excluded.tolist() == [0, 4]
+    assert request.allowed is not None
+    assert np.flatnonzero(request.allowed).tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"exclude": "a"}, r"exclude='a' must be a list of item ids; write \['a'\]"),
+        ({"allow": "ab"}, r"allow='ab' must be a list of item ids"),
+        ({"allow": (1.5,)}, r"allow: 1\.5 is not an item id"),
+        ({"exclude": (True,)}, "exclude: True is not an item id"),
+        ({"categories": {"size": "sm"}}, r"categories: size='sm' must be a list of words; write \['sm'\]"),
+    ],
+)
+def test_a_filter_that_is_no_list_is_refused(manifest: Manifest, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        resolve(manifest, **options)
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [
+        (Request(history=(event(actions=None),), k=1), "Expected `array`, got `null` - at `.*actions`"),
+        (Request(history=None, k=1), "Expected `array`, got `null` - at `.*history`"),  # type: ignore[arg-type]
+        (with_options(weights={"click": "abc"}), "Expected `float`, got `str` - at `.*weights"),
+        (with_options(weights=["click"]), "Expected `object"),
+    ],
+)
+def test_what_is_of_the_wrong_type_is_named(manifest: Manifest, request_: Request, match: str) -> None:
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        resolve_request(request_, manifest, CATALOGUE)
+    with pytest.raises(RequestError, match=f"the request has a value of the wrong type: {match}"):
+        check_types(request_)
 
 
 def test_the_defaults_of_a_request(manifest: Manifest) -> None:
