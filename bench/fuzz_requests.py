@@ -24,7 +24,8 @@ with contextlib.ExitStack() as stack:
         stack.enter_context(atheris.instrument_imports(include=["unipinrec"]))
     from unipinrec.errors import RequestError
     from unipinrec.runtime.recommender import Recommender
-    from unipinrec.runtime.requests import parse_events, read_history
+    from unipinrec.runtime.request_input import parse_events
+    from unipinrec.runtime.requests import read_history
     from unipinrec.runtime.server_api import Limits, Refusal, decode_events, decode_recommend, decode_similar
     from unipinrec.runtime.server_handlers import usable
     from unipinrec.runtime.server_oip_codec import decode_infer, encode_infer, wanted_outputs

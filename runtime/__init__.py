@@ -9,7 +9,8 @@ from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, RecommendOptions, Request, parse_events
+from unipinrec.runtime.request_input import parse_events
+from unipinrec.runtime.requests import Event, RecommendOptions, Request
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 from unipinrec.runtime.verify import VerifyReport, verify_bundle
 

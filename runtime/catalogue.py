@@ -118,6 +118,23 @@ class Catalogue:
         return made
 
 
+def as_ids(given: Iterable[str | int], name: str) -> list[str]:
+    """External item ids as texts; an integer stands for its decimal string. `name` says in errors what they are.
+
+    Raises:
+        RequestError: Given is one text, not a list of them, or an element is neither text nor integer.
+    """
+    if isinstance(given, str | bytes):
+        raise RequestError(f"{name}={given!r} must be a list of item ids; write [{given!r}]")
+    ids = list(given)
+    if set(map(type, ids)) <= {str, int}:
+        return list(map(str, ids))
+    wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, str | int | np.integer)]
+    if wrong:
+        raise RequestError(f"{name}: {wrong[0]!r} is not an item id, which is a text or an integer")
+    return list(map(str, ids))
+
+
 def parse_ids(content: bytes, source: str) -> dict[str, str]:
     """Read external ids, one per line; the keys say where each was, for messages. Empty lines are left out.
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.catalogue import as_ids
 from unipinrec.runtime.device import Device, DeviceRules
 from unipinrec.runtime.engine import Engine, pad_histories, pad_rows
 from unipinrec.runtime.grouping import Padding, grouped
@@ -24,14 +25,11 @@ from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.ranking import Ranked, rank
+from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
-    EventLike,
     RecommendOptions,
     Request,
     ResolvedRequest,
-    as_events,
-    as_ids,
-    check_types,
     item_row,
     resolve_request,
 )

@@ -6,10 +6,9 @@ Knows which items, actions and surfaces a bundle accepts; refuses to know how a 
 
 from __future__ import annotations
 
-import codecs
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,17 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError, TooFewItemsError
-from unipinrec.runtime.catalogue import Catalogue
-from unipinrec.runtime.malformed import MALFORMED
+from unipinrec.runtime.catalogue import Catalogue, as_ids
 from unipinrec.runtime.manifest import Manifest
 from unipinrec.runtime.windows import default_slack, window_start
 
 UNKNOWN_SURFACE = "unknown"
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
-EVENT_FORMAT = (
-    'a history is a list, oldest first, of {"item": "id", "actions": ["name"], "surface": "name", "timestamp_ms": 0}; '
-    "surface and timestamp_ms may be left out"
-)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,9 +40,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     actions: tuple[str, ...]
     surface: str = UNKNOWN_SURFACE
     timestamp_ms: int | None = None
-
-
-EventLike = Event | Mapping[str, Any]
 
 
 class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,62 +135,6 @@ class ResolvedRequest:
     excluded: NDArray[np.int64]
     allowed: NDArray[np.bool_] | None
     exact: bool
-
-
-def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
-    """Read a JSON list of events; `source` names it in errors.
-
-    Raises:
-        RequestError: It is not JSON, or not a list of events; an unknown key is an error.
-    """
-    try:
-        return msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=tuple[Event, ...])
-    except MALFORMED as error:
-        raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
-
-
-def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
-    """Turn dictionaries with the keys of `Event` into events; events pass.
-
-    Raises:
-        RequestError: An element is neither, lacks a key, has an unknown one or a value of the wrong type.
-    """
-    events = []
-    for position, given in enumerate(history):
-        try:
-            events.append(given if isinstance(given, Event) else msgspec.convert(given, type=Event))
-        except msgspec.ValidationError as error:
-            raise RequestError(f"history[{position}]: {error}; {EVENT_FORMAT}") from error
-    return tuple(events)
-
-
-def as_ids(given: Iterable[str | int], name: str) -> list[str]:
-    """External item ids as texts; an integer stands for its decimal string. `name` says in errors what they are.
-
-    Raises:
-        RequestError: Given is one text, not a list of them, or an element is neither text nor integer.
-    """
-    if isinstance(given, str | bytes):
-        raise RequestError(f"{name}={given!r} must be a list of item ids; write [{given!r}]")
-    ids = list(given)
-    if set(map(type, ids)) <= {str, int}:
-        return list(map(str, ids))
-    wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, str | int | np.integer)]
-    if wrong:
-        raise RequestError(f"{name}: {wrong[0]!r} is not an item id, which is a text or an integer")
-    return list(map(str, ids))
-
-
-def check_types(request: Request) -> None:
-    """Find what in a request is of a type that its fields do not take.
-
-    Raises:
-        RequestError: Something is; names it.
-    """
-    try:
-        msgspec.convert(msgspec.to_builtins(request), Request)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"the request has a value of the wrong type: {error}") from error
 
 
 def resolve_request(
