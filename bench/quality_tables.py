@@ -50,6 +50,7 @@ FORMS = {
     "no_content": "items are ids alone",
     "marked": "masked events are marked",
 }
+SIMULATED = {"marked": "masked events are marked", "unmarked": "as in the paper", "unmasked": "no masking"}
 Figure = Mapping[str, float]  # mean, median, min, max
 Row = Mapping[str, Figure]
 
@@ -142,6 +143,7 @@ def tables() -> dict[str, str]:
                 *(mean(row, *pair) for pair in zip(LIVE, FROZEN, strict=True)),
             ],
         ),
+        "simulated": _simulated(),
         "ml1m": _ml1m(),
     }
 
@@ -200,6 +202,20 @@ def _lightgbm() -> dict[str, Row]:
                 values[f"{action} frozen gauc"] = of["gauc"]
         found[name] = _once(values)
     return found
+
+
+def _simulated() -> str:
+    actions = ("click", "save", "share", "hide")
+    document = _read("simulated")
+    rows: dict[str, Row] = {name: document["rows"][key] for key, name in SIMULATED.items()}
+    for name, metrics in document["bounds"].items():
+        found = figures({"retrieval": metrics["retrieval"]}, ())
+        for action in actions:
+            found |= {f"{action} {field}": metrics["ranking"][action][field] for field in ("auc", "logloss")}
+        rows[name] = _once(found)
+    shown = [f"{action} {field}" for action in actions for field in ("auc", "logloss")]
+    header = [f"{action} {field}" for action in actions for field in ("AUC", "log loss")]
+    return table_of(rows, ("HR@10", *header), lambda row: [spread(row, name) for name in ("HR@10", *shown)])
 
 
 def _ml1m() -> str:
