@@ -6,6 +6,7 @@ Knows which items, actions and surfaces a bundle accepts; refuses to know how a 
 
 from __future__ import annotations
 
+import bisect
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from unipinrec.runtime.manifest import Manifest
 from unipinrec.runtime.windows import default_slack, window_start
 
 UNKNOWN_SURFACE = "unknown"
+AS_SECONDS = range(10**9, 10**10)  # Unix times of our days in seconds: as milliseconds they would be in early 1970
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
 
 
@@ -253,7 +255,8 @@ def _times(events: Sequence[Event], missing: int, first: int) -> NDArray[np.int6
     times = np.full(len(given), missing, np.int64)
     if all(type(time_ms) is int and 0 <= time_ms < YEAR_10000_MS for time_ms in known):
         times[len(given) - len(known) :] = known
-        if None not in given[len(given) - len(known) :] and (len(known) < 2 or (np.diff(known) >= 0).all()):
+        in_order = len(known) < 2 or (np.diff(known) >= 0).all()
+        if None not in given[len(given) - len(known) :] and in_order and not _any_in_seconds(known):
             return times
     for place, time_ms in enumerate(given):
         where = f"history[{first + place}]"
@@ -261,6 +264,11 @@ def _times(events: Sequence[Event], missing: int, first: int) -> NDArray[np.int6
         if place:
             _check_order(int(times[place - 1]), int(times[place]), missing, where)
     return times
+
+
+def _any_in_seconds(ordered: Sequence[int]) -> bool:
+    first = bisect.bisect_left(ordered, AS_SECONDS.start)
+    return first < len(ordered) and ordered[first] in AS_SECONDS
 
 
 def item_row(item: str, rows: Mapping[str, int], where: str) -> int:
@@ -304,6 +312,8 @@ def _milliseconds(given: Any, name: str) -> int:
         value = operator.index(given)
     except TypeError as error:
         raise RequestError(f"{name}={given!r} must be an integer, Unix time in ms") from error
+    if value in AS_SECONDS:
+        raise RequestError(f"{name}={value} is in 1970, or in seconds; send Unix time in ms")
     if not 0 <= value < YEAR_10000_MS:
         raise RequestError(f"{name}={value} must be a Unix time in ms, from 0 to {YEAR_10000_MS - 1}")
     return value

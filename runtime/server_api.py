@@ -15,12 +15,11 @@ import msgspec
 
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.malformed import MALFORMED
-from unipinrec.runtime.requests import Event, RecommendOptions, Request
+from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
 T = TypeVar("T")
 SHOWN_CHARACTERS = 500
-AS_SECONDS = range(10**9, 10**10)  # Unix times of our days in seconds: as milliseconds they would be in early 1970
 
 
 @dataclass(frozen=True, kw_only=True)

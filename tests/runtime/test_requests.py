@@ -146,6 +146,25 @@ def test_a_user_has_an_id_or_is_none(manifest: Manifest) -> None:
             resolve_request(msgspec.structs.replace(request, user=wrong), manifest, CATALOGUE)
 
 
+@pytest.mark.parametrize(
+    ("events", "options", "match"),
+    [
+        ((event("a", T // 1000),), {}, r"history\[0\]\.timestamp_ms=1700000000 is in 1970, or in seconds; send Unix"),
+        (
+            (event("a", 5), event("b", T // 1000), event("c", T)),
+            {},
+            r"history\[1\]\.timestamp_ms=1700000000 is in 1970",
+        ),
+        ((event("a", 5),), {"now_ms": T // 1000}, "now_ms=1700000000 is in 1970, or in seconds"),
+    ],
+)
+def test_times_in_seconds_are_refused(
+    manifest: Manifest, events: tuple[Event, ...], options: dict[str, int], match: str
+) -> None:
+    with pytest.raises(RequestError, match=match):
+        resolve(manifest, *events, **options)
+
+
 def test_integers_name_items_in_filters_as_in_histories(manifest: Manifest) -> None:
     request = resolve(manifest, event(7, T), exclude=(np.int64(7), "a"), allow=(7, "b"), exclude_seen=False)
     assert request.excluded.tolist() == [0, 4]
