@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, DataError
+from unipinrec.runtime.requests import YEAR_10000_MS
 
 KINDS = 3
 MIN_RETURNS = 1000
 COLUMNS = ("user", "timestamp_ms")
 FOREVER = math.inf
 HOUR_MS = 3_600_000
+EARLIEST_MS = 100_000_000_000  # March 1973; a smaller time is in seconds, or stands for none
 BINS_PER_DECADE = 100
 ROUNDS = 1000
 BISECTIONS = 80
@@ -230,7 +232,7 @@ def read_log(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         [R] user numbers and [R] times.
 
     Raises:
-        DataError: Not readable, a column is missing, or a time is not a whole number.
+        DataError: Not readable, a column is missing, or a time is not a Unix time in whole ms.
     """
     codes: dict[str, int] = {}
     users, times = [], []
@@ -242,9 +244,16 @@ def read_log(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
                 raise DataError(f"{path}: no column {sorted(missing)}; a log needs a header line with {list(COLUMNS)}")
             for row in rows:
                 users.append(codes.setdefault(row["user"], len(codes)))
-                times.append(int(row["timestamp_ms"]))
+                times.append(_unix_ms(row["timestamp_ms"]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV: {error}") from error
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: line {len(times) + 2}: timestamp_ms is Unix time in whole ms: {error}") from error
+        raise DataError(f"{path}: line {len(times) + 2}: timestamp_ms is Unix time in ms, whole: {error}") from error
     return np.array(users, np.int64), np.array(times, np.int64)
+
+
+def _unix_ms(text: str) -> int:
+    time_ms = int(text)
+    if not EARLIEST_MS <= time_ms < YEAR_10000_MS:
+        raise ValueError(f"{time_ms} is not one from {EARLIEST_MS} to {YEAR_10000_MS - 1}; remove the row, or convert")
+    return time_ms

@@ -105,9 +105,10 @@ def test_without_a_cache_the_machines_alone() -> None:
 
 def test_a_log_of_ones_own(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    times = np.cumsum(rng.exponential(6.0, (200, 160)), axis=1) * 3_600_000  # every six hours, for a month
+    start, month = 1_650_000_000_000, 30 * 86_400_000
+    times = start + np.cumsum(rng.exponential(6.0, (200, 160)), axis=1) * 3_600_000  # every six hours, for a month
     path = tmp_path / "log.csv"
-    lines = (f"{user},{int(time)}\n" for user, row in enumerate(times) for time in row if time < 30 * 86_400_000)
+    lines = (f"{user},{int(time)}\n" for user, row in enumerate(times) for time in row if time < start + month)
     path.write_text("user,timestamp_ms\n" + "".join(lines))
     document = plan(*SMALL, "--arrivals", path, "--ttl-hours", "6", "--budget-gib", "1000")
     arrivals = document["arrivals"]
@@ -181,7 +182,7 @@ def test_lengths_that_cannot_be(tmp_path: Path) -> None:
 
 def test_a_log_that_is_too_short(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    path.write_text("user,timestamp_ms\na,1\na,2\n")
+    path.write_text("user,timestamp_ms\na,1650000000000\na,1650000000001\n")
     result = run(*SMALL, "--arrivals", path)
     assert result.exit_code == 1
     assert "at least 1000 are needed" in result.stderr

@@ -161,9 +161,15 @@ def test_the_characteristic_time_is_when_the_cache_is_full(share: float, rate: f
 
 def test_a_log_is_read_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
-    path.write_text("timestamp_ms,page,user\n1000,home,b\n500,search,a\n1500,home,b\n")
+    path.write_text("timestamp_ms,page,user\n1650000001000,home,b\n1650000000500,search,a\n1650000001500,home,b\n")
     users, times = read_log(path)
-    assert (users.tolist(), times.tolist()) == ([0, 1, 0], [1000, 500, 1500])
+    assert (users.tolist(), times.tolist()) == ([0, 1, 0], [1_650_000_001_000, 1_650_000_000_500, 1_650_000_001_500])
+
+
+def test_the_earliest_and_the_latest_time(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user,timestamp_ms\na,100000000000\na,253402300799999\n")
+    assert read_log(path)[1].tolist() == [100_000_000_000, 253_402_300_799_999]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +177,16 @@ def test_a_log_is_read_in_any_order(tmp_path: Path) -> None:
     [
         ("user,time\na,1\n", r"no column \['timestamp_ms'\]; a log needs a header line"),
         ("", r"no column \['timestamp_ms', 'user'\]"),
-        ("user,timestamp_ms\na,1\nb,soon\n", "line 3: timestamp_ms is Unix time in whole ms"),
-        ("user,timestamp_ms\na\n", "line 2: timestamp_ms is Unix time in whole ms"),
+        ("user,timestamp_ms\na,1650000000000\nb,soon\n", "line 3: timestamp_ms is Unix time in ms, whole"),
+        (
+            "user,timestamp_ms\na,1650000000000\nb,0\n",
+            "line 3: .* Unix time in ms, whole: 0 is not one from 100000000000",
+        ),
+        ("user,timestamp_ms\na,1650000000\n", "line 2: .* 1650000000 is not one from 100000000000 to 253402300799999"),
+        ("user,timestamp_ms\na,1650000000000000\n", "line 2: .* 1650000000000000 is not one from"),
+        ("user,timestamp_ms\na,99999999999999999999\n", "line 2: .* 99999999999999999999 is not one from"),
+        ("user,timestamp_ms\na,-1650000000000\n", "line 2: .* -1650000000000 is not one from"),
+        ("user,timestamp_ms\na\n", "line 2: timestamp_ms is Unix time in ms, whole"),
     ],
 )
 def test_a_log_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
