@@ -53,14 +53,14 @@ class EngineCache:
     """The private cache of compiled engines.
 
     Attributes:
-        path: Its folder.
+        path: Its folder; None where there can be none.
         mode: Its permissions in octal; None where it does not exist.
         entries: How many engines it holds, of all bundles.
         size_bytes: What they take.
         problem: Why it is not used.
     """
 
-    path: str
+    path: str | None
     mode: str | None
     entries: int
     size_bytes: int

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from unipinrec import __version__
+from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.cpu import has_bf16
 from unipinrec.runtime.cuda import GpuInfo, driver_problem, probe_gpu
@@ -41,7 +42,7 @@ class Reason(str):
 
 def examine(bundle: Path | None = None) -> Diagnosis:
     """Look at this machine, and at what serves a bundle on it. Whatever is wrong is in the result; raises nothing."""
-    gpu, ort, store = _gpu(), _onnxruntime(), EngineStore()
+    gpu, ort, store = _gpu(), _onnxruntime(), _probed(EngineStore)
     found = {flavor: _probed(partial(import_tensorrt, flavor)) for flavor in FLAVORS}
     tensorrt = tuple(
         _library(NAMES[flavor], trt if isinstance(trt, Reason) else trt.version) for flavor, trt in found.items()
@@ -133,8 +134,10 @@ def _devices(gpu: Gpu, ort: OnnxRuntime, tensorrt: Sequence[Library], openvino: 
     }
 
 
-def _cache(store: EngineStore) -> EngineCache:
+def _cache(store: EngineStore | Reason) -> EngineCache:
     """The cache as it is; nothing is made or changed."""
+    if isinstance(store, Reason):
+        return EngineCache(path=None, mode=None, entries=0, size_bytes=0, problem=str(store))
     entries = _probed(store.entries)
     broken = entries if isinstance(entries, Reason) else None
     if not isinstance(entries, Reason) and isinstance(entries.get(""), Refusal):  # the folder itself cannot be trusted
@@ -151,8 +154,10 @@ def _cache(store: EngineStore) -> EngineCache:
 
 
 def _engines(
-    path: Path, store: EngineStore, gpu: GpuInfo | None, installed: Mapping[Flavor, TensorRT]
+    path: Path, store: EngineStore | Reason, gpu: GpuInfo | None, installed: Mapping[Flavor, TensorRT]
 ) -> tuple[Engine, ...]:
+    if isinstance(store, Reason):
+        raise BackendError(store)
     machine = this_machine(gpu.name, gpu.architecture, gpu.driver_version) if gpu else this_machine()
     return tuple(map(_engine, list_engines(Bundle.open(path), store, machine, installed)))
 

@@ -39,17 +39,32 @@ REMOVE = "remove it, and compile again"
 
 
 def cache_root() -> Path:
-    """Where engines are kept: under `UNIPINREC_CACHE`, else under the user's cache folder."""
-    own, shared = os.environ.get("UNIPINREC_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache"
-    return (Path(own) if own else base / "unipinrec") / "engines"
+    """Where engines are kept: under `UNIPINREC_CACHE`, else under the user's cache folder.
+
+    Raises:
+        BackendError: No variable names a folder, and this user has no home.
+    """
+    own, shared = os.environ.get("UNIPINREC_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if own:
+        return Path(own) / "engines"
+    try:
+        base = shared if shared.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BackendError(
+            f"no folder for compiled engines: {error}; set UNIPINREC_CACHE to a folder of this user's own"
+        ) from error
+    return base / "unipinrec" / "engines"
 
 
 class EngineStore:
     """Engines of this user on this machine, in one folder. Nothing is built or written while requests are served."""
 
     def __init__(self, root: Path | None = None) -> None:
-        """Use a folder, which need not exist; None = `cache_root()`."""
+        """Use a folder, which need not exist; None = `cache_root()`.
+
+        Raises:
+            BackendError: As `cache_root`.
+        """
         self.root = cache_root() if root is None else root
 
     def prepare(self) -> None:

@@ -101,7 +101,7 @@ def _machine(found: Diagnosis) -> list[tuple[str, Text]]:
         ("CUDA", Text(", ".join(f"{name} {version}" for name, version in found.gpu.packages.items()) or "no packages")),
         ("ONNX Runtime", _library(found.onnxruntime, f" ({wheels}): {providers}")),
         *((library.name, _library(library)) for library in (*found.tensorrt, found.openvino)),
-        ("engine cache", Text(f"{cache.path}: {cache.problem or state}")),
+        ("engine cache", Text(": ".join(filter(None, (cache.path, cache.problem or state))))),
     ]
 
 

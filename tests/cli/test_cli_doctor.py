@@ -36,6 +36,15 @@ def test_a_machine_without_a_gpu_is_no_failure() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.usefixtures("homeless")
+def test_where_there_is_no_home_the_cache_says_what_to_set() -> None:
+    result = run()
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    assert "engine cache no folder for compiled engines: " in text
+    assert "set UNIPINREC_CACHE to a folder of this user's own" in text
+
+
 def test_json_is_one_document() -> None:
     result = run(STORED, "--json")
     document = json.loads(result.stdout)

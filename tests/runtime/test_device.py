@@ -153,6 +153,13 @@ def test_a_precision_that_the_bundle_lacks(wanted: str) -> None:
     assert device.precision == "fp32"
 
 
+@pytest.mark.usefixtures("gpu", "homeless")
+def test_without_a_home_for_engines_another_device_serves() -> None:
+    with Recommender.load(STORED, "auto") as recommender:
+        assert recommender.device.name == "cpu"
+        assert "no folder for compiled engines" in recommender.device.refused[0]
+
+
 def test_engines_of_this_machine_are_chosen(gpu: GpuInfo, memory: HostRuntime) -> None:
     stored = Bundle.open(STORED)
     expected = served(Recommender.load(STORED, "cpu"))

@@ -142,6 +142,16 @@ def test_a_cache_that_others_can_reach_is_told(gpu: GpuInfo, cache: Path) -> Non
     assert "755" in str(found.cache.problem)
 
 
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_has_no_cache() -> None:
+    found = examine(STORED)
+    assert (found.cache.path, found.cache.mode, found.cache.entries, found.cache.size_bytes) == (None, None, 0, 0)
+    assert "set UNIPINREC_CACHE" in str(found.cache.problem)
+    assert (found.engines, found.engines_problem) == ((), found.cache.problem)
+    assert found.auto.device is not None
+    assert (found.auto.device.name, found.auto.problem) == ("cpu", None)
+
+
 def test_a_gpu_with_wrong_answers_leaves_the_cpu(gpu: GpuInfo, tmp_path: Path) -> None:
     stored = Bundle.open(STORED)
     install_engines(stored, gpu, files={"ranker": wrong_ranker(stored, tmp_path)})

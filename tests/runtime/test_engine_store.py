@@ -313,3 +313,14 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("UNIPINREC_CACHE", "/srv/unipinrec")
     assert cache_root() == Path("/srv/unipinrec/engines")
     assert EngineStore().root == Path("/srv/unipinrec/engines")
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_user_without_a_home_needs_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"no folder for compiled engines: .* home .*; set UNIPINREC_CACHE"):
+        cache_root()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
+    assert cache_root() == Path("/var/cache/me/unipinrec/engines")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("UNIPINREC_CACHE", "/srv/unipinrec")
+    assert cache_root() == Path("/srv/unipinrec/engines")
