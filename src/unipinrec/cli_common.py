@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -35,6 +36,17 @@ def fail(error: BaseException) -> NoReturn:
     """Print why the command failed and leave with exit code 1."""
     stderr.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(1)
+
+
+class FiniteRange(click.FloatRange):
+    """A `FloatRange` that takes neither nan nor inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

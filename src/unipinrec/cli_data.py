@@ -14,7 +14,7 @@ import click
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout
 from unipinrec.cli_data_report import print_summary, summarize
 from unipinrec.cli_simulate import simulate
 from unipinrec.errors import DataError
@@ -58,7 +58,7 @@ download_option = click.option(
 )
 gap_option = click.option(
     "--slate-gap-minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=30.0,
     show_default=True,
     help="A pause this long ends an impression slate.",

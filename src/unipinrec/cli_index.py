@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout
 
 if TYPE_CHECKING:
     from unipinrec.runtime.index_update import UpdateReport
@@ -22,7 +22,7 @@ Examples:
 
 recall_option = click.option(
     "--recall",
-    type=click.FloatRange(0.0, 1.0, min_open=True),
+    type=FiniteRange(0.0, 1.0, min_open=True),
     help="Share of the 100 nearest items that the index is to find.  [default: 0.99; of an update, the bundle's own]",
 )
 input_file = click.Path(path_type=Path, exists=True, dir_okay=False)

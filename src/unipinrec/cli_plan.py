@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli_common import command, json_option, print_json, stderr
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr
 from unipinrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Examples:
 
 COSTS = ("encode_ms", "extend_ms", "retrieve_ms", "rank_ms")
 OWN_SHAPE = ("layers", "dim", "heads")
-positive = click.FloatRange(0, min_open=True)
+positive = FiniteRange(0, min_open=True)
 existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -65,10 +65,10 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
     type=positive,
     help="Pace of a user; with a TTL it matters.  [default: the log's, else --qps over --users]",
 )
-@click.option("--new-share", type=click.FloatRange(0, 1, max_open=True), help="Share of requests from new users.")
+@click.option("--new-share", type=FiniteRange(0, 1, max_open=True), help="Share of requests from new users.")
 @click.option(
     "--unchanged-share",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Share of the found requests that bring no new event.",
@@ -79,7 +79,7 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--rank-ms", type=positive, help="... and to rank. All four, measured on your machine, or none.")
 @click.option(
     "--utilisation",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     default=0.7,
     show_default=True,
     help="Share of a machine's time to plan with.",
@@ -96,10 +96,11 @@ def plan(as_json: bool, budget_gib: float | None, memory_gib: float | None, **op
 
     with stderr.status("planning"):
         try:
-            deployment = _deployment(options)
+            document = document_of(_deployment(options), budget_gib, memory_gib, options)
         except ConfigError as error:
             raise click.UsageError(str(error)) from error
-        document = document_of(deployment, budget_gib, memory_gib, options)
+        except OverflowError as error:
+            raise click.UsageError(f"a number is too large to plan with ({error}); give a smaller one") from error
     if as_json:
         print_json(document)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from unipinrec.cli_common import command
+from unipinrec.cli_common import FiniteRange, command
 from unipinrec.cli_serve import bundle_argument, device_option, engines_option, strict_option
 
 EXAMPLES = """\b
@@ -18,7 +18,7 @@ Examples:
   unipinrec serve bundle/ --state redis://cache:6379/0 --deadline-ms 200 --queue 512
   curl localhost:8000/health/ready"""
 
-positive = click.FloatRange(0, min_open=True)
+positive = FiniteRange(0, min_open=True)
 
 
 @click.command(epilog=EXAMPLES)
@@ -92,7 +92,7 @@ positive = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--max-wait-ms",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=0.0,
     show_default=True,
     help="How long a request waits for others to be answered with while nothing is computed; while something is, the "
@@ -117,17 +117,17 @@ positive = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--drain-delay-s",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=1.0,
     show_default=True,
     help="How long after SIGTERM new connections are still accepted, while /health/ready says 503.",
 )
 @click.option(
-    "--drain-s", type=click.FloatRange(1), default=30.0, show_default=True, help="How long the rest may then take."
+    "--drain-s", type=FiniteRange(1), default=30.0, show_default=True, help="How long the rest may then take."
 )
 @click.option(
     "--hung-s",
-    type=click.FloatRange(2),
+    type=FiniteRange(2),
     default=30.0,
     show_default=True,
     help="Of --processes, one whose event loop stands still for so long is killed and started again.",
@@ -165,7 +165,7 @@ positive = click.FloatRange(0, min_open=True)
 @click.option("--log-users", is_flag=True, help="Name the user in the line about a request.")
 @click.option(
     "--recall-share",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.001,
     show_default=True,
     help="Share of the index's searches that are compared with an exact scan.",

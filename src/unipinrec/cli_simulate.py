@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli_common import command, json_option, print_json, progress, stdout
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, progress, stdout
 from unipinrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Example:
 @click.option(
     "--sessions",
     "sessions_per_user",
-    type=click.FloatRange(min=1),
+    type=FiniteRange(min=1),
     default=4.0,
     show_default=True,
     help="Mean sessions per user.",
@@ -40,7 +40,7 @@ Example:
 @click.option(
     "--slates",
     "slates_per_session",
-    type=click.FloatRange(min=1),
+    type=FiniteRange(min=1),
     default=3.0,
     show_default=True,
     help="Mean slates per session.",

@@ -96,6 +96,9 @@ def test_a_recall_beyond_one_is_wrong_use(tmp_path: Path, words: tuple[str, ...]
     result = run(*words, tmp_path / "new", "--recall", "1.5")
     assert result.exit_code == 2
     assert "1.5 is not in the range 0.0<x<=1.0" in result.stderr
+    result = run(*words, tmp_path / "new", "--recall", "nan")
+    assert result.exit_code == 2
+    assert "nan is not a finite number" in result.stderr
 
 
 def test_help_shows_an_example() -> None:

@@ -150,6 +150,15 @@ def test_shares_of_new_users_and_of_unchanged_histories() -> None:
         ((*SMALL, "--new-share", "0.5"), "new users alone would outnumber all users"),
         ((*SMALL, "--requests-per-user-day", "0.001"), "less than one of each user in 29.4 days"),
         ((*SMALL, "--dtype", "fp8"), "'fp8' is not one of"),
+        ((*SMALL, "--qps", "nan"), "Invalid value for '--qps': nan is not a finite number"),
+        ((*SMALL, "--budget-gib", "inf"), "Invalid value for '--budget-gib': inf is not a finite number"),
+        ((*SMALL, "--new-share", "nan"), "Invalid value for '--new-share': nan is not a finite number"),
+        ((*SMALL, "--ttl-hours", "nan"), "Invalid value for '--ttl-hours': nan is not a finite number"),
+        ((*SMALL, "--utilisation", "nan"), "Invalid value for '--utilisation': nan is not a finite number"),
+        ((*SMALL, *COSTS, "--encode-ms", "inf"), "Invalid value for '--encode-ms': inf is not a finite number"),
+        ((*SMALL, "--budget-gib", "1e300"), "a number is too large to plan with"),
+        ((*SMALL, *COSTS, "--encode-ms", "1e308"), "a number is too large to plan with"),
+        ((*SMALL, "--users", "1" + "0" * 400), "a number is too large to plan with"),
     ],
 )
 def test_wrong_use(words: tuple[str, ...], message: str) -> None:

@@ -150,8 +150,9 @@ def test_an_existing_folder_is_never_overwritten(movies: Path, tmp_path: Path) -
         (("--valid-start", "5"), "--valid-start and --test-start go together"),
         (("--valid-start", "noon", "--test-start", "5"), "'noon' is neither ISO 8601, such as"),
         (("--slate-gap-minutes", "0"), "0.0 is not in the range x>0"),
-        (("--slate-gap-minutes", "inf"), "--slate-gap-minutes inf must be at most 1,000,000,000"),
-        (("--slate-gap-minutes", "nan"), "--slate-gap-minutes nan must be at most 1,000,000,000"),
+        (("--slate-gap-minutes", "inf"), "'--slate-gap-minutes': inf is not a finite number"),
+        (("--slate-gap-minutes", "nan"), "'--slate-gap-minutes': nan is not a finite number"),
+        (("--slate-gap-minutes", "1e10"), "--slate-gap-minutes 10000000000.0 must be at most 1,000,000,000"),
         (("--edition", "ml-20m"), "'ml-20m' is not one of"),
     ],
 )

@@ -47,6 +47,9 @@ def test_command_counts_impossible_settings_as_wrong_use(tmp_path: Path) -> None
     code, _, stderr = run("--out", str(tmp_path / "data"), "--items", "5")
     assert code == 2
     assert "slate_size=10 is more than items=5" in stderr
+    code, _, stderr = run("--out", str(tmp_path / "data"), "--sessions", "inf")
+    assert code == 2
+    assert "inf is not a finite number" in stderr
 
 
 def test_help_has_an_example() -> None:
