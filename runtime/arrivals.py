@@ -237,7 +237,7 @@ def read_log(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     codes: dict[str, int] = {}
     users, times = [], []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             missing = set(COLUMNS) - set(rows.fieldnames or ())
             if missing:

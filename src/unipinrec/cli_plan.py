@@ -43,7 +43,7 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    default="fp32",
+    default="int8",
     show_default=True,
     help="Type of the cached keys and values.",
 )
@@ -154,7 +154,10 @@ def _footprint(options: dict[str, Any]) -> Footprint:
         footprint = Footprint.of(read_manifest(options["bundle"])[0].model, options["dtype"], _page_slots(options))
     else:
         footprint = _footprint_of_sizes(options)
-    return dataclasses.replace(footprint, max_history=options["max_history"] or footprint.max_history)
+    longest = options["max_history"] or footprint.max_history
+    if longest > footprint.max_history:
+        raise click.UsageError(f"--max-history {longest} must be at most the model's own, {footprint.max_history}")
+    return dataclasses.replace(footprint, max_history=longest)
 
 
 def _footprint_of_sizes(options: dict[str, Any]) -> Footprint:
@@ -198,7 +201,7 @@ def _histories(options: dict[str, Any]) -> Histories:
 def _read_lengths(path: Path) -> list[float]:
     lengths = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 lengths.append(float(row["events"]))
     except KeyError as error:

@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
+from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import PAGE_SLOTS
 
 LOAD = ("--users", "100000", "--qps", "100")
-SMALL = (*LOAD, "--size", "small", "--events", "200", "--page-slots", "32")
+SMALL = (*LOAD, "--size", "small", "--events", "200", "--page-slots", "32", "--dtype", "fp32")
 COSTS = ("--encode-ms", "30", "--extend-ms", "3", "--retrieve-ms", "2", "--rank-ms", "11")
 
 
@@ -35,8 +36,19 @@ def test_bytes_of_a_named_size() -> None:
     assert kv["bytes_of_all_users"] == pytest.approx(100_000 * kv["bytes_per_user"])
 
 
+def test_the_cache_is_planned_as_it_is_kept_unless_told_otherwise() -> None:
+    kv = plan(*LOAD, "--size", "small", "--events", "200")["kv"]
+    assert (kv["dtype"], kv["bytes_per_event"]) == (CacheOptions().dtype, 2304)
+
+
+def test_a_history_longer_than_the_bundle_allows_is_refused(bundle: Path) -> None:
+    result = run(*LOAD, "--bundle", bundle, "--events", "30", "--max-history", "65")
+    assert result.exit_code == 2
+    assert "--max-history 65 must be at most the model's own, 64" in result.stderr
+
+
 def test_bytes_of_a_bundle(bundle: Path) -> None:
-    kv = plan(*LOAD, "--bundle", bundle, "--events", "30")["kv"]
+    kv = plan(*LOAD, "--bundle", bundle, "--events", "30", "--dtype", "fp32")["kv"]
     assert (kv["bytes_per_event"], kv["max_history"], kv["events_per_page"]) == (1024, 64, PAGE_SLOTS)
 
 
@@ -142,6 +154,7 @@ def test_shares_of_new_users_and_of_unchanged_histories() -> None:
         ((*SMALL, "--layers", "2", "--dim", "64", "--heads", "2"), "give the model's shape: one of"),
         ((*LOAD, "--events", "9", "--layers", "2", "--dim", "64"), "--layers with --dim and --heads"),
         ((*LOAD, "--events", "9", "--layers", "2", "--dim", "65", "--heads", "2"), "--dim 65 is not a multiple"),
+        ((*SMALL, "--max-history", "993"), "--max-history 993 must be at most the model's own, 992"),
         ((*SMALL, "--kv-heads", "2"), "--kv-heads belongs to --layers, --dim and --heads; --size has its own"),
         ((*LOAD, "--size", "small"), "give exactly one of --events and --events-file"),
         ((*SMALL, "--budget-gib", "1", "--memory-gib", "1"), "--budget-gib (all machines together) or --memory-gib"),
@@ -180,6 +193,14 @@ def test_lengths_that_cannot_be_read(tmp_path: Path, text: str, message: str) ->
     result = run(*LOAD, "--size", "small", "--events-file", path)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    lengths, log = tmp_path / "lengths.csv", tmp_path / "log.csv"
+    lengths.write_text("events\n31\n", encoding="utf-8-sig")
+    assert plan(*LOAD, "--size", "small", "--events-file", lengths)["kv"]["mean_events"] == 31
+    log.write_text("user,timestamp_ms\na,1650000000000\n", encoding="utf-8-sig")
+    assert "at least 1000 are needed" in run(*SMALL, "--arrivals", log).stderr
 
 
 def test_lengths_that_cannot_be(tmp_path: Path) -> None:
