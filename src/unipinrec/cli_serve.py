@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
-from unipinrec.errors import BundleError
+from unipinrec.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
     from unipinrec.runtime.device import DeviceRules
@@ -30,10 +30,22 @@ Examples:
 SOON_MS = 60_000
 TITLE_WIDTH = 12
 
+
+def _device(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
+    from unipinrec.runtime.device import require_device
+
+    try:
+        require_device(name)
+    except BackendError as error:
+        raise click.BadParameter(str(error)) from error
+    return name
+
+
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 ids_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 device_option = click.option(
     "--device",
+    callback=_device,
     default="auto",
     show_default=True,
     help="auto, cpu, cuda (both ONNX Runtime), tensorrt or openvino, with a precision if wanted (tensorrt-bf16); what "

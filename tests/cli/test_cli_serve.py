@@ -162,12 +162,19 @@ def test_exactly_one_of_user_and_history(bundle: Path, events: Path, words: tupl
         (("--weights", "click"), "'click' is not ACTION=NUMBER"),
         (("--weights", "click=much"), "'click=much' is not ACTION=NUMBER"),
         (("--history", "missing.json"), "does not exist"),
+        (("--device", "tpu"), "Invalid value for '--device': unknown device 'tpu'; use one of auto, cpu, openvino"),
     ],
 )
 def test_wrong_use(bundle: Path, words: tuple[str, ...], message: str) -> None:
     result = run("recommend", bundle, "--user", "u", *words)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_verify_on_an_unknown_device(bundle: Path) -> None:
+    result = run("verify", bundle, "--device", "gpu")
+    assert result.exit_code == 2
+    assert "Invalid value for '--device': unknown device 'gpu'; use one of auto" in result.stderr
 
 
 def test_an_unknown_user(bundle: Path) -> None:
@@ -183,7 +190,6 @@ def test_an_unknown_user(bundle: Path) -> None:
         (("--weights", "like=1"), "unknown action 'like'"),
         (("-k", "301"), "k=301 items were asked for"),
         (("--now", "1"), "now_ms=1 is before the last event"),
-        (("--device", "tpu"), "unknown device 'tpu'; use one of auto, cpu, openvino"),
         (("--surface", "moon"), "unknown surface 'moon'"),
     ],
 )

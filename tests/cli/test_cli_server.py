@@ -34,6 +34,7 @@ def test_help_has_examples() -> None:
         (("--deadline-ms", "inf"), "Invalid value for '--deadline-ms': inf is not a finite number"),
         (("--max-wait-ms", "nan"), "Invalid value for '--max-wait-ms': nan is not a finite number"),
         (("--recall-share", "nan"), "Invalid value for '--recall-share': nan is not a finite number"),
+        (("--device", "gpu"), "Invalid value for '--device': unknown device 'gpu'"),
         (("--cache-dtype", "fp8"), "Invalid value for '--cache-dtype'"),
         (("--admin-token-file", "/no/such/file"), "Invalid value for '--admin-token-file'"),
     ],
