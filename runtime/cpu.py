@@ -15,15 +15,16 @@ from pathlib import Path
 from unipinrec.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 FLUSH_DENORMALS = 0x8040  # MXCSR: flush to zero, denormals are zero
 MXCSR = 7  # its word in fenv_t of x86-64 Linux, glibc and musl alike
 
 
-def available_threads(cgroup: Path = CGROUP) -> int:
+def available_threads(cgroup: Path = CGROUP, own: Path = OWN_GROUP) -> int:
     """How many threads can run at once: the affinity mask, or the cgroup's CPU quota where that is less."""
-    cores, quota = len(os.sched_getaffinity(0)), cpu_quota(cgroup)
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota(cgroup, own)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -40,16 +41,42 @@ def thread_count(wanted: int | None) -> int:
     return wanted
 
 
-def cpu_quota(cgroup: Path = CGROUP) -> float | None:
-    """How many CPUs the cgroup allows this process; None = all."""
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
+def cpu_quota(cgroup: Path = CGROUP, own: Path = OWN_GROUP) -> float | None:
+    """How many CPUs this process's cgroup and those around it allow; None = all."""
+    limits = group_limits("", ("cpu.max",), cgroup, own)
+    limits += group_limits("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), cgroup, own)
+    return min((limit[0] / limit[1] for limit in limits if len(limit) == 2), default=None)  # quota and period
+
+
+def group_limits(controller: str, files: tuple[str, ...], cgroup: Path, own: Path) -> list[list[int]]:
+    """What files say in this process's cgroup and in those around it, where they are there and say numbers alone.
+
+    Args:
+        controller: Of version 1; empty = version 2.
+        files: Names of the files, which are read together.
+        cgroup: Where the hierarchies are mounted.
+        own: Which group of each this process is in. Inside a container it may name one that is not seen there.
+    """
+    group, limits = _own_group(controller, own), []
+    for place in (group, *group.parents):
         try:
-            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
-        except (OSError, ValueError):
+            words = [word for name in files for word in (cgroup / controller / place / name).read_text().split()]
+        except OSError:
             continue
-        if quota not in ("max", "-1"):
-            return int(quota) / int(period)
-    return None
+        if words and all(word.isdecimal() for word in words):  # neither "max" nor "-1"
+            limits.append([int(word) for word in words])
+    return limits
+
+
+def _own_group(controller: str, own: Path) -> Path:
+    """This process's group, from the root of its hierarchy; the root where it is not known."""
+    try:
+        lines = own.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return Path()
+    fields = [line.partition(":")[2].partition(":") for line in lines]  # of "number:controllers:path"
+    groups = [Path(path.lstrip("/")) for controllers, _, path in fields if controller in controllers.split(",")]
+    return next((group for group in groups if ".." not in group.parts), Path())
 
 
 def has_bf16(cpuinfo: Path = CPUINFO) -> bool:

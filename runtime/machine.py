@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from unipinrec.runtime.cpu import CGROUP, CPUINFO, available_threads, cpu_flags, cpu_quota
+from unipinrec.runtime.cpu import CGROUP, CPUINFO, OWN_GROUP, available_threads, cpu_flags, cpu_quota, group_limits
 
 MEMINFO = Path("/proc/meminfo")
 FEATURES = {
@@ -18,7 +18,7 @@ FEATURES = {
     "AMX BF16": {"amx_bf16"},
     "AMX INT8": {"amx_int8"},
 }
-MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups, version 2 and version 1
+MEMORY_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}  # of cgroups, version 2 and version 1
 NO_LIMIT = 1 << 60  # version 1 says so by a number
 
 
@@ -54,24 +54,24 @@ class Memory:
     limit_bytes: int | None
 
 
-def this_cpu(cpuinfo: Path = CPUINFO, cgroup: Path = CGROUP) -> Cpu:
+def this_cpu(cpuinfo: Path = CPUINFO, cgroup: Path = CGROUP, own: Path = OWN_GROUP) -> Cpu:
     """The CPU that this process runs on."""
-    flags, quota = cpu_flags(cpuinfo), cpu_quota(cgroup)
+    flags, quota = cpu_flags(cpuinfo), cpu_quota(cgroup, own)
     affinity = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs by affinity"
     allowed = "no cgroup quota" if quota is None else f"a cgroup quota of {quota:g} CPUs"
     return Cpu(
         model=_model(cpuinfo),
         features={name: bool(either & flags) for name, either in FEATURES.items()},
-        threads=available_threads(cgroup),
+        threads=available_threads(cgroup, own),
         threads_reason=f"{affinity}, {allowed}",
     )
 
 
-def this_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> Memory:
+def this_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, own: Path = OWN_GROUP) -> Memory:
     """The memory that this process may use."""
     sizes = _fields(meminfo)
     total, available = (_kib(sizes.get(name)) for name in ("MemTotal", "MemAvailable"))
-    return Memory(total_bytes=total, available_bytes=available, limit_bytes=_limit(cgroup))
+    return Memory(total_bytes=total, available_bytes=available, limit_bytes=_limit(cgroup, own))
 
 
 def _model(cpuinfo: Path) -> str:
@@ -93,12 +93,6 @@ def _kib(text: str | None) -> int | None:
     return int(number) * 1024 if number.isdecimal() else None
 
 
-def _limit(cgroup: Path) -> int | None:
-    for name in MEMORY_LIMITS:
-        try:
-            text = (cgroup / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal() and int(text) < NO_LIMIT:
-            return int(text)
-    return None
+def _limit(cgroup: Path, own: Path) -> int | None:
+    limits = [limit for name, file in MEMORY_LIMITS.items() for [limit, *_] in group_limits(name, (file,), cgroup, own)]
+    return min((limit for limit in limits if limit < NO_LIMIT), default=None)

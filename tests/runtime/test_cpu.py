@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unipinrec.runtime.cpu import available_threads, flush_denormals, has_bf16
+from unipinrec.runtime.cpu import available_threads, cpu_quota, flush_denormals, has_bf16
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,43 @@ def test_threads_are_those_that_can_run(tmp_path: Path, files: dict[str, str], q
     cores = len(os.sched_getaffinity(0))
     expected = cores if quota == math.inf else min(cores, math.ceil(quota))
     assert available_threads(tmp_path) == expected
+
+
+V1_CPU = "12:memory:/x\n4:cpu,cpuacct:/batch/own\n1:name=systemd:/init\n0::/elsewhere\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "quota"),
+    [
+        ("0::/system.slice/a.service\n", {"system.slice/a.service/cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/system.slice/a.service\n", {"system.slice/cpu.max": "50000 100000\n"}, 0.5),
+        (
+            "0::/a/b\n",
+            {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n", "cpu.max": "400000 100000\n"},
+            3.0,
+        ),
+        ("0::/a/b\n", {"c/cpu.max": "100000 100000\n"}, None),
+        ("0::/docker/not-seen-here\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        ("0::/../other\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        ("no group at all\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        (
+            V1_CPU,
+            {"cpu/batch/own/cpu.cfs_quota_us": "250000\n", "cpu/batch/own/cpu.cfs_period_us": "100000\n"},
+            2.5,
+        ),
+        (V1_CPU, {"cpu/x/cpu.cfs_quota_us": "250000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, None),
+        (V1_CPU, {"cpu/batch/own/cpu.cfs_quota_us": "-1\n", "cpu/batch/own/cpu.cfs_period_us": "100000\n"}, None),
+    ],
+)
+def test_the_quota_is_that_of_the_own_group_and_those_around_it(
+    tmp_path: Path, own: str, files: dict[str, str], quota: float | None
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert cpu_quota(tmp_path / "cgroup", tmp_path / "own") == quota
 
 
 def half_of_the_smallest_normal() -> float:

@@ -64,6 +64,25 @@ def test_memory_and_its_limit(tmp_path: Path, files: dict[str, str], limit: int 
     assert found == Memory(total_bytes=2048 * 1024, available_bytes=1024 * 1024, limit_bytes=limit)
 
 
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "4096\n", "a/memory.max": "max\n", "memory.max": "8192\n"}),
+        ("0::/a/b\n", {"a/b/memory.max": "8192\n", "a/memory.max": "4096\n"}),
+        ("7:cpu:/x\n4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "4096\n"}),
+    ],
+)
+def test_the_limit_is_that_of_the_own_group_and_those_around_it(
+    tmp_path: Path, own: str, files: dict[str, str]
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert this_memory(tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own").limit_bytes == 4096
+
+
 def test_memory_that_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: much\n")
     assert this_memory(tmp_path / "meminfo", tmp_path) == Memory(
