@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from unipinrec import __version__
 from unipinrec.errors import ExportError
@@ -36,7 +35,7 @@ from unipinrec.runtime.bundle import (
     USER_IDS,
     USERS,
 )
-from unipinrec.runtime.bundle_files import fingerprint, seal, written_whole
+from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
 from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
 
@@ -96,7 +95,7 @@ def export_bundle(
         graphs, parity = _graphs(source, vectors, folder, progress)
         progress("golden requests")
         sample = histories or random_histories(source)
-        save_file(dict(golden_tensors(source, sample, vectors)), folder / GOLDEN)
+        write_arrays(folder / GOLDEN, golden_tensors(source, sample, vectors))
         if histories is not None and options.users:
             _write_users(histories, options.users, folder)
         progress("index")
@@ -126,7 +125,7 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: vectors}
     if source.categories:
         tensors[CATEGORIES] = source.item_categories.astype(np.int32)
-    save_file(tensors, folder / ITEMS)
+    write_arrays(folder / ITEMS, tensors)
     (folder / ITEM_IDS).write_bytes(msgspec.json.encode(source.item_ids))
     if any(source.titles):
         (folder / ITEM_TITLES).write_bytes(msgspec.json.encode(source.titles))
@@ -182,14 +181,14 @@ def _write_users(histories: Histories, users: int, folder: Path) -> None:
     user_ids = histories.user_ids[:users]
     events = slice(0, int(histories.offsets[len(user_ids)]))
     (folder / USER_IDS).write_bytes(msgspec.json.encode(user_ids))
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "offsets": histories.offsets[: len(user_ids) + 1],
         "item_rows": histories.item_rows[events],
         "actions": histories.actions[events],
         "surfaces": histories.surfaces[events],
         "timestamps_ms": histories.timestamps_ms[events],
     }
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / USERS)
+    write_arrays(folder / USERS, arrays)
 
 
 def _manifest(

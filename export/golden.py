@@ -65,7 +65,7 @@ def golden_tensors(
         "candidates.timestamps_ms": now,
         "ranker.logits": source.servable.rank(past, slate),
     }
-    return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _padded(source: ExportSource, histories: Histories) -> tuple[Tensor, dict[str, Tensor]]:

@@ -11,9 +11,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from unipinrec.errors import ExportError
 from unipinrec.runtime.cpu import available_threads
@@ -91,6 +95,11 @@ def seal(folder: Path, manifest: Manifest) -> str:
     (folder / MANIFEST).write_bytes(content)
     (folder / MANIFEST_HASH).write_text(digest + "\n")
     return digest
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file of arrays in any memory order, of which the library itself takes no notice."""
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

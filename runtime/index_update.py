@@ -16,7 +16,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from unipinrec import __version__
 from unipinrec.errors import DataError
@@ -30,7 +29,7 @@ from unipinrec.runtime.bundle import (
     RETIRED,
     Bundle,
 )
-from unipinrec.runtime.bundle_files import fingerprint, link_or_copy, seal, written_whole
+from unipinrec.runtime.bundle_files import fingerprint, link_or_copy, seal, write_arrays, written_whole
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.index import HnswIndex
 from unipinrec.runtime.index_build import IndexTask, build_index, grow_index
@@ -187,7 +186,7 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> str:
         tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: update.table}
         if parent.catalogue.codes is not None:
             tensors[CATEGORIES] = np.concatenate([parent.catalogue.codes, added.codes])
-        save_file(tensors, folder / ITEMS)
+        write_arrays(folder / ITEMS, tensors)
         (folder / ITEM_IDS).write_bytes(msgspec.json.encode(parent.item_ids + added.ids))
         titles = parent.titles + added.titles
         if any(titles):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -138,7 +139,9 @@ def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_chosen(
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    source, again = source_from_checkpoint(checkpoint), tmp_path / "again"
+    stored, again = source_from_checkpoint(checkpoint), tmp_path / "again"
+    turned = {name: np.asfortranarray(getattr(stored, name)) for name in ("item_dense", "item_categories")}
+    source = replace(stored, **turned)  # arrays of data frames are stored by column
     options = ExportOptions(users=0, recall=0.5)
     manifest = export_bundle(source, again, histories=histories_from_data(dataset, source, 200), options=options)
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)

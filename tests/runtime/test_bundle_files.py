@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
-from unipinrec.runtime.bundle_files import file_problems, fingerprint, link_or_copy, written_whole
+from unipinrec.runtime.bundle_files import file_problems, fingerprint, link_or_copy, write_arrays, written_whole
 from unipinrec.runtime.manifest import FileSpec
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -59,6 +61,15 @@ def test_a_write_error_is_named(tmp_path: Path, error: OSError, match: str) -> N
     with pytest.raises(ExportError, match=match), written_whole(tmp_path / "out"):
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_in_any_memory_order_are_stored_the_same(tmp_path: Path) -> None:
+    rows = np.arange(12).reshape(3, 4)
+    write_arrays(tmp_path / "f", {"columns": np.asfortranarray(rows), "back": rows[::-1], "turned": rows.T})
+    stored = load_file(tmp_path / "f")
+    assert stored["columns"].tolist() == rows.tolist()
+    assert stored["back"].tolist() == rows[::-1].tolist()
+    assert stored["turned"].tolist() == rows.T.tolist()
 
 
 def test_a_file_is_linked_and_its_mode_left_alone(tmp_path: Path) -> None:
