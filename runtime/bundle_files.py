@@ -103,9 +103,12 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make a file appear under a second name; copied where the file system or its rules allow no link."""
+    """Make a file appear under a second name; copied where the file system or its rules allow no link.
+
+    Of a symbolic link it is the file behind it, as in a cache of downloads: the link may lead nowhere tomorrow.
+    """
     try:
-        target.hardlink_to(source)
+        target.hardlink_to(source.resolve())
     except OSError:
         shutil.copyfile(source, target)
 
@@ -120,7 +123,8 @@ def _reason(error: OSError | SafetensorError) -> str:
 
 def _sync(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.stat().st_nlink == 1:  # a linked file belongs to another bundle as well
+        # A linked file belongs to another bundle as well.
+        if path.stat().st_nlink == 1 and not path.is_symlink():
             path.chmod(0o644)
         _sync_path(path)
     _sync_path(folder)

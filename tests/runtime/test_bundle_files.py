@@ -84,6 +84,25 @@ def test_a_file_is_linked_and_its_mode_left_alone(tmp_path: Path) -> None:
     assert oct((tmp_path / "out/own").stat().st_mode)[-3:] == "644"
 
 
+def test_of_a_symbolic_link_the_file_behind_it_is_linked(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("x")
+    (tmp_path / "blob").chmod(0o444)
+    (tmp_path / "link").symlink_to("blob")
+    with written_whole(tmp_path / "deep/out") as folder:
+        link_or_copy(tmp_path / "link", folder / "linked")
+    assert not (tmp_path / "deep/out/linked").is_symlink()
+    assert (tmp_path / "deep/out/linked").samefile(tmp_path / "blob")
+    assert oct((tmp_path / "blob").stat().st_mode)[-3:] == "444"
+
+
+def test_a_symbolic_link_alone_does_not_change_the_mode_behind_it(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("x")
+    (tmp_path / "blob").chmod(0o444)
+    with written_whole(tmp_path / "out") as folder:
+        (folder / "foreign").symlink_to(tmp_path / "blob")
+    assert oct((tmp_path / "blob").stat().st_mode)[-3:] == "444"
+
+
 def test_a_file_is_copied_where_links_are_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
