@@ -68,9 +68,10 @@ def written_whole(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes `out` if the block succeeds, and is removed if it fails.
 
     Raises:
-        ExportError: `out` exists, or something cannot be written, the disk being full included.
+        ExportError: `out` exists, or something cannot be written, the disk being full included. Nothing is left behind,
+            unless the message says that `out` is in place.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ExportError(f"{out} exists; a bundle is never overwritten, choose another name or remove it")
     partial: Path | None = None
     try:
@@ -80,12 +81,17 @@ def written_whole(out: Path) -> Iterator[Path]:
         _sync(partial)
         partial.chmod(0o755)
         partial.rename(out)
-        _sync_path(out.parent)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"could not write {out}: {_reason(error)}; nothing was left behind") from error
     finally:
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _sync_path(out.parent)
+    except OSError as error:
+        raise ExportError(
+            f"{out} is whole and in place, but a power cut may still take it: its folder could not be synced: {error}"
+        ) from error
 
 
 def seal(folder: Path, manifest: Manifest) -> str:

@@ -6,7 +6,7 @@
     ├── CheckpointError         a checkpoint folder that is missing, damaged or of another model
     ├── TrainingError           training cannot go on
     ├── TrainingInterrupted     training stopped on request; the state to resume from is on disk
-    ├── ExportError             an export that failed; no bundle was left behind
+    ├── ExportError             an export that failed; no bundle was left behind, unless it says so
     │   └── ParityError         an exported graph that does not compute what PyTorch computes
     ├── BundleError             a bundle that cannot be served
     │   ├── BundleCorruptError  a file that is missing, truncated or altered
@@ -47,7 +47,7 @@ class TrainingInterrupted(UnipinrecError):  # noqa: N818 - an interruption, not 
 
 
 class ExportError(UnipinrecError):
-    """An export failed; no bundle was left behind."""
+    """An export failed; no bundle was left behind, unless the message says so."""
 
 
 class ParityError(ExportError):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -48,6 +48,39 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="by zero"), written_whole(tmp_path / "deep/other") as folder:
         (folder / "f").write_text(str(1 // 0))
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_link_that_leads_nowhere_is_not_overwritten_either(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(ExportError, match="out exists; a bundle is never overwritten"), written_whole(tmp_path / "out"):
+        pytest.fail("it was noticed only after the work was done")
+
+
+def test_a_name_that_cannot_be_is_an_error_of_ours(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 300)
+    with (
+        pytest.raises(ExportError, match=r"could not write .*File name too long.*nothing was left"),
+        written_whole(out),
+    ):
+        pytest.fail("it was noticed only after the work was done")
+
+
+def test_what_fails_once_the_folder_is_in_place_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that may be written to but not listed; root, as whom tests may run, may do either."""
+    opened = os.open
+
+    def refuse(path: Any, *more: Any, **options: Any) -> int:
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    match = r"out is whole and in place, but .*Permission denied"
+    with pytest.raises(ExportError, match=match) as caught, written_whole(tmp_path / "out") as folder:
+        (folder / "f").touch()
+    monkeypatch.undo()
+    assert "left behind" not in str(caught.value)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "f"]
 
 
 @pytest.mark.parametrize(
