@@ -9,11 +9,22 @@ import msgspec
 from torch import Tensor, nn
 
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
-from unipinrec.models.checkpoint import Catalogue, load_checkpoint
+from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.runtime.manifest import ModelSpec
+
+
+class _Epoch(msgspec.Struct):
+    best: bool
+    metrics: dict[str, Any]
+
+
+class _Metrics(msgspec.Struct):
+    """What is read of `metrics.json`."""
+
+    epochs: list[_Epoch]
 
 
 class ServableUniPinRec(nn.Module):
@@ -69,7 +80,7 @@ def source_from_checkpoint(folder: Path) -> ExportSource:
     """
     checkpoint = load_checkpoint(folder)
     metrics = folder / "metrics.json"
-    best = _best_epoch(msgspec.json.decode(metrics.read_bytes())) if metrics.exists() else None
+    best = _best_epoch(read_json(metrics, _Metrics)) if metrics.exists() else None
     return source_from_model(checkpoint.model, checkpoint.catalogue, checkpoint.features, best)
 
 
@@ -114,6 +125,6 @@ def _labels(catalogue: Catalogue, features: ItemFeatures, vocabulary: Vocabulary
     return labels
 
 
-def _best_epoch(document: dict[str, Any]) -> dict[str, Any] | None:
-    best = [epoch for epoch in document["epochs"] if epoch["best"]]
-    return {"split": "valid", **best[-1]["metrics"]} if best else None
+def _best_epoch(document: _Metrics) -> dict[str, Any] | None:
+    best = [epoch for epoch in document.epochs if epoch.best]
+    return {"split": "valid", **best[-1].metrics} if best else None

@@ -109,7 +109,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError, ConfigError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}; a checkpoint folder is what `unipinrec train` writes") from error
 
 
@@ -158,3 +158,8 @@ def _check(folder: Path, vocabulary: Vocabulary, catalogue: Catalogue, features:
         )
     if not np.isfinite(features.dense).all():
         raise CheckpointError(f"{folder}: catalogue.safetensors holds non-finite item features; train again")
+    words = [len(known) for known in vocabulary.categories.values()]
+    if ((features.categories < 0) | (features.categories > words)).any():
+        raise CheckpointError(
+            f"{folder}: a category code of catalogue.safetensors is not that of a word; the folder mixes two runs"
+        )

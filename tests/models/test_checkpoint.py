@@ -92,11 +92,12 @@ def test_a_missing_file_is_an_error_that_names_it(folder: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "bytes"])
 def test_a_damaged_file_is_an_error(folder: Path, name: str, damage: str) -> None:
     path = folder / name
     content = path.read_bytes()
     damaged = {"cut": content[: len(content) // 2], "empty": b"", "noise": b"\xff\xfe\x00" + content[3:]}
+    damaged["bytes"] = content.replace(b'"', b'"\xff', 1)  # not UTF-8 within a word
     path.write_bytes(damaged[damage])
     with pytest.raises(CheckpointError, match=str(folder)):
         load_checkpoint(folder)
@@ -159,6 +160,15 @@ def test_features_must_be_there_and_finite(folder: Path) -> None:
         load_checkpoint(folder)
     save_file({"dense": arrays["dense"]}, folder / "catalogue.safetensors")
     with pytest.raises(CheckpointError, match="categories"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("code", [-1, 999])
+def test_category_codes_must_be_those_of_words(folder: Path, code: int) -> None:
+    arrays = load_file(folder / "catalogue.safetensors")
+    arrays["categories"][3, 0] = code
+    save_file(arrays, folder / "catalogue.safetensors")
+    with pytest.raises(CheckpointError, match=r"a category code of catalogue\.safetensors is not that of a word"):
         load_checkpoint(folder)
 
 
