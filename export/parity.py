@@ -47,7 +47,10 @@ def check_graph(graph: Graph, path: Path, cases: list[Case]) -> list[ParityCheck
     checks.append(_named(graph, "axes", _axes_problem(graph, spec)))
     if any(check.problem for check in checks):
         return checks
-    session = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types; each is a finding, not a crash
+        return [*checks, _named(graph, "loads", f"onnxruntime: {error}")]
     return checks + [check for case in cases for check in _value_checks(graph, session, case)]
 
 
@@ -97,7 +100,7 @@ def _value_checks(graph: Graph, session: Any, case: Case) -> Iterator[ParityChec
     expected = dict(zip(graph.outputs, graph.compute(case.feeds), strict=True))
     try:
         actual = session.run(list(graph.outputs), {name: case.feeds[name].numpy() for name in graph.inputs})
-    except Exception as error:  # onnxruntime raises many types; each is a finding, not a crash
+    except Exception as error:  # as above
         yield ParityCheck(
             graph=graph.name, check="runs", case=case.name, max_abs_diff=None, problem=f"onnxruntime: {error}"
         )
