@@ -30,9 +30,9 @@ from unipinrec.runtime.stored_arrays import check_users
 T = TypeVar("T", bound=Sized)
 
 ITEMS, ITEM_IDS, ITEM_TITLES, RETIRED = "items.safetensors", "item_ids.json", "item_titles.json", "retired.json"
-INDEX, GOLDEN = "index.hnsw", "golden.safetensors"
+INDEX, GOLDEN, WEIGHTS = "index.hnsw", "golden.safetensors", "weights.bin"
 USERS, USER_IDS = "users.safetensors", "user_ids.json"
-REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN)
+REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN, WEIGHTS)
 REMEDY = "copy the bundle again, or export it again"
 ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
 DTYPES = {"F32": "<f4", "I32": "<i4"}
@@ -253,6 +253,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"lacks the graphs {', '.join(absent)}"
     needed = {*REQUIRED_FILES, *(graph.file for graph in manifest.graphs.values())}
     needed |= {graph.file for spec in manifest.precisions.values() for graph in spec.graphs.values()}
+    needed |= {f"weights_{precision}.bin" for precision in manifest.precisions}
     needed |= {engine.file for engine in manifest.engines}
     needed |= {RETIRED} if manifest.num_retired else set()
     unlisted = sorted(needed - set(manifest.files))

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
 from unipinrec.runtime import Bundle
+from unipinrec.runtime.manifest import Agreement
 
 Reseal = Callable[..., None]
 FILES = (
@@ -121,10 +122,12 @@ def test_a_manifest_that_contradicts_itself(copy: Path, reseal: Reseal, changes:
 
 def test_a_manifest_that_lacks_what_serving_needs(copy: Path, reseal: Reseal) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
-    del manifest["files"]["index.hnsw"]
+    del manifest["files"]["index.hnsw"], manifest["files"]["weights.bin"]
+    agreement = {**dict.fromkeys(Agreement.__struct_fields__, 1), "problem": None}
+    manifest["precisions"] = {"bf16": {"graphs": {}, "agreement": agreement, "auc_change": {}}}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     reseal(copy)
-    with pytest.raises(BundleError, match=r"does not list index\.hnsw"):
+    with pytest.raises(BundleError, match=r"does not list index\.hnsw, weights\.bin, weights_bf16\.bin"):
         Bundle.open(copy)
     del manifest["graphs"]["extend"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
