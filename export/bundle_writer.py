@@ -38,9 +38,10 @@ from unipinrec.runtime.bundle import (
 from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
 from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.ort_session import import_onnxruntime
 
 EMBED_CHUNK = 65_536
-TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "hnswlib", "numpy")
+TOOLS = ("torch", "onnx", "onnxscript", "hnswlib", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +214,14 @@ def _manifest(
         parity=parity,
         metrics=source.metrics,
         data_fingerprint=_data_fingerprint(source),
-        tools={"unipinrec": __version__, **{name: importlib.metadata.version(name) for name in TOOLS}},
+        tools=_tools(),
     )
+
+
+def _tools() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in TOOLS}
+    # The module knows: it comes in wheels of several names.
+    return {"unipinrec": __version__, **found, "onnxruntime": import_onnxruntime().__version__}
 
 
 def _data_fingerprint(source: ExportSource) -> str:

@@ -149,7 +149,7 @@ class _Traced(nn.Module):
 
 
 def write_graph(graph: Graph, module: nn.Module, example: dict[str, Tensor], path: Path) -> None:
-    """Trace a graph with example inputs (sizes distinct and at least 2) and write it, weights inside.
+    """Trace a graph with example inputs (sizes distinct and at least 2) and write it, weights inside or in PATH.data.
 
     Raises:
         ExportError: The tracer cannot express the model.

@@ -39,8 +39,12 @@ class SharedWeights:
         (folder / file).touch()
 
     def take(self, graph_file: str) -> None:
-        """Rewrite a graph so that its large weights live in the shared file and its nodes carry no source paths."""
+        """Rewrite a graph so that its large weights live in the shared file and its nodes carry no source paths.
+
+        Beyond 1.5 GiB torch puts them into a file of its own, whatever it is told; that is removed.
+        """
         self.put(onnx.load(self.folder / graph_file), graph_file)
+        (self.folder / f"{graph_file}.data").unlink(missing_ok=True)
 
     def put(self, model: onnx.ModelProto, graph_file: str) -> None:
         """Write a graph that has its weights inside, likewise; it is modified."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx._internal.exporter import _onnx_program
 
 from unipinrec.errors import ExportError, ParityError
 from unipinrec.export.bundle_writer import export_bundle
@@ -121,6 +124,24 @@ def test_another_backbone_is_exported_with_parity(tmp_path: Path) -> None:
     assert manifest.parity.max_abs_diff < 1e-5
     assert all(check.problem is None for check in manifest.parity.checks)
     assert not (tmp_path / "bundle/item_titles.json").exists()
+
+
+def test_of_a_large_model_exported_where_onnxruntime_is_the_wheel_for_gpus_nothing_is_left_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond 1.5 GiB torch stores the weights beside each graph; the wheel is named otherwise."""
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    manifest = export_bundle(source_of(PooledHistory()), tmp_path / "bundle")
+    assert manifest.tools["onnxruntime"] == onnxruntime.__version__
+    assert not list((tmp_path / "bundle").glob("*.data"))
 
 
 def test_another_backbone_is_served(tmp_path: Path) -> None:
