@@ -89,7 +89,8 @@ def export_bundle(
         ParityError: A graph does not compute what PyTorch computes, or a precision does not recommend what fp32 does.
         ExportError: Anything else that went wrong, the disk being full included.
     """
-    reduced = known_precisions(precisions, real=histories is not None)
+    users = histories.split() if histories else []
+    reduced = known_precisions(precisions, users)
     with written_whole(out) as folder:
         progress("item table")
         vectors = _item_table(source, folder)

@@ -55,21 +55,27 @@ class Judged:
     exact_auc: dict[str, float]
 
 
-def known_precisions(wanted: Sequence[str], *, real: bool) -> list[Precision]:
+def known_precisions(wanted: Sequence[str], histories: Sequence[History]) -> list[Precision]:
     """Those that are wanted, each once.
 
     Args:
         wanted: Names.
-        real: Whether there are histories of real users.
+        histories: Of real users, none where there are none.
 
     Raises:
-        ExportError: One is not known, or needs real histories and there are none.
+        ExportError: One is not known, or needs real histories and there are none, or only short ones.
     """
     unknown = sorted(set(wanted) - set(LOW_TYPES))
     if unknown:
         raise ExportError(f"unknown precision {unknown[0]!r}; beside fp32 there are {', '.join(LOW_TYPES)}")
-    if "fp8" in wanted and not real:
+    if "fp8" in wanted and not histories:
         raise ExportError("precision fp8 is calibrated on histories of real users; pass --data")
+    longest = max(map(len, histories), default=0)
+    if "fp8" in wanted and longest <= LAST_EVENTS:
+        raise ExportError(
+            f"precision fp8 is calibrated on users with more than {LAST_EVENTS} events, and the longest history has "
+            f"{longest}; leave fp8 out, or pass --data with more events"
+        )
     return [precision for precision in LOW_TYPES if precision in wanted]
 
 

@@ -19,7 +19,7 @@ from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
 from unipinrec.export.fp8 import Quantizer
 from unipinrec.export.precision import emulated_graph, typed_graph
-from unipinrec.export.precision_check import add_precisions
+from unipinrec.export.precision_check import add_precisions, known_precisions
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.ort_session import import_onnxruntime
 
@@ -106,6 +106,15 @@ def test_it_needs_real_histories(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="fp8 is calibrated on histories of real users; pass --data"):
         export_bundle(source_from_checkpoint(checkpoint), tmp_path / "bundle", precisions=["fp8"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_needs_histories_with_events_to_hold_out(bundle: Path) -> None:
+    histories = [history.part(0, 4) for history in Bundle.open(bundle).sample_histories(3)]
+    with pytest.raises(
+        ExportError, match="users with more than 4 events, and the longest history has 4; leave fp8 out"
+    ):
+        known_precisions(["fp8"], histories)
+    assert known_precisions(["fp8", "bf16"], Bundle.open(bundle).sample_histories(3)) == ["bf16", "fp8"]
 
 
 TWO_LAYERS = """
