@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from unipinrec import __version__
-from unipinrec.errors import ExportError
+from unipinrec.errors import BundleError, ExportError
 from unipinrec.export.cases import CaseMaker
 from unipinrec.export.golden import golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
@@ -34,8 +34,11 @@ from unipinrec.runtime.bundle import (
     ITEMS,
     USER_IDS,
     USERS,
+    Bundle,
+    off_unit,
 )
 from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.index import HnswIndex
 from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
 from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
 from unipinrec.runtime.ort_session import import_onnxruntime
@@ -106,9 +109,12 @@ def export_bundle(
         progress("manifest")
         manifest = _manifest(source, folder, graphs, parity, index)
         seal(folder, manifest)
-        if reduced:
-            users = histories.split() if histories else []
-            manifest = add_precisions(folder, reduced, users, accept_loss=options.accept_loss, progress=progress)
+        try:
+            if reduced:
+                manifest = add_precisions(folder, reduced, users, accept_loss=options.accept_loss, progress=progress)
+            HnswIndex.open(Bundle.open(folder))
+        except BundleError as error:
+            raise ExportError(f"what was written could not be opened: {error}") from error
     return manifest
 
 
@@ -121,9 +127,12 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
         categories = torch.from_numpy(source.item_categories[rows.numpy()])
         parts.append(source.servable.embed_items(rows, dense, categories).numpy())
     vectors = np.concatenate(parts).astype(np.float32)
-    if not np.isfinite(vectors).all():
-        rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        raise ExportError(f"{len(rows)} item vectors are not finite, first {source.item_ids[rows[0]]!r}; train again")
+    rows = off_unit(vectors)
+    if len(rows):
+        raise ExportError(
+            f"{len(rows)} item vectors are not finite or not of unit length, first {source.item_ids[rows[0]]!r}; train "
+            "again, or let embed_items normalise them"
+        )
     tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: vectors}
     if source.categories:
         tensors[CATEGORIES] = source.item_categories.astype(np.int32)

@@ -137,6 +137,10 @@ class ExportSource:
             raise ExportError(
                 f"{type(self.module).__name__} lacks {missing}; see unipinrec.export.protocol.ServableModel"
             )
+        if self.model.max_history < 2:
+            raise ExportError(
+                f"max_history={self.model.max_history}: no history could be extended; train with at least 2"
+            )
         if len({len(self.item_ids), len(self.titles), len(self.item_dense), len(self.item_categories)}) != 1:
             raise ExportError(
                 f"item_ids ({len(self.item_ids)}), titles ({len(self.titles)}), item_dense ({len(self.item_dense)}) "

@@ -324,14 +324,19 @@ def _item_vectors(path: Path, count: int, dim: int) -> NDArray[np.float32]:
     """Map the item table [count, dim] f32 from disk and check it."""
     vectors: NDArray[np.float32] = _map_tensor(path, ITEM_VECTORS, "F32", (count, dim))
     for start in range(0, count, CHECK_ROWS):
-        chunk = vectors[start : start + CHECK_ROWS]
-        wrong = ~(np.abs(np.sqrt(np.einsum("ne,ne->n", chunk, chunk)) - 1.0) <= UNIT_TOLERANCE)
-        if wrong.any():
+        wrong = off_unit(vectors[start : start + CHECK_ROWS])
+        if len(wrong):
             raise BundleError(
-                f"{path}: the vector of item row {start + int(wrong.argmax())} is not finite or not of unit length; "
+                f"{path}: the vector of item row {start + wrong[0]} is not finite or not of unit length; "
                 "export the bundle again"
             )
     return vectors
+
+
+def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Rows of vectors [N, E] that are not finite or not of unit length."""
+    lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
+    return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
 
 
 def _category_codes(path: Path, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:

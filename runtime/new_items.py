@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError, DataError
-from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle import Bundle, off_unit
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import Manifest
 from unipinrec.runtime.ort_session import OrtBackend
@@ -119,7 +119,8 @@ def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
     """Vectors [A, E] of unit length for items that training did not know.
 
     Raises:
-        BackendError: The graph does not run, or gives values that are not finite.
+        BackendError: The graph does not run.
+        DataError: An item has no such vector, as its values are beyond what the model can take.
     """
     if not rows.ids:
         return np.zeros((0, bundle.manifest.model.item_dim), np.float32)
@@ -133,7 +134,14 @@ def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
     for start in range(0, len(rows.ids), EMBED_CHUNK):
         chunk = {name: values[start : start + EMBED_CHUNK] for name, values in inputs.items()}
         parts.append(backend.run("item_embedder", chunk)["item_vectors"].numpy())
-    return np.concatenate(parts)
+    vectors = np.concatenate(parts)
+    wrong = off_unit(vectors)
+    if len(wrong):
+        raise DataError(
+            f"item {rows.ids[wrong[0]]!r}: its vector is not finite or not of unit length; the largest of its dense "
+            f"values is {np.abs(rows.dense[wrong[0]]).max(initial=0.0):g}: give values such as the model was trained on"
+        )
+    return vectors
 
 
 def _dense(item: NewItem, declared: Mapping[str, int], where: str) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter import _onnx_program
 
 from unipinrec.errors import ExportError, ParityError
-from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.runtime.bundle import Bundle
@@ -88,6 +88,13 @@ class BranchOnShape(PooledHistory):
     def rank(self, past: Past, candidates: Candidates) -> Tensor:
         logits = super().rank(past, candidates)
         return logits * 2.0 if past.key_values[0][0].shape[2] < 3 else logits
+
+
+class TwiceAsLong(PooledHistory):
+    """Forgets to normalise."""
+
+    def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
+        return 2.0 * super().embed_items(rows, dense, categories)
 
 
 def source_of(module: nn.Module) -> ExportSource:
@@ -179,9 +186,30 @@ def test_repeated_item_ids_are_refused() -> None:
 def test_item_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     module = PooledHistory()
     module.items.weight.data[7] = float("nan")
-    with pytest.raises(ExportError, match="1 item vectors are not finite, first 'item-7'"):
+    with pytest.raises(ExportError, match="1 item vectors are not finite or not of unit length, first 'item-7'; train"):
         export_bundle(source_of(module), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_item_vectors_that_are_not_of_unit_length_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"40 item vectors are not .*first 'item-0'; .*let embed_items normalise them"
+    ):
+        export_bundle(source_of(TwiceAsLong()), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_could_not_be_opened_is_not_left_behind(tmp_path: Path) -> None:
+    options = ExportOptions(recall=float("nan"))
+    with pytest.raises(ExportError, match=r"what was written could not be opened: .*Expected `float`, got `null`"):
+        export_bundle(source_of(PooledHistory()), tmp_path / "bundle", options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_single_events_is_refused() -> None:
+    source = source_of(PooledHistory())
+    with pytest.raises(ExportError, match="max_history=1: no history could be extended; train with at least 2"):
+        replace(source, model=msgspec.structs.replace(source.model, max_history=1))
 
 
 def test_another_backbone_is_exported_in_both_precisions_and_its_fp32_part_stays(tmp_path: Path) -> None:
