@@ -17,7 +17,7 @@ def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histo
 
     Raises:
         DataError: The folder is no prepared data set.
-        ExportError: Its items, actions or surfaces are not those of the model.
+        ExportError: Its items, actions or surfaces are not those of the model, or it has no events.
     """
     dataset = read_dataset(folder)
     data = sequences_of(dataset)
@@ -31,6 +31,8 @@ def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histo
         differ = " and ".join(name for name, equal in same.items() if not equal)
         raise ExportError(f"{folder} is not the data that the checkpoint was trained on: {differ} differ")
     counts = np.diff(data.event_start)
+    if not counts.any():
+        raise ExportError(f"{folder} has no events, so no histories; export without data")
     latest = np.where(counts > 0, data.timestamps_ms[np.maximum(data.event_start[1:] - 1, 0)], -1)
     users = np.argsort(-latest, kind="stable")
     users = users[counts[users] > 0][:limit]

@@ -191,6 +191,16 @@ def test_data_whose_surfaces_have_other_codes_is_refused(checkpoint: Path, datas
         histories_from_data(tmp_path / "other", source_from_checkpoint(checkpoint), 10)
 
 
+def test_data_without_events_is_refused(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    """Slates alone, as of a service that has shown much and logged nothing yet."""
+    from unipinrec.models.data_schema import read_dataset, write_dataset
+
+    data = read_dataset(dataset)
+    write_dataset(replace(data, events=data.events.clear()), tmp_path / "silent")
+    with pytest.raises(ExportError, match="silent has no events, so no histories; export without data"):
+        histories_from_data(tmp_path / "silent", source_from_checkpoint(checkpoint), 10)
+
+
 def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     from unipinrec.models.data_schema import write_dataset
     from unipinrec.models.simulator import SimulatorConfig, simulate
