@@ -5,7 +5,7 @@ Answers which rows an allow-list and categories leave; refuses to know vectors a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,16 +136,23 @@ def as_ids(given: Iterable[str | int], name: str) -> list[str]:
 
 
 def parse_ids(content: bytes, source: str) -> dict[str, str]:
-    """Read external ids, one per line; the keys say where each was, for messages. Empty lines are left out.
+    """Read external ids, one per line; the keys say where each was, for messages. Blank lines are left out.
+
+    Spaces around an id are kept, as they may be part of it; see `as_known`.
 
     Raises:
         DataError: It is not UTF-8.
     """
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: {error}; write one item id per line, in UTF-8") from error
-    return {f"{source} line {place}": line.strip() for place, line in enumerate(lines, 1) if line.strip()}
+    return {f"{source} line {place}": line.strip("\r") for place, line in enumerate(lines, 1) if line.strip()}
+
+
+def as_known(listed: str, known: Container[str]) -> str:
+    """An id from a list as it was written, or without the spaces around it if it is not known with them."""
+    return listed if listed in known else listed.strip()
 
 
 def mask_without(count: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -30,6 +30,7 @@ from unipinrec.runtime.bundle import (
     Bundle,
 )
 from unipinrec.runtime.bundle_files import fingerprint, link_or_copy, seal, write_arrays, written_whole
+from unipinrec.runtime.catalogue import as_known
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.index import HnswIndex
 from unipinrec.runtime.index_build import IndexTask, build_index, grow_index
@@ -143,7 +144,7 @@ def _retired_rows(parent: Bundle, retire: Mapping[str, str]) -> tuple[NDArray[np
     """All rows that are retired after an update, sorted, and how many ids were so already."""
     rows, repeated = set(parent.catalogue.retired.tolist()), 0
     for where, item in retire.items():
-        row = parent.rows.get(item)
+        row = parent.rows.get(as_known(item, parent.rows))
         if row is None:
             raise DataError(f"{where}: item {item!r} is not among the {len(parent.rows)} items of this bundle")
         repeated += row in rows

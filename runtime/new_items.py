@@ -79,7 +79,8 @@ def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Contain
 
     Raises:
         BundleError: The model declares no item features, so that it has no vector for a new item.
-        DataError: An id occurs twice or is taken, a feature is unknown, missing, of the wrong width or not finite.
+        DataError: An id is empty, has a line break, occurs twice or is taken;
+            a feature is unknown, missing, of the wrong width or not finite.
     """
     if items and "item_embedder" not in manifest.graphs:
         raise BundleError(
@@ -93,6 +94,10 @@ def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Contain
     known = [{word: code for code, word in enumerate(words, 1)} for words in manifest.categories.values()]
     for row, (where, item) in enumerate(items.items()):
         identity = str(item.item)
+        if not identity.strip() or "\n" in identity or "\r" in identity:
+            raise DataError(
+                f"{where}: item {identity!r}: an id is not empty and has no line break, as in a list of ids"
+            )
         if identity in first:
             raise DataError(f"{where}: item {identity!r} was given before, at {first[identity]}; give each item once")
         if identity in taken:

@@ -15,6 +15,7 @@ from unipinrec.cli_common import command, json_option, print_json, stderr, stdou
 from unipinrec.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
+    from unipinrec.runtime import Bundle
     from unipinrec.runtime.device import DeviceRules
     from unipinrec.runtime.manifest import Agreement
     from unipinrec.runtime.requests import Event
@@ -153,10 +154,10 @@ def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> 
     return weights
 
 
-def _ids(path: Path) -> tuple[str, ...]:
-    from unipinrec.runtime.catalogue import parse_ids
+def _ids(path: Path, bundle: Bundle) -> tuple[str, ...]:
+    from unipinrec.runtime.catalogue import as_known, parse_ids
 
-    return tuple(parse_ids(path.read_bytes(), str(path)).values())
+    return tuple(as_known(item, bundle.rows) for item in parse_ids(path.read_bytes(), str(path)).values())
 
 
 def _categories(
@@ -246,7 +247,8 @@ def recommend(
         if user is not None and options["now_ms"] is None:
             options["now_ms"] = _soon_after(events[-1])
         allow, deny = options.pop("allow"), options.pop("deny")
-        options |= {"allow": _ids(allow) if allow else None, "exclude": _ids(deny) if deny else ()}
+        opened = recommender.bundle
+        options |= {"allow": _ids(allow, opened) if allow else None, "exclude": _ids(deny, opened) if deny else ()}
         slate = recommender.recommend(events, k, RecommendOptions(**options))
     running = recommender.device
     if as_json:

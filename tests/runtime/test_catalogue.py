@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError, RequestError
-from unipinrec.runtime.catalogue import Catalogue, mask_without, parse_ids
+from unipinrec.runtime.catalogue import Catalogue, as_known, mask_without, parse_ids
 
 NONE = np.array([], np.int64)
 CODES = np.array([[1, 0], [2, 1], [1, 2], [0, 1], [2, 2]], np.int32)
@@ -106,7 +106,18 @@ def test_a_mask_of_all_but_some() -> None:
 
 
 def test_ids_are_read_by_line() -> None:
-    content = "\ufeffa\r\n\n  b c \nä".encode()
-    assert parse_ids(content, "ids.txt") == {"ids.txt line 1": "a", "ids.txt line 3": "b c", "ids.txt line 4": "ä"}
+    content = "\ufeffa\r\n\n  b c \n \nä\u2028ö".encode()
+    expected = {"ids.txt line 1": "a", "ids.txt line 3": "  b c ", "ids.txt line 5": "ä\u2028ö"}
+    assert parse_ids(content, "ids.txt") == expected
     with pytest.raises(DataError, match=r"ids\.txt: .*codec can't decode.*one item id per line, in UTF-8"):
         parse_ids(b"\xff", "ids.txt")
+
+
+def test_spaces_around_an_id_count_where_it_is_known_with_them() -> None:
+    known = {"sku 12 ", "sku 13"}
+    assert [as_known(listed, known) for listed in ("sku 12 ", "sku 12", " sku 13 ", "x")] == [
+        "sku 12 ",
+        "sku 12",
+        "sku 13",
+        "x",
+    ]

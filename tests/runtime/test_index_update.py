@@ -275,6 +275,23 @@ def test_what_cannot_be_done_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [3e38, 1e30])
+def test_an_item_beyond_what_the_model_can_take_is_named(bundle: Path, tmp_path: Path, value: float) -> None:
+    huge = NewItem(item="huge", dense={"content": (value,) * 16, "log_duration": (1.0,)})
+    with pytest.raises(
+        DataError,
+        match=r"item 'huge': its vector is not finite or not of unit length; .* dense values is [13]e\+3[08]: give",
+    ):
+        update(bundle, tmp_path / "new", (new("fine"), huge))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spaces_of_an_id_are_part_of_it(bundle: Path, tmp_path: Path) -> None:
+    update(bundle, tmp_path / "new", (new("sku 12 "),))
+    report = update(tmp_path / "new", tmp_path / "newer", retire=("sku 12 ", " item-3 "))
+    assert report.retired == 2
+
+
 def test_all_items_can_be_replaced_by_one(bundle: Path, ids: list[str], tmp_path: Path) -> None:
     report = update(bundle, tmp_path / "new", (new("only"),), tuple(ids))
     assert (report.items_after, report.index.count, report.way) == (1, 1, "rebuilt")
