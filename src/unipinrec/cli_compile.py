@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli_common import command, json_option, print_json, progress, stderr, stdout
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, progress, stderr, stdout
 from unipinrec.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ DRY, LIST, REMOVE = "--dry-run", "--list", "--remove"
     help='Or a JSON list of such: [{"batch": [1, 4, 8]}, ..].',
 )
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="How long to look for fast kernels.")
-@click.option("--workspace-gib", type=click.FloatRange(0, min_open=True), help="Most scratch memory of one kernel.")
+@click.option("--workspace-gib", type=FiniteRange(0, min_open=True), help="Most scratch memory of one kernel.")
 @click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="Kernel timings to use and keep.")
 @click.option("--strip-weights", is_flag=True, help="Leave the weights out of the engines; loading puts them back.")
 @click.option("--version-compatible", is_flag=True, help="Engines that later TensorRTs of the same major version load.")

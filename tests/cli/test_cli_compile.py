@@ -215,6 +215,13 @@ def test_an_entry_that_cannot_be_trusted_is_listed_and_removed(cache: Path) -> N
     assert [path.name for path in cache.iterdir()] == ["abd2"]
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_workspace_is_finite(value: str) -> None:
+    done = run(STORED, "--dry-run", "--workspace-gib", value)
+    assert done.exit_code == 2
+    assert f"{value} is not a finite number" in done.stderr
+
+
 def test_help_has_examples() -> None:
     done = run("--help")
     assert "unipinrec compile bundle/ --flavor tensorrt_rtx --target sm_89,sm_120 --out bundle-ahead/" in done.stdout

@@ -92,13 +92,15 @@ def test_a_bad_list_is_named_by_line(bundle: Path, tmp_path: Path, content: byte
 
 
 @pytest.mark.parametrize("words", [("export", "checkpoint"), ("index", "bundle", "--add", __file__, "--out")])
-def test_a_recall_beyond_one_is_wrong_use(tmp_path: Path, words: tuple[str, ...]) -> None:
-    result = run(*words, tmp_path / "new", "--recall", "1.5")
+@pytest.mark.parametrize(
+    ("recall", "message"), [("1.5", "1.5 is not in the range 0.0<x<=1.0"), ("nan", "nan is not a finite number")]
+)
+def test_a_recall_that_cannot_be_is_wrong_use(
+    tmp_path: Path, words: tuple[str, ...], recall: str, message: str
+) -> None:
+    result = run(*words, tmp_path / "new", "--recall", recall)
     assert result.exit_code == 2
-    assert "1.5 is not in the range 0.0<x<=1.0" in result.stderr
-    result = run(*words, tmp_path / "new", "--recall", "nan")
-    assert result.exit_code == 2
-    assert "nan is not a finite number" in result.stderr
+    assert message in result.stderr
 
 
 def test_help_shows_an_example() -> None:
