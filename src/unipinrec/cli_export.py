@@ -107,6 +107,7 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
     stdout.print(
         f"{bundle}: {manifest.num_items} items, {size:.1f} MiB, index recall@{index.recall_k} {index.recall:.4f} "
         f"at ef={index.ef_search}, {seconds:.0f} s",
+        markup=False,
         highlight=False,
     )
 

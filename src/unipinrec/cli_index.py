@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 import msgspec
+from rich.markup import escape
 
 from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout
 
@@ -95,8 +96,8 @@ def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
     index = report.index
     for feature, count in report.unknown_words.items():
         stderr.print(
-            f"[bold yellow]warning[/]: {count} of {report.added} added items have a {feature} that the model does not "
-            "know; it counts as unknown",
+            f"[bold yellow]warning[/]: {count} of {report.added} added items have a {escape(feature)} that the model "
+            "does not know; it counts as unknown",
             highlight=False,
         )
     stdout.print(
@@ -104,6 +105,7 @@ def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
         f"({report.already_retired} were already), {report.items_after} now; index {report.way}, "
         f"recall@{index.recall_k} {index.recall:.4f} at ef={index.ef_search}, {seconds:.0f} s; "
         f"bundle {report.bundle[:12]} from {report.parent[:12]}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

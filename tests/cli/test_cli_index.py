@@ -31,11 +31,12 @@ def gone(tmp_path: Path) -> Path:
 
 
 def test_items_are_added_and_retired(bundle: Path, items: Path, gone: Path, tmp_path: Path) -> None:
-    result = run("index", bundle, "--out", tmp_path / "new", "--add", items, "--retire", gone)
+    out = tmp_path / "new[v2]" / "[/bundle]"  # no markup
+    result = run("index", bundle, "--out", out, "--add", items, "--retire", gone)
     assert result.exit_code == 0
-    assert "300 items before, 2 added, 2 retired (1 were already), 300 now; index incremental" in result.stdout
+    assert f"{out}: 300 items before, 2 added, 2 retired (1 were already), 300 now; index incremental" in result.stdout
     assert "2 of 2 added items have a topic that the model does not know" in " ".join(result.stderr.split())
-    assert run("verify", tmp_path / "new").exit_code == 0
+    assert run("verify", out).exit_code == 0
 
 
 def test_the_documented_json(bundle: Path, items: Path, tmp_path: Path) -> None:
