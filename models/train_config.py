@@ -88,7 +88,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "log_every",
         )
         _require(self, counts, lambda value: value >= 1, "at least 1")
-        _require(self, ("learning_rate", "grad_clip"), lambda value: 0 < value < math.inf, "positive and finite")
+        _require(self, ("learning_rate", "grad_clip"), lambda value: 0 < value < 1e30, "positive and below 1e30")
         _require(self, ("mask_probability", "label_smoothing"), lambda value: 0 <= value < 1, "in [0, 1)")
         weights = {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
         for name in ("weight_decay", "warmup_steps", "history_candidates", "retrieval_weight", "ranking_weight"):

@@ -228,8 +228,7 @@ def _fetched(source: Path | None, archive: Archive, wanted: bool) -> Path:
         if source is None:
             raise click.UsageError("give SOURCE, the folder of the data, or --download")
         return source
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = source or cache / "unipinrec" / "downloads" / archive.name
+    folder = source or _cache() / "unipinrec" / "downloads" / archive.name
     if folder.exists():
         stderr.print(f"using {escape(str(folder))}, which is already there", soft_wrap=True)
         return folder
@@ -237,3 +236,10 @@ def _fetched(source: Path | None, archive: Archive, wanted: bool) -> Path:
     with Progress(TextColumn("fetch"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=stderr) as bar:
         task = bar.add_task("fetch", total=None)
         return download(archive, folder, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise click.UsageError(f"no folder to fetch into ({error}); give SOURCE, or set XDG_CACHE_HOME") from error

@@ -18,6 +18,7 @@ Examples:
   unipinrec serve bundle/ --state redis://cache:6379/0 --deadline-ms 200 --queue 512
   curl localhost:8000/health/ready"""
 
+DAY_S = 86_400
 positive = FiniteRange(0, min_open=True)
 
 
@@ -34,7 +35,7 @@ positive = FiniteRange(0, min_open=True)
 )
 @click.option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 4096),
     help="CPU threads that a process computes with.  [default: its share of what may be used]",
 )
 @device_option
@@ -92,7 +93,7 @@ positive = FiniteRange(0, min_open=True)
 )
 @click.option(
     "--max-wait-ms",
-    type=FiniteRange(0),
+    type=FiniteRange(0, 60_000),
     default=0.0,
     show_default=True,
     help="How long a request waits for others to be answered with while nothing is computed; while something is, the "
@@ -117,13 +118,13 @@ positive = FiniteRange(0, min_open=True)
 )
 @click.option(
     "--drain-delay-s",
-    type=FiniteRange(0),
+    type=FiniteRange(0, DAY_S),
     default=1.0,
     show_default=True,
     help="How long after SIGTERM new connections are still accepted, while /health/ready says 503.",
 )
 @click.option(
-    "--drain-s", type=FiniteRange(1), default=30.0, show_default=True, help="How long the rest may then take."
+    "--drain-s", type=FiniteRange(1, DAY_S), default=30.0, show_default=True, help="How long the rest may then take."
 )
 @click.option(
     "--hung-s",

@@ -18,11 +18,13 @@ EXAMPLE = """\b
 Example:
   unipinrec prepare simulate --out demo/data --users 2000 --items 2000 --seed 7"""
 
+many = click.IntRange(1, 1_000_000_000)
+
 
 @click.command(epilog=EXAMPLE)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
-@click.option("--users", type=click.IntRange(min=1), default=2000, show_default=True, help="Number of users.")
-@click.option("--items", type=click.IntRange(min=1), default=2000, show_default=True, help="Catalogue size.")
+@click.option("--users", type=many, default=2000, show_default=True, help="Number of users.")
+@click.option("--items", type=many, default=2000, show_default=True, help="Catalogue size.")
 @click.option(
     "--categories",
     type=click.IntRange(min=1),
@@ -46,7 +48,7 @@ Example:
     help="Mean slates per session.",
 )
 @click.option("--slate-size", type=click.IntRange(min=1), default=10, show_default=True, help="Items shown per slate.")
-@click.option("--days", type=click.IntRange(min=1), default=28, show_default=True, help="Simulated time.")
+@click.option("--days", type=click.IntRange(1, 36_500), default=28, show_default=True, help="Simulated time.")
 @click.option("--seed", type=click.IntRange(min=0), default=7, show_default=True, help="Same seed, same data.")
 @json_option
 @command

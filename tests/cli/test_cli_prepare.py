@@ -215,6 +215,13 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[bytes]:
     server.server_close()
 
 
+@pytest.mark.usefixtures("homeless")
+def test_a_download_without_a_home_needs_a_folder(tmp_path: Path) -> None:
+    result = prepare("movielens", "--download", "--out", tmp_path / "out", *SPLIT)
+    assert result.exit_code == 2
+    assert "give SOURCE, or set XDG_CACHE_HOME" in result.stderr
+
+
 @pytest.mark.usefixtures("owner")
 def test_download_shows_the_licence_and_uses_the_cache_the_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,10 @@ def test_command_counts_impossible_settings_as_wrong_use(tmp_path: Path) -> None
     code, _, stderr = run("--out", str(tmp_path / "data"), "--sessions", "inf")
     assert code == 2
     assert "inf is not a finite number" in stderr
+    for option in ("--users", "--items", "--days"):
+        code, _, stderr = run("--out", str(tmp_path / "data"), option, "9223372036854775808")
+        assert code == 2
+        assert "9223372036854775808 is not in the range 1<=x<=" in stderr
 
 
 def test_help_has_an_example() -> None:
