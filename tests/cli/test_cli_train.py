@@ -15,6 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
+from unipinrec.cli_export import _print_report
+from unipinrec.runtime import Bundle
 
 
 def run(*words: str | Path) -> Result:
@@ -153,6 +155,11 @@ def test_export_refuses_what_exists(checkpoint: Path, bundle: Path, tmp_path: Pa
     missing = run("export", tmp_path, tmp_path / "bundle")
     assert missing.exit_code == 1
     assert "a checkpoint folder is what `unipinrec train` writes" in missing.stderr
+
+
+def test_the_name_of_a_bundle_is_no_markup(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_report(Path("b[v2]/[/b]"), Bundle.open(bundle).manifest, 1.0)
+    assert "b[v2]/[/b]: 300 items, " in capsys.readouterr().out
 
 
 def test_export_json(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:

@@ -140,8 +140,9 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
     stored, again = source_from_checkpoint(checkpoint), tmp_path / "again"
-    turned = {name: np.asfortranarray(getattr(stored, name)) for name in ("item_dense", "item_categories")}
-    source = replace(stored, **turned)  # arrays of data frames are stored by column
+    # Arrays of data frames are stored by column.
+    dense, categories = map(np.asfortranarray, (stored.item_dense, stored.item_categories))
+    source = replace(stored, item_dense=dense, item_categories=categories)
     options = ExportOptions(users=0, recall=0.5)
     manifest = export_bundle(source, again, histories=histories_from_data(dataset, source, 200), options=options)
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
