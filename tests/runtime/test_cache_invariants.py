@@ -233,7 +233,7 @@ def test_int8_keeps_the_ten_best(weights: str, request: pytest.FixtureRequest) -
 
 @pytest.mark.parametrize("slack", [0, 65])
 def test_a_slack_that_cannot_be(lively: Path, slack: int) -> None:
-    with pytest.raises(ConfigError, match=f"window_slack={slack} must be from 1 to 64"):
+    with pytest.raises(ConfigError, match=f"window_slack={slack} must be an integer from 1 to 64"):
         Recommender.load(lively, verify=False, window_slack=slack)
 
 
