@@ -256,7 +256,7 @@ def test_those_of_a_group_that_fails_are_answered_one_by_one(fresh: Recommender,
         check_same(answer.items, fresh.recommend_many([request])[0].items)
     rig.check()
     again = recommender.recommend_many(requests)
-    # Of the two of one user, which extend the same entry, the last to be answered is kept: of one group the shorter one.
+    # Two requests extend the entry of one user; which of them is kept depends on who is answered last.
     of_one_user = {"encoder": ("extended", "hit"), "extend": ("hit", "miss")}[graph]
     assert [slate.kv for slate in again] == ["hit", of_one_user[0], "hit", "miss", of_one_user[1]]
     for request, slate in zip(requests, again, strict=True):
