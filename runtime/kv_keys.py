@@ -1,7 +1,8 @@
 """What a cached history is, and which requests it may serve.
 
 A cache entry carries the very events that it was computed from. It serves a request only if those events, byte by byte,
-are the first events of the request's history: there is no hash that could collide and no length that could mislead.
+are the first events of the request's history: no hash of a history could collide and no length could mislead. (An item
+that an update of the bundle added is named by a hash of its vector, see `Bundle.kv_item_keys`.)
 Then it is a *hit* (nothing is new) or is *extended* by what is new; everything else is a *miss* with its reason:
 
     new          the user is not known
