@@ -41,13 +41,14 @@ def interactions(users: NDArray[np.int64], items: NDArray[np.int64]) -> Interact
     return Interactions.construct(pd.DataFrame({"user_id": users, "item_id": items, "weight": 1.0, "datetime": when}))
 
 
-def training_events(data: Sequences, positive: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Positive events that the model may be trained on."""
+def training_events(data: Sequences, positive: NDArray[np.bool_], *, last_fit: bool) -> NDArray[np.int64]:
+    """Positive events that the model may be trained on; with `last_fit` those of the validation part too."""
     wanted = np.any(data.actions[:, positive] > 0, axis=1)
     if data.split is not None:
-        return np.flatnonzero(wanted & (data.timestamps_ms < data.split.valid_start_ms))
+        end_ms = data.split.test_start_ms if last_fit else data.split.valid_start_ms
+        return np.flatnonzero(wanted & (data.timestamps_ms < end_ms))
     last = np.repeat(data.event_start[1:], np.diff(data.event_start))
-    return np.flatnonzero(wanted & (np.arange(len(data.rows)) < last - 2))
+    return np.flatnonzero(wanted & (np.arange(len(data.rows)) < last - (1 if last_fit else 2)))
 
 
 def ranks_of(
@@ -87,7 +88,7 @@ def measure(dataset: data_schema.Dataset, options: argparse.Namespace) -> dict[s
     seed_everything(options.seed)
     data = sequences_of(dataset)
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
-    events = training_events(data, positive)
+    events = training_events(data, positive, last_fit=options.last_fit)
     owners = np.repeat(np.arange(data.num_users), np.diff(data.event_start))
     model = SASRecModel(
         n_blocks=2,
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--last-fit", action="store_true", help="train on the validation part too")
     options = parser.parse_args()
     raw = read_sasrec(options.source) if options.data == "ml1m" else read_kuairand(options.source)
     document = {
@@ -132,6 +134,7 @@ def main() -> None:
         "epochs": options.epochs,
         "width": options.width,
         "seed": options.seed,
+        "last_fit": options.last_fit,
         **measure(build_dataset(raw), options),
     }
     keep(document, f"{options.data}_rectools_sasrec_seed{options.seed}")
