@@ -4,7 +4,7 @@
     python bench/baseline_ease.py kuairand KUAIRAND_FOLDER
 
 Trained on what `baseline_rectools.py` trains on, and in the same environment. The regularisation with the best NDCG@10
-on the validation part is then measured on the test part; with --last-fit after another fit that has the validation part.
+on the validation part is then measured on the test part; with --last-fit after a fit to the validation part as well.
 """
 
 from __future__ import annotations
