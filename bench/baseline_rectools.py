@@ -1,11 +1,12 @@
 """Retrieval baseline that others wrote: RecTools' SASRec (full softmax), on the splits and metrics of our own rows.
 
     python bench/baseline_rectools.py ml1m     ml-1m_sasrec.txt.gz [--epochs 30] [--seed 0]
-    python bench/baseline_rectools.py kuairand KUAIRAND_FOLDER     [--epochs 10]
+    python bench/baseline_rectools.py kuairand KUAIRAND_FOLDER     [--epochs 10] [--last-fit]
 
-ML-1M: trained on all but the last two events of a user. KuaiRand: trained on long views before 30 April,
-with --last-fit to 30 April, as the rows of the table are; each test request is a user of its own with the long views before it. Seen items are left out, as for every other scorer. Needs
-an environment with `rectools[torch]`, whose numpy is older than the package's; nothing of this is in the package.
+ML-1M: trained on all but the last two events of a user. KuaiRand: trained on long views before 30 April, with
+--last-fit to 30 April, as the rows of its table are; each test request is a user of its own with the long views before
+it. Seen items are left out, as for every other scorer. Needs an environment with `rectools[torch]`, whose numpy is
+older than the package's; nothing of this is in the package.
 """
 
 from __future__ import annotations
