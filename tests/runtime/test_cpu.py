@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_tree import write_tree
 
 from unipinrec.runtime.cpu import available_threads, cpu_quota, flush_denormals, has_bf16
 
@@ -62,10 +63,7 @@ def test_the_quota_is_that_of_the_own_group_and_those_around_it(
     tmp_path: Path, own: str, files: dict[str, str], quota: float | None
 ) -> None:
     (tmp_path / "own").write_text(own)
-    for name, content in files.items():
-        path = tmp_path / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+    write_tree(tmp_path / "cgroup", files)
     assert cpu_quota(tmp_path / "cgroup", tmp_path / "own") == quota
 
 

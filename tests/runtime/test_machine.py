@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from file_tree import write_tree
 
 from unipinrec.runtime.machine import Cpu, Memory, this_cpu, this_memory
 
@@ -76,10 +77,7 @@ def test_the_limit_is_that_of_the_own_group_and_those_around_it(
     tmp_path: Path, own: str, files: dict[str, str]
 ) -> None:
     (tmp_path / "own").write_text(own)
-    for name, content in files.items():
-        path = tmp_path / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+    write_tree(tmp_path / "cgroup", files)
     assert this_memory(tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own").limit_bytes == 4096
 
 
