@@ -24,6 +24,7 @@ from unipinrec.runtime.server_admin import CURRENT, AdminOptions, CurrentWatcher
 from unipinrec.runtime.server_api import Limits
 from unipinrec.runtime.server_app import Server, ServerOptions, make_app, make_server
 from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server_end import ending_with_its_threads
 from unipinrec.runtime.server_log import LogOptions, RequestLog, configure_logs
 from unipinrec.runtime.server_metrics import Metrics, metrics_route
 from unipinrec.runtime.server_metrics_together import metrics_together_route
@@ -89,7 +90,7 @@ def serve_here(bundle: Path, options: dict[str, Any], place: Place | None = None
     """
     logs = _logs(options, place)
     configure_logs(logs)
-    with _last_words():
+    with ending_with_its_threads(), _last_words():
         _serve(_chosen(bundle, options, place), options, logs, place)
 
 

@@ -100,6 +100,16 @@ def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, proc
     assert "is drained and closed" in "".join(running.lines)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("loading_s", [0.1, 0.2, 0.3])
+def test_sigterm_while_it_loads_ends_it_properly(processes: int, loading_s: float, tmp_path: Path) -> None:
+    with started("--processes", str(processes), "--state", tmp_path) as running:
+        time.sleep(loading_s + 0.6 * (processes > 1))  # these have an interpreter to start first
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) in (0, -signal.SIGTERM), "".join(running.lines)
+    assert not running.found("terminate"), "".join(running.lines)
+
+
 def test_a_request_that_was_accepted_is_answered_before_the_end() -> None:
     with started("--drain-delay-s", "0", "--max-wait-ms", "700") as running:
         running.ready()
