@@ -6,6 +6,7 @@ the next batch collects by itself. What is answered together is answered as it w
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
 import time
@@ -88,7 +89,10 @@ class _Waiting:
 
 
 class Batcher:
-    """Answers requests from any number of threads in batches. Close it, or use it as a context manager."""
+    """Answers requests from any number of threads in batches. Close it, or use it as a context manager.
+
+    One that is left open when the interpreter ends computes the batch under way, and answers nothing more.
+    """
 
     def __init__(self, recommender: Recommender, options: BatchOptions | None = None) -> None:
         self.recommender, self.options = recommender, options or BatchOptions()
@@ -100,6 +104,8 @@ class Batcher:
             threading.Thread(target=self._work, name=f"unipinrec-batch-{place}", daemon=True)
             for place in range(self.options.workers)
         ]
+        # Else a worker that comes back from native code would find no interpreter, which C++ answers with SIGABRT.
+        atexit.register(self._end)
         for worker in self._workers:
             worker.start()
 
@@ -146,15 +152,24 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._join()
+
+    def _end(self) -> None:
+        if any(worker.is_alive() for worker in self._workers):  # in a fork none is, and what they hold is held for ever
+            self._refuse_queued("the interpreter ends")
+            self._join()
+
+    def _join(self) -> None:
         for worker in self._workers:
             worker.join()
+        atexit.unregister(self._end)
 
     def _work(self) -> None:
         try:
             while batch := self._next_batch():
                 self._answer(batch)
-        except BaseException as error:
-            self._give_up(error)
+        except BaseException as error:  # a worker ends that should not
+            self._refuse_queued(f"the batcher failed: {error!r}; make a new one")
             raise
 
     def _answer(self, batch: list[_Waiting]) -> None:
@@ -173,15 +188,15 @@ class Batcher:
             else:
                 waiting.answer.set_result(answer)
 
-    def _give_up(self, error: BaseException) -> None:
-        """A worker ends that should not: take nothing more, and let nobody wait for it."""
+    def _refuse_queued(self, why: str) -> None:
+        """Take nothing more, and let nobody wait for what nobody will compute."""
         with self._changed:
             self._closed = True
             left, self._queue = self._queue, deque()
             self._changed.notify_all()
         for waiting in left:
             if waiting.answer.set_running_or_notify_cancel():
-                waiting.answer.set_exception(BackendError(f"the batcher failed: {error!r}; make a new one"))
+                waiting.answer.set_exception(BackendError(why))
 
     def _next_batch(self) -> list[_Waiting]:
         """Wait for requests; empty once the batcher is closed and all are taken."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -145,6 +147,20 @@ def test_nobody_waits_for_a_worker_that_is_gone(recommender: Recommender, monkey
     with pytest.raises(BackendError, match="the batcher is closed"):
         batcher.submit(random_requests(recommender, 1)[0])
     batcher.close()
+
+
+def test_one_that_is_left_open_does_not_abort_the_interpreter(bundle: Path) -> None:
+    code = f"""
+from unipinrec.runtime import Batcher, BatchOptions, Recommender, Request
+from unipinrec.runtime.requests import Event
+recommender = Recommender.load({str(bundle)!r}, "cpu")
+batcher = Batcher(recommender, BatchOptions(workers=6, max_batch=4))
+items = recommender.bundle.item_ids
+answers = [batcher.submit(Request(history=(Event(item=items[at % 20], actions=()),), k=3)) for at in range(3000)]
+answers[0].result()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_threads_end_with_the_batcher(recommender: Recommender) -> None:
