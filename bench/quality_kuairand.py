@@ -42,9 +42,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "interleaved": {"mask_probability": 0.0},
     "time_rotary": {},
     "marked": {},
+    "wide": {},
+    "wide_mask_0": {"mask_probability": 0.0},
 }
 TRAINERS: dict[str, type[Trainer]] = {"interleaved": InterleavedTrainer, "time_rotary": TimeRotaryTrainer}
-MODEL: dict[str, dict[str, Any]] = {"self_attention": {"attention": "self"}, "marked": {"mark_masked": True}}
+WIDE = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 384}
+MODEL: dict[str, dict[str, Any]] = {
+    "self_attention": {"attention": "self"},
+    "marked": {"mark_masked": True},
+    "wide": WIDE,
+    "wide_mask_0": WIDE,
+}
 
 
 def without_content(dataset: Dataset) -> Dataset:
