@@ -42,8 +42,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "interleaved": {"mask_probability": 0.0},
     "time_rotary": {},
     "marked": {},
+    "masked_weight_0.25": {"masked_weight": 0.25},
     "wide": {},
-    "wide_mask_0": {"mask_probability": 0.0},
+    "wide_masked_weight_0.25": {"masked_weight": 0.25},
 }
 TRAINERS: dict[str, type[Trainer]] = {"interleaved": InterleavedTrainer, "time_rotary": TimeRotaryTrainer}
 WIDE = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 384}
@@ -51,7 +52,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "self_attention": {"attention": "self"},
     "marked": {"mark_masked": True},
     "wide": WIDE,
-    "wide_mask_0": WIDE,
+    "wide_masked_weight_0.25": WIDE,
 }
 
 

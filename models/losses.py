@@ -16,7 +16,7 @@ from unipinrec.models.softmax_loss import softmax_loss
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """Weights of the parts: each action's w_c (Eq. 4), the retrieval part as a whole, and a bound on its targets.
+    """Weights of the parts: each action's w_c (Eq. 4), both parts as a whole, masked events in the ranking part.
 
     `max_targets` bounds the memory of the sampled softmax: more positive positions than that are subsampled.
     """
@@ -24,6 +24,7 @@ class LossOptions:
     action_weights: tuple[float, ...]
     retrieval_weight: float = 1.0
     ranking_weight: float = 1.0
+    masked_weight: float = 1.0
     max_targets: int = 4096
     label_smoothing: float = 0.0
 
@@ -50,7 +51,8 @@ class Objective(nn.Module):
         masked = self._actions(hidden[at], batch.history_actions[at], batch.history_known[at])
         at = batch.candidate_valid
         shown = self._actions(candidates[at], batch.candidate_actions[at], batch.candidate_known[at])
-        loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * (masked + shown)
+        ranking = self.options.masked_weight * masked + shown
+        loss = self.options.retrieval_weight * retrieval + self.options.ranking_weight * ranking
         return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
 
     def inputs(self, batch: Batch) -> tuple[Tensor, HistoryTokens, CandidateTokens]:

@@ -312,6 +312,7 @@ def loss_options(train: TrainConfig, actions: tuple[str, ...]) -> LossOptions:
         action_weights=train.weights_of(actions),
         retrieval_weight=train.retrieval_weight,
         ranking_weight=train.ranking_weight,
+        masked_weight=train.masked_weight,
         max_targets=train.max_targets,
         label_smoothing=train.label_smoothing,
     )

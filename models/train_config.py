@@ -45,6 +45,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         action_weights: w_c by action name; actions not named weigh 1.
         retrieval_weight: Weight of the retrieval loss; 0 trains a ranking-only model.
         ranking_weight: Weight of the action losses; 0 trains a retrieval-only model.
+        masked_weight: Weight among them of the loss at masked events (paper: 1). Less of it leaves retrieval more.
         precision: "fp32", "bf16" or "fp16" (needs a GPU) autocast, or "auto": bf16 on a GPU that has it, else fp32.
         patience: Stop after this many epochs without a better validation score; None = never.
         valid_requests: Held-out requests scored after each epoch.
@@ -70,6 +71,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     action_weights: dict[str, float] = {}
     retrieval_weight: float = 1.0
     ranking_weight: float = 1.0
+    masked_weight: float = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     patience: int | None = None
     valid_requests: int = 2000
@@ -91,7 +93,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _require(self, ("learning_rate", "grad_clip"), lambda value: 0 < value < 1e30, "positive and below 1e30")
         _require(self, ("mask_probability", "label_smoothing"), lambda value: 0 <= value < 1, "in [0, 1)")
         weights = {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
-        for name in ("weight_decay", "warmup_steps", "history_candidates", "retrieval_weight", "ranking_weight"):
+        parts = ("retrieval_weight", "ranking_weight", "masked_weight")
+        for name in ("weight_decay", "warmup_steps", "history_candidates", *parts):
             weights[name] = getattr(self, name)
         for name, weight in weights.items():
             if not 0 <= weight < math.inf:

@@ -140,11 +140,16 @@ def test_action_losses_are_the_weighted_mean_cross_entropies(setup: Setup) -> No
         assert float(losses["candidate_actions"]) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("retrieval", "ranking"), [(1.0, 1.0), (0.5, 3.0), (0.0, 1.0), (1.0, 0.0)])
-def test_the_loss_is_the_weighted_sum_of_its_parts(setup: Setup, retrieval: float, ranking: float) -> None:
-    losses = {k: float(v.detach()) for k, v in setup.losses(retrieval_weight=retrieval, ranking_weight=ranking).items()}
-    parts = retrieval * losses["retrieval"] + ranking * (losses["history_actions"] + losses["candidate_actions"])
-    assert losses["loss"] == pytest.approx(parts, abs=1e-5)
+@pytest.mark.parametrize(
+    ("retrieval", "ranking", "masked"), [(1.0, 1.0, 1.0), (0.5, 3.0, 0.25), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0)]
+)
+def test_the_loss_is_the_weighted_sum_of_its_parts(
+    setup: Setup, retrieval: float, ranking: float, masked: float
+) -> None:
+    found = setup.losses(retrieval_weight=retrieval, ranking_weight=ranking, masked_weight=masked)
+    losses = {name: float(loss.detach()) for name, loss in found.items()}
+    actions = masked * losses["history_actions"] + losses["candidate_actions"]
+    assert losses["loss"] == pytest.approx(retrieval * losses["retrieval"] + ranking * actions, abs=1e-5)
 
 
 def _strength(module: torch.nn.Module) -> float:

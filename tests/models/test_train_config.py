@@ -104,6 +104,7 @@ def test_an_override_is_checked_like_a_file() -> None:
         ({"mask_probability": 1.0}, "mask_probability=1.0 must be in"),
         ({"mask_probability": -0.1}, "mask_probability=-0.1 must be in"),
         ({"retrieval_weight": -1.0}, "retrieval_weight=-1.0 must be finite and not negative"),
+        ({"masked_weight": -1.0}, "masked_weight=-1.0 must be finite and not negative"),
         ({"action_weights": {"like": -1.0}}, "action_weights\\['like'\\]=-1.0 must be finite and not negative"),
         ({"retrieval_weight": 0.0, "ranking_weight": 0.0}, "nothing would be trained"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be in"),
