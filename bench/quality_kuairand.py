@@ -44,15 +44,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "marked": {},
     "masked_weight_0.25": {"masked_weight": 0.25},
     "wide": {},
-    "wide_masked_weight_0.25": {"masked_weight": 0.25},
+    "wide_retrieval_only": {"ranking_weight": 0.0},
+    "wide_ranking_only": {"retrieval_weight": 0.0},
 }
 TRAINERS: dict[str, type[Trainer]] = {"interleaved": InterleavedTrainer, "time_rotary": TimeRotaryTrainer}
 WIDE = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 384}
 MODEL: dict[str, dict[str, Any]] = {
     "self_attention": {"attention": "self"},
     "marked": {"mark_masked": True},
-    "wide": WIDE,
-    "wide_masked_weight_0.25": WIDE,
+    **dict.fromkeys(("wide", "wide_retrieval_only", "wide_ranking_only"), WIDE),
 }
 
 
@@ -77,9 +77,9 @@ def config_of(options: argparse.Namespace, row: str, seed: int) -> RunConfig:
 def row_figures(row: str, run: dict[str, Any]) -> dict[str, float | None]:
     """The figures of a run, without those of a head that was not trained."""
     found = figures(run["metrics"], ACTIONS)
-    if row.startswith("retrieval_only"):
+    if "retrieval_only" in row:
         return {name: value for name, value in found.items() if "@" in name}
-    if row.startswith("ranking_only"):
+    if "ranking_only" in row:
         return {name: value for name, value in found.items() if "@" not in name}
     return found
 
