@@ -30,15 +30,21 @@ SASREC, EASE = "RecTools' SASRec", "RecTools' EASE"
 BEFORE, RUNNING = "LightGBM, rates from before the training days", "LightGBM, rates up to the request"
 RANKERS = {
     "joint": "joint",
+    "masked_weight_0.25": "joint, masked events weigh .25",
     "mask_0": "joint, p_mask 0",
     "ranking_only": "ranking alone",
     "ranking_only_mask_0": "ranking alone, p_mask 0",
+    "wide": "joint, twice as wide",
+    "wide_ranking_only": "ranking alone, twice as wide",
 }
 RETRIEVERS = {
     "joint": "joint",
+    "masked_weight_0.25": "joint, masked events weigh .25",
     "mask_0": "joint, p_mask 0",
     "retrieval_only": "retrieval alone",
     "retrieval_only_mask_0": "retrieval alone, p_mask 0",
+    "wide": "joint, twice as wide",
+    "wide_retrieval_only": "retrieval alone, twice as wide",
 }
 SWEEP = {"mask_0": "p_mask 0", "mask_0.1": ".1", "joint": ".2 (joint)", "mask_0.3": ".3"}
 FORMS = {
