@@ -225,6 +225,7 @@ def _manifest(
         metrics=source.metrics,
         data_fingerprint=_data_fingerprint(source),
         tools=_tools(),
+        order=source.order,
     )
 
 

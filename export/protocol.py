@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
-from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.runtime.manifest import ModelSpec, OrderSpec
 from unipinrec.runtime.requests import History
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
@@ -115,6 +115,7 @@ class ExportSource:
         item_dense, item_categories: Raw features of the catalogue, [N, F] f32 and [N, features] i64.
         config: Full description of the model, for people.
         metrics: Offline metrics, if any.
+        order: What slates are ordered by; None = by value.
     """
 
     module: nn.Module
@@ -130,6 +131,7 @@ class ExportSource:
     item_categories: NDArray[np.int64]
     config: dict[str, Any]
     metrics: dict[str, Any] | None = None
+    order: OrderSpec | None = None
 
     def __post_init__(self) -> None:
         missing = [n for n in ("encode", "extend", "retrieve", "rank", "embed_items") if not hasattr(self.module, n)]

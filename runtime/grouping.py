@@ -25,7 +25,7 @@ class Work:
         kind: What the cache had; says which graphs run.
         slots: Slots of the whole history.
         new: Events to encode.
-        candidates: Items to rank.
+        candidates: Items to rank; 0 = the ranker does not run.
     """
 
     kind: Kind

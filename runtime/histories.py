@@ -76,7 +76,8 @@ class HistoryEncoder:
     def work(self, found: Found) -> Work:
         """What a request needs."""
         slots = len(found.asked.history) + self._prefix
-        return Work(kind=found.kind, slots=slots, new=found.new, candidates=found.asked.candidates)
+        ranked = 0 if found.asked.order == "retrieval" else found.asked.candidates
+        return Work(kind=found.kind, slots=slots, new=found.new, candidates=ranked)
 
     def encode(self, group: Sequence[Found]) -> Encoded:
         """Encode requests of one kind together; what is new waits in their leases for `keep`.

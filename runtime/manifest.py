@@ -6,13 +6,14 @@ bundle's identity. Graph and tensor names follow the Hugging Face convention for
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 FORMAT_VERSION = 1
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
 REQUIRED_GRAPHS = GRAPHS[:4]
+Order = Literal["value", "product", "retrieval"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -164,6 +165,20 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     targets: tuple[str, ...]
 
 
+class OrderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What orders a slate where a request does not say (docs/ranking.md).
+
+    Attributes:
+        by: "value", "product" or "retrieval"; with the last the ranker does not run.
+        retrieval_scale: A similarity times this is the logit of retrieval's softmax, as it was trained.
+        reason: Why this order, for people.
+    """
+
+    by: Order
+    retrieval_scale: float
+    reason: str
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What `manifest.json` holds; a field that has its default is left out, as older versions know no such field.
 
@@ -195,6 +210,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             in that bundle itself.
         precisions: Further graphs, by precision: bf16, fp16, fp8.
         engines: TensorRT engines built ahead of time.
+        order: What orders a slate; None in bundles of earlier versions, which are ordered by value.
     """
 
     format_version: int
@@ -222,6 +238,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kv_rows: int | None = None
     precisions: dict[str, PrecisionSpec] = {}
     engines: tuple[EngineSpec, ...] = ()
+    order: OrderSpec | None = None
 
     def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
         """The graphs that answering a request takes, by name, in a precision that the bundle holds."""

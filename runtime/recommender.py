@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Unpack
 
@@ -17,14 +18,14 @@ from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.catalogue import as_ids
 from unipinrec.runtime.device import Device, DeviceRules
-from unipinrec.runtime.engine import Engine, pad_histories, pad_rows
+from unipinrec.runtime.engine import Encoded, Engine, pad_histories, pad_rows
 from unipinrec.runtime.grouping import Padding, grouped
 from unipinrec.runtime.histories import Found, HistoryEncoder
 from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec
-from unipinrec.runtime.ranking import Ranked, rank
+from unipinrec.runtime.ranking import Ranked, by_retrieval, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
     RecommendOptions,
@@ -105,6 +106,7 @@ class Recommender:
             unless_served.pop_all()
         running = engine.device
         log.info("serving %s on %s (%s), bundle %s", bundle.path, running.name, running.reason, bundle.hash)
+        _say_order(bundle)
         return recommender
 
     def close(self) -> None:
@@ -197,34 +199,49 @@ class Recommender:
         queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
         candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
         retrieve_end = time.perf_counter()
-        surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
-        logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
+        ranked = self._rank(encoded, candidates, asked)
         self.encoder.keep(group, encoded)
         stages = _stages(start, encode_end, retrieve_end, time.perf_counter())
-        self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
-        ranked = rank(candidates, logits, asked)
         return [self._slate(*parts, stages) for parts in zip(group, candidates, ranked, strict=True)]
+
+    def _rank(
+        self, encoded: Encoded, candidates: Sequence[Candidates], asked: Sequence[ResolvedRequest]
+    ) -> list[Ranked]:
+        """Requests of one group are all ordered by retrieval, or none is."""
+        if asked[0].order == "retrieval":
+            return by_retrieval(candidates, asked)
+        surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
+        logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
+        self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
+        order = self.bundle.manifest.order
+        return rank(candidates, logits, asked, order.retrieval_scale if order else 0.0)
 
     def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions
+        values: Iterable[float | None] = repeat(None) if ranked.values is None else ranked.values.tolist()
+        chances: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()
         items = tuple(
             SlateItem(
                 item=bundle.item_ids[row],
                 title=bundle.titles[row],
                 score=score,
-                actions=dict(zip(actions, probabilities, strict=True)),
+                value=value,
+                actions=dict(zip(actions, probabilities, strict=False)),
                 retrieval_score=similarity,
             )
-            for row, score, probabilities, similarity in zip(
+            for row, score, similarity, value, probabilities in zip(
                 found.rows[ranked.order].tolist(),
                 ranked.scores.tolist(),
-                ranked.probabilities.tolist(),
                 found.similarity[ranked.order].tolist(),
-                strict=True,
+                values,
+                chances,
+                strict=False,
             )
         )
         return Slate(
             items=items,
+            source="model",
+            order=request.asked.order,
             stages_ms=stages,
             kv=request.kind,
             kv_reason=request.reason,
@@ -268,6 +285,18 @@ class Recommender:
             encoded = self.engine.extend(encoded, pad_histories([asked.history.part(extend_at)]))
         logits = self.engine.rank(encoded, rows, np.array([asked.surface]), np.array([asked.now_ms]))
         return logits.reshape(rows.size, -1)
+
+
+def _say_order(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    if manifest.order is not None:
+        log.info("slates are ordered by %s: %s", manifest.order.by, manifest.order.reason)
+    elif manifest.metrics is not None and manifest.metrics.get("ranking") is None:
+        log.warning(
+            "%s: slates are ordered by value, but its ranker was not measured on items that were shown and left alone "
+            "and may order by chance; export the checkpoint again, or send order 'retrieval' with requests",
+            bundle.path,
+        )
 
 
 def _cache(wanted: CacheOptions | KvCache | None, model: ModelSpec) -> KvCache | None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.catalogue import Catalogue, as_ids
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.manifest import Manifest, Order
 from unipinrec.runtime.windows import default_slack, window_start
 
 UNKNOWN_SURFACE = "unknown"
@@ -52,8 +52,10 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         now_ms: Time of the request. None = the current time, or unknown where the whole history's times are: a model
             of data without times has never seen one.
         candidates: How many items retrieval hands to ranking; raised to k, lowered to what is eligible.
-        weights: Weight of each action's probability in the final score; an action left out weighs 0. None = 1 for
-            each positive action of the bundle.
+        order: What the slate is ordered by: "value", "product" or "retrieval" (docs/ranking.md). None = what the
+            bundle says. With "retrieval" the ranker does not run.
+        weights: Weight of each action's probability in the value; an action left out weighs 0. None = 1 for each
+            positive action of the bundle.
         outcomes: Actions that retrieval aims at, where the model is conditioned on them. None = the positive actions.
         exclude_seen: Leave out the items of the history.
         exclude: Further item ids to leave out; ids that the catalogue lacks have no effect. As everywhere, an integer
@@ -69,6 +71,7 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     surface: str = UNKNOWN_SURFACE
     now_ms: int | None = None
     candidates: int = 200
+    order: Order | None = None
     weights: dict[str, float] | None = None
     outcomes: tuple[str, ...] | None = None
     exclude_seen: bool = True
@@ -132,6 +135,7 @@ class ResolvedRequest:
     now_ms: int
     k: int
     candidates: int
+    order: Order
     weights: NDArray[np.float64]
     outcomes: NDArray[np.float32]
     excluded: NDArray[np.int64]
@@ -165,7 +169,7 @@ def resolve_request(
     allow = None if options.allow is None else as_ids(options.allow, "allow")
     allowed = catalogue.allowed(allow, options.categories)
     eligible = catalogue.eligible(allowed, excluded)
-    k = _at_least_one("k", request.k)
+    k, order = _at_least_one("k", request.k), _order(options.order, manifest)
     if k > eligible:
         unfiltered = options.allow is None and options.categories is None
         filtered = "" if unfiltered else " and those that allow or categories rule out"
@@ -182,7 +186,8 @@ def resolve_request(
         now_ms=_now(options.now_ms, history, manifest),
         k=k,
         candidates=min(max(_at_least_one("candidates", options.candidates), k), eligible),
-        weights=_weights(options.weights, manifest),
+        order=order,
+        weights=_weights(options.weights, order, manifest),
         outcomes=_outcomes(options.outcomes, manifest),
         excluded=excluded,
         allowed=allowed,
@@ -354,12 +359,34 @@ def _at_least_one(name: str, given: int) -> int:
     return given
 
 
-def _weights(given: Mapping[str, float] | None, manifest: Manifest) -> NDArray[np.float64]:
+def _order(given: Order | None, manifest: Manifest) -> Order:
+    spec = manifest.order
+    if given is None:
+        return "value" if spec is None else spec.by
+    if given not in get_args(Order):
+        raise RequestError(f"order={given!r} is unknown; send one of {', '.join(get_args(Order))}")
+    if given == "product" and spec is None:
+        raise RequestError(
+            "order='product' needs the scale of retrieval's logits, which this bundle lacks; export it again"
+        )
+    return given
+
+
+def _weights(given: Mapping[str, float] | None, order: Order, manifest: Manifest) -> NDArray[np.float64]:
+    if given is not None and order == "retrieval":
+        raise RequestError(
+            f"weights={given} change nothing where order is 'retrieval'; leave them out, or send another order"
+        )
     weights = np.zeros(len(manifest.actions))
     for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if given is None else given).items():
         weights[_look_up(action, _actions(manifest), "action", "weights")] = weight
     if not (np.isfinite(weights).all() and weights.any()):
         raise RequestError(f"weights={given} must be finite numbers, at least one of them other than 0")
+    if order == "product" and (weights < 0).any():
+        raise RequestError(
+            f"weights={given} must not be negative where order is 'product', which takes the value's logarithm; "
+            "send order 'value', or weigh other actions"
+        )
     return weights
 
 

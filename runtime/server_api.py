@@ -102,6 +102,8 @@ class RecommendAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     items: tuple[SlateItem, ...]
+    source: str
+    order: str
     stages_ms: StageTimes
     kv: str
     kv_reason: str | None
@@ -116,6 +118,8 @@ class RecommendAnswer(msgspec.Struct, frozen=True, kw_only=True):
         """Wrap a slate."""
         return cls(
             items=slate.items,
+            source=slate.source,
+            order=slate.order,
             stages_ms=slate.stages_ms,
             kv=slate.kv,
             kv_reason=slate.kv_reason,

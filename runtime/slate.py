@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from unipinrec.runtime.manifest import Order
+
 
 class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     """One recommended item.
@@ -13,14 +15,16 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         item: External id.
         title: For people; None where the bundle has none.
-        score: Weighted sum of the action probabilities; what the slate is sorted by.
-        actions: Probability of each action.
+        score: What the slate is sorted by (see `Slate.order` and docs/ranking.md).
+        value: Weighted sum of the action probabilities; None where the ranker did not run.
+        actions: Probability of each action; empty where the ranker did not run.
         retrieval_score: Similarity of the item with the user's query.
     """
 
     item: str
     title: str | None
     score: float
+    value: float | None
     actions: dict[str, float]
     retrieval_score: float
 
@@ -39,6 +43,9 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         items: Best first.
+        source: What chose the items.
+        order: What the score is: "value"; "product", the logarithm of the value times the chance that retrieval gives
+            the item, up to a constant of the request; "retrieval", the retrieval score.
         stages_ms: What each stage took.
         kv: Where the history's keys and values came from.
         kv_reason: Why they were not, or not wholly, cached.
@@ -48,6 +55,8 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     items: tuple[SlateItem, ...]
+    source: Literal["model"]
+    order: Order
     stages_ms: StageTimes
     kv: Literal["hit", "extended", "miss"]
     kv_reason: str | None

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from unipinrec.runtime.ranking import rank, sigmoid
+from unipinrec.runtime.manifest import Order
+from unipinrec.runtime.ranking import by_retrieval, rank, sigmoid
 from unipinrec.runtime.requests import History, ResolvedRequest
 from unipinrec.runtime.retrieval import Candidates
 
+SCALE = 20.0
 NOTHING = History(
     item_rows=np.zeros(0, np.int64),
     actions=np.zeros((0, 2), np.float32),
@@ -18,7 +20,7 @@ NOTHING = History(
 )
 
 
-def asked(k: int, candidates: int, weights: list[float]) -> ResolvedRequest:
+def asked(k: int, candidates: int, weights: list[float], order: Order = "value") -> ResolvedRequest:
     return ResolvedRequest(
         user=None,
         history=NOTHING,
@@ -27,6 +29,7 @@ def asked(k: int, candidates: int, weights: list[float]) -> ResolvedRequest:
         now_ms=0,
         k=k,
         candidates=candidates,
+        order=order,
         weights=np.array(weights),
         outcomes=np.zeros(2, np.float32),
         excluded=np.zeros(0, np.int64),
@@ -35,8 +38,9 @@ def asked(k: int, candidates: int, weights: list[float]) -> ResolvedRequest:
     )
 
 
-def found(rows: list[int]) -> Candidates:
-    return Candidates(rows=np.array(rows), similarity=np.zeros(len(rows), np.float32), exact=None)
+def found(rows: list[int], similarity: list[float] | None = None) -> Candidates:
+    near = np.zeros(len(rows), np.float32) if similarity is None else np.array(similarity, np.float32)
+    return Candidates(rows=np.array(rows), similarity=near, exact=None)
 
 
 def logits(*requests: list[list[float]]) -> NDArray[np.float32]:
@@ -45,27 +49,62 @@ def logits(*requests: list[list[float]]) -> NDArray[np.float32]:
 
 def test_each_request_is_ordered_by_its_own_weights_and_only_its_own_candidates() -> None:
     given = logits([[0.0, 5.0], [2.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [3.0, 9.0], [99.0, 99.0]])  # the last is padding
-    first, second = rank([found([4, 7, 9]), found([8, 2])], given, [asked(2, 3, [1, 0]), asked(2, 2, [0, -1])])
+    first, second = rank([found([4, 7, 9]), found([8, 2])], given, [asked(2, 3, [1, 0]), asked(2, 2, [0, -1])], 0.0)
     assert first.order.tolist() == [1, 2]
     assert first.scores.tolist() == pytest.approx([0.8807970779778823, 0.7310585786300049])
+    assert first.probabilities is not None
     assert first.probabilities[0].tolist() == pytest.approx([0.8807970779778823, 0.5])
     assert second.order.tolist() == [0, 1]
     assert second.scores.tolist() == pytest.approx([-0.5, -0.9998766054240137])
 
 
 def test_equal_scores_are_in_row_order() -> None:
-    (ranked,) = rank([found([9, 3, 5])], logits([[1.0, 0.0]] * 3), [asked(3, 3, [1, 1])])
+    (ranked,) = rank([found([9, 3, 5])], logits([[1.0, 0.0]] * 3), [asked(3, 3, [1, 1])], 0.0)
     assert ranked.order.tolist() == [1, 2, 0]
+
+
+def test_a_product_is_the_chance_by_retrieval_times_the_value() -> None:
+    given = logits([[0.0, -2.0], [1.0, 3.0], [4.0, 4.0]])
+    (ranked,) = rank([found([7, 8, 9], [0.5, 0.45, 0.1])], given, [asked(3, 3, [1, 0.5], "product")], SCALE)
+    assert ranked.order.tolist() == [0, 1, 2]
+    # 20 * .5 + log(.5 + .5 * .1192029), 20 * .45 + log(.7310586 + .5 * .9525741), 20 * .1 + log(1.5 * .9820138)
+    assert ranked.scores.tolist() == pytest.approx([9.4195, 9.1885, 2.3873], abs=1e-4)
+    assert ranked.values is not None
+    assert ranked.values.tolist() == pytest.approx([0.5596015, 1.2073456, 1.4730207])
+
+
+def test_one_action_that_is_always_true_leaves_the_order_of_retrieval() -> None:
+    given = logits([[38.0], [45.0], [60.0], [41.0]])
+    near = found([4, 3, 2, 1], [0.9, 0.8, 0.7, 0.6])
+    (ranked,) = rank([near], given, [asked(4, 4, [1], "product")], SCALE)
+    assert ranked.order.tolist() == [0, 1, 2, 3]
+
+
+def test_logits_order_what_probabilities_no_longer_tell_apart() -> None:
+    given = logits([[38.0], [45.0], [60.0], [41.0]])  # each of probability 1
+    (ranked,) = rank([found([4, 3, 2, 1])], given, [asked(4, 4, [1])], 0.0)
+    assert ranked.order.tolist() == [2, 1, 3, 0]
+    assert ranked.scores.tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_an_order_by_retrieval_has_no_values() -> None:
+    (ranked,) = by_retrieval([found([7, 8, 9], [0.5, 0.4, 0.1])], [asked(2, 3, [1], "retrieval")])
+    assert ranked.order.tolist() == [0, 1]
+    assert ranked.scores.tolist() == pytest.approx([0.5, 0.4])
+    assert (ranked.values, ranked.probabilities) == (None, None)
 
 
 def test_a_request_gets_the_same_alone_and_with_others() -> None:
     rng = np.random.default_rng(0)
     sizes = [5, 40, 17]
-    candidates = [found(rng.permutation(100)[:size].tolist()) for size in sizes]
+    candidates = [found(rng.permutation(100)[:size].tolist(), rng.uniform(-1, 1, size).tolist()) for size in sizes]
     given = rng.normal(size=(3, 40, 2)).astype(np.float32)
-    requests = [asked(size // 2, size, rng.normal(size=2).tolist()) for size in sizes]
-    for place, together in enumerate(rank(candidates, given, requests)):
-        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]])
+    orders: tuple[Order, ...] = ("value", "product", "value")
+    requests = [
+        asked(size // 2, size, rng.uniform(size=2).tolist(), order) for size, order in zip(sizes, orders, strict=True)
+    ]
+    for place, together in enumerate(rank(candidates, given, requests, SCALE)):
+        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]], SCALE)
         np.testing.assert_array_equal(together.order, alone.order)
         np.testing.assert_array_equal(together.scores, alone.scores)
         np.testing.assert_array_equal(together.probabilities, alone.probabilities)

@@ -81,6 +81,8 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
     assert answer["items"][0]["title"] == slate.items[0].title
     assert list(answer) == [
         "items",
+        "source",
+        "order",
         "stages_ms",
         "kv",
         "kv_reason",
@@ -90,7 +92,7 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
         "events",
         "skipped_events",
     ]
-    for name in ("kv", "kv_reason", "device", "bundle"):
+    for name in ("source", "order", "kv", "kv_reason", "device", "bundle"):
         assert answer[name] == expected[name]
     assert (answer["events"], answer["skipped_events"]) == (3, 0)
 
