@@ -154,11 +154,21 @@ class Bundle:
                 f"user {user!r} is not among the {len(users)} sample users of this bundle, such as "
                 f"{', '.join(users[:3]) or 'none'}; pass the user's events instead (--history EVENTS.json)"
             )
-        tensors = self._user_tensors(users)
-        place = users.index(user)
-        window = slice(*tensors["offsets"][place : place + 2].tolist())
-        columns = (tensors[name][window] for name in ("item_rows", "actions", "surfaces", "timestamps_ms"))
-        return tuple(self._event(*values) for values in zip(*columns, strict=True))
+        return self.events_of(self.sample_histories(len(users))[users.index(user)])
+
+    def events_of(self, history: History) -> tuple[Event, ...]:
+        """A history as a client would send it."""
+        manifest = self.manifest
+        columns = (history.item_rows, history.actions, history.surfaces, history.timestamps_ms)
+        return tuple(
+            Event(
+                item=self.item_ids[row],
+                actions=tuple(itertools.compress(manifest.actions, actions)),
+                surface=manifest.surfaces[surface],
+                timestamp_ms=None if time_ms == manifest.missing_timestamp_ms else int(time_ms),
+            )
+            for row, actions, surface, time_ms in zip(*columns, strict=True)
+        )
 
     def sample_users(self, limit: int) -> list[tuple[str, int]]:
         """The first sample users that the bundle carries, if any, and how many events each has."""
@@ -192,15 +202,6 @@ class Bundle:
         tensors = _read_tensors(self.path / USERS)
         check_users(self.path / USERS, tensors, self.manifest, len(users))
         return tensors
-
-    def _event(self, row: int, actions: NDArray[np.uint8], surface: int, timestamp_ms: int) -> Event:
-        names = zip(self.manifest.actions, actions, strict=True)
-        return Event(
-            item=self.item_ids[row],
-            actions=tuple(name for name, taken in names if taken),
-            surface=self.manifest.surfaces[surface],
-            timestamp_ms=None if timestamp_ms == self.manifest.missing_timestamp_ms else int(timestamp_ms),
-        )
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:

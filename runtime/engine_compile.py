@@ -22,13 +22,13 @@ from unipinrec.runtime.engine import Engine
 from unipinrec.runtime.engine_plan import CompileTask, graphs_of, keys_of, require_golden_covered
 from unipinrec.runtime.engine_record import EngineKey, EngineRecord, Verification, needs_of, this_machine, unfit
 from unipinrec.runtime.engine_store import EngineStore
+from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.tensorrt_api import TensorRT
 from unipinrec.runtime.tensorrt_build import BuildTask, build_engine
 from unipinrec.runtime.tensorrt_layers import require_precision
 from unipinrec.runtime.tensorrt_load import Plan
 from unipinrec.runtime.tensorrt_progress import Progress
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
-from unipinrec.runtime.verify import compare_golden
 
 GOLDEN = "golden requests"
 NOT_YET = Verification(passed=False, how="they have not run yet")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from unipinrec.runtime.quality import Evaluation, SampleQuality
+
 FORMAT_VERSION = 1
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
 REQUIRED_GRAPHS = GRAPHS[:4]
@@ -211,6 +213,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         precisions: Further graphs, by precision: bf16, fp16, fp8.
         engines: TensorRT engines built ahead of time.
         order: What orders a slate; None in bundles of earlier versions, which are ordered by value.
+        evaluation: How good the served lists were at export; None where the bundle was exported without data.
+        sample: How good those of the sample users are; None where the bundle carries none.
     """
 
     format_version: int
@@ -239,6 +243,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     precisions: dict[str, PrecisionSpec] = {}
     engines: tuple[EngineSpec, ...] = ()
     order: OrderSpec | None = None
+    evaluation: Evaluation | None = None
+    sample: SampleQuality | None = None
 
     def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
         """The graphs that answering a request takes, by name, in a precision that the bundle holds."""

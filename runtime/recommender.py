@@ -19,12 +19,13 @@ from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.catalogue import as_ids
 from unipinrec.runtime.device import Device, DeviceRules
 from unipinrec.runtime.engine import Encoded, Engine, pad_histories, pad_rows
+from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.grouping import Padding, grouped
 from unipinrec.runtime.histories import Found, HistoryEncoder
 from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
-from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.runtime.manifest import ModelSpec, Order
 from unipinrec.runtime.ranking import Ranked, by_retrieval, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
@@ -36,7 +37,6 @@ from unipinrec.runtime.requests import (
 )
 from unipinrec.runtime.retrieval import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
-from unipinrec.runtime.verify import require_golden
 
 MAX_BATCH = 32
 DEFAULT_OPTIONS = RecommendOptions()
@@ -123,6 +123,18 @@ class Recommender:
     def device(self) -> Device:
         """What runs, why, and what was tried before it."""
         return self.engine.device
+
+    @property
+    def order(self) -> Order:
+        """What slates are ordered by where a request does not say."""
+        spec = self.bundle.manifest.order
+        return "value" if spec is None else spec.by
+
+    @property
+    def retrieval_scale(self) -> float | None:
+        """See `OrderSpec`; None in bundles that do not say."""
+        spec = self.bundle.manifest.order
+        return None if spec is None else spec.retrieval_scale
 
     @property
     def cache(self) -> KvCache | None:
@@ -213,8 +225,7 @@ class Recommender:
         surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
         logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
         self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
-        order = self.bundle.manifest.order
-        return rank(candidates, logits, asked, order.retrieval_scale if order else 0.0)
+        return rank(candidates, logits, asked, self.retrieval_scale or 0.0)
 
     def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import compress, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
-from unipinrec.runtime.bundle import Bundle, read_manifest
+from unipinrec.runtime.bundle import read_manifest
 from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, History, RecommendOptions, Request
+from unipinrec.runtime.requests import RecommendOptions, Request
 from unipinrec.runtime.server_recall import RecallSampler
 
 WARM_UP_BATCH = 8  # more takes time from requests, and finds nothing that fewer do not
@@ -105,26 +105,14 @@ def warm_up(recommender: Recommender, together: int) -> None:
         BackendError: They cannot be answered.
     """
     bundle = recommender.bundle
-    requests = [_request(bundle, history) for history in read_golden(bundle).histories]
+    # Under no user, so that no cache keeps them.
+    requests = [
+        Request(history=bundle.events_of(history), k=1, options=RecommendOptions(exclude_seen=False))
+        for history in read_golden(bundle).histories
+    ]
     for request in requests:
         recommender.recommend_many([request])
     recommender.recommend_many(list(islice(cycle(requests), together)))
-
-
-def _request(bundle: Bundle, history: History) -> Request:
-    """What a client would send for a history; under no user, so that no cache keeps it."""
-    manifest = bundle.manifest
-    columns = (history.item_rows, history.actions, history.surfaces, history.timestamps_ms)
-    events = tuple(
-        Event(
-            item=bundle.item_ids[row],
-            actions=tuple(compress(manifest.actions, actions)),
-            surface=manifest.surfaces[surface],
-            timestamp_ms=None if time_ms == manifest.missing_timestamp_ms else int(time_ms),
-        )
-        for row, actions, surface, time_ms in zip(*columns, strict=True)
-    )
-    return Request(history=events, k=1, options=RecommendOptions(exclude_seen=False))
 
 
 def _fits(cache: KvCache, folder: Path) -> bool:

@@ -85,7 +85,8 @@ def verify(bundle: Path, device: str, strict: bool, allow_bundle_engines: bool, 
         _print_report(report)
     if not report.ok:
         judged = (report.agreement,) if report.agreement else report.golden
-        problems = [check.problem for check in (*report.files, *judged)]
+        sample = (report.sample,) if report.sample else ()
+        problems = [check.problem for check in (*report.files, *judged, *sample)]
         failed = sum(problem is not None for problem in problems)
         raise BundleError(f"{bundle}: {failed} of {len(problems)} checks failed; copy or export the bundle again")
 
@@ -99,6 +100,12 @@ def _print_report(report: VerifyReport) -> None:
         _print_agreement(report.agreement)
     elif report.golden:
         _print_golden(report)
+    if report.sample:
+        here = report.sample.here
+        measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users: "
+        stdout.print(
+            "last item among the best ten: " + measured, _state(report.sample.problem), highlight=False, soft_wrap=True
+        )
     if report.device is None:
         stdout.print("golden outputs were not compared: the bundle is damaged")
         return

@@ -23,12 +23,12 @@ from unipinrec.errors import BackendError
 from unipinrec.export.precision import LowType, emulated_graph, typed_graph
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.kv_buffer import KvBuffer, row_of
 from unipinrec.runtime.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket
 from unipinrec.runtime.tensorrt_load import Plan
 from unipinrec.runtime.tensorrt_session import TensorRtBackend
-from unipinrec.runtime.verify import compare_golden
 
 ALL = (1, 8, 64)
 

@@ -1,0 +1,94 @@
+"""How good the lists of a bundle are: what `export` measures and stores, and what `verify` measures again."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mean over requests and its standard error."""
+
+    mean: float
+    error: float
+
+
+class ListQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Quality of the ten best items of one order or baseline, over the requests of an evaluation.
+
+    Attributes:
+        hit_rate: HR@10 of the logged next item; None where no request has one.
+        ndcg: NDCG@10 of it.
+        value: The weighted actions of logged next items among the ten, as a share of those of all next items; None
+            where the data has slates, or no action varies.
+        true_value: True chance of a positive action, mean over the ten; of simulated data alone.
+    """
+
+    hit_rate: Estimate | None = None
+    ndcg: Estimate | None = None
+    value: Estimate | None = None
+    true_value: Estimate | None = None
+
+
+class ActionQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How well the probability of one action orders logged slate items.
+
+    Attributes:
+        auc: Over all items.
+        gauc: Per user, weighted by items.
+        slate_auc: Per slate, weighted by items.
+        logloss: Mean negative log-likelihood in nats.
+        rows: Slate items.
+    """
+
+    auc: float | None
+    gauc: float | None
+    slate_auc: float | None
+    logloss: float
+    rows: int
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a bundle answers to held-out requests, measured on the lists that `Recommender` returns.
+
+    Attributes:
+        split: "test" or "valid".
+        requests: How many were answered.
+        targets: Of them, those with a logged next item.
+        repeats: Whether items that the user had before count as targets and are served.
+        order: What the served lists are ordered by.
+        candidates: Items that retrieval handed on.
+        found: Share of the targets among the candidates; None without targets.
+        lists: "served", other orders of the same candidates, and baselines over all items, by name.
+        actions: By action; empty where the data has no slates or the ranker does not run.
+        gap_closed: Share of the difference in true value between popularity and the best ten that the served list
+            makes up; None without a true value.
+        data: Shares that say what the data can show (`models.data_sheet`).
+        warnings: What speaks against serving this, in plain words.
+    """
+
+    split: str
+    requests: int
+    targets: int
+    repeats: bool
+    order: str
+    candidates: int
+    found: Estimate | None
+    lists: dict[str, ListQuality]
+    actions: dict[str, ActionQuality]
+    gap_closed: float | None
+    data: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+class SampleQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often the last event of a sample user is among the ten items recommended from the events before it.
+
+    Attributes:
+        users: Sample users whose last event is positive and of an item new to them.
+        served: Hits of the list as it is served.
+        retrieved: Hits of the ten nearest items.
+    """
+
+    users: int
+    served: int
+    retrieved: int
