@@ -90,13 +90,10 @@ def training_windows(data: Sequences, max_history: int, *, fit_validation: bool 
     A slate belongs to the window that holds the event right before it. A user's first event is left out where it would
     make a window alone, without a slate.
     """
-    event_end = data.event_start[1:].copy()
+    event_end = data.event_start[:-1] + _counts_by_user(data, training_events(data, fit_validation=fit_validation))
     cut = 0
-    if data.split is None:
-        event_end = np.maximum(event_end - (1 if fit_validation else 2), data.event_start[:-1])
-    else:
+    if data.split is not None:
         cut = data.split.test_start_ms if fit_validation else data.split.valid_start_ms
-        event_end -= _counts_by_user(data, data.timestamps_ms >= cut)
     slate_bounds = np.searchsorted(data.slate_user, np.arange(data.num_users + 1))
     windows = []
     for user in range(data.num_users):
@@ -117,6 +114,22 @@ def training_windows(data: Sequences, max_history: int, *, fit_validation: bool 
     return windows
 
 
+def training_events(data: Sequences, *, fit_validation: bool = False) -> NDArray[np.bool_]:
+    """[M] which events lie in the training part: before the split's time, or all but each user's last two (or one)."""
+    if data.split is None:
+        ends = np.repeat(data.event_start[1:], np.diff(data.event_start))
+        return np.arange(len(data.rows)) < ends - (1 if fit_validation else 2)
+    return data.timestamps_ms < (data.split.test_start_ms if fit_validation else data.split.valid_start_ms)
+
+
+def window_events(windows: Sequence[Window], count: int) -> NDArray[np.bool_]:
+    """Which of `count` events lie in a window, and so are trained on."""
+    inside = np.zeros(count, bool)
+    for window in windows:
+        inside[window.begin : window.end] = True
+    return inside
+
+
 def _counts_by_user(data: Sequences, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     total = np.concatenate([[0], np.cumsum(flags)])
     counts: NDArray[np.int64] = total[data.event_start[1:]] - total[data.event_start[:-1]]
@@ -132,10 +145,7 @@ class Batches:
         self.windows = training_windows(data, options.max_history, fit_validation=options.fit_validation)
         self.is_positive: NDArray[np.bool_] = np.any(data.actions[:, positive] > 0, axis=1)
         self.last_event = np.repeat(data.event_start[1:] - 1, np.diff(data.event_start))
-        train_end = np.zeros(len(data.rows), bool)
-        for window in self.windows:
-            train_end[window.begin : window.end] = True
-        self.trainable = train_end
+        self.trainable = window_events(self.windows, len(data.rows))
         counts = np.bincount(data.rows[self.is_positive & self.trainable], minlength=data.num_items)
         self.target_probability = counts / max(counts.sum(), 1)
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import CheckpointError, DataError
+from unipinrec.models.baselines import popularity_scores
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import DatasetSpec, read_dataset
@@ -24,7 +25,6 @@ from unipinrec.models.evaluate import (
     held_out_requests,
     metrics_of,
     model_scores,
-    popularity_scores,
     rank_catalogue,
     shown_items,
 )

@@ -5,12 +5,13 @@ of them), candidates = the shown items, retrieval target = the slate's first pos
 excluded from retrieval, as they are in serving, and so are targets that were seen before. Data that has times but no
 slates gives one request per held-out positive event whose item is new to its user, with all events before its time.
 Data without times is split leave-one-out: the target is the user's last event (test) or the one before (validation).
+With `repeats` nothing is excluded: for shops, where people buy the same again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,23 +29,30 @@ Split = Literal["valid", "test"]
 NO_TARGET = -1
 NO_SLATE = -1
 EVALUATION_BATCH = 128
+RANKED_AT_ONCE = 512
+SCORES_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """R held-out requests: user index, index of the first event *not* in the history, target row or -1, slate or -1."""
+    """R held-out requests: user index, index of the first event *not* in the history, target row or -1, slate or -1.
+
+    Where `repeats` holds, items of the history may be targets and stay in the catalogue.
+    """
 
     users: NDArray[np.int64]
     ends: NDArray[np.int64]
     targets: NDArray[np.int64]
     slates: NDArray[np.int64]
+    repeats: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
 
     def take(self, index: NDArray[np.int64]) -> Requests:
         """Some of the requests."""
-        return Requests(
+        return replace(
+            self,
             users=self.users[index],
             ends=self.ends[index],
             targets=self.targets[index],
@@ -65,56 +73,99 @@ class Scores:
     probabilities: NDArray[np.float64]
 
 
-def held_out_requests(data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None) -> Requests:
-    """The requests of a split, at most `limit` of them (drawn evenly over the split)."""
-    if data.split is None:
-        requests = _leave_one_out(data, split)
-    elif len(data.slate_ids):
-        requests = _by_time(data, data.split, positive, split)
-    else:
-        requests = _by_event(data, data.split, positive, split)
+def held_out_requests(
+    data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None, *, repeats: bool = False
+) -> Requests:
+    """The requests of a split that have a history, at most `limit` of them (drawn evenly over the split)."""
+    requests = held_out(data, positive, split, repeats=repeats)
+    kept = requests.ends > data.event_start[requests.users]
+    if data.split is not None and not len(data.slate_ids):
+        kept &= requests.targets != NO_TARGET  # there is nothing else to measure
+    requests = requests.take(np.flatnonzero(kept))
     if limit is not None and len(requests) > limit:
         requests = requests.take(np.linspace(0, len(requests) - 1, limit).astype(np.int64))
     return requests
 
 
-def _leave_one_out(data: Sequences, split: Split) -> Requests:
-    held = 1 if split == "test" else 2
-    users = np.flatnonzero(np.diff(data.event_start) > held)
-    ends = data.event_start[users + 1] - held
-    targets = data.rows[ends].copy()
-    for i, (user, end) in enumerate(zip(users.tolist(), ends.tolist(), strict=True)):
-        if targets[i] in history_rows(data, user, end):
-            targets[i] = NO_TARGET
-    return Requests(users=users, ends=ends, targets=targets, slates=np.full(len(users), NO_SLATE))
+def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repeats: bool) -> Requests:
+    """One request per held-out slate or event of a split, those of users without a history included."""
+    if data.split is None:
+        held = 1 if split == "test" else 2
+        users = np.flatnonzero(np.diff(data.event_start) >= held)
+        ends = data.event_start[users + 1] - held
+        events = ends
+    elif len(data.slate_ids):
+        return _by_slate(data, data.split, positive, split, repeats=repeats)
+    else:
+        owners = event_users(data)
+        later = (np.diff(owners, prepend=-1) != 0) | (np.diff(data.timestamps_ms, prepend=0) != 0)
+        events = np.flatnonzero(
+            np.any(data.actions[:, positive] > 0, axis=1) & _inside(data.timestamps_ms, data.split, split)
+        )
+        users = owners[events]
+        # Events of the same time are in no history of each other.
+        ends = np.flatnonzero(later)[np.cumsum(later)[events] - 1]
+    targets = data.rows[events]
+    if not repeats:
+        targets = np.where(seen_before(data, users, targets, ends), NO_TARGET, targets)
+    return Requests(users=users, ends=ends, targets=targets, slates=np.full(len(users), NO_SLATE), repeats=repeats)
 
 
-def _by_time(data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split) -> Requests:
-    slates = np.flatnonzero(_inside(data.slate_timestamp_ms, times, split) & (data.slate_cutoff > 0))
+def _by_slate(
+    data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split, *, repeats: bool
+) -> Requests:
+    slates = np.flatnonzero(_inside(data.slate_timestamp_ms, times, split))
     users = data.slate_user[slates]
-    ends = data.event_start[users] + data.slate_cutoff[slates]
-    wanted: NDArray[np.bool_] = np.any(data.slate_actions[:, positive] > 0, axis=1)
-    targets = np.full(len(slates), NO_TARGET)
-    for i, slate in enumerate(slates):
-        items = slice(data.slate_start[slate], data.slate_start[slate + 1])
-        hits = data.slate_rows[items][wanted[items]]
-        hits = hits[~np.isin(hits, history_rows(data, users[i], ends[i]))]
-        if len(hits):
-            targets[i] = hits[0]
-    return Requests(users=users, ends=ends, targets=targets, slates=slates)
-
-
-def _by_event(data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split) -> Requests:
-    users = np.repeat(np.arange(data.num_users), np.diff(data.event_start))
-    later = (np.diff(users, prepend=-1) != 0) | (np.diff(data.timestamps_ms, prepend=0) != 0)
-    ends = np.flatnonzero(later)[np.cumsum(later) - 1]  # events of the same time are in no history of each other
-    pairs = users * data.num_items + data.rows
-    _, first, pair = np.unique(pairs, return_index=True, return_inverse=True)
-    wanted = np.any(data.actions[:, positive] > 0, axis=1) & _inside(data.timestamps_ms, times, split)
-    events = np.flatnonzero(wanted & (ends > data.event_start[users]) & (first[pair] >= ends))
-    return Requests(
-        users=users[events], ends=ends[events], targets=data.rows[events], slates=np.full(len(events), NO_SLATE)
+    requests = Requests(
+        users=users,
+        ends=data.event_start[users] + data.slate_cutoff[slates],
+        targets=np.full(len(slates), NO_TARGET),
+        slates=slates,
+        repeats=repeats,
     )
+    items = shown_items(data, requests)
+    owners = np.repeat(np.arange(len(slates)), np.diff(data.slate_start)[slates])
+    wanted = np.any(data.slate_actions[items][:, positive] > 0, axis=1)
+    if not repeats:
+        wanted &= ~seen_before(data, users[owners], data.slate_rows[items], requests.ends[owners])
+    found, first = np.unique(owners[wanted], return_index=True)
+    requests.targets[found] = data.slate_rows[items[wanted][first]]
+    return requests
+
+
+def event_users(data: Sequences) -> NDArray[np.int64]:
+    """[M] the user index of each event."""
+    return np.repeat(np.arange(data.num_users), np.diff(data.event_start))
+
+
+def seen_before(
+    data: Sequences, users: NDArray[np.int64], rows: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """[R] whether each user has an event with that catalogue row before the event index in `ends`."""
+    pairs, first = np.unique(event_users(data) * data.num_items + data.rows, return_index=True)
+    pairs, first = np.append(pairs, np.iinfo(np.int64).max), np.append(first, 0)  # a wanted pair may lie behind all
+    wanted = users * data.num_items + rows
+    at = np.searchsorted(pairs, wanted)
+    seen: NDArray[np.bool_] = (pairs[at] == wanted) & (first[at] < ends)
+    return seen
+
+
+def request_times_ms(data: Sequences, requests: Requests) -> NDArray[np.int64]:
+    """[R] i64 Unix time in ms of each request: its slate's, else that of the held-out event; -1 where unknown."""
+    return _of_each(requests, data.slate_timestamp_ms, data.timestamps_ms)
+
+
+def request_surfaces(data: Sequences, requests: Requests) -> NDArray[np.int64]:
+    """[R] i64 surface code of each request: its slate's, else that of the first event that is not in the history."""
+    return _of_each(requests, data.slate_surface, data.surfaces)
+
+
+def _of_each(requests: Requests, of_slates: NDArray[np.int64], of_events: NDArray[np.int64]) -> NDArray[np.int64]:
+    shown = requests.slates != NO_SLATE
+    values = np.zeros(len(requests), np.int64)
+    values[shown] = of_slates[requests.slates[shown]]
+    values[~shown] = of_events[requests.ends[~shown]]
+    return values
 
 
 def _inside(times_ms: NDArray[np.int64], times: TimeSplit, split: Split) -> NDArray[np.bool_]:
@@ -151,36 +202,11 @@ def rank_catalogue(
     data: Sequences, requests: Requests, scores_of: Callable[[Requests], NDArray[np.float32]]
 ) -> NDArray[np.float64]:
     """Rank each target, in chunks, among the catalogue scores [requests, N] that `scores_of` gives."""
-    parts = [target_ranks(scores_of(part), _seen(data, part), part.targets) for part in _with_target(requests)]
+    index = np.flatnonzero(requests.targets != NO_TARGET)
+    chunk = min(RANKED_AT_ONCE, max(1, SCORES_AT_ONCE // data.num_items))
+    chunks = [requests.take(part) for part in np.split(index, np.arange(chunk, len(index), chunk)) if len(part)]
+    parts = [target_ranks(scores_of(part), left_out(data, part), part.targets) for part in chunks]
     return _joined(parts)
-
-
-def popularity_scores(data: Sequences, positive: NDArray[np.bool_], requests: Requests) -> Scores:
-    """The baseline that needs no model: items by positive events in training; actions by each item's smoothed rate."""
-    cut = data.split.valid_start_ms if data.split else None
-    trained = data.timestamps_ms < cut if cut is not None else _not_held_out(data)
-    wanted = trained & (data.actions[:, positive] > 0).any(axis=1)
-    popularity = np.bincount(data.rows[wanted], minlength=data.num_items).astype(np.float32)
-    ranks = rank_catalogue(data, requests, lambda part: np.tile(popularity, (len(part), 1)))
-    shown = shown_items(data, requests)
-    return Scores(ranks=ranks, probabilities=_item_rates(data, cut)[data.slate_rows[shown]])
-
-
-def _not_held_out(data: Sequences) -> NDArray[np.bool_]:
-    last = np.repeat(data.event_start[1:], np.diff(data.event_start))
-    return np.arange(len(data.rows)) < last - 2
-
-
-def _item_rates(data: Sequences, cut: int | None, prior_rows: float = 20.0) -> NDArray[np.float64]:
-    """[N, C] rate of each action per item on training slates, shrunk towards the overall rate by `prior_rows` rows."""
-    sizes = np.diff(data.slate_start)
-    train = np.repeat(data.slate_timestamp_ms < cut if cut is not None else np.ones(len(sizes), bool), sizes)
-    rows, labels = data.slate_rows[train], data.slate_actions[train]
-    overall = labels.mean(axis=0) if len(labels) else np.full(labels.shape[1], 0.5)
-    shown = np.bincount(rows, minlength=data.num_items)[:, None]
-    hits = np.stack([np.bincount(rows, labels[:, c], data.num_items) for c in range(labels.shape[1])], axis=1)
-    rates: NDArray[np.float64] = (hits + prior_rows * overall) / (shown + prior_rows)
-    return rates
 
 
 @torch.inference_mode()
@@ -203,7 +229,7 @@ def model_scores(
         scores = (queries[:, 0] @ vectors.T).float().cpu().numpy()[has]
         logits = model.action_heads(candidates).float().sigmoid().cpu().numpy()
         yield Scores(
-            ranks=target_ranks(scores, _seen(data, chosen), chosen.targets),
+            ranks=target_ranks(scores, left_out(data, chosen), chosen.targets),
             probabilities=logits[shown].astype(np.float64),
         )
 
@@ -270,12 +296,10 @@ def _inputs(
     return history, slate, shown
 
 
-def _with_target(requests: Requests, chunk: int = 512) -> list[Requests]:
-    index = np.flatnonzero(requests.targets != NO_TARGET)
-    return [requests.take(part) for part in np.split(index, np.arange(chunk, len(index), chunk)) if len(part)]
-
-
-def _seen(data: Sequences, requests: Requests) -> list[NDArray[np.int64]]:
+def left_out(data: Sequences, requests: Requests) -> list[NDArray[np.int64]]:
+    """Per request the catalogue rows that are not eligible: those of its history, or none where repeats count."""
+    if requests.repeats:
+        return [np.zeros(0, np.int64)] * len(requests)
     return [history_rows(data, u, e) for u, e in zip(requests.users, requests.ends, strict=True)]
 
 

@@ -11,12 +11,18 @@ from numpy.typing import NDArray
 
 
 class RetrievalMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Hit rate and NDCG by cut-off k, and MRR, over `targets` requests that have exactly one target each."""
+    """Hit rate and NDCG by cut-off k, and MRR, over `targets` requests that have exactly one target each.
+
+    `hit_rate_se` and `ndcg_se` are their standard errors over the requests; empty where fewer than two have a target,
+    and in files of earlier versions.
+    """
 
     hit_rate: dict[int, float]
     ndcg: dict[int, float]
     mrr: float
     targets: int
+    hit_rate_se: dict[int, float] = {}
+    ndcg_se: dict[int, float] = {}
 
 
 class ActionMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,13 +90,34 @@ def retrieval_metrics(ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1,
     """Metrics of 0-based ranks; None if there are none."""
     if not len(ranks):
         return None
-    gains = 1.0 / np.log2(ranks + 2.0)
+    measured = cutoffs if len(ranks) > 1 else ()
     return RetrievalMetrics(
-        hit_rate={k: float((ranks < k).mean()) for k in cutoffs},
-        ndcg={k: float((gains * (ranks < k)).mean()) for k in cutoffs},
+        hit_rate={k: float(hits(ranks, k).mean()) for k in cutoffs},
+        ndcg={k: float(gains(ranks, k).mean()) for k in cutoffs},
         mrr=float((1.0 / (ranks + 1.0)).mean()),
         targets=len(ranks),
+        hit_rate_se={k: standard_error(hits(ranks, k)) for k in measured},
+        ndcg_se={k: standard_error(gains(ranks, k)) for k in measured},
     )
+
+
+def hits(ranks: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """[R] 1 where the target of a 0-based rank is among the first k; their mean is the hit rate."""
+    return (ranks < k).astype(np.float64)
+
+
+def gains(ranks: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """[R] discounted gain of the target among the first k; their mean is NDCG."""
+    discounted: NDArray[np.float64] = (ranks < k) / np.log2(ranks + 2.0)
+    return discounted
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean of at least two values.
+
+    For two scorers on the same requests, that of the differences of their values: the paired standard error.
+    """
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def action_metrics(

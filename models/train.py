@@ -21,6 +21,7 @@ from unipinrec.models.batches import Batch, Batches, BatchOptions
 from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data_sheet import TrainingFacts, training_facts, training_warnings
 from unipinrec.models.evaluate import EVALUATION_BATCH, gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.losses import LossOptions, Objective
 from unipinrec.models.metrics import Metrics
@@ -42,11 +43,12 @@ class EpochReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """What `metrics.json` holds."""
+    """What `metrics.json` holds; runs of earlier versions have no facts."""
 
     config: RunConfig
     parameters: int
     epochs: list[EpochReport]
+    facts: TrainingFacts | None = None
 
 
 class Trainer:
@@ -67,6 +69,7 @@ class Trainer:
             CheckpointError: `out` holds a run already and `resume` is False, there is nothing to resume, or `out`
                 cannot be written.
             ConfigError: The settings do not fit the data or the machine, or TensorBoard is wanted but not installed.
+            DataError: No positive action ever happens in the training part.
         """
         self.config, self.out, self.stop_requested = config, out, False
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
@@ -80,6 +83,10 @@ class Trainer:
                 f"{len(self.batches.windows)} training windows make no batch for each of "
                 f"{self.accelerator.num_processes} processes; the data has too few events before its split"
             )
+        self.facts = training_facts(
+            self.data, self.positive, self.vocabulary.actions, fit_validation=config.train.fit_validation
+        )
+        self.warnings = training_warnings(self.facts, config.train, self.total_steps)
         set_seed(config.train.seed)
         self.model = self.model_type(config.model, self.vocabulary)
         _standardise(self.model, self.data)
@@ -225,7 +232,7 @@ class Trainer:
         )
         if self.accelerator.is_main_process:
             parameters = sum(p.numel() for p in self.model.parameters())
-            document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports)
+            document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports, facts=self.facts)
             write_atomically(self.out / "metrics.json", msgspec.json.format(msgspec.json.encode(document)))
             # The state before the model: a model whose state was never written could not go on, nor begin anew.
             write_state(self.out, self.position, self.model, self.optimizer)

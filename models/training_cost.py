@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unipinrec.errors import ConfigError
 from unipinrec.models.batches import Batch, Batches
 from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data_sheet import training_facts, training_warnings
 from unipinrec.models.losses import Objective
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.sequences import sequences_of, vocabulary_of
@@ -38,6 +39,7 @@ class TrainingCost(msgspec.Struct, frozen=True, kw_only=True):
         state_bytes: Weights, gradients and AdamW's moments in fp32.
         activation_bytes_per_example: What one forward pass keeps for the backward pass, in fp32.
         step_bytes: State, and activations of a batch of such examples.
+        warnings: What will go wrong on one process, in words.
     """
 
     parameters: dict[str, int]
@@ -51,6 +53,7 @@ class TrainingCost(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: int
     activation_bytes_per_example: int
     step_bytes: int
+    warnings: list[str]
 
 
 def training_cost(dataset: Dataset, config: RunConfig) -> TrainingCost:
@@ -58,12 +61,15 @@ def training_cost(dataset: Dataset, config: RunConfig) -> TrainingCost:
 
     Raises:
         ConfigError: The settings do not fit the data.
+        DataError: No positive action ever happens in the training part.
     """
     data, vocabulary = sequences_of(dataset), vocabulary_of(dataset)
     positive = np.array([name in vocabulary.positive_actions for name in vocabulary.actions])
     batches = Batches(data, positive, batch_options(config))
     if not batches.windows:
         raise ConfigError("the data has no training windows: too few events before its split")
+    facts = training_facts(data, positive, vocabulary.actions, fit_validation=config.train.fit_validation)
+    warnings = training_warnings(facts, config.train, config.train.epochs * len(batches))
     model = UniPinRec(config.model, vocabulary)
     objective = Objective(model, data.features, loss_options(config.train, vocabulary.actions))
     lengths = np.array([w.end - w.begin for w in batches.windows])
@@ -83,6 +89,7 @@ def training_cost(dataset: Dataset, config: RunConfig) -> TrainingCost:
         state_bytes=4 * COPIES * total,
         activation_bytes_per_example=activations,
         step_bytes=4 * COPIES * total + activations * min(config.train.batch_size, len(lengths)),
+        warnings=warnings,
     )
 
 

@@ -38,6 +38,11 @@ def fail(error: BaseException) -> NoReturn:
     sys.exit(1)
 
 
+def warn(message: str) -> None:
+    """Say on stderr what is likely to go wrong."""
+    stderr.print(f"[bold yellow]warning[/]: {escape(message)}", highlight=False, soft_wrap=True)
+
+
 class FiniteRange(click.FloatRange):
     """A `FloatRange` that takes neither nan nor inf."""
 

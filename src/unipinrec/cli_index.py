@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 import msgspec
-from rich.markup import escape
 
-from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout, warn
 
 if TYPE_CHECKING:
     from unipinrec.runtime.index_update import UpdateReport
@@ -74,12 +73,10 @@ def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall
 def warn_of_low_recall(index: IndexSpec) -> None:
     """Say it on stderr where an index misses its target."""
     if index.recall < index.recall_target:
-        stderr.print(
-            f"[bold yellow]warning[/]: the index finds {index.recall:.4f} of the nearest {index.recall_k} items, not "
+        warn(
+            f"the index finds {index.recall:.4f} of the nearest {index.recall_k} items, not "
             f"{index.recall_target:g}, even with M={index.m} and ef={index.ef_search}; "
-            "exact search finds all of them (recommend --exact)",
-            highlight=False,
-            soft_wrap=True,
+            "exact search finds all of them (recommend --exact)"
         )
 
 
@@ -95,10 +92,8 @@ def _document(report: UpdateReport) -> dict[str, object]:
 def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
     index = report.index
     for feature, count in report.unknown_words.items():
-        stderr.print(
-            f"[bold yellow]warning[/]: {count} of {report.added} added items have a {escape(feature)} that the model "
-            "does not know; it counts as unknown",
-            highlight=False,
+        warn(
+            f"{count} of {report.added} added items have a {feature} that the model does not know; it counts as unknown"
         )
     stdout.print(
         f"{out}: {report.items_before} items before, {report.added} added, {report.retired} retired "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from unipinrec.cli_common import command, json_option, print_json, progress, stderr, stdout
+from unipinrec.cli_common import command, json_option, print_json, progress, stderr, stdout, warn
 
 if TYPE_CHECKING:
     from unipinrec.models.metrics import Metrics
@@ -59,6 +59,8 @@ def train(
     if out is None:
         raise click.UsageError("give --out, the checkpoint folder to write, or --dry-run")
     trainer = Trainer(read_dataset(data), run_config, out, resume=resume, tensorboard=tensorboard)
+    for warning in trainer.warnings if trainer.accelerator.is_main_process and not trainer.finished else []:
+        warn(warning)
     previous = signal.signal(signal.SIGINT, lambda *_: _request_stop(trainer, previous))
     try:
         last = _follow(trainer)
@@ -75,6 +77,8 @@ def _print_cost(data: Path, config: RunConfig, as_json: bool) -> None:
     from unipinrec.models.training_cost import training_cost
 
     cost = training_cost(read_dataset(data), config)
+    for warning in cost.warnings:
+        warn(warning)
     if as_json:
         print_json(cost)
         return

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from unipinrec.models.baselines import popularity_scores
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import (
     Requests,
@@ -21,7 +22,6 @@ from unipinrec.models.evaluate import (
     item_vectors,
     metrics_of,
     model_scores,
-    popularity_scores,
     rank_catalogue,
     shown_items,
 )
