@@ -14,6 +14,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
         item: External id.
         title: For people; None where the bundle has none.
         score: Weighted sum of the action probabilities; what the slate is sorted by.
+        value: Weighted sum of the action probabilities; None where no action was predicted.
         actions: Probability of each action.
         retrieval_score: Similarity of the item with the user's query.
     """
@@ -23,6 +24,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     score: float
     actions: dict[str, float]
     retrieval_score: float
+    value: float | None = None
 
 
 class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
         device: What ran.
         bundle: Hash of the bundle.
         exact: Why all items were scanned; None = the index found the candidates.
+        source: What chose the items.
     """
 
     items: tuple[SlateItem, ...]
@@ -54,6 +57,7 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     bundle: str
     exact: str | None
+    source: Literal["model", "popular"] = "model"
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON form; titles and `exact` are not part of it."""

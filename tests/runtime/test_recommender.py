@@ -54,9 +54,9 @@ def test_a_slate(recommender: Recommender) -> None:
 def test_the_documented_json(recommender: Recommender) -> None:
     slate = recommender.recommend(history(recommender, 3), 2, NOW)
     document = slate.to_json()
-    assert list(document) == ["items", "stages_ms", "kv", "kv_reason", "device", "bundle"]
+    assert list(document) == ["items", "stages_ms", "kv", "kv_reason", "device", "bundle", "source"]
     assert list(document["stages_ms"]) == ["encode", "retrieve", "rank", "total"]
-    assert list(document["items"][0]) == ["item", "score", "actions", "retrieval_score"]
+    assert list(document["items"][0]) == ["item", "score", "actions", "retrieval_score", "value"]
     assert document["items"][1]["item"] == slate.items[1].item
 
 
