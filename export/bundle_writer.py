@@ -34,14 +34,15 @@ from unipinrec.runtime.bundle import (
     ITEMS,
     USER_IDS,
     USERS,
-    Bundle,
     off_unit,
 )
 from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, written_whole
-from unipinrec.runtime.index import HnswIndex
 from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
 from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
 from unipinrec.runtime.ort_session import import_onnxruntime
+from unipinrec.runtime.quality import Evaluation
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.sample import sample_quality
 
 EMBED_CHUNK = 65_536
 TOOLS = ("torch", "onnx", "onnxscript", "hnswlib", "numpy")
@@ -55,11 +56,13 @@ class ExportOptions:
         users: How many of the histories, the first ones, go into the bundle, for `recommend --user`.
         recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
         accept_loss: Whether a precision may recommend something else than fp32, as fp8 often does.
+        evaluation: Measures the lists that the bundle serves, for the manifest; None = nothing is measured.
     """
 
     users: int = 1000
     recall: float = RECALL_TARGET
     accept_loss: bool = False
+    evaluation: Callable[[Recommender], Evaluation | None] | None = None
 
 
 DEFAULTS = ExportOptions()
@@ -112,9 +115,20 @@ def export_bundle(
         try:
             if reduced:
                 manifest = add_precisions(folder, reduced, users, accept_loss=options.accept_loss, progress=progress)
-            HnswIndex.open(Bundle.open(folder))
+            progress("lists of the bundle")
+            manifest = _with_quality(folder, manifest, options)
         except BundleError as error:
-            raise ExportError(f"what was written could not be opened: {error}") from error
+            raise ExportError(f"what was written could not be served: {error}") from error
+    return manifest
+
+
+def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest:
+    """Serve the bundle that was written, the golden requests first, and seal it with what was measured."""
+    with Recommender.load(folder, "cpu") as recommender:
+        sample = sample_quality(recommender)
+        measured = options.evaluation(recommender) if options.evaluation else None
+    manifest = msgspec.structs.replace(manifest, sample=sample if sample.users else None, evaluation=measured)
+    seal(folder, manifest)
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import msgspec
 from torch import Tensor, nn
 
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
+from unipinrec.export.served_order import served_order
 from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
 from unipinrec.models.config import Vocabulary
+from unipinrec.models.data_sheet import TrainingFacts
 from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.train_config import RunConfig
 from unipinrec.runtime.manifest import ModelSpec
 
 
@@ -21,10 +25,12 @@ class _Epoch(msgspec.Struct):
     metrics: dict[str, Any]
 
 
-class _Metrics(msgspec.Struct):
-    """What is read of `metrics.json`."""
+class _Run(msgspec.Struct):
+    """What is read of `metrics.json`; earlier versions wrote no facts."""
 
+    config: RunConfig
     epochs: list[_Epoch]
+    facts: TrainingFacts | None = None
 
 
 class ServableUniPinRec(nn.Module):
@@ -79,15 +85,19 @@ def source_from_checkpoint(folder: Path) -> ExportSource:
         CheckpointError: The folder is no usable checkpoint.
     """
     checkpoint = load_checkpoint(folder)
-    metrics = folder / "metrics.json"
-    best = _best_epoch(read_json(metrics, _Metrics)) if metrics.exists() else None
-    return source_from_model(checkpoint.model, checkpoint.catalogue, checkpoint.features, best)
+    source = source_from_model(checkpoint.model, checkpoint.catalogue, checkpoint.features)
+    if not (folder / "metrics.json").exists():
+        return source
+    run = read_json(folder / "metrics.json", _Run)
+    return replace(
+        source,
+        metrics=_best_epoch(run),
+        order=served_order(checkpoint.model, run.config.train, run.facts) if run.facts else None,
+    )
 
 
-def source_from_model(
-    model: UniPinRec, catalogue: Catalogue, features: ItemFeatures, metrics: dict[str, Any] | None = None
-) -> ExportSource:
-    """A model in memory as something to export; it is put in eval mode."""
+def source_from_model(model: UniPinRec, catalogue: Catalogue, features: ItemFeatures) -> ExportSource:
+    """A model in memory as something to export; it is put in eval mode, and slates are ordered by value."""
     config, vocabulary = model.config, model.vocabulary
     return ExportSource(
         module=ServableUniPinRec(model).eval(),
@@ -111,7 +121,6 @@ def source_from_model(
         item_dense=features.dense,
         item_categories=features.categories,
         config={"architecture": "UniPinRec", **msgspec.to_builtins(config)},
-        metrics=metrics,
     )
 
 
@@ -125,6 +134,6 @@ def _labels(catalogue: Catalogue, features: ItemFeatures, vocabulary: Vocabulary
     return labels
 
 
-def _best_epoch(document: _Metrics) -> dict[str, Any] | None:
-    best = [epoch for epoch in document.epochs if epoch.best]
+def _best_epoch(run: _Run) -> dict[str, Any] | None:
+    best = [epoch for epoch in run.epochs if epoch.best]
     return {"split": "valid", **best[-1].metrics} if best else None

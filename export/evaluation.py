@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from unipinrec.models.baselines import Scorer, baselines_of
-from unipinrec.models.data_sheet import data_sheet
 
 from unipinrec.export.held_out_requests import CANDIDATES, MISSING, Client, HeldOut
+from unipinrec.models.baselines import Scorer, baselines_of
+from unipinrec.models.data_sheet import data_sheet
 from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, shown_items
 from unipinrec.models.metrics import action_metrics, target_ranks
 from unipinrec.runtime import Recommender
@@ -208,8 +208,8 @@ def _beaten(lists: Mapping[str, Measured], *, slates: bool) -> list[str]:
             ahead = estimate(theirs - ours)
             if ahead.mean > 0:
                 sentences.append(
-                    f"{name} beats the served list: {metric} {theirs.mean():.4f} against {ours.mean():.4f} of the logged "
-                    f"next item (difference {ahead.mean:.4f}, standard error {ahead.error:.4f}){policy}"
+                    f"{name} beats the served list at the logged next item: {metric} {theirs.mean():.4f} against "
+                    f"{ours.mean():.4f} (difference {ahead.mean:.4f}, standard error {ahead.error:.4f}){policy}"
                 )
                 break
     return sentences

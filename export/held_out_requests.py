@@ -94,7 +94,7 @@ class HeldOut:
         """How many positive actions each of the T targets has; None where slates hold them, or all are alike."""
         if len(self.data.slate_ids):
             return None
-        values = np.array([self._value(place) for place in np.flatnonzero(self.has_target)], np.float64)
+        values = np.array([self._value(int(place)) for place in np.flatnonzero(self.has_target)], np.float64)
         return values if len(set(values.tolist())) > 1 else None
 
     def _value(self, place: int) -> int:

@@ -67,6 +67,7 @@ class RawTables:
             of the event in its user's history. `surface`, `timestamp_ms` and `order` may be null.
         items: `item_id, title`, and any number of `dense_*` (number or vector) and `category_*`.
         slates: The columns of events and `slate_id, position`; a table without rows means no slates.
+        dropped: What the adapter has dropped already, by reason.
         split: Explicit times; fractions, which become None where nothing has a timestamp; None =
         leave-one-out.
     """
@@ -79,6 +80,7 @@ class RawTables:
     items: pl.DataFrame
     slates: pl.DataFrame = field(default_factory=pl.DataFrame)
     split: TimeSplit | SplitFractions | None = SplitFractions()
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def build_dataset(raw: RawTables) -> Dataset:
@@ -91,7 +93,7 @@ def build_dataset(raw: RawTables) -> Dataset:
     Raises:
         DataError: A column is missing, foreign or of a wrong type, a value is impossible, or nothing is left.
     """
-    dropped: Counter[str] = Counter()
+    dropped: Counter[str] = Counter(raw.dropped)
     items, dense, categories = _clean_items(raw.items, dropped)
     events = _clean_events(raw, items, dropped)
     slates = _clean_slates(raw, items, dropped)

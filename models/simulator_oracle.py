@@ -112,6 +112,44 @@ def oracle_item_scores(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np.f
     Raises:
         DataError: A slate id is unknown.
     """
+    slates = _slates_of(oracle, slate_ids)
+    scores = oracle_click_chances(oracle, slate_ids)
+    centre, share = _matrix(oracle.items["centre"]), oracle.items["share"].to_numpy()
+    for start in range(0, len(slates), _CHUNK):
+        part = slates[start : start + _CHUNK]
+        exploited = share * np.exp(_matrix(part["view"]) @ centre.T)
+        exploited /= exploited.sum(axis=1, keepdims=True)
+        exploration = part["exploration"].to_numpy()[:, None]
+        exposure = (1 - exploration) * exploited + exploration * share / share.sum()
+        scores[start : start + _CHUNK] *= exposure
+    scores[_engaged_before(oracle, slates)] = 0.0
+    return scores
+
+
+def oracle_click_chances(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np.float32]:
+    """The true chance of the positive action on each item, if it is looked at, at the moment each slate was shown.
+
+    Args:
+        oracle: The truth.
+        slate_ids: Slates whose moments are meant, in any order, repeats allowed.
+
+    Returns:
+        (len(slate_ids), items) float32; columns are the rows of `items.parquet`.
+
+    Raises:
+        DataError: A slate id is unknown.
+    """
+    slates = _slates_of(oracle, slate_ids)
+    bias, vector = oracle.items[f"bias_{POSITIVE}"].to_numpy(), _matrix(oracle.items[f"vector_{POSITIVE}"])
+    chances = np.empty((len(slates), len(oracle.items)), dtype=np.float32)
+    for start in range(0, len(slates), _CHUNK):
+        state = _matrix(slates["state"][start : start + _CHUNK])
+        chances[start : start + _CHUNK] = 1 / (1 + np.exp(-(bias + state @ vector.T)))
+    return chances
+
+
+def _slates_of(oracle: Oracle, slate_ids: Sequence[int]) -> pl.DataFrame:
+    """`oracle.slates` in the order of these ids, and `row`, the place among them."""
     asked = pl.DataFrame(
         {"row": range(len(slate_ids)), "slate_id": slate_ids}, schema={"row": pl.Int64, "slate_id": pl.Int64}
     )
@@ -119,20 +157,7 @@ def oracle_item_scores(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np.f
     unknown = slates.filter(pl.col("user_id").is_null())["slate_id"].to_list()
     if unknown:
         raise DataError(f"slates {unknown[:5]} are not in the oracle; give ids of this data set's slates.parquet")
-    scores = np.empty((len(slates), len(oracle.items)), dtype=np.float32)
-    bias = oracle.items[f"bias_{POSITIVE}"].to_numpy()
-    vector, centre = _matrix(oracle.items[f"vector_{POSITIVE}"]), _matrix(oracle.items["centre"])
-    share = oracle.items["share"].to_numpy()
-    for start in range(0, len(slates), _CHUNK):
-        part = slates[start : start + _CHUNK]
-        chance = 1 / (1 + np.exp(-(bias + _matrix(part["state"]) @ vector.T)))
-        exploited = share * np.exp(_matrix(part["view"]) @ centre.T)
-        exploited /= exploited.sum(axis=1, keepdims=True)
-        exploration = part["exploration"].to_numpy()[:, None]
-        exposure = (1 - exploration) * exploited + exploration * share / share.sum()
-        scores[start : start + _CHUNK] = exposure * chance
-    scores[_engaged_before(oracle, slates)] = 0.0
-    return scores
+    return slates
 
 
 def _engaged_before(oracle: Oracle, slates: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,7 +19,7 @@ from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.event_store import EventStore
 from unipinrec.runtime.server_admission import Admission
-from unipinrec.runtime.server_api import Limits, Refusal
+from unipinrec.runtime.server_api import Limits, RecommendBody, Refusal
 from unipinrec.runtime.server_state import Deployment, Deployments
 from unipinrec.runtime.slate import Slate
 
@@ -64,6 +64,7 @@ class Call:
         deadline: When it must be answered, by the same clock.
         slates: What was recommended.
         answers: How each of the slates was batched.
+        asked: The request of each of the slates, by an id of its own: that of the call, in a list with its place.
         users: Whom it is about; logged only where the operator wants it.
         content: The body, once it was read.
         answered_elsewhere: Another process has answered it, and told its own observers.
@@ -81,6 +82,7 @@ class Call:
     deadline: float
     slates: list[Slate] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    asked: dict[str, RecommendBody] = field(default_factory=dict)
     users: list[str] = field(default_factory=list)
     content: bytes | None = None
     answered_elsewhere: bool = False

@@ -103,6 +103,9 @@ async def recommend(server: Server, call: Call) -> Response:
         place.add(len(several) - 1)
         place.begin()
         outcomes = await _recommend(server, call, several)
+        ids = [f"{call.id}/{place}" for place in range(len(asked))] if isinstance(asked, tuple) else [call.id]
+        answered = zip(ids, several, outcomes, strict=True)
+        call.asked = {id_: one for id_, one, outcome in answered if not isinstance(outcome, Exception)}
         if isinstance(asked, tuple):
             return as_json([_in_a_list(outcome, call) for outcome in outcomes])
         if isinstance(outcomes[0], Exception):

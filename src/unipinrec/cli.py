@@ -11,12 +11,13 @@ from unipinrec.cli_compile import compile_engines
 from unipinrec.cli_data import prepare
 from unipinrec.cli_demo import demo
 from unipinrec.cli_doctor import doctor
+from unipinrec.cli_evaluate import evaluate
 from unipinrec.cli_export import export
 from unipinrec.cli_index import index
 from unipinrec.cli_plan import plan
 from unipinrec.cli_serve import recommend, verify
 from unipinrec.cli_server import serve
-from unipinrec.cli_train import evaluate, train
+from unipinrec.cli_train import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -173,6 +173,34 @@ def table(source: Path, columns: Path, **options: Any) -> None:
     _prepare(lambda: read_mapped(source, read_column_map(columns)), **options)
 
 
+@prepare.command()
+@click.argument("log", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@out_option
+@click.option(
+    "--within-hours",
+    type=FiniteRange(min=0, min_open=True, max=24 * 365),
+    default=24.0,
+    show_default=True,
+    help="How long after an answer an event counts for it.",
+)
+@split_options
+@json_option
+@command
+def served(log: Path, data: Path, within_hours: float, **options: Any) -> None:
+    """What was recommended and what users then did, as slates. LOG is the folder of `serve --log-served`.
+
+    DATA is a prepared folder whose events include those that came after. Its split is kept unless others are given.
+
+    \b
+    Example:
+      unipinrec prepare served served/ data/ --out data-with-slates/
+    """
+    from unipinrec.models.data_served import HOUR_MS, read_served
+
+    _prepare(lambda: read_served(log, data, max(1, round(within_hours * HOUR_MS))), **options)
+
+
 def _prepare(
     read: Callable[[], RawTables],
     *,

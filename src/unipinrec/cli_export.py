@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli_common import command, json_option, print_json, stderr, stdout, warn
+from unipinrec.cli_evaluate import print_evaluation
 from unipinrec.cli_index import recall_option, warn_of_low_recall
+from unipinrec.errors import DataError
 
 if TYPE_CHECKING:
     from unipinrec.runtime.manifest import Manifest
+    from unipinrec.runtime.quality import Evaluation
+    from unipinrec.runtime.recommender import Recommender
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
@@ -46,6 +51,14 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     help="Write a precision although it recommends something else than fp32, as fp8 may; the report and the manifest "
     "say how far it goes.",
 )
+@click.option(
+    "--evaluate",
+    "evaluated",
+    type=click.IntRange(0),
+    default=2000,
+    show_default=True,
+    help="With --data, measure the lists that the bundle serves on so many test requests; 0 = none.",
+)
 @recall_option
 @json_option
 @command
@@ -57,6 +70,7 @@ def export(
     users: int,
     precisions: tuple[str, ...],
     accept_loss: bool,
+    evaluated: int,
     recall: float | None,
     as_json: bool,
 ) -> None:
@@ -77,16 +91,33 @@ def export(
             histories=histories,
             precisions=[name for name in PRECISIONS[1:] if name in precisions],
             options=ExportOptions(
-                users=users, recall=RECALL_TARGET if recall is None else recall, accept_loss=accept_loss
+                users=users,
+                recall=RECALL_TARGET if recall is None else recall,
+                accept_loss=accept_loss,
+                evaluation=_evaluation(data, evaluated) if data and evaluated else None,
             ),
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
     warn_of_low_recall(manifest.index)
     if as_json:
-        reported = {name: getattr(manifest, name) for name in ("parity", "precisions", "index", "files")}
+        names = ("parity", "precisions", "index", "order", "evaluation", "files")
+        reported = {name: getattr(manifest, name) for name in names}
         print_json({"bundle": str(bundle), **reported})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
+
+
+def _evaluation(data: Path, limit: int) -> Callable[[Recommender], Evaluation | None]:
+    from unipinrec.export.evaluation import evaluate
+
+    def measure(recommender: Recommender) -> Evaluation | None:
+        try:
+            return evaluate(recommender, data, limit=limit)
+        except DataError as error:  # a bundle needs no test part
+            warn(f"the lists of the bundle were not measured: {error}")
+            return None
+
+    return measure
 
 
 def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
@@ -98,6 +129,12 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
         largest = max(check.max_abs_diff or 0.0 for check in checks)
         table.add_row(name, f"{len(checks)} passed", f"{largest:.1e}")
     stdout.print(table)
+    if manifest.evaluation:
+        print_evaluation(manifest.evaluation)
+    if manifest.order:
+        stdout.print(
+            f"slates are ordered by {manifest.order.by}: {manifest.order.reason}", markup=False, soft_wrap=True
+        )
     if manifest.precisions:
         stdout.print(_precision_table(manifest))
     for name, spec in manifest.precisions.items():

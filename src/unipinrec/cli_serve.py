@@ -17,10 +17,11 @@ from unipinrec.errors import BackendError, BundleError
 if TYPE_CHECKING:
     from unipinrec.runtime import Bundle
     from unipinrec.runtime.device import DeviceRules
+    from unipinrec.runtime.golden_check import GoldenCheck
     from unipinrec.runtime.manifest import Agreement
     from unipinrec.runtime.requests import Event
     from unipinrec.runtime.slate import Slate
-    from unipinrec.runtime.verify import GoldenCheck, VerifyReport
+    from unipinrec.runtime.verify import VerifyReport
 
 RECOMMEND_EXAMPLES = """\b
 Examples:

@@ -15,6 +15,7 @@ Examples:
   unipinrec serve bundle/
   unipinrec serve bundle/ --host 0.0.0.0 --port 8000 --state /var/lib/unipinrec --cache-mib 8192
   unipinrec serve bundle/ --processes 4 --state /var/lib/unipinrec
+  unipinrec serve bundle/ --log-served served/
   unipinrec serve bundle/ --state redis://cache:6379/0 --deadline-ms 200 --queue 512
   curl localhost:8000/health/ready"""
 
@@ -164,6 +165,20 @@ positive = FiniteRange(0, min_open=True)
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
 )
 @click.option("--log-users", is_flag=True, help="Name the user in the line about a request.")
+@click.option(
+    "--log-served",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Log what is recommended, a row for each item, to Parquet files for `prepare served`. They hold users' ids; "
+    "DELETE /v1/users does not remove them there.",
+)
+@click.option(
+    "--log-served-mib",
+    type=click.IntRange(16),
+    default=1024,
+    show_default=True,
+    help="All files in the folder of --log-served; beyond it the oldest are removed.",
+)
 @click.option(
     "--recall-share",
     type=FiniteRange(0, 1),

@@ -35,6 +35,7 @@ from unipinrec.runtime.server_peers import Peers
 from unipinrec.runtime.server_processes import serve_together
 from unipinrec.runtime.server_recall import RecallSampler
 from unipinrec.runtime.server_run import Place, RunOptions, run
+from unipinrec.runtime.server_served_log import ServedLog, ServedLogOptions
 from unipinrec.runtime.server_state import Deployments
 from unipinrec.runtime.server_trace import OtelSpans, Traces, trace_route
 
@@ -172,11 +173,17 @@ def _require_cpu(deployments: Deployments, place: Place) -> None:
 def _observed(
     server: Server, options: dict[str, Any], sampler: RecallSampler | None, peers: Peers | None, parts: ExitStack
 ) -> list[BaseRoute]:
-    """Let metrics, traces and spans see every request; returns their routes."""
+    """Let metrics, the log of recommendations, traces and spans see every request; returns their routes."""
     metrics = Metrics(server, sampler)
     server.observers.append(metrics.observe)
     scrape = metrics_together_route(server, metrics, peers) if peers else metrics_route(server, metrics)
     routes: list[BaseRoute] = [scrape]
+    if options["log_served"] is not None:
+        total_bytes = options["log_served_mib"] * MEBIBYTE
+        served = ServedLog(ServedLogOptions(folder=options["log_served"], total_bytes=total_bytes))
+        parts.callback(served.close)
+        server.observers.append(served.observe)
+        metrics.registry.register(served)
     if options["traces"]:
         traces = Traces()
         server.observers.append(traces.observe)

@@ -1,4 +1,4 @@
-"""`unipinrec train` and `unipinrec evaluate`."""
+"""`unipinrec train`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.table import Table
 from unipinrec.cli_common import command, json_option, print_json, progress, stderr, stdout, warn
 
 if TYPE_CHECKING:
-    from unipinrec.models.metrics import Metrics
     from unipinrec.models.train import EpochReport, Trainer
     from unipinrec.models.train_config import RunConfig
     from unipinrec.models.train_log import StepReport
@@ -133,51 +132,3 @@ def _epoch_line(report: EpochReport) -> str:
     if measured:
         parts.append("AUC " + " ".join(f"{name} {auc:.3f}" for name, auc in measured.items()))
     return "  ".join([*parts, "best" if report.best else ""]).rstrip()
-
-
-@click.command(epilog="Example: unipinrec evaluate checkpoint/ --data data/")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
-@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Score at most this many requests, drawn evenly.")
-@json_option
-@command
-def evaluate(checkpoint: Path, data: Path, split: Any, limit: int | None, as_json: bool) -> None:
-    """Measure a checkpoint on held-out requests, beside popularity and, on simulated data, the ceiling."""
-    from unipinrec.models.compare import compare_scorers
-
-    with progress() as bar:
-        task = bar.add_task("evaluate", total=None, note="")
-        results = compare_scorers(
-            checkpoint,
-            data,
-            split,
-            limit,
-            on_batch=lambda done, of: bar.update(task, completed=done, total=of),
-        )
-    if as_json:
-        print_json({"checkpoint": str(checkpoint), "data": str(data), "split": split, "scorers": results})
-    else:
-        print_metrics(results)
-
-
-def print_metrics(results: dict[str, Metrics]) -> None:
-    """Print metrics of several scorers side by side, one column each."""
-    table = Table("metric", *results)
-    for name, values in _metric_rows(results).items():
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
-    stdout.print(table)
-
-
-def _metric_rows(results: dict[str, Metrics]) -> dict[str, list[float | None]]:
-    rows: dict[str, list[float | None]] = {}
-    scorers = list(results.values())
-    if all(m.retrieval for m in scorers):
-        for k in (1, 10, 50):
-            rows[f"HR@{k}"] = [m.retrieval.hit_rate[k] if m.retrieval else None for m in scorers]
-        rows["NDCG@10"] = [m.retrieval.ndcg[10] if m.retrieval else None for m in scorers]
-        rows["MRR"] = [m.retrieval.mrr if m.retrieval else None for m in scorers]
-    for action in scorers[0].ranking or {}:
-        for field in ("auc", "gauc", "logloss"):
-            rows[f"{action} {field}"] = [getattr(m.ranking[action], field) if m.ranking else None for m in scorers]
-    return rows
