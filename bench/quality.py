@@ -1,4 +1,4 @@
-"""Quality of a checkpoint on held-out requests, beside popularity and, on simulated data, the ceiling.
+"""Quality of what a checkpoint serves, on held-out requests of its data, beside other orders and baselines.
 
 python bench/quality.py CHECKPOINT --data DATA --name kuairand_pure
 """
@@ -7,31 +7,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 
-import msgspec
 from common import card, finish
-
-from unipinrec.models.compare import compare_scorers
-from unipinrec.models.data_schema import read_spec
 
 
 def main() -> None:
-    """Measure on the test split and write the result."""
+    """Measure on the test split, as a user would, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--name", required=True)
     options = parser.parse_args()
-    scorers = compare_scorers(options.checkpoint, options.data, "test")
+    command = ["unipinrec", "evaluate", str(options.checkpoint), "--data", str(options.data), "--json"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     run = json.loads((options.checkpoint / "metrics.json").read_bytes())
     document = {
         **card("quality"),
-        "data": read_spec(options.data).name,
         "config": run["config"],
         "parameters": run["parameters"],
         "training_seconds": [epoch["seconds"] for epoch in run["epochs"]],
-        "scorers": msgspec.to_builtins(scorers, str_keys=True),
+        "evaluation": found["evaluation"],
     }
     finish(document, f"quality_{options.name}")
 

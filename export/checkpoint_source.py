@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from torch import Tensor, nn
 
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.export.served_order import served_order
 from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
 from unipinrec.models.config import Vocabulary
-from unipinrec.models.data_sheet import TrainingFacts
+from unipinrec.models.data_schema import Dataset, read_dataset
+from unipinrec.models.data_sheet import TrainingFacts, training_facts
 from unipinrec.models.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.sequences import sequences_of
 from unipinrec.models.train_config import RunConfig
 from unipinrec.runtime.manifest import ModelSpec
 
@@ -28,8 +31,8 @@ class _Epoch(msgspec.Struct):
 class _Run(msgspec.Struct):
     """What is read of `metrics.json`; earlier versions wrote no facts."""
 
-    config: RunConfig
     epochs: list[_Epoch]
+    config: RunConfig | None = None
     facts: TrainingFacts | None = None
 
 
@@ -78,22 +81,36 @@ def _history(events: Events) -> HistoryTokens:
     )
 
 
-def source_from_checkpoint(folder: Path) -> ExportSource:
+def source_from_checkpoint(folder: Path, data: Path | None = None) -> ExportSource:
     """Read a checkpoint folder as something to export.
+
+    Args:
+        folder: What `train` wrote.
+        data: The prepared data that it was trained on. Of checkpoints of earlier versions, which did not keep what
+            there was to learn, it says what slates are ordered by.
 
     Raises:
         CheckpointError: The folder is no usable checkpoint.
+        DataError: `data` is no prepared data set.
     """
     checkpoint = load_checkpoint(folder)
     source = source_from_model(checkpoint.model, checkpoint.catalogue, checkpoint.features)
     if not (folder / "metrics.json").exists():
         return source
     run = read_json(folder / "metrics.json", _Run)
-    return replace(
-        source,
-        metrics=_best_epoch(run),
-        order=served_order(checkpoint.model, run.config.train, run.facts) if run.facts else None,
-    )
+    source = replace(source, metrics=_best_epoch(run))
+    facts = run.facts
+    if facts is None and data is not None and run.config is not None:
+        facts = _facts_of(read_dataset(data), run.config)
+    if facts is None or run.config is None:
+        return source
+    return replace(source, order=served_order(checkpoint.model, run.config.train, facts))
+
+
+def _facts_of(dataset: Dataset, config: RunConfig) -> TrainingFacts:
+    actions = dataset.spec.actions
+    positive = np.array([name in dataset.spec.positive_actions for name in actions])
+    return training_facts(sequences_of(dataset), positive, actions, fit_validation=config.train.fit_validation)
 
 
 def source_from_model(model: UniPinRec, catalogue: Catalogue, features: ItemFeatures) -> ExportSource:

@@ -30,7 +30,8 @@ from unipinrec.errors import BundleError
 from unipinrec.runtime.bundle import GOLDEN, Bundle
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.golden import read_golden
-from unipinrec.runtime.manifest import Agreement
+from unipinrec.runtime.manifest import Agreement, Manifest
+from unipinrec.runtime.ranking import product_scores, sigmoid
 from unipinrec.runtime.requests import History
 
 TOP = 10
@@ -78,7 +79,7 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
     with closing(Engine.open(bundle)) as exact:
         users = [_user_case(exact, *user, positive) for user in enumerate(_users(bundle))]
     cases = [*_golden_cases(bundle), *users]
-    figures = np.array([_compare(engine, case, positive, items) for case in cases])
+    figures = np.array([_compare(engine, case, bundle, items) for case in cases])
     ranked, ranked_strict, retrieved, retrieved_strict = figures[:, :4].mean(axis=0).tolist()
     cosine, difference = float(figures[:, 4].min()), float(figures[:, 5].max())
     return Agreement(
@@ -166,28 +167,43 @@ def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np
     )
 
 
-def _compare(
-    engine: Engine, case: _Case, positive: NDArray[np.float32], items: NDArray[np.float32]
-) -> tuple[float, ...]:
+def _compare(engine: Engine, case: _Case, bundle: Bundle, items: NDArray[np.float32]) -> tuple[float, ...]:
     """Overlap of the ranked and of the retrieved, each with ties and strictly; lowest cosine; largest difference."""
+    manifest = bundle.manifest
+    positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
     encoded = engine.encode(pad_histories([case.history.part(0, case.split)]))
     if case.split is not None:
         encoded = engine.extend(encoded, pad_histories([case.history.part(case.split)]))
     queries = engine.retrieve(encoded, positive[None])[0]
     logits = engine.rank(encoded, case.candidates[None], np.array([case.surface]), np.array([case.now_ms]))[0]
-    exact, rounded = (0.5 + 0.5 * np.tanh(values.astype(np.float64) / 2.0) for values in (case.logits, logits))
-    tied = TIED_LOGIT * (exact * (1.0 - exact)) @ positive
+    near = bundle.item_vectors[case.candidates]
+    exact, tied = _served(manifest, case.logits, _similarity(near, case.queries))
+    ranked = _best(_served(manifest, logits, _similarity(near, queries))[0], TOP)
     similarity = _similarity(items, case.queries)
     found = _best(_similarity(items, queries), TOP)
-    ranked = _best(rounded @ positive, TOP)
     return (
-        _overlap(exact @ positive, ranked, tied[ranked]),
-        _overlap(exact @ positive, ranked, 0.0),
+        _overlap(exact, ranked, tied[ranked]),
+        _overlap(exact, ranked, 0.0),
         _overlap(similarity, found, TIED_SIMILARITY),
         _overlap(similarity, found, 0.0),
         float((case.queries * queries).sum(axis=-1).min()),
         max(0.0, float((np.abs(case.logits - logits) - LOGIT_ROUNDING * np.abs(case.logits)).max())),
     )
+
+
+def _served(
+    manifest: Manifest, logits: NDArray[np.float32], similarity: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the bundle orders candidates by [k], and how far apart two of them may be and still count as tied."""
+    positive = np.array([float(name in manifest.positive_actions) for name in manifest.actions])
+    chances, order = sigmoid(logits), manifest.order
+    values, tied = chances @ positive, TIED_LOGIT * (chances * (1.0 - chances)) @ positive
+    if order is None or order.by == "value":
+        return values, tied
+    if order.by == "retrieval":
+        return similarity.astype(np.float64), np.full(len(similarity), TIED_SIMILARITY)
+    scores = product_scores(logits, positive, similarity, order.retrieval_scale)
+    return scores, tied / values + order.retrieval_scale * TIED_SIMILARITY
 
 
 def _similarity(items: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -34,8 +34,10 @@ from unipinrec.runtime.catalogue import as_known
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.index import HnswIndex
 from unipinrec.runtime.index_build import IndexTask, build_index, grow_index
-from unipinrec.runtime.manifest import IndexSpec
+from unipinrec.runtime.manifest import IndexSpec, Manifest
 from unipinrec.runtime.new_items import ItemRows, NewItem, check_items, embed_items
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.sample import sample_quality
 
 QUERY_USERS = 100
 BATCH = 16
@@ -124,8 +126,10 @@ def update_bundle(
         progress("index")
         index, way = _write_index(update, recall, folder)
         progress("files")
-        digest = _write(update, index, folder)
-        HnswIndex.open(Bundle.open(folder))
+        manifest = _write(update, index, folder)
+        with Recommender.load(folder, "cpu") as recommender:
+            sample = sample_quality(recommender) if manifest.sample else None
+        digest = seal(folder, msgspec.structs.replace(manifest, sample=sample))
     return UpdateReport(
         bundle=digest,
         parent=parent.hash,
@@ -180,8 +184,8 @@ def _queries(parent: Bundle) -> NDArray[np.float32]:
     return np.concatenate(queries).reshape(-1, manifest.model.item_dim)
 
 
-def _write(update: _Update, index: IndexSpec, folder: Path) -> str:
-    """Write what changed beside the index, link what did not, and seal the bundle; returns its hash."""
+def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
+    """Write what changed beside the index, link what did not, and seal the bundle."""
     parent, added = update.parent, update.added
     if added.ids:
         tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: update.table}
@@ -211,4 +215,5 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> str:
         kv_namespace=parent.kv_namespace,
         kv_rows=parent.kv_rows,
     )
-    return seal(folder, manifest)
+    seal(folder, manifest)
+    return manifest

@@ -65,7 +65,7 @@ def _exported(checkpoint: Path, data: Path, bundle: Path) -> Path:
     from unipinrec.export.data_histories import histories_from_data
 
     with stderr.status("exporting to a temporary bundle") as status:
-        source = source_from_checkpoint(checkpoint)
+        source = source_from_checkpoint(checkpoint, data)
         histories = histories_from_data(data, source, 100)
         export_bundle(
             source,

@@ -81,7 +81,7 @@ def export(
         from unipinrec.export.data_histories import histories_from_data
         from unipinrec.runtime.index_build import RECALL_TARGET
 
-        source = source_from_checkpoint(checkpoint)
+        source = source_from_checkpoint(checkpoint, data)
         histories = histories_from_data(data, source, max(users, SAMPLED_USERS)) if data else None
     began = time.monotonic()
     with stderr.status("exporting") as status:

@@ -203,10 +203,15 @@ def _categories(
     "--candidates", type=click.IntRange(1), default=200, show_default=True, help="Items that retrieval hands on."
 )
 @click.option(
+    "--order",
+    type=click.Choice(["value", "product", "retrieval"]),
+    help="What the list is ordered by; retrieval does not run the ranker.  [default: what the bundle says]",
+)
+@click.option(
     "--weights",
     callback=_weights,
     metavar="ACTION=W,...",
-    help="Weight of each action's probability in the score.  [default: 1 for each positive action]",
+    help="Weight of each action's probability in the value.  [default: 1 for each positive action]",
 )
 @click.option("--allow", type=ids_file, metavar="IDS.txt", help="Recommend only these items, one id a line.")
 @click.option("--deny", type=ids_file, metavar="IDS.txt", help="Recommend none of these items.")
@@ -286,11 +291,17 @@ def _print_slate(slate: Slate, reason: str) -> None:
     table.add_column("item", no_wrap=True)
     if titled:
         table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=TITLE_WIDTH + spare)
-    for name in ("score", *map(escape, shown), "retrieval"):
+    valued = ["value"] if slate.order == "product" else []
+    for name in ("score", *valued, *map(escape, shown), "retrieval"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, item in enumerate(slate.items, 1):
         names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
-        values = [item.score, *(item.actions[name] for name in shown), item.retrieval_score]
+        values = [
+            item.score,
+            *[item.value] * len(valued),
+            *(item.actions[name] for name in shown),
+            item.retrieval_score,
+        ]
         table.add_row(str(rank), *names, *(f"{value:.3f}" for value in values))
     stdout.print(table)
     if hidden:
@@ -299,7 +310,7 @@ def _print_slate(slate: Slate, reason: str) -> None:
     stdout.print(
         f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
         f"total {times.total:.1f} ms; history {slate.kv} ({slate.kv_reason}); "
-        f"{'exact scan: ' + slate.exact if slate.exact else 'hnswlib'}; "
+        f"{'exact scan: ' + slate.exact if slate.exact else 'hnswlib'}; ordered by {slate.order}; "
         f"{slate.device} ({reason}); bundle {slate.bundle[:12]}",
         highlight=False,
         markup=False,
@@ -315,6 +326,7 @@ def _fitting_actions(slate: Slate) -> tuple[list[str], list[str], int]:
         max(len(item.item) for item in slate.items),
         TITLE_WIDTH if titled else 0,
         len("score"),
+        5 if slate.order == "product" else 0,
         len("retrieval"),
     ]
     room = stdout.width - sum(width + 3 for width in fixed)

@@ -1,0 +1,208 @@
+"""What `evaluate` says is what a client gets: measured again by hand, request by request."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from unipinrec.cli import main
+from unipinrec.errors import DataError
+from unipinrec.export.evaluation import evaluate
+from unipinrec.export.held_out_requests import Client, HeldOut
+from unipinrec.models.checkpoint import load_checkpoint
+from unipinrec.models.data_schema import Dataset, DatasetSpec, TimeSplit, read_dataset, write_dataset
+from unipinrec.models.evaluate import NO_TARGET, gather_scores, held_out_requests, metrics_of, model_scores
+from unipinrec.models.sequences import sequences_of
+from unipinrec.models.simulator_oracle import oracle_click_chances, read_oracle
+from unipinrec.runtime import Event, Recommender, RecommendOptions
+from unipinrec.runtime.quality import Evaluation
+
+LIMIT = 60
+
+
+@pytest.fixture(scope="module")
+def recommender(bundle: Path) -> Recommender:
+    return Recommender.load(bundle, "cpu")
+
+
+@pytest.fixture(scope="module")
+def evaluation(recommender: Recommender, dataset: Path) -> Evaluation:
+    return evaluate(recommender, dataset, limit=LIMIT)
+
+
+def test_the_served_list_is_what_a_client_gets(recommender: Recommender, dataset: Path, evaluation: Evaluation) -> None:
+    table = read_dataset(dataset)
+    truth = read_oracle(dataset)
+    hits, true_values, places = [], [], {item: row for row, item in enumerate(table.items["item_id"])}
+    test = table.slates.filter(pl.col("timestamp_ms") >= table.spec.split.test_start_ms) if table.spec.split else None
+    assert test is not None
+    measured = held_out(dataset)
+    for slate_id, target in measured:
+        shown = test.filter(pl.col("slate_id") == slate_id)
+        user, now_ms, surface = shown.select("user_id", "timestamp_ms", "surface").row(0)
+        before = table.events.filter((pl.col("user_id") == user) & (pl.col("timestamp_ms") < now_ms))
+        events = [
+            Event(
+                item=row["item_id"],
+                actions=tuple(name for name in table.spec.actions if row[f"action_{name}"]),
+                surface=row["surface"],
+                timestamp_ms=row["timestamp_ms"],
+            )
+            for row in before.iter_rows(named=True)
+        ]
+        slate = recommender.recommend(events, 10, RecommendOptions(surface=surface, now_ms=now_ms))
+        chances = oracle_click_chances(truth, [slate_id])[0]
+        true_values.append(np.mean([chances[places[item.item]] for item in slate.items]))
+        if target is not None:
+            hits.append(target in {item.item for item in slate.items})
+    served = evaluation.lists["served"]
+    assert served.hit_rate is not None
+    assert served.true_value is not None
+    assert served.hit_rate.mean == pytest.approx(np.mean(hits))
+    assert served.true_value.mean == pytest.approx(np.mean(true_values), abs=1e-6)
+    assert served.true_value.error == pytest.approx(np.std(true_values, ddof=1) / np.sqrt(LIMIT), abs=1e-6)
+    assert (evaluation.requests, evaluation.targets) == (LIMIT, len(hits))
+
+
+def held_out(dataset: Path) -> list[tuple[int, str | None]]:
+    """Slate and target of each request."""
+    table = read_dataset(dataset)
+    data = sequences_of(table)
+    positive = np.array([name in table.spec.positive_actions for name in table.spec.actions])
+    requests = held_out_requests(data, positive, "test", LIMIT)
+    return [
+        (int(data.slate_ids[slate]), None if target == NO_TARGET else data.item_ids[target])
+        for slate, target in zip(requests.slates, requests.targets, strict=True)
+    ]
+
+
+def test_retrieval_and_ranking_are_those_of_the_checkpoint(
+    checkpoint: Path, dataset: Path, evaluation: Evaluation
+) -> None:
+    table = read_dataset(dataset)
+    data, actions = sequences_of(table), table.spec.actions
+    positive = np.array([name in table.spec.positive_actions for name in actions])
+    requests = held_out_requests(data, positive, "test", LIMIT)
+    scores = gather_scores(list(model_scores(load_checkpoint(checkpoint).model, data, requests)))
+    expected = metrics_of(scores, data, requests, actions)
+    assert expected.retrieval is not None
+    assert expected.ranking is not None
+    retrieved = evaluation.lists["by_retrieval"]
+    assert retrieved.hit_rate is not None
+    assert retrieved.ndcg is not None
+    assert retrieved.hit_rate.mean == pytest.approx(expected.retrieval.hit_rate[10])
+    assert retrieved.ndcg.mean == pytest.approx(expected.retrieval.ndcg[10])
+    for name in actions:
+        assert evaluation.actions[name].auc == pytest.approx(expected.ranking[name].auc, abs=1e-3)
+        # A history beyond the limit is served from a window that moves in steps.
+        assert evaluation.actions[name].logloss == pytest.approx(expected.ranking[name].logloss, abs=1e-3)
+        assert evaluation.actions[name].rows == expected.ranking[name].rows
+
+
+def test_no_list_beats_the_best_ten(evaluation: Evaluation) -> None:
+    values = {name: quality.true_value.mean for name, quality in evaluation.lists.items() if quality.true_value}
+    assert set(values) == {
+        *("served", "by_retrieval", "by_value", "by_product"),
+        *("popular_all_time", "popular_week", "popular_day", "next_item", "best"),
+    }
+    assert max(values, key=lambda name: values[name]) == "best"
+    assert values["best"] > values["served"] + 0.05
+    assert values["served"] == values["by_value"]
+    popular, best = values["popular_all_time"], values["best"]
+    assert evaluation.gap_closed == pytest.approx((values["served"] - popular) / (best - popular))
+    assert evaluation.order == "value"
+
+
+def test_a_baseline_that_beats_the_model_is_named_with_the_difference(
+    recommender: Recommender, dataset: Path, evaluation: Evaluation
+) -> None:
+    """Two epochs of training on 300 users: far from enough."""
+    beaten = [warning for warning in evaluation.warnings if "beats the served list" in warning]
+    ahead = {
+        name
+        for name, quality in evaluation.lists.items()
+        if name.startswith(("popular", "next")) and (quality.hit_rate, evaluation.lists["served"].hit_rate)
+        if quality.hit_rate and evaluation.lists["served"].hit_rate
+        if quality.hit_rate.mean > evaluation.lists["served"].hit_rate.mean
+    }
+    assert ahead
+    assert ahead <= {warning.partition(" ")[0] for warning in beaten}
+    assert all("standard error" in warning and "the policy of the time" in warning for warning in beaten)
+
+
+def test_the_command_measures_checkpoints_and_bundles_alike(checkpoint: Path, bundle: Path, dataset: Path) -> None:
+    found = []
+    for model in (checkpoint, bundle):
+        words = ["evaluate", str(model), "--data", str(dataset), "--limit", "40", "--json"]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(result.stdout)["evaluation"])
+    assert found[0] == found[1]
+    printed = CliRunner().invoke(main, ["evaluate", str(bundle), "--data", str(dataset), "--limit", "40"])
+    assert "served by value" in printed.stdout
+    assert "of the gap in true value" in printed.stdout
+    assert "warning: popular" in printed.stderr
+
+
+def test_an_export_with_data_stores_what_is_served(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    words = ["export", str(checkpoint), str(tmp_path / "b"), "--data", str(dataset), "--evaluate", "40"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.stderr
+    with Recommender.load(tmp_path / "b", "cpu") as recommender:
+        manifest = recommender.bundle.manifest
+        assert manifest.evaluation == evaluate(recommender, dataset, limit=40)
+    assert manifest.sample is not None
+    assert manifest.sample.users > 100
+    assert manifest.order is not None
+    assert manifest.order.by == "value"
+    assert "were shown and left alone" in manifest.order.reason
+    assert manifest.order.reason in result.stdout.replace("\n", " ")
+
+
+def test_other_data_is_refused(recommender: Recommender, dataset: Path, tmp_path: Path) -> None:
+    table, renamed = read_dataset(dataset), pl.col("item_id") + "x"
+    tables = {name: getattr(table, name).with_columns(item_id=renamed) for name in ("items", "events", "slates")}
+    surfaces = tuple(name.upper() for name in table.spec.surfaces[1:])
+    for name, changed, match in (
+        ("items", replace(table, **tables), r"lacks 300 of its items, such as \['item-0x', 'item-1x', 'item-2x'\]"),
+        ("surfaces", replace(table, spec=with_fields(table, surfaces=("unknown", *surfaces))), "surfaces were "),
+        ("actions", replace(table, spec=with_fields(table, positive_actions=("hide",))), "positive_actions were"),
+    ):
+        write_dataset(changed, tmp_path / name)
+        with pytest.raises(DataError, match=match):
+            evaluate(recommender, tmp_path / name)
+
+
+def with_fields(table: Dataset, **changes: Any) -> DatasetSpec:
+    return msgspec.structs.replace(table.spec, **changes)
+
+
+def test_a_split_without_anything_to_measure_is_refused(
+    recommender: Recommender, dataset: Path, tmp_path: Path
+) -> None:
+    table = read_dataset(dataset)
+    late = TimeSplit(valid_start_ms=1 << 45, test_start_ms=1 << 45)
+    write_dataset(replace(table, spec=with_fields(table, split=late)), tmp_path / "late")
+    with pytest.raises(DataError, match="nothing to measure in the test part: no slate of that part has an event"):
+        evaluate(recommender, tmp_path / "late")
+
+
+def test_items_that_the_user_had_before_are_served_where_repeats_count(recommender: Recommender, dataset: Path) -> None:
+    held = HeldOut.read(dataset, "test", 20, repeats=True)
+    answers = Client(recommender, held).candidates(held.requests)
+    plain = HeldOut.read(dataset, "test", 20, repeats=False)
+    fewer = Client(recommender, plain).candidates(plain.requests)
+    seen = [
+        set(plain.data.rows[plain.data.event_start[u] : e])
+        for u, e in zip(plain.requests.users, plain.requests.ends, strict=True)
+    ]
+    assert any(rows & set(found) for rows, found in zip(seen, answers.rows.tolist(), strict=True))
+    assert not any(rows & set(found) for rows, found in zip(seen, fewer.rows.tolist(), strict=True))
