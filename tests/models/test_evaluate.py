@@ -23,6 +23,8 @@ from unipinrec.models.evaluate import (
     metrics_of,
     model_scores,
     rank_catalogue,
+    request_surfaces,
+    request_times_ms,
     shown_items,
 )
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
@@ -61,6 +63,60 @@ def test_requests_of_a_data_set_by_hand(make_dataset: MakeData) -> None:
     assert data.slate_ids[test.slates].tolist() == [4, 6]
     assert (test.users.tolist(), test.ends.tolist()) == ([0, 1], [2, 3])
     assert test.targets.tolist() == [3, -1]
+
+
+def test_repeats_are_targets_on_request(make_dataset: MakeData) -> None:
+    shop = [
+        *[("ann", item, "feed", t, "click") for item, t in (("a", 1), ("b", 2), ("a", 90), ("c", 91))],
+        ("bob", "a", "feed", 90, "click"),
+    ]
+    data = sequences_of(make_dataset(shop, items=list("abcd"), split=(60, 80)))
+    new, every = (held_out_requests(data, POSITIVE, "test", repeats=repeats) for repeats in (False, True))
+    assert (new.users.tolist(), new.targets.tolist()) == ([0], [2])
+    assert (every.users.tolist(), every.ends.tolist(), every.targets.tolist()) == ([0, 0], [2, 3], [0, 2])
+    # What was seen stays in the catalogue: both targets are behind b, which Ann had.
+    scores = np.array([[0.5, 0.9, 0.5, 0.1]], np.float32)
+    assert rank_catalogue(data, every, lambda part: np.repeat(scores, len(part), axis=0)).tolist() == [1.5, 1.5]
+    assert rank_catalogue(data, new, lambda part: np.repeat(scores, len(part), axis=0)).tolist() == [0.0]
+    slates = [(1, "ann", "feed", 90, [("d", ""), ("a", "click"), ("c", "click")])]
+    data = sequences_of(make_dataset(shop[:2], slates, items=list("abcd"), split=(60, 80)))
+    targets = [held_out_requests(data, POSITIVE, "test", repeats=repeats).targets.tolist() for repeats in (False, True)]
+    assert targets == [[2], [0]]
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcaa"]))
+    targets = [held_out_requests(data, POSITIVE, "test", repeats=repeats).targets.tolist() for repeats in (False, True)]
+    assert targets == [[-1], [0]]
+
+
+def test_a_model_is_measured_with_repeats_on_request(make_model: MakeModel, make_dataset: MakeData) -> None:
+    """The target has the highest score of all but one item, which is in the history as well."""
+    dataset = make_dataset([("ann", item, "feed", None, "click") for item in "abcaa"], items=list("abcdefgh"))
+    data, model = sequences_of(dataset), make_model(vocabulary_of(dataset))
+    request = held_out_requests(data, POSITIVE, "test", repeats=True)
+    ranks = {}
+    for target in range(8):
+        one = replace(request, targets=np.array([target]))
+        for repeats in (True, False):
+            [ranks[target, repeats]] = gather_scores(
+                list(model_scores(model, data, replace(one, repeats=repeats)))
+            ).ranks.tolist()
+    assert sorted(ranks[target, True] for target in range(8)) == list(range(8))
+    # Without repeats the history's a, b and c are no rivals of the other five.
+    assert sorted(ranks[target, False] for target in range(3, 8)) == list(range(5))
+
+
+def test_requests_know_their_time_and_surface(make_dataset: MakeData) -> None:
+    events = [("ann", "a", "feed", 1, "click"), ("ann", "b", "search", 90, "click")]
+    slates = [(1, "ann", "search", 85, [("b", "click")]), (2, "ann", "feed", 95, [("c", "")])]
+    data = sequences_of(make_dataset(events, slates, split=(60, 80)))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert request_times_ms(data, requests).tolist() == [85, 95], "the second slate follows the last event of all"
+    assert request_surfaces(data, requests).tolist() == [2, 1]
+    data = sequences_of(make_dataset(events, split=(60, 80)))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert (request_times_ms(data, requests).tolist(), request_surfaces(data, requests).tolist()) == ([90], [2])
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abc"]))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert (request_times_ms(data, requests).tolist(), request_surfaces(data, requests).tolist()) == ([-1], [1])
 
 
 @quick
