@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from unipinrec.models.baselines import DAY_MS, baselines_of, training_popularity
+from unipinrec.models.baselines import DAY_MS, baselines_of, popularity_scores, training_popularity
 from unipinrec.models.data_schema import Dataset
-from unipinrec.models.evaluate import Requests, held_out_requests, rank_catalogue, request_times_ms
+from unipinrec.models.evaluate import Requests, Split, held_out_requests, metrics_of, rank_catalogue, request_times_ms
 from unipinrec.models.sequences import Sequences, sequences_of
 
 MakeData = Callable[..., Dataset]
+ACTIONS = ("click", "like", "hide")
 POSITIVE = np.array([True, True, False])
 DAY, ITEMS = DAY_MS, list("abcde")
 
@@ -71,12 +74,25 @@ def test_popularity_equals_its_definition(
 ) -> None:
     data = sequences_of(random_dataset(seed, slates=slates, split=split))
     requests = held_out_requests(data, POSITIVE, "test")
-    found = baselines_of(data, POSITIVE)["popular_all_time"](requests)
-    wanted = (data.actions[:, :2] > 0).any(axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unipinrec.models.baselines.DAY_MS", 5)
+        found = {name: scores(requests) for name, scores in baselines_of(data, POSITIVE).items()}
     training = training_popularity(data, POSITIVE)
-    for time, row in zip(request_times_ms(data, requests), found, strict=True):
-        before = np.bincount(data.rows[wanted & (data.timestamps_ms < time)], minlength=data.num_items)
-        assert row.tolist() == (before if time >= 0 else training).tolist()
+
+    def count(begin: int, end: int) -> NDArray[np.int64]:
+        inside = (begin <= data.timestamps_ms) & (data.timestamps_ms < end) & (data.actions[:, :2] > 0).any(axis=1)
+        return np.bincount(data.rows[inside], minlength=data.num_items)
+
+    for at, time in enumerate(request_times_ms(data, requests).tolist()):
+        if time < 0:
+            for name in ("popular_all_time", "popular_week", "popular_day"):
+                assert found[name][at].tolist() == training.tolist()
+            continue
+        all_time = count(-1, time)
+        assert found["popular_all_time"][at].tolist() == all_time.tolist()
+        ties = all_time / (all_time.max() + 1)
+        for name, span in (("popular_week", 35), ("popular_day", 5)):
+            assert found[name][at] == pytest.approx(count(max(0, time - span), time) + ties, abs=1e-5)
 
 
 def test_data_without_times_has_one_popularity(make_dataset: MakeData) -> None:
@@ -141,3 +157,71 @@ def test_chunks_change_no_rank(random_dataset: MakeData, monkeypatch: pytest.Mon
     monkeypatch.setattr("unipinrec.models.evaluate.SCORES_AT_ONCE", 100)
     assert {name: rank_catalogue(data, requests, partial(noting, name)).tolist() for name in scorers} == whole
     assert max(sizes) == 3
+
+
+def test_popularity_counts_positive_training_events_and_shrinks_rates(make_dataset: MakeData) -> None:
+    dataset = make_dataset(
+        events=[
+            ("ann", "a", "feed", 1, "click"),
+            ("ann", "b", "feed", 2, "like"),
+            ("ann", "d", "feed", 3, "hide"),
+            ("bob", "b", "feed", 4, "click"),
+            ("bob", "d", "feed", 61, "click"),
+            ("bob", "d", "feed", 62, "click"),
+            ("bob", "d", "feed", 63, "click"),
+        ],
+        slates=[
+            (1, "ann", "feed", 5, [("a", "click"), ("b", "")]),
+            (2, "bob", "feed", 6, [("a", ""), ("c", "click hide")]),
+            (3, "bob", "feed", 70, [("c", ""), ("a", "like")]),
+            (4, "ann", "feed", 90, [("c", "click"), ("b", "")]),
+        ],
+        split=(60, 80),
+    )
+    data = sequences_of(dataset)
+    requests = held_out_requests(data, POSITIVE, "valid")
+    scores = popularity_scores(data, POSITIVE, requests)
+    # The one target is `a`, bob has seen b and d; `a` was clicked once before 60 and beats c, which never was.
+    assert requests.targets.tolist() == [0]
+    assert scores.ranks.tolist() == [0.0]
+    # Training slates: 4 rows, 2 clicks, 1 hide; c was shown once (click, hide), a twice (one click). 20 rows of prior.
+    expected = [[(1 + 20 * 0.5) / 21, 0.0, (1 + 20 * 0.25) / 21], [(1 + 20 * 0.5) / 22, 0.0, 20 * 0.25 / 22]]
+    assert scores.probabilities == pytest.approx(np.array(expected))
+
+
+@quick
+@given(seed=st.integers(0, 10_000), split=st.sampled_from([(60, 80), None]), part=st.sampled_from(["valid", "test"]))
+def test_popularity_knows_nothing_held_out(
+    random_dataset: MakeData, seed: int, split: tuple[int, int] | None, part: Split
+) -> None:
+    dataset = random_dataset(seed, split=split)
+    data = sequences_of(dataset)
+    requests = held_out_requests(data, POSITIVE, part)
+    before = popularity_scores(data, POSITIVE, requests)
+    if split is None:
+        ends = np.repeat(data.event_start[1:], np.diff(data.event_start))
+        held = np.arange(len(data.rows)) >= ends - 2
+        changed = replace(data, actions=np.where(held[:, None], 1 - data.actions, data.actions))
+    else:
+        late = pl.col("timestamp_ms").fill_null(-1) >= 60
+        flipped = [
+            pl.when(late).then(~pl.col(f"action_{a}")).otherwise(pl.col(f"action_{a}")).alias(f"action_{a}")
+            for a in ACTIONS
+        ]
+        other = replace(
+            dataset, events=dataset.events.with_columns(flipped), slates=dataset.slates.with_columns(flipped)
+        )
+        changed = sequences_of(other)
+        assert len(dataset.slates) == 0 or not np.array_equal(changed.slate_actions, data.slate_actions)
+    after = popularity_scores(changed, POSITIVE, requests)
+    assert np.array_equal(before.ranks, after.ranks)
+    assert np.array_equal(before.probabilities, after.probabilities)
+
+
+def test_popularity_without_slates_ranks_only(make_dataset: MakeData) -> None:
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcd"]))
+    requests = held_out_requests(data, POSITIVE, "test")
+    scores = popularity_scores(data, POSITIVE, requests)
+    assert scores.ranks.tolist() == [0.0], "a, b and c are seen, so d is alone"
+    assert scores.probabilities.shape == (0, 3)
+    assert metrics_of(scores, data, requests, ACTIONS).ranking is None

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -247,74 +246,6 @@ def test_metrics_pair_each_shown_item_with_its_label_and_user(random_dataset: Ma
 
 def _shown(data: Sequences, slate: int) -> range:
     return range(data.slate_start[slate], data.slate_start[slate + 1])
-
-
-def test_popularity_counts_positive_training_events_and_shrinks_rates(make_dataset: MakeData) -> None:
-    dataset = make_dataset(
-        events=[
-            ("ann", "a", "feed", 1, "click"),
-            ("ann", "b", "feed", 2, "like"),
-            ("ann", "d", "feed", 3, "hide"),
-            ("bob", "b", "feed", 4, "click"),
-            ("bob", "d", "feed", 61, "click"),
-            ("bob", "d", "feed", 62, "click"),
-            ("bob", "d", "feed", 63, "click"),
-        ],
-        slates=[
-            (1, "ann", "feed", 5, [("a", "click"), ("b", "")]),
-            (2, "bob", "feed", 6, [("a", ""), ("c", "click hide")]),
-            (3, "bob", "feed", 70, [("c", ""), ("a", "like")]),
-            (4, "ann", "feed", 90, [("c", "click"), ("b", "")]),
-        ],
-        split=(60, 80),
-    )
-    data = sequences_of(dataset)
-    requests = held_out_requests(data, POSITIVE, "valid")
-    scores = popularity_scores(data, POSITIVE, requests)
-    # The one target is `a`, bob has seen b and d; `a` was clicked once before 60 and beats c, which never was.
-    assert requests.targets.tolist() == [0]
-    assert scores.ranks.tolist() == [0.0]
-    # Training slates: 4 rows, 2 clicks, 1 hide; c was shown once (click, hide), a twice (one click). 20 rows of prior.
-    expected = [[(1 + 20 * 0.5) / 21, 0.0, (1 + 20 * 0.25) / 21], [(1 + 20 * 0.5) / 22, 0.0, 20 * 0.25 / 22]]
-    assert scores.probabilities == pytest.approx(np.array(expected))
-
-
-@quick
-@given(seed=st.integers(0, 10_000), split=st.sampled_from([(60, 80), None]), part=st.sampled_from(["valid", "test"]))
-def test_popularity_knows_nothing_held_out(
-    random_dataset: MakeData, seed: int, split: tuple[int, int] | None, part: Split
-) -> None:
-    dataset = random_dataset(seed, split=split)
-    data = sequences_of(dataset)
-    requests = held_out_requests(data, POSITIVE, part)
-    before = popularity_scores(data, POSITIVE, requests)
-    if split is None:
-        ends = np.repeat(data.event_start[1:], np.diff(data.event_start))
-        held = np.arange(len(data.rows)) >= ends - 2
-        changed = replace(data, actions=np.where(held[:, None], 1 - data.actions, data.actions))
-    else:
-        late = pl.col("timestamp_ms").fill_null(-1) >= 60
-        flipped = [
-            pl.when(late).then(~pl.col(f"action_{a}")).otherwise(pl.col(f"action_{a}")).alias(f"action_{a}")
-            for a in ACTIONS
-        ]
-        other = replace(
-            dataset, events=dataset.events.with_columns(flipped), slates=dataset.slates.with_columns(flipped)
-        )
-        changed = sequences_of(other)
-        assert len(dataset.slates) == 0 or not np.array_equal(changed.slate_actions, data.slate_actions)
-    after = popularity_scores(changed, POSITIVE, requests)
-    assert np.array_equal(before.ranks, after.ranks)
-    assert np.array_equal(before.probabilities, after.probabilities)
-
-
-def test_popularity_without_slates_ranks_only(make_dataset: MakeData) -> None:
-    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcd"]))
-    requests = held_out_requests(data, POSITIVE, "test")
-    scores = popularity_scores(data, POSITIVE, requests)
-    assert scores.ranks.tolist() == [0.0], "a, b and c are seen, so d is alone"
-    assert scores.probabilities.shape == (0, 3)
-    assert metrics_of(scores, data, requests, ACTIONS).ranking is None
 
 
 def test_the_catalogue_is_ranked_without_what_was_seen(make_dataset: MakeData) -> None:
