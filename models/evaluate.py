@@ -89,21 +89,18 @@ def held_out_requests(
 
 def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repeats: bool) -> Requests:
     """One request per held-out slate or event of a split, those of users without a history included."""
+    if data.split is not None and len(data.slate_ids):
+        return _by_slate(data, data.split, positive, split, repeats=repeats)
     if data.split is None:
         held = 1 if split == "test" else 2
         users = np.flatnonzero(np.diff(data.event_start) >= held)
-        ends = data.event_start[users + 1] - held
-        events = ends
-    elif len(data.slate_ids):
-        return _by_slate(data, data.split, positive, split, repeats=repeats)
+        events = ends = data.event_start[users + 1] - held
     else:
-        owners = event_users(data)
-        later = (np.diff(owners, prepend=-1) != 0) | (np.diff(data.timestamps_ms, prepend=0) != 0)
-        events = np.flatnonzero(
-            np.any(data.actions[:, positive] > 0, axis=1) & _inside(data.timestamps_ms, data.split, split)
-        )
+        wanted = np.any(data.actions[:, positive] > 0, axis=1) & _inside(data.timestamps_ms, data.split, split)
+        events, owners = np.flatnonzero(wanted), event_users(data)
         users = owners[events]
         # Events of the same time are in no history of each other.
+        later = (np.diff(owners, prepend=-1) != 0) | (np.diff(data.timestamps_ms, prepend=0) != 0)
         ends = np.flatnonzero(later)[np.cumsum(later)[events] - 1]
     targets = data.rows[events]
     if not repeats:

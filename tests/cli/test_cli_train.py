@@ -83,6 +83,18 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(dataset: Path, tmp_path: P
     assert "give --out, the checkpoint folder to write, or --dry-run" in missing.stderr
 
 
+def test_training_warns_before_the_first_epoch_and_in_a_dry_run(dataset: Path, tmp_path: Path) -> None:
+    said = "warning: training ends after 5 steps, inside its warm-up of 50: it never reaches its learning rate; train"
+    trained = run("train", "--data", dataset, "--out", tmp_path / "ck", "--epochs", "1")
+    assert trained.exit_code == 0, trained.stderr
+    assert trained.stderr.index(said) < trained.stderr.index("epoch 1 ")
+    dry = run("train", "--data", dataset, "--dry-run", "--epochs", "1", "--json")
+    assert said in dry.stderr
+    [warning] = json.loads(dry.stdout)["warnings"]
+    assert f"warning: {warning}\n" in dry.stderr
+    assert run("train", "--data", dataset, "--dry-run", "--epochs", "11").stderr == ""
+
+
 def test_ctrl_c_leaves_a_state_to_resume_from(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "ck"
     train = [sys.executable, "-m", "unipinrec", "train", "--data", str(dataset), "--out", str(out)]

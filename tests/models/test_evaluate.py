@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +22,8 @@ from unipinrec.models.evaluate import (
     metrics_of,
     model_scores,
     rank_catalogue,
+    request_surfaces,
+    request_times_ms,
     shown_items,
 )
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
@@ -61,6 +62,60 @@ def test_requests_of_a_data_set_by_hand(make_dataset: MakeData) -> None:
     assert data.slate_ids[test.slates].tolist() == [4, 6]
     assert (test.users.tolist(), test.ends.tolist()) == ([0, 1], [2, 3])
     assert test.targets.tolist() == [3, -1]
+
+
+def test_repeats_are_targets_on_request(make_dataset: MakeData) -> None:
+    shop = [
+        *[("ann", item, "feed", t, "click") for item, t in (("a", 1), ("b", 2), ("a", 90), ("c", 91))],
+        ("bob", "a", "feed", 90, "click"),
+    ]
+    data = sequences_of(make_dataset(shop, items=list("abcd"), split=(60, 80)))
+    new, every = (held_out_requests(data, POSITIVE, "test", repeats=repeats) for repeats in (False, True))
+    assert (new.users.tolist(), new.targets.tolist()) == ([0], [2])
+    assert (every.users.tolist(), every.ends.tolist(), every.targets.tolist()) == ([0, 0], [2, 3], [0, 2])
+    # What was seen stays in the catalogue: both targets are behind b, which Ann had.
+    scores = np.array([[0.5, 0.9, 0.5, 0.1]], np.float32)
+    assert rank_catalogue(data, every, lambda part: np.repeat(scores, len(part), axis=0)).tolist() == [1.5, 1.5]
+    assert rank_catalogue(data, new, lambda part: np.repeat(scores, len(part), axis=0)).tolist() == [0.0]
+    slates = [(1, "ann", "feed", 90, [("d", ""), ("a", "click"), ("c", "click")])]
+    data = sequences_of(make_dataset(shop[:2], slates, items=list("abcd"), split=(60, 80)))
+    targets = [held_out_requests(data, POSITIVE, "test", repeats=repeats).targets.tolist() for repeats in (False, True)]
+    assert targets == [[2], [0]]
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcaa"]))
+    targets = [held_out_requests(data, POSITIVE, "test", repeats=repeats).targets.tolist() for repeats in (False, True)]
+    assert targets == [[-1], [0]]
+
+
+def test_a_model_is_measured_with_repeats_on_request(make_model: MakeModel, make_dataset: MakeData) -> None:
+    """The target has the highest score of all but one item, which is in the history as well."""
+    dataset = make_dataset([("ann", item, "feed", None, "click") for item in "abcaa"], items=list("abcdefgh"))
+    data, model = sequences_of(dataset), make_model(vocabulary_of(dataset))
+    request = held_out_requests(data, POSITIVE, "test", repeats=True)
+    ranks = {}
+    for target in range(8):
+        one = replace(request, targets=np.array([target]))
+        for repeats in (True, False):
+            [ranks[target, repeats]] = gather_scores(
+                list(model_scores(model, data, replace(one, repeats=repeats)))
+            ).ranks.tolist()
+    assert sorted(ranks[target, True] for target in range(8)) == list(range(8))
+    # Without repeats the history's a, b and c are no rivals of the other five.
+    assert sorted(ranks[target, False] for target in range(3, 8)) == list(range(5))
+
+
+def test_requests_know_their_time_and_surface(make_dataset: MakeData) -> None:
+    events = [("ann", "a", "feed", 1, "click"), ("ann", "b", "search", 90, "click")]
+    slates = [(1, "ann", "search", 85, [("b", "click")]), (2, "ann", "feed", 95, [("c", "")])]
+    data = sequences_of(make_dataset(events, slates, split=(60, 80)))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert request_times_ms(data, requests).tolist() == [85, 95], "the second slate follows the last event of all"
+    assert request_surfaces(data, requests).tolist() == [2, 1]
+    data = sequences_of(make_dataset(events, split=(60, 80)))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert (request_times_ms(data, requests).tolist(), request_surfaces(data, requests).tolist()) == ([90], [2])
+    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abc"]))
+    requests = held_out_requests(data, POSITIVE, "test")
+    assert (request_times_ms(data, requests).tolist(), request_surfaces(data, requests).tolist()) == ([-1], [1])
 
 
 @quick
@@ -191,74 +246,6 @@ def test_metrics_pair_each_shown_item_with_its_label_and_user(random_dataset: Ma
 
 def _shown(data: Sequences, slate: int) -> range:
     return range(data.slate_start[slate], data.slate_start[slate + 1])
-
-
-def test_popularity_counts_positive_training_events_and_shrinks_rates(make_dataset: MakeData) -> None:
-    dataset = make_dataset(
-        events=[
-            ("ann", "a", "feed", 1, "click"),
-            ("ann", "b", "feed", 2, "like"),
-            ("ann", "d", "feed", 3, "hide"),
-            ("bob", "b", "feed", 4, "click"),
-            ("bob", "d", "feed", 61, "click"),
-            ("bob", "d", "feed", 62, "click"),
-            ("bob", "d", "feed", 63, "click"),
-        ],
-        slates=[
-            (1, "ann", "feed", 5, [("a", "click"), ("b", "")]),
-            (2, "bob", "feed", 6, [("a", ""), ("c", "click hide")]),
-            (3, "bob", "feed", 70, [("c", ""), ("a", "like")]),
-            (4, "ann", "feed", 90, [("c", "click"), ("b", "")]),
-        ],
-        split=(60, 80),
-    )
-    data = sequences_of(dataset)
-    requests = held_out_requests(data, POSITIVE, "valid")
-    scores = popularity_scores(data, POSITIVE, requests)
-    # The one target is `a`, bob has seen b and d; `a` was clicked once before 60 and beats c, which never was.
-    assert requests.targets.tolist() == [0]
-    assert scores.ranks.tolist() == [0.0]
-    # Training slates: 4 rows, 2 clicks, 1 hide; c was shown once (click, hide), a twice (one click). 20 rows of prior.
-    expected = [[(1 + 20 * 0.5) / 21, 0.0, (1 + 20 * 0.25) / 21], [(1 + 20 * 0.5) / 22, 0.0, 20 * 0.25 / 22]]
-    assert scores.probabilities == pytest.approx(np.array(expected))
-
-
-@quick
-@given(seed=st.integers(0, 10_000), split=st.sampled_from([(60, 80), None]), part=st.sampled_from(["valid", "test"]))
-def test_popularity_knows_nothing_held_out(
-    random_dataset: MakeData, seed: int, split: tuple[int, int] | None, part: Split
-) -> None:
-    dataset = random_dataset(seed, split=split)
-    data = sequences_of(dataset)
-    requests = held_out_requests(data, POSITIVE, part)
-    before = popularity_scores(data, POSITIVE, requests)
-    if split is None:
-        ends = np.repeat(data.event_start[1:], np.diff(data.event_start))
-        held = np.arange(len(data.rows)) >= ends - 2
-        changed = replace(data, actions=np.where(held[:, None], 1 - data.actions, data.actions))
-    else:
-        late = pl.col("timestamp_ms").fill_null(-1) >= 60
-        flipped = [
-            pl.when(late).then(~pl.col(f"action_{a}")).otherwise(pl.col(f"action_{a}")).alias(f"action_{a}")
-            for a in ACTIONS
-        ]
-        other = replace(
-            dataset, events=dataset.events.with_columns(flipped), slates=dataset.slates.with_columns(flipped)
-        )
-        changed = sequences_of(other)
-        assert len(dataset.slates) == 0 or not np.array_equal(changed.slate_actions, data.slate_actions)
-    after = popularity_scores(changed, POSITIVE, requests)
-    assert np.array_equal(before.ranks, after.ranks)
-    assert np.array_equal(before.probabilities, after.probabilities)
-
-
-def test_popularity_without_slates_ranks_only(make_dataset: MakeData) -> None:
-    data = sequences_of(make_dataset([("ann", item, "feed", None, "click") for item in "abcd"]))
-    requests = held_out_requests(data, POSITIVE, "test")
-    scores = popularity_scores(data, POSITIVE, requests)
-    assert scores.ranks.tolist() == [0.0], "a, b and c are seen, so d is alone"
-    assert scores.probabilities.shape == (0, 3)
-    assert metrics_of(scores, data, requests, ACTIONS).ranking is None
 
 
 def test_the_catalogue_is_ranked_without_what_was_seen(make_dataset: MakeData) -> None:

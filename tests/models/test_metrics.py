@@ -15,7 +15,10 @@ from unipinrec.models.metrics import (
     Metrics,
     RetrievalMetrics,
     action_metrics,
+    gains,
+    hits,
     retrieval_metrics,
+    standard_error,
     target_ranks,
 )
 
@@ -143,6 +146,35 @@ def test_retrieval_metrics_of_a_few_ranks() -> None:
     assert metrics.ndcg[50] == pytest.approx(sum(gains) / 6)
     assert metrics.mrr == pytest.approx((1 + 1 / 3 + 1 / 10 + 1 / 10.5 + 1 / 11 + 1 / 1.5) / 6)
     assert metrics.targets == 6
+
+
+def test_standard_errors_of_a_few_ranks() -> None:
+    metrics = retrieval_metrics(np.array([0.0, 2.0, 30.0, 60.0]), cutoffs=(10,))
+    assert metrics is not None
+    # hits 1, 1, 0, 0: variance 1/3 over n - 1; gains 1, 1/2, 0, 0: mean 3/8, squares sum to 11/16
+    assert metrics.hit_rate_se == {10: pytest.approx(math.sqrt(1 / 3 / 4))}
+    assert metrics.ndcg_se == {10: pytest.approx(math.sqrt(11 / 16 / 3 / 4))}
+    alone = retrieval_metrics(np.array([3.0]))
+    assert alone is not None
+    assert (alone.hit_rate_se, alone.ndcg_se) == ({}, {})
+
+
+def test_the_paired_error_is_smaller_where_two_scorers_agree() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 40, 500).astype(np.float64)
+    second = first + (rng.random(500) < 0.1)
+    paired = standard_error(gains(first, 10) - gains(second, 10))
+    alone = math.hypot(standard_error(gains(first, 10)), standard_error(gains(second, 10)))
+    assert paired < alone / 5
+    assert standard_error(hits(np.array([0.0, 0.0, 20.0]), 10) - hits(np.array([0.0, 20.0, 20.0]), 10)) == (
+        pytest.approx(1 / 3)
+    )
+
+
+def test_metrics_of_earlier_versions_have_no_standard_errors() -> None:
+    old = b'{"hit_rate": {"10": 0.5}, "ndcg": {"10": 0.25}, "mrr": 0.2, "targets": 4}'
+    expected = RetrievalMetrics(hit_rate={10: 0.5}, ndcg={10: 0.25}, mrr=0.2, targets=4)
+    assert msgspec.json.decode(old, type=RetrievalMetrics) == expected
 
 
 def test_no_targets_have_no_metrics() -> None:

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
+from unipinrec.errors import CheckpointError, ConfigError, DataError, TrainingError, TrainingInterrupted
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY, ModelConfig
 from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset
@@ -451,6 +451,27 @@ def test_metrics_json_tells_the_whole_run(noise: Dataset, tmp_path: Path) -> Non
     assert [report.epoch for report in document.epochs] == [0, 1]
     assert sorted(document.epochs[0].losses) == ["candidate_actions", "history_actions", "loss", "retrieval"]
     assert trainer.objective.options.action_weights == (1.0, 2.0, 1.0)
+
+
+def test_metrics_json_holds_what_there_was_to_learn_from(noise: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(noise, _config({"epochs": 1, "warmup_steps": 9}), tmp_path)
+    assert trainer.warnings[0].startswith("training ends after 5 steps, inside its warm-up of 9")
+    _run(trainer)
+    document = msgspec.json.decode((tmp_path / "metrics.json").read_bytes(), type=RunMetrics)
+    assert document.facts == trainer.facts
+    assert trainer.facts.targets > 0
+    old = msgspec.to_builtins(document, str_keys=True)
+    del old["facts"]
+    assert msgspec.convert(old, RunMetrics, strict=False).facts is None
+
+
+def test_data_without_a_positive_action_is_refused_before_anything_is_written(
+    make_dataset: Make, tmp_path: Path
+) -> None:
+    events = [("ann", item, "feed", t, "hide") for t, item in enumerate("abcde")]
+    with pytest.raises(DataError, match=r"none of the positive actions \['click', 'like'\] ever happens"):
+        Trainer(make_dataset(events, split=(60, 80)), _config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_has_the_features_and_standardises_them(noise: Dataset, tmp_path: Path) -> None:
