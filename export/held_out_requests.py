@@ -25,7 +25,7 @@ from unipinrec.models.evaluate import (
     Requests,
     Split,
     held_out_requests,
-    history_rows,
+    left_out,
     request_surfaces,
     request_times_ms,
     shown_items,
@@ -47,7 +47,6 @@ class HeldOut:
         positive: [C] which actions make an event a target.
         requests: R requests.
         oracle: The truth behind simulated data.
-        repeats: Whether items of the history are served, and count as targets.
     """
 
     folder: Path
@@ -56,7 +55,6 @@ class HeldOut:
     positive: NDArray[np.bool_]
     requests: Requests
     oracle: Oracle | None
-    repeats: bool
 
     @classmethod
     def read(cls, folder: Path, split: Split, limit: int | None, *, repeats: bool) -> HeldOut:
@@ -73,15 +71,7 @@ class HeldOut:
             raise DataError(f"{folder}: nothing to measure in the {split} part: {_why_nothing(data)}")
         known = len(data.slate_ids) and (folder / "oracle.parquet").exists()
         oracle = read_oracle(folder) if known else None
-        return cls(
-            folder=folder,
-            dataset=dataset,
-            data=data,
-            positive=positive,
-            requests=requests,
-            oracle=oracle,
-            repeats=repeats,
-        )
+        return cls(folder=folder, dataset=dataset, data=data, positive=positive, requests=requests, oracle=oracle)
 
     @cached_property
     def has_target(self) -> NDArray[np.bool_]:
@@ -105,9 +95,7 @@ class HeldOut:
 
     def seen(self, part: Requests) -> list[NDArray[np.int64]]:
         """Rows that are not served to each request."""
-        if self.repeats:
-            return [np.zeros(0, np.int64)] * len(part)
-        return [history_rows(self.data, *request) for request in zip(part.users, part.ends, strict=True)]
+        return left_out(self.data, part)
 
     def chances(self, part: Requests) -> NDArray[np.float32] | None:
         """True chance [requests, N] of a positive action; None where it is not known."""
@@ -190,7 +178,7 @@ class Client:
         """The candidates of requests as they are served."""
         live = self._recommender.bundle.catalogue.num_live
         asked = [
-            Query(k=min(CANDIDATES, live - len(set(rows.tolist()))), options={"exclude_seen": not self._held.repeats})
+            Query(k=min(CANDIDATES, live - len(set(rows.tolist()))), options={"exclude_seen": not part.repeats})
             for rows in self._held.seen(part)
         ]
         slates = self._ask(part, asked)

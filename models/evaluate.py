@@ -4,7 +4,8 @@ One request per held-out slate, exactly as it would be served: all events before
 of them), candidates = the shown items, retrieval target = the slate's first positive item. Items in the history are
 excluded from retrieval, as they are in serving, and so are targets that were seen before. Data that has times but no
 slates gives one request per held-out positive event whose item is new to its user, with all events before its time.
-Data without times is split leave-one-out: the target is the user's last event (test) or the one before (validation).
+Data without times is split leave-one-out: the target is the user's last event (test) or the one before (validation),
+where it is positive.
 With `repeats` nothing is excluded: for shops, where people buy the same again.
 """
 
@@ -91,12 +92,14 @@ def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repe
     """One request per held-out slate or event of a split, those of users without a history included."""
     if data.split is not None and len(data.slate_ids):
         return _by_slate(data, data.split, positive, split, repeats=repeats)
+    wanted: NDArray[np.bool_] = np.any(data.actions[:, positive] > 0, axis=1)
     if data.split is None:
         held = 1 if split == "test" else 2
         users = np.flatnonzero(np.diff(data.event_start) >= held)
+        users = users[wanted[data.event_start[users + 1] - held]]
         events = ends = data.event_start[users + 1] - held
     else:
-        wanted = np.any(data.actions[:, positive] > 0, axis=1) & _inside(data.timestamps_ms, data.split, split)
+        wanted &= _inside(data.timestamps_ms, data.split, split)
         events, owners = np.flatnonzero(wanted), event_users(data)
         users = owners[events]
         # Events of the same time are in no history of each other.
