@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.manifest import Order
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.server_api import Refusal
 from unipinrec.runtime.server_app import route
@@ -41,6 +42,7 @@ class SampleUsers(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         users: The first sample users; none where the bundle carries none.
         actions, positive_actions: See the bundle's manifest.
+        order: What slates are ordered by.
         items: Items that can be recommended.
         bundle: Hash of the bundle.
         device, device_reason: What runs, and why.
@@ -49,6 +51,7 @@ class SampleUsers(msgspec.Struct, frozen=True, kw_only=True):
     users: tuple[SampleUser, ...]
     actions: tuple[str, ...]
     positive_actions: tuple[str, ...]
+    order: Order
     items: int
     bundle: str
     device: str
@@ -131,6 +134,7 @@ def _sample_users(recommender: Recommender, version: str) -> SampleUsers:
         users=tuple(SampleUser(user=user, events=events) for user, events in bundle.sample_users(MOST_USERS)),
         actions=bundle.manifest.actions,
         positive_actions=bundle.manifest.positive_actions,
+        order=recommender.order,
         items=bundle.catalogue.num_live,
         bundle=version,
         device=device.name,
