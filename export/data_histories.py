@@ -14,11 +14,12 @@ from unipinrec.models.sequences import sequences_of, vocabulary_of
 
 
 def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:
-    """The newest events of up to `limit` users, those with the latest activity first, and what is popular with all.
+    """The newest events of up to `limit` users, those with the latest activity first, and the popularity of all items.
 
     Raises:
         DataError: The folder is no prepared data set.
-        ExportError: Its items, actions or surfaces are not those of the model, or it has no events, or no positive ones.
+        ExportError: Its items, actions or surfaces are not those of the model, or it has no events, or none of them is
+            positive.
     """
     dataset = read_dataset(folder)
     data = sequences_of(dataset)

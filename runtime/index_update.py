@@ -222,4 +222,5 @@ def _with_added(shares: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """Shares [S, N + count]: an added item is as popular as the least popular one; each row sums to 1 as before."""
     least = shares.min(axis=1, keepdims=True)
     grown = np.concatenate([shares, np.repeat(least, count, axis=1)], axis=1, dtype=np.float64)
-    return (grown / grown.sum(axis=1, keepdims=True)).astype(np.float32)
+    summed: NDArray[np.float32] = (grown / grown.sum(axis=1, keepdims=True)).astype(np.float32)
+    return summed

@@ -84,7 +84,7 @@ class PopularItems:
         """The k first eligible rows [k]; reads the order only as far as they reach."""
         order, seen = self.order[asked.surface], asked.k + len(asked.excluded)
         while True:
-            rows = order[:seen]
+            rows: NDArray[np.int32] = order[:seen]
             if asked.allowed is not None:
                 rows = rows[asked.allowed[rows]]
             rows = rows[~np.isin(rows, asked.excluded)]

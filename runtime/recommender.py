@@ -148,7 +148,8 @@ class Recommender:
     ) -> Slate:
         """The k best items after a history, given oldest event first as events or dictionaries with their keys.
 
-        After an empty one they are the most popular ones, whatever `order` and `weights` say. With a cache, what is encoded of `user` serves the next request whose history begins with the same events.
+        After an empty one they are the most popular ones, and `order` and `weights` have no effect. With a cache, what
+        is encoded of `user` serves the next request whose history begins with the same events.
 
         Raises:
             ColdStartError: The history is empty, and popular items are not to be had.

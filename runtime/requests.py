@@ -335,8 +335,7 @@ def _check_order(before: int, after: int, missing: int, where: str) -> None:
 
 
 def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
-    # The last time is known if any is.
-    last = int(history.timestamps_ms[-1]) if len(history) else manifest.missing_timestamp_ms
+    last = int(history.timestamps_ms[-1]) if len(history) else manifest.missing_timestamp_ms  # known if any is
     if now_ms is None:
         # A clock that runs behind the one that stamped the last event must not make the request fail.
         return last if last == manifest.missing_timestamp_ms else max(last, time.time_ns() // 1_000_000)

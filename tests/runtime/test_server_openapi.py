@@ -71,13 +71,16 @@ def test_every_reference_and_schema_is_valid(document: dict[str, Any]) -> None:
         jsonschema_rs.meta.validate(schema)
     item = document["components"]["schemas"]["SlateItem"]
     assert item["description"] == "One recommended item."
-    assert item["properties"]["actions"]["description"] == "Probability of each action; empty where the ranker did not run."
+    assert (
+        item["properties"]["actions"]["description"]
+        == "Probability of each action; empty where the ranker did not run."
+    )
 
 
 def examples() -> list[tuple[str, str]]:
     from unipinrec.runtime.server_examples import examples
 
-    return [(path, name) for path, given in examples(Bundle.open(STORED)).items() for name in given]
+    return [(path, name) for path, given in examples(Bundle.open(STORED), cold_start=False).items() for name in given]
 
 
 @pytest.mark.parametrize(("path", "name"), examples())
