@@ -35,8 +35,10 @@ def twin(folder: Path, seed: int) -> Path:
 
 
 def with_shares(folder: Path, shares: NDArray[Any]) -> Path:
-    """The stored bundle with popular items."""
+    """The stored bundle with popular items, and a word for each: "a" for even rows, "b" for odd ones."""
     shutil.copytree(STORED, folder)
+    codes = np.arange(24, dtype=np.int32)[:, None] % 2 + 1
+    save_file({**load_file(folder / "items.safetensors"), "categories": codes}, folder / "items.safetensors")
     save_file({"share": shares}, folder / "popular.safetensors")
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["files"]["popular.safetensors"] = {}

@@ -19,7 +19,9 @@ NOW = 100 * 86_400_000
 EventRow = tuple[str, str, str, int | None, str]
 
 
-def shares(events: Sequence[EventRow], items: str = "abcd", positive: tuple[str, ...] = ("click", "save")) -> NDArray:
+def shares(
+    events: Sequence[EventRow], items: str = "abcd", positive: tuple[str, ...] = ("click", "save")
+) -> NDArray[np.float32]:
     """Of events (user, item, surface, time, action), oldest first."""
     spec = DatasetSpec(
         format_version=1,
@@ -43,7 +45,7 @@ def shares(events: Sequence[EventRow], items: str = "abcd", positive: tuple[str,
     return item_shares(sequences_of(dataset), vocabulary_of(dataset))
 
 
-OLD: list[EventRow] = [("u", "a", "home", 0, "click")] * 3 + [("u", "b", "search", 1, "save")]
+OLD: list[EventRow] = [*[("u", "a", "home", 0, "click")] * 3, ("u", "b", "search", 1, "save")]
 RECENT: list[EventRow] = [
     ("v", "c", "home", NOW - 3, "click"),
     ("v", "b", "search", NOW - 2, "click"),
@@ -76,7 +78,7 @@ def test_an_event_counts_as_recent_for_less_than_a_week() -> None:
 
 
 def test_without_times_all_events_count() -> None:
-    events: list[EventRow] = [("u", "a", "home", None, "click")] * 3 + [("v", "b", "search", None, "save")]
+    events: list[EventRow] = [*[("u", "a", "home", None, "click")] * 3, ("v", "b", "search", None, "save")]
     found = shares(events, items="ab")
     # All time: 3.5 and 1.5 of 5; together: 3 + 70 and 1 + 30 of 104.
     assert found[0].tolist() == pytest.approx([73 / 104, 31 / 104])
