@@ -151,7 +151,8 @@ def difference(got: Answered, expected: Slate, tolerance: float, k: int = 20) ->
     out. Which of two items within the tolerance of each other is first, or the last of the candidates, may differ.
     """
     known = {item.item: item for item in expected.items}
-    edge = min(item.retrieval_score for item in expected.items) + tolerance
+    similarity = {item.item: item.retrieval_score for item in expected.items if item.retrieval_score is not None}
+    edge = min(similarity.values()) + tolerance
     scores = [item.score for item in got.items]
     if len(scores) != k or scores != sorted(scores, reverse=True) or len({item.item for item in got.items}) != k:
         return f"{len(scores)} items, not the {k} best in their order"
@@ -160,11 +161,11 @@ def difference(got: Answered, expected: Slate, tolerance: float, k: int = 20) ->
         if same is None and item.retrieval_score > edge:
             return f"{item.item} is no candidate"
         if same is not None:
-            apart = max(abs(same.score - item.score), abs(same.retrieval_score - item.retrieval_score))
+            apart = max(abs(same.score - item.score), abs(similarity[item.item] - item.retrieval_score))
             if not apart <= tolerance:
                 return f"{item.item} differs by {apart:.2g}"
     shown, last = {item.item for item in got.items}, scores[-1] + 2 * tolerance
-    better = [i for i in expected.items if i.item not in shown and i.score > last and i.retrieval_score > edge]
+    better = [i for i in expected.items if i.item not in shown and i.score > last and similarity[i.item] > edge]
     return f"{better[0].item} is missing" if better else None
 
 

@@ -64,7 +64,7 @@ NONSENSE = (
     post("/v1/recommend", b'{"history": [{"item": "no such item", "actions": []}]}'),
     post("/v1/recommend", b'{"user": "\xff"}'),
     post("/v1/recommend", b"[" * 5000),
-    post("/v1/recommend", b'{"user": "nobody"}'),
+    post("/v1/recommend", b'{"user": "nobody", "surface": "no such surface"}'),
     post("/v1/events", b'{"user": "nobody", "events": []}'),
     post("/v1/events", b'{"user": "nobody", "events": [{"item": "no such item"}]}'),
     post("/v1/items/similar", b'{"items": [null]}'),

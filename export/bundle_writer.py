@@ -32,6 +32,8 @@ from unipinrec.runtime.bundle import (
     ITEM_TITLES,
     ITEM_VECTORS,
     ITEMS,
+    POPULAR,
+    SHARE,
     USER_IDS,
     USERS,
     off_unit,
@@ -82,8 +84,8 @@ def export_bundle(
     Args:
         source: The model and its catalogue.
         out: Folder to create; it must not exist.
-        histories: Real histories for the golden requests, the index's recall and the AUC of further precisions; random
-            ones, and no AUC, if None.
+        histories: Real histories for the golden requests, the index's recall and the AUC of further precisions, with
+            the popularity of the items; random ones, no AUC and no popularity if None.
         precisions: In which the graphs are written beside fp32: "bf16", "fp16", "fp8"; the last needs real histories.
         options: What else may be chosen.
         progress: Called with the name of each stage as it begins.
@@ -106,6 +108,8 @@ def export_bundle(
         write_arrays(folder / GOLDEN, golden_tensors(source, sample, vectors))
         if histories is not None and options.users:
             _write_users(histories, options.users, folder)
+        if histories is not None and histories.popularity is not None:
+            write_arrays(folder / POPULAR, {SHARE: histories.popularity})
         progress("index")
         task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
         index = build_index(task, folder / INDEX)

@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from unipinrec.errors import ExportError
+from unipinrec.export.popularity import item_shares
 from unipinrec.export.protocol import ExportSource, Histories
 from unipinrec.models.data_schema import read_dataset
 from unipinrec.models.sequences import sequences_of, vocabulary_of
 
 
 def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:
-    """The newest events of up to `limit` users, those with the latest activity first.
+    """The newest events of up to `limit` users, those with the latest activity first, and the popularity of all items.
 
     Raises:
         DataError: The folder is no prepared data set.
-        ExportError: Its items, actions or surfaces are not those of the model, or it has no events.
+        ExportError: Its items, actions or surfaces are not those of the model, or it has no events, or none of them is
+            positive.
     """
     dataset = read_dataset(folder)
     data = sequences_of(dataset)
@@ -48,4 +50,5 @@ def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histo
         actions=data.actions[events],
         surfaces=data.surfaces[events],
         timestamps_ms=data.timestamps_ms[events],
+        popularity=item_shares(data, given),
     )

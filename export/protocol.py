@@ -81,7 +81,8 @@ class ServableModel(Protocol):
 class Histories:
     """Event runs of some users, oldest first: user u has events offsets[u] .. offsets[u + 1].
 
-    item_rows, surfaces, timestamps_ms [M] i64; actions [M, C] u8.
+    item_rows, surfaces, timestamps_ms [M] i64; actions [M, C] u8. `popularity` [S, N] f32 is that of the data that they
+    are from, see `Bundle.popularity`; None = not known.
     """
 
     user_ids: list[str]
@@ -90,6 +91,7 @@ class Histories:
     actions: NDArray[np.uint8]
     surfaces: NDArray[np.int64]
     timestamps_ms: NDArray[np.int64]
+    popularity: NDArray[np.float32] | None = None
 
     def split(self) -> list[History]:
         """Each user's as the runtime takes it."""

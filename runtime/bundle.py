@@ -31,6 +31,7 @@ T = TypeVar("T", bound=Sized)
 
 ITEMS, ITEM_IDS, ITEM_TITLES, RETIRED = "items.safetensors", "item_ids.json", "item_titles.json", "retired.json"
 INDEX, GOLDEN, WEIGHTS = "index.hnsw", "golden.safetensors", "weights.bin"
+POPULAR, SHARE = "popular.safetensors", "share"
 USERS, USER_IDS = "users.safetensors", "user_ids.json"
 REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN, WEIGHTS)
 REMEDY = "copy the bundle again, or export it again"
@@ -56,6 +57,8 @@ class Bundle:
         item_ids: External ids in row order.
         titles: Titles in row order, for people; None where there is none.
         catalogue: The items as a request names them.
+        popularity: [S, N] f32, the estimated chance that a positive event on a surface is of an item; row 0 is for all
+            surfaces together. None where the bundle stores none.
         mapped: Identity of the file that `item_vectors` is mapped from, before it was checked.
     """
 
@@ -66,6 +69,7 @@ class Bundle:
     item_ids: tuple[str, ...]
     titles: tuple[str | None, ...]
     catalogue: Catalogue
+    popularity: NDArray[np.float32] | None
     mapped: tuple[int, int, int] | None
 
     @classmethod
@@ -97,6 +101,7 @@ class Bundle:
             item_ids=item_ids,
             titles=titles,
             catalogue=_catalogue(folder, manifest, item_ids),
+            popularity=_popularity(folder / POPULAR, manifest) if POPULAR in manifest.files else None,
             mapped=mapped,
         )
 
@@ -338,6 +343,17 @@ def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
     """Rows of vectors [N, E] that are not finite or not of unit length."""
     lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
     return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
+
+
+def _popularity(path: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """Load the shares [surfaces, items] f32 and check them."""
+    given, shape = _read_tensors(path).get(SHARE), (len(manifest.surfaces), manifest.num_items)
+    if given is None or given.dtype != np.float32 or given.shape != shape:
+        found = "is missing" if given is None else f"is {given.dtype} {given.shape}"
+        raise BundleError(f"{path}: {SHARE} {found}, expected float32 {shape}; export the bundle again")
+    if not (np.isfinite(given).all() and (given > 0).all()):
+        raise BundleError(f"{path}: {SHARE} is not finite and more than 0 everywhere; export the bundle again")
+    return given
 
 
 def _category_codes(path: Path, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:

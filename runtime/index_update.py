@@ -26,7 +26,9 @@ from unipinrec.runtime.bundle import (
     ITEM_TITLES,
     ITEM_VECTORS,
     ITEMS,
+    POPULAR,
     RETIRED,
+    SHARE,
     Bundle,
 )
 from unipinrec.runtime.bundle_files import fingerprint, link_or_copy, seal, write_arrays, written_whole
@@ -196,6 +198,8 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
         titles = parent.titles + added.titles
         if any(titles):
             (folder / ITEM_TITLES).write_bytes(msgspec.json.encode(titles))
+        if parent.popularity is not None:
+            write_arrays(folder / POPULAR, {SHARE: _with_added(parent.popularity, len(added.ids))})
     if len(update.retired):
         (folder / RETIRED).write_bytes(msgspec.json.encode(update.retired.tolist()))
     files = {path.name: fingerprint(path) for path in folder.iterdir()}
@@ -217,3 +221,11 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
     )
     seal(folder, manifest)
     return manifest
+
+
+def _with_added(shares: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Shares [S, N + count]: an added item is as popular as the least popular one; each row sums to 1 as before."""
+    least = shares.min(axis=1, keepdims=True)
+    grown = np.concatenate([shares, np.repeat(least, count, axis=1)], axis=1, dtype=np.float64)
+    summed: NDArray[np.float32] = (grown / grown.sum(axis=1, keepdims=True)).astype(np.float32)
+    return summed

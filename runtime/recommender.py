@@ -26,6 +26,7 @@ from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec, Order
+from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
 from unipinrec.runtime.ranking import Ranked, by_retrieval, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
@@ -47,7 +48,8 @@ log = logging.getLogger(__name__)
 class Recommender:
     """Serves one bundle on one device; safe to call from several threads.
 
-    It is its own context manager, which closes it.
+    It is its own context manager, which closes it. `popular` answers requests without a history; None = they are
+    refused.
     """
 
     bundle: Bundle
@@ -55,6 +57,7 @@ class Recommender:
     retriever: Retriever
     encoder: HistoryEncoder
     window_slack: int | None
+    popular: PopularItems | None
 
     @classmethod
     def load(
@@ -65,6 +68,7 @@ class Recommender:
         verify: bool = True,
         cache: CacheOptions | KvCache | None = None,
         window_slack: int | None = None,
+        cold_start: ColdStart = "popular",
         **rules: Unpack[DeviceRules],
     ) -> Recommender:
         """Open a bundle for serving.
@@ -78,18 +82,18 @@ class Recommender:
                 this one replaces. None = encode every history anew.
             window_slack: By how many events the window over a history that is too long moves at a time; None = an
                 eighth of the model's limit.
+            cold_start: Answer a request without a history with "popular" items, or "refuse" it; a bundle that stores no
+                popularity refuses it in any case.
             **rules: `strict`, `allow_bundle_engines` and `threads`; see `DeviceRules`.
 
         Raises:
             BundleError: The bundle is damaged, of a newer format, or does not compute what PyTorch computed.
             BackendError: The device is not available and nothing else may be used, or it does not run the graphs.
-            ConfigError: The cache or the slack cannot be had for this model.
+            ConfigError: The cache or the slack cannot be had for this model, or `cold_start` is unknown.
         """
         bundle = Bundle.open(path)
         model = bundle.manifest.model
-        slack = model.max_history if window_slack is None else window_slack
-        if not isinstance(slack, int) or not 0 < slack <= model.max_history:
-            raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
+        _check_slack(window_slack, model)
         engine = Engine.open(bundle, device, **rules)
         with ExitStack() as unless_served:
             unless_served.callback(engine.close)
@@ -102,6 +106,7 @@ class Recommender:
                 retriever=Retriever.open(bundle),
                 encoder=HistoryEncoder(engine, _cache(cache, model), namespace, bundle.kv_item_keys),
                 window_slack=window_slack,
+                popular=PopularItems.open(bundle, cold_start, engine.device.name),
             )
             unless_served.pop_all()
         running = engine.device
@@ -155,9 +160,11 @@ class Recommender:
     ) -> Slate:
         """The k best items after a history, given oldest event first as events or dictionaries with their keys.
 
-        With a cache, what is encoded of `user` serves the next request whose history begins with the same events.
+        After an empty one they are the most popular ones, and `order` and `weights` have no effect. With a cache, what
+        is encoded of `user` serves the next request whose history begins with the same events.
 
         Raises:
+            ColdStartError: The history is empty, and popular items are not to be had.
             RequestError: The request cannot be answered as given.
         """
         return self.recommend_many([Request(history=as_events(history), k=k, options=options, user=user)])[0]
@@ -179,10 +186,13 @@ class Recommender:
         """Validate a request.
 
         Raises:
+            ColdStartError: Its history is empty, and popular items are not to be had.
             RequestError: It cannot be answered as given.
             BackendError: This process is a fork of the one that loaded the bundle.
         """
         self.engine.require_process()
+        if not request.history and self.popular is None:
+            raise refusal(self.bundle)
         try:
             return resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
         except (TypeError, ValueError, AttributeError):
@@ -190,7 +200,17 @@ class Recommender:
             raise
 
     def answer(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
-        """Answer valid requests in groups; those of a group that fails are answered one by one."""
+        """Answer valid requests; those without a history take no part in what the model computes for the others."""
+        answers: dict[int, Slate | Exception] = {}
+        if self.popular is not None:
+            answers = {place: self.popular.slate(one) for place, one in enumerate(asked) if not len(one.history)}
+        modelled = [place for place in range(len(asked)) if place not in answers]
+        if modelled:
+            answers.update(zip(modelled, self._by_model([asked[place] for place in modelled]), strict=True))
+        return [answers[place] for place in range(len(asked))]
+
+    def _by_model(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
+        """Answer requests in groups; those of a group that fails are answered one by one."""
         answers: dict[int, Slate | Exception] = {}
         failed: list[int] = []
         with self.engine.under_way(), self.encoder.find(asked) as found:
@@ -201,7 +221,7 @@ class Recommender:
                     answers.update(dict.fromkeys(places, error))
                     failed += places if len(places) > 1 else []
         for place in failed:  # one of them may have spoilt it for the others
-            answers[place] = self.answer([asked[place]])[0]
+            answers[place] = self._by_model([asked[place]])[0]
         return [answers[place] for place in range(len(asked))]
 
     def _answer(self, group: Sequence[Found]) -> list[Slate]:
@@ -281,10 +301,13 @@ class Recommender:
         Raises:
             RequestError: The request cannot be answered as given.
         """
+        events = as_events(history)
+        if not events:
+            raise RequestError("the history is empty; to score items takes at least one event")
         read = RecommendOptions(
             surface=options.surface, now_ms=options.now_ms, truncate=options.truncate, exclude_seen=False
         )
-        asked = self.resolve(Request(history=as_events(history), k=1, options=read))
+        asked = self.resolve(Request(history=events, k=1, options=read))
         items = as_ids(candidates, "candidates")
         if not items:
             raise RequestError("candidates is empty; name at least one item to score")
@@ -296,6 +319,12 @@ class Recommender:
             encoded = self.engine.extend(encoded, pad_histories([asked.history.part(extend_at)]))
         logits = self.engine.rank(encoded, rows, np.array([asked.surface]), np.array([asked.now_ms]))
         return logits.reshape(rows.size, -1)
+
+
+def _check_slack(given: int | None, model: ModelSpec) -> None:
+    slack = model.max_history if given is None else given
+    if not isinstance(slack, int) or not 0 < slack <= model.max_history:
+        raise ConfigError(f"window_slack={given} must be an integer from 1 to {model.max_history}")
 
 
 def _say_order(bundle: Bundle) -> None:

@@ -205,12 +205,10 @@ def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str,
         first: Place of the first event in what the caller sent, for errors.
 
     Raises:
-        RequestError: The history is empty or too long, names an item, action or surface that the bundle does not
+        RequestError: The history is too long, names an item, action or surface that the bundle does not
             know, or its times are invalid or out of order.
     """
     limit = manifest.model.max_history
-    if not events:
-        raise RequestError("the history is empty; a recommendation needs at least one event")
     if len(events) > limit:
         raise RequestError(
             f"the history has {len(events)} events, this model takes at most {limit}; "
@@ -337,7 +335,7 @@ def _check_order(before: int, after: int, missing: int, where: str) -> None:
 
 
 def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
-    last = int(history.timestamps_ms[-1])  # the last time is known if any is
+    last = int(history.timestamps_ms[-1]) if len(history) else manifest.missing_timestamp_ms  # known if any is
     if now_ms is None:
         # A clock that runs behind the one that stamped the last event must not make the request fail.
         return last if last == manifest.missing_timestamp_ms else max(last, time.time_ns() // 1_000_000)

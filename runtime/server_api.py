@@ -103,7 +103,7 @@ class RecommendAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     items: tuple[SlateItem, ...]
     source: str
-    order: str
+    order: str | None
     stages_ms: StageTimes
     kv: str
     kv_reason: str | None

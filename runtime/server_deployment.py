@@ -13,6 +13,7 @@ from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
+from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import RecommendOptions, Request
 from unipinrec.runtime.server_recall import RecallSampler
@@ -33,6 +34,7 @@ class DeploymentOptions:
     threads: int | None = None
     cache: CacheOptions | None = None
     window_slack: int | None = None
+    cold_start: ColdStart = "popular"
     batching: BatchOptions = field(default_factory=BatchOptions)
     sampler: RecallSampler | None = None
 
@@ -78,6 +80,7 @@ class Deployment:
             options.device,
             cache=cache if cache is not None and _fits(cache, folder) else options.cache,
             window_slack=options.window_slack,
+            cold_start=options.cold_start,
             strict=options.strict,
             allow_bundle_engines=options.allow_bundle_engines,
             threads=options.threads,

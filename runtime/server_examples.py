@@ -29,13 +29,13 @@ class Example:
 Examples = dict[str, Example]
 
 
-def examples(bundle: Bundle) -> dict[str, Examples]:
-    """Examples of bodies by path."""
+def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
+    """Examples of bodies by path; `cold_start` says whether a user without events is answered."""
     live = bundle.catalogue.live
     ids = islice((item for row, item in enumerate(bundle.item_ids) if live is None or live[row]), HISTORY_EVENTS + 1)
     *items, other = ids
     return {
-        "/v1/recommend": _recommend(bundle, items, other),
+        "/v1/recommend": _recommend(bundle, items, other, 200 if cold_start else 422),
         "/v1/events": _events(bundle, items),
         "/v1/items/similar": _similar(bundle, items),
         "/v2/models/{model}/infer": _inference(bundle),
@@ -45,7 +45,7 @@ def examples(bundle: Bundle) -> dict[str, Examples]:
     }
 
 
-def _recommend(bundle: Bundle, items: list[str], other: str) -> Examples:
+def _recommend(bundle: Bundle, items: list[str], other: str, unknown_user: int) -> Examples:
     k = max(1, min(MOST_K, bundle.catalogue.num_live - len(items) - 1))
     history = [_event(bundle, item, place) for place, item in enumerate(items)]
     asked = {"history": history, "k": k, "now_ms": TIME_MS + 5 * MINUTE_MS}
@@ -60,7 +60,7 @@ def _recommend(bundle: Bundle, items: list[str], other: str) -> Examples:
         "list": Example(summary="Several at once; what is wrong with one is said in its place", value=[asked, unknown]),
         "unknown_item": Example(summary="With an item that the bundle does not have", value=unknown, status=400),
         "unknown_user": Example(
-            summary="For a user of whom no events are known", value={"user": "nobody", "k": k}, status=422
+            summary="For a user of whom no events are known", value={"user": "nobody", "k": k}, status=unknown_user
         ),
     }
 

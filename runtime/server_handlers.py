@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.responses import Response
 
-from unipinrec.errors import BackendError, RequestError, TooFewItemsError
+from unipinrec.errors import BackendError, ColdStartError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.event_store import Append, StoredEvent
@@ -166,21 +166,19 @@ async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
 def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]) -> _Started | Exception:
     try:
         history = tuple(events) if asked.history is not None else usable(events, deployment.recommender.bundle)
-        if asked.history is None and not history:
-            raise _cold_start(asked.user, len(events))
         answer = deployment.batcher.submit(asked.request(history))
+    except ColdStartError as error:
+        return _cold_start(asked, len(events), error)
     except RequestError as error:
         return _invalid(error)
-    except Refusal as refusal:
-        return refusal.with_traceback(None)  # for the same reason
     return _Started(answer=answer, events=len(history), skipped=len(events) - len(history))
 
 
-def _cold_start(user: str | None, skipped: int) -> Refusal:
+def _cold_start(asked: RecommendBody, skipped: int, error: ColdStartError) -> Refusal:
+    if asked.history is not None:
+        return Refusal(422, "cold_start", str(error))
     known = f"the bundle in service has none of the {skipped} items" if skipped else "no events are known"
-    return Refusal(
-        422, "cold_start", f"user {user!r}: {known}; send events or a history first, or show what is popular"
-    )
+    return Refusal(422, "cold_start", f"user {asked.user!r}: {known}; {error}")
 
 
 def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:

@@ -65,6 +65,7 @@ class Metrics(Collector):
         self._codes: Counter[tuple[str, str]] = Counter()
         self._errors: Counter[tuple[str, str]] = Counter()
         self._slates: Counter[tuple[str, str]] = Counter()
+        self._popular = 0
         if sampler is not None:
             text = "Share of the true candidates that the index found, sampled."
             sampler.observe = Histogram("unipinrec_ann_recall", text, buckets=RECALLS, registry=registry).observe
@@ -81,10 +82,13 @@ class Metrics(Collector):
             if code is not None:
                 self._errors[call.route, code] += 1
         for slate, answer in zip(call.slates, call.answers, strict=True):
-            for stage, tally in self._stages:
-                tally.observe(getattr(slate.stages_ms, stage) * 1e-3)
             self._queue.observe(answer.started - answer.arrived)
             self._batch.observe(answer.batch)
+            if slate.source == "popular":  # neither looked up in the cache nor computed
+                self._popular += 1
+                continue
+            for stage, tally in self._stages:
+                tally.observe(getattr(slate.stages_ms, stage) * 1e-3)
             self._slates[slate.kv, "index" if slate.exact is None else "scan"] += 1
 
     def collect(self) -> Iterator[Metric]:
@@ -98,8 +102,12 @@ class Metrics(Collector):
             "http_errors", "Answers that are errors, by reason.", ("endpoint", "reason"), self._errors.items()
         )
         yield _counters(
-            "slates", "Slates, by the cache's answer and what searched.", ("kv", "search"), self._slates.items()
+            "slates",
+            "The model's slates, by the cache's answer and what searched.",
+            ("kv", "search"),
+            self._slates.items(),
         )
+        yield _counter("popular_slates", "Slates of popular items, for requests without a history.", self._popular)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their content type, in the format that an Accept header prefers."""

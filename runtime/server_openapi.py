@@ -31,11 +31,14 @@ def openapi_route(server: Server, version: str = "0") -> Route:
 
     async def openapi(_server: Server, call: Call) -> Response:
         held = server.deployments
-        bundle = None if held is None else held.current.recommender.bundle
-        key = None if bundle is None else bundle.hash
+        recommender = None if held is None else held.current.recommender
+        key = None if recommender is None else recommender.bundle.hash
         if key not in made:
             there = paths_of(call.request.app.routes)
-            content = msgspec.json.encode(document(there, version, {} if bundle is None else examples(bundle)))
+            given = {}
+            if recommender is not None:
+                given = examples(recommender.bundle, cold_start=recommender.popular is not None)
+            content = msgspec.json.encode(document(there, version, given))
             made.clear()
             made[key] = content
         return Response(made[key], media_type=JSON)

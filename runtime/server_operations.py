@@ -42,7 +42,7 @@ STATUSES = {
     408: "The body did not arrive before the deadline.",
     409: "Nothing was swapped.",
     413: "The body is too large.",
-    422: "The request is valid, but cannot be answered: nothing is known of the user, or the bundle cannot be served.",
+    422: "The request is valid, but cannot be answered: cold starts are refused, or the bundle cannot be served.",
     429: "Too many requests are waiting; Retry-After says in how many seconds to send it again.",
     500: "A fault of the server; its log says more about X-Request-Id.",
     503: "The server is loading, shutting down, or cannot reach the store.",

@@ -15,10 +15,10 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         item: External id.
         title: For people; None where the bundle has none.
-        score: What the slate is sorted by (see `Slate.order` and docs/ranking.md).
+        score: What the slate is sorted by (see `Slate.order` and docs/ranking.md); the share of a popular item.
         value: Weighted sum of the action probabilities; None where the ranker did not run.
         actions: Probability of each action; empty where the ranker did not run.
-        retrieval_score: Similarity of the item with the user's query.
+        retrieval_score: Similarity of the item with the user's query; None of a popular item.
     """
 
     item: str
@@ -26,7 +26,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     score: float
     value: float | None
     actions: dict[str, float]
-    retrieval_score: float
+    retrieval_score: float | None
 
 
 class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,20 +43,20 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         items: Best first.
-        source: What chose the items.
+        source: What chose the items: "model"; "popular", as the history is empty.
         order: What the score is: "value"; "product", the logarithm of the value times the chance that retrieval gives
-            the item, up to a constant of the request; "retrieval", the retrieval score.
+            the item, up to a constant of the request; "retrieval", the retrieval score. None of popular items.
         stages_ms: What each stage took.
         kv: Where the history's keys and values came from.
         kv_reason: Why they were not, or not wholly, cached.
         device: What ran.
         bundle: Hash of the bundle.
-        exact: Why all items were scanned; None = the index found the candidates.
+        exact: Why all items were scanned; None = the index found the candidates, or the items are popular ones.
     """
 
     items: tuple[SlateItem, ...]
-    source: Literal["model"]
-    order: Order
+    source: Literal["model", "popular"]
+    order: Order | None
     stages_ms: StageTimes
     kv: Literal["hit", "extended", "miss"]
     kv_reason: str | None

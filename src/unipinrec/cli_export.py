@@ -27,7 +27,11 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
 @click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="The prepared data: for real golden requests and users.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="The prepared data: for real golden requests, users, and what is popular.",
+)
 @click.option(
     "--users",
     type=click.IntRange(0),

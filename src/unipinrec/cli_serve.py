@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
-from unipinrec.errors import BackendError, BundleError
+from unipinrec.errors import BackendError, BundleError, RequestError
 
 if TYPE_CHECKING:
-    from unipinrec.runtime import Bundle
+    from unipinrec.runtime import Bundle, Recommender
     from unipinrec.runtime.device import DeviceRules
     from unipinrec.runtime.golden_check import GoldenCheck
     from unipinrec.runtime.manifest import Agreement
@@ -58,6 +58,14 @@ strict_option = click.option(
     is_flag=True,
     help="Fail where another device than the wanted one would have to run; with auto, where there is an NVIDIA driver "
     "and TensorRT does not run.",
+)
+cold_start_option = click.option(
+    "--cold-start",
+    type=click.Choice(["popular", "refuse"]),
+    default="popular",
+    show_default=True,
+    help="What a user without events gets: popular items, or an error. A bundle that was exported without --data knows "
+    "none.",
 )
 engines_option = click.option(
     "--allow-bundle-engines",
@@ -182,12 +190,14 @@ def _categories(
 
 @click.command(epilog=RECOMMEND_EXAMPLES)
 @bundle_argument
-@click.option("--user", metavar="ID", help="One of the sample users that the bundle carries.")
+@click.option(
+    "--user", metavar="ID", help="One of the sample users that the bundle carries; another gets popular items."
+)
 @click.option(
     "--history",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="EVENTS.json",
-    help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first.',
+    help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first; an empty list gets popular items.',
 )
 @click.option("-k", type=click.IntRange(1), default=20, show_default=True, help="How many items.")
 @click.option("--surface", default="unknown", show_default=True, help="Where the items will be shown.")
@@ -230,6 +240,7 @@ def _categories(
     show_default=True,
     help="Of a history that is too long keep a window of the newest events, or refuse it.",
 )
+@cold_start_option
 @device_option
 @strict_option
 @engines_option
@@ -254,29 +265,41 @@ def recommend(
             "strict": options.pop("strict"),
             "allow_bundle_engines": options.pop("allow_bundle_engines"),
         }
-        recommender = Recommender.load(bundle, device, **rules)
+        recommender = Recommender.load(bundle, device, cold_start=options.pop("cold_start"), **rules)
     with recommender:
-        events = _events(recommender.bundle, user, history)
-        if user is not None and options["now_ms"] is None:
+        events = _events(recommender, user, history)
+        if user is not None and events and options["now_ms"] is None:
             options["now_ms"] = _soon_after(events[-1])
         allow, deny = options.pop("allow"), options.pop("deny")
         opened = recommender.bundle
         options |= {"allow": _ids(allow, opened) if allow else None, "exclude": _ids(deny, opened) if deny else ()}
         slate = recommender.recommend(events, k, RecommendOptions(**options))
     running = recommender.device
+    if slate.source == "popular":
+        why = (
+            f"{history} holds no events"
+            if user is None
+            else f"user {user!r} is not among the sample users of this bundle"
+        )
+        stderr.print(f"[bold yellow]note[/]: {escape(why)}: popular items", highlight=False, soft_wrap=True)
     if as_json:
         print_json({**slate.to_json(), "device_reason": running.reason, "device_refused": running.refused})
     else:
         _print_slate(slate, running.reason)
 
 
-def _events(bundle: Any, user: str | None, history: Path | None) -> tuple[Event, ...]:
+def _events(recommender: Recommender, user: str | None, history: Path | None) -> tuple[Event, ...]:
     from unipinrec.runtime import parse_events
 
     if history is not None:
         return parse_events(history.read_bytes(), str(history))
-    events: tuple[Event, ...] = bundle.user_events(user)
-    return events
+    assert user is not None
+    try:
+        return recommender.bundle.user_events(user)
+    except RequestError:
+        if recommender.popular is None:
+            raise
+        return ()
 
 
 def _soon_after(event: Event) -> int | None:
@@ -284,6 +307,7 @@ def _soon_after(event: Event) -> int | None:
 
 
 def _print_slate(slate: Slate, reason: str) -> None:
+    popular = slate.source == "popular"
     shown, hidden, spare = _fitting_actions(slate)
     titled = any(item.title for item in slate.items)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -292,21 +316,23 @@ def _print_slate(slate: Slate, reason: str) -> None:
     if titled:
         table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=TITLE_WIDTH + spare)
     valued = ["value"] if slate.order == "product" else []
-    for name in ("score", *valued, *map(escape, shown), "retrieval"):
+    for name in ("share",) if popular else ("score", *valued, *map(escape, shown), "retrieval"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, item in enumerate(slate.items, 1):
         names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
-        values = [
-            item.score,
-            *[item.value] * len(valued),
-            *(item.actions[name] for name in shown),
-            item.retrieval_score,
-        ]
-        table.add_row(str(rank), *names, *(f"{value:.3f}" for value in values))
+        chances = (item.actions[name] for name in shown)
+        values = [item.score, *[item.value] * len(valued), *chances, item.retrieval_score]
+        shares = [f"{item.score:.3%}"] if popular else [f"{value:.3f}" for value in values]
+        table.add_row(str(rank), *names, *shares)
     stdout.print(table)
     if hidden:
         stdout.print(f"not shown for lack of width: {', '.join(hidden)} (--json has all)", markup=False)
     times = slate.stages_ms
+    if popular:
+        stdout.print(
+            f"popular items; {times.total:.1f} ms; bundle {slate.bundle[:12]}", highlight=False, soft_wrap=True
+        )
+        return
     stdout.print(
         f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
         f"total {times.total:.1f} ms; history {slate.kv} ({slate.kv_reason}); "

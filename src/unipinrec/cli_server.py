@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from unipinrec.cli_common import FiniteRange, command
-from unipinrec.cli_serve import bundle_argument, device_option, engines_option, strict_option
+from unipinrec.cli_serve import bundle_argument, cold_start_option, device_option, engines_option, strict_option
 
 EXAMPLES = """\b
 Examples:
@@ -42,6 +42,7 @@ positive = FiniteRange(0, min_open=True)
 @device_option
 @strict_option
 @engines_option
+@cold_start_option
 @click.option(
     "--state",
     metavar="DIR|URL",

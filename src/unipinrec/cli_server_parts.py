@@ -209,6 +209,7 @@ def _deployment(options: dict[str, Any], sampler: RecallSampler | None, place: P
         allow_bundle_engines=options["allow_bundle_engines"],
         threads=threads,
         cache=cache if budget_bytes else None,
+        cold_start=options["cold_start"],
         batching=BatchOptions(
             max_batch=options["max_batch"] or BATCH_OF_A_THREAD * min(2, threads),
             max_wait_ms=options["max_wait_ms"],

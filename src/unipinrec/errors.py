@@ -16,7 +16,8 @@
     ├── SwapError               a bundle that does not take over from the one that serves
     │   └── SwapBusyError       because another one is about to
     └── RequestError            a request that cannot be answered as given
-        └── TooFewItemsError    because fewer items are left than it asks for
+        ├── TooFewItemsError    because fewer items are left than it asks for
+        └── ColdStartError      because it has no history and popular items are not to be had
 
 A message names what was given, what is accepted, and what to do.
 """
@@ -88,3 +89,7 @@ class RequestError(UnipinrecError):
 
 class TooFewItemsError(RequestError):
     """Fewer items are left than are asked for, after those that were seen, excluded or filtered out."""
+
+
+class ColdStartError(RequestError):
+    """The history is empty, and the bundle stores no popularity or the operator refuses cold starts."""

@@ -68,7 +68,7 @@ def test_verify_of_a_damaged_bundle_fails_with_the_reason(bundle: Path, tmp_path
     assert result.exit_code == 1
     assert "is missing" in result.stdout
     assert "golden outputs were not compared" in result.stdout
-    assert "1 of 14 checks failed" in result.stderr
+    assert "1 of 15 checks failed" in result.stderr
     result = run("verify", copy, "--json")
     assert result.exit_code == 1
     document = json.loads(result.stdout)
@@ -89,7 +89,7 @@ def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
     result = run(*words)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert [list(item) for item in document["items"]] == [["item", "score", "actions", "retrieval_score"]] * 4
+    assert [list(item) for item in document["items"]] == [["item", "score", "value", "actions", "retrieval_score"]] * 4
     assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "no cache", "cpu")
     assert {item["item"] for item in document["items"]}.isdisjoint(
         event["item"] for event in json.loads(events.read_bytes())
@@ -177,11 +177,36 @@ def test_verify_on_an_unknown_device(bundle: Path) -> None:
     assert "Invalid value for '--device': unknown device 'gpu'; use one of auto" in result.stderr
 
 
-def test_an_unknown_user(bundle: Path) -> None:
-    result = run("recommend", bundle, "--user", "nobody")
+def test_an_unknown_user_gets_popular_items_and_is_told_so(bundle: Path, events: Path) -> None:
+    words = ("recommend", bundle, "-k", "3", "--surface", "home", "--weights", "click=2")
+    result = run(*words, "--user", "nobody")
+    assert result.exit_code == 0
+    assert "user 'nobody' is not among the sample users of this bundle: popular items" in result.stderr
+    assert "share" in result.stdout
+    assert "retrieval" not in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("popular items; ")
+    document = json.loads(run(*words, "--user", "nobody", "--json").stdout)
+    assert (document["source"], document["order"], document["kv_reason"]) == ("popular", None, "no history")
+    shares = load_file(bundle / "popular.safetensors")["share"]
+    surface = json.loads((bundle / "manifest.json").read_bytes())["surfaces"].index("home")
+    assert [item["score"] for item in document["items"]] == sorted(shares[surface].tolist(), reverse=True)[:3]
+    events.write_text("[]")
+    empty = run(*words, "--history", events, "--json")
+    assert "holds no events: popular items" in empty.stderr
+    assert json.loads(empty.stdout)["items"] == document["items"]
+
+
+def test_cold_starts_can_be_refused(bundle: Path, events: Path, user: str) -> None:
+    words = ("recommend", bundle, "--cold-start", "refuse", "-k", "1")
+    result = run(*words, "--user", "nobody")
     assert result.exit_code == 1
     assert "not among the 200 sample users of this bundle" in result.stderr
     assert "--history" in result.stderr
+    events.write_text("[]")
+    result = run(*words, "--history", events)
+    assert result.exit_code == 1
+    assert "the history is empty, and cold starts are refused here" in result.stderr
+    assert run(*words, "--user", user).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_help_has_examples() -> None:
         (("--drain-s", "1e10"), "is not in the range 1<=x<=86400"),
         (("--device", "gpu"), "Invalid value for '--device': unknown device 'gpu'"),
         (("--cache-dtype", "fp8"), "Invalid value for '--cache-dtype'"),
+        (("--cold-start", "never"), "Invalid value for '--cold-start'"),
         (("--admin-token-file", "/no/such/file"), "Invalid value for '--admin-token-file'"),
     ],
 )

@@ -12,14 +12,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server_state import Deployments
 
 
 @contextmanager
-def deployed(bundle: Path) -> Iterator[Deployments]:
+def deployed(bundle: Path, cold_start: ColdStart = "popular") -> Iterator[Deployments]:
     """A bundle in service on the CPU, with a small cache."""
-    options = DeploymentOptions(device="cpu", cache=CacheOptions(budget_bytes=8 << 20))
+    options = DeploymentOptions(device="cpu", cache=CacheOptions(budget_bytes=8 << 20), cold_start=cold_start)
     deployments = Deployments(Deployment.open(bundle, options))
     try:
         yield deployments

@@ -7,10 +7,12 @@ import json
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from answers import STORED
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +30,19 @@ def twin(folder: Path, seed: int) -> Path:
         _change_weights(folder / f"{graph}.onnx", seed)
     seal_again(folder)
     _write_golden(folder)
+    seal_again(folder)
+    return folder
+
+
+def with_shares(folder: Path, shares: NDArray[Any]) -> Path:
+    """The stored bundle with popular items, and a word for each: "a" for even rows, "b" for odd ones."""
+    shutil.copytree(STORED, folder)
+    codes = np.arange(24, dtype=np.int32)[:, None] % 2 + 1
+    save_file({**load_file(folder / "items.safetensors"), "categories": codes}, folder / "items.safetensors")
+    save_file({"share": shares}, folder / "popular.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"]["popular.safetensors"] = {}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     seal_again(folder)
     return folder
 

@@ -49,6 +49,7 @@ def test_the_files_of_the_format_are_there(bundle: Path, manifest: Manifest) -> 
         "item_ids.json",
         "item_titles.json",
         "items.safetensors",
+        "popular.safetensors",
         "user_ids.json",
         "users.safetensors",
         "weights.bin",

@@ -11,12 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from answers import STORED, engine_of
 from fake_gpu import cuda_on_cpu, have_engines, put_gpu
 from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
-from twin_bundle import twin
+from twin_bundle import twin, with_shares
 
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.cpu import has_bf16
@@ -140,6 +141,14 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two very small bundles of one shape that answer differently: a and b of one folder."""
     folder = tmp_path_factory.mktemp("twins")
     return twin(folder / "a", seed=1), twin(folder / "b", seed=2)
+
+
+@pytest.fixture(scope="session")
+def popular(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stored bundle with popular items: two of 24 on its surface "home", others in all."""
+    shares = np.full((2, 24), 0.25 / 22, np.float32)
+    shares[0, [5, 6]] = shares[1, [23, 22]] = 0.5, 0.25
+    return with_shares(tmp_path_factory.mktemp("popular") / "bundle", shares)
 
 
 @pytest.fixture(scope="session")

@@ -416,3 +416,25 @@ def test_category_codes_that_do_not_fit(copy: Path, reseal: Reseal, codes: Any, 
     reseal(copy)
     with pytest.raises(BundleError, match=match):
         Bundle.open(copy)
+
+
+def test_popularity_is_carried_on(bundle: Path, ids: list[str], updated: tuple[Path, UpdateReport]) -> None:
+    """Added items are as popular as the least popular one; retired ones are not answered."""
+    old, new = Bundle.open(bundle).popularity, Bundle.open(updated[0]).popularity
+    assert old is not None
+    assert new is not None
+    least = old.min(axis=1, keepdims=True)
+    expected = np.concatenate([old, least, least, least], axis=1)
+    np.testing.assert_allclose(new, expected / expected.sum(axis=1, keepdims=True), rtol=1e-6)
+    slate = Recommender.load(updated[0]).recommend([], 300)
+    assert slate.source == "popular"
+    assert {item.item for item in slate.items} == {*ids, "new-1", "new-2"} - {ids[17], ids[299]}
+    assert ids[5] in [item.item for item in slate.items[-130:]]
+
+
+def test_popularity_of_a_bundle_that_only_retires(bundle: Path, tmp_path: Path) -> None:
+    (best,) = (item.item for item in Recommender.load(bundle).recommend([], 1).items)
+    update(bundle, tmp_path / "out", (), (best,))
+    assert (tmp_path / "out/popular.safetensors").read_bytes() == (bundle / "popular.safetensors").read_bytes()
+    after = Recommender.load(tmp_path / "out").recommend([], 299)
+    assert best not in [item.item for item in after.items]

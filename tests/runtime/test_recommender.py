@@ -40,6 +40,7 @@ def test_a_slate(recommender: Recommender) -> None:
         assert all(0 < probability < 1 for probability in item.actions.values())
         expected = sum(item.actions[action] for action in manifest.positive_actions)
         assert item.score == pytest.approx(expected)
+        assert item.retrieval_score is not None
         assert -1 <= item.retrieval_score <= 1
         row = recommender.bundle.rows[item.item]
         assert item.title == recommender.bundle.titles[row]
@@ -213,8 +214,13 @@ def test_an_extension_needs_events_on_both_sides(recommender: Recommender, cut: 
 
 def test_one_bad_request_is_named_before_any_is_answered(recommender: Recommender) -> None:
     good = Request(history=history(recommender, 3))
-    with pytest.raises(RequestError, match="the history is empty"):
-        recommender.recommend_many([good, Request(history=())])
+    with pytest.raises(RequestError, match="unknown surface 'moon'"):
+        recommender.recommend_many([good, Request(history=(), options=RecommendOptions(surface="moon"))])
+
+
+def test_nothing_is_scored_after_an_empty_history(recommender: Recommender) -> None:
+    with pytest.raises(RequestError, match="the history is empty; to score items takes at least one event"):
+        recommender.score([], recommender.bundle.item_ids[:2])
 
 
 def test_what_serves_is_logged(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

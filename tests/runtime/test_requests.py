@@ -59,10 +59,21 @@ def test_a_history_becomes_arrays(manifest: Manifest) -> None:
     assert history.part(1, 2).item_rows.tolist() == [4]
 
 
+def test_an_empty_history_is_valid_and_its_time_unknown(manifest: Manifest) -> None:
+    def resolve_empty(**options: Any) -> ResolvedRequest:
+        return resolve_request(Request(history=(), k=5, options=RecommendOptions(**options)), manifest, CATALOGUE)
+
+    resolved = resolve_empty(weights={"hide": -1.0})
+    assert (len(resolved.history), resolved.history.actions.shape, resolved.excluded.tolist()) == (0, (0, 3), [])
+    assert (resolved.k, resolved.now_ms) == (5, -1)
+    assert resolve_empty(now_ms=T).now_ms == T
+    with pytest.raises(RequestError, match=r"now_ms=-2 must be a Unix time in ms"):
+        resolve_empty(now_ms=-2)
+
+
 @pytest.mark.parametrize(
     ("events", "match"),
     [
-        ((), "the history is empty"),
         ((event(), event("z")), r"history\[1\]: item 'z' is not among the 5 items of this bundle; drop it, or export"),
         ((event(actions=("like",)),), r"history\[0\]: unknown action 'like'; this bundle knows click, save, hide"),
         ((event(surface="feed"),), r"history\[0\]: unknown surface 'feed'; this bundle knows unknown, home, search"),

@@ -137,7 +137,6 @@ def test_requests_of_a_list_are_computed_together(client: TestClient, deployment
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"history": [], "k": 1}, "the history is empty"),
         ({"history": [{"item": "new", "actions": []}]}, "item 'new' is not among the 24 items"),
         ({"history": HISTORY[::-1]}, "send events oldest first"),
         ({"history": HISTORY * 5, "truncate": False}, "this model takes at most 8"),
@@ -180,11 +179,66 @@ def test_a_bundle_that_is_written_over_serves_no_more(tmp_path: Path) -> None:
         assert client.get("/health/ready").status_code == 503
 
 
-def test_a_user_without_events_is_a_cold_start(client: TestClient) -> None:
+def test_a_user_without_events_is_a_cold_start_where_nothing_is_known_to_be_popular(client: TestClient) -> None:
+    why = (
+        "the history is empty, and this bundle does not store what is popular; export it again with --data, or send "
+        "events or a history first"
+    )
     assert post(client, "/v1/recommend", {"user": "nobody"}, 422)["error"] == {
         "code": "cold_start",
-        "message": "user 'nobody': no events are known; send events or a history first, or show what is popular",
+        "message": f"user 'nobody': no events are known; {why}",
     }
+    bodies: list[dict[str, Any]] = [{"history": []}, {"user": "nobody", "history": []}]
+    for asked in bodies:
+        assert post(client, "/v1/recommend", asked, 422)["error"] == {"code": "cold_start", "message": why}
+
+
+def test_a_cold_start_that_the_operator_refuses(popular: Path) -> None:
+    with (
+        deployed(popular, cold_start="refuse") as refusing,
+        TestClient(make_app(make_server(deployments=refusing))) as client,
+    ):
+        asked = [{"user": "nobody"}, {"history": []}, {"history": HISTORY, "k": 1, "now_ms": AT + 5}]
+        unknown, empty, answered = post(client, "/v1/recommend", asked)
+        why = "the history is empty, and cold starts are refused here; send events or a history first, or show what is"
+        assert unknown["error"] == {
+            "code": "cold_start",
+            "message": f"user 'nobody': no events are known; {why} popular",
+        }
+        assert empty["error"] == {"code": "cold_start", "message": f"{why} popular"}
+        assert answered["source"] == "model"
+        assert post(client, "/v1/recommend", {"user": "nobody"}, 422) == unknown
+
+
+def test_a_user_without_events_gets_popular_items(popular: Path) -> None:
+    with (
+        deployed(popular) as deployments,
+        TestClient(make_app(server := make_server(deployments=deployments))) as client,
+    ):
+        gone = StoredEvent(item="gone", actions=(), timestamp_ms=AT)
+        server.store.append([Append(user="v", events=(gone,))], AT).result()
+        expected = [("item-23", 0.5), ("item-22", 0.25), ("item-0", 0.011363636702299118)]
+        bodies: list[dict[str, Any]] = [
+            {"user": "nobody"},
+            {"history": []},
+            {"user": "v", "history": []},
+            {"user": "v"},
+        ]
+        for asked in bodies:
+            skipped = int(asked == {"user": "v"})
+            answer = post(client, "/v1/recommend", {**asked, "k": 3, "order": "retrieval", "surface": "home"})
+            assert (answer["source"], answer["order"]) == ("popular", None)
+            assert [(item["item"], item["score"]) for item in answer["items"]] == expected
+            assert [item["retrieval_score"] for item in answer["items"]] == [None] * 3
+            assert (answer["kv"], answer["kv_reason"], answer["exact"]) == ("miss", "no history", None)
+            assert (answer["events"], answer["skipped_events"]) == (0, skipped)
+        filtered = {"user": "nobody", "k": 2, "exclude": ["item-23"], "categories": {"kind": ["a"]}}
+        several = post(client, "/v1/recommend", [filtered, {"history": HISTORY, "k": 1, "now_ms": AT + 5}, filtered])
+        assert [one["source"] for one in several] == ["popular", "model", "popular"]
+        assert [item["item"] for item in several[0]["items"]] == ["item-6", "item-0"]
+        assert several[0]["items"] == several[2]["items"] == post(client, "/v1/recommend", filtered)["items"]
+        error = post(client, "/v1/recommend", {"user": "nobody", "k": 25}, 400)["error"]
+        assert (error["code"], "only 24 of the 24" in error["message"]) == ("too_few_items", True)
 
 
 # POST /v1/events, and what follows from it.

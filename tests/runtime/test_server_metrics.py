@@ -105,6 +105,22 @@ def test_errors_in_a_list_are_counted_each(client: TestClient) -> None:
     assert value(samples, "http_errors_total", reason="cold_start", **recommend) == 1
 
 
+def test_popular_answers_are_counted_apart_and_are_no_misses(popular: Path) -> None:
+    with deployed(popular) as deployments:
+        server = make_server(deployments=deployments)
+        metrics = Metrics(server)
+        server.observers.append(metrics.observe)
+        with TestClient(make_app(server, [metrics_route(server, metrics)])) as client:
+            client.post("/v1/recommend", json=body(3, "ann"))
+            client.post("/v1/recommend", json=[{"user": "nobody"}, {"history": []}])
+            samples = scrape(client)
+    assert value(samples, "popular_slates_total") == 2
+    assert sum(count for (name, _), count in samples.items() if name == "unipinrec_slates_total") == 1
+    assert sum(count for (name, _), count in samples.items() if name == "unipinrec_kv_misses_total") == 1
+    assert value(samples, "stage_seconds_count", stage="encode") == 1
+    assert value(samples, "slate_batch_size_count") == 3
+
+
 def test_stages_and_batches(client: TestClient, answers: list[dict[str, Any]]) -> None:
     samples = scrape(client)
     for stage in ("encode", "retrieve", "rank", "total"):

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.server_admin import AdminOptions, admin_routes
 from unipinrec.runtime.server_app import make_app, make_server
 from unipinrec.runtime.server_context import Server
@@ -80,7 +81,7 @@ def test_every_reference_and_schema_is_valid(document: dict[str, Any]) -> None:
 def examples() -> list[tuple[str, str]]:
     from unipinrec.runtime.server_examples import examples
 
-    return [(path, name) for path, given in examples(Bundle.open(STORED)).items() for name in given]
+    return [(path, name) for path, given in examples(Bundle.open(STORED), cold_start=False).items() for name in given]
 
 
 @pytest.mark.parametrize(("path", "name"), examples())
@@ -96,6 +97,23 @@ def test_every_example_is_answered_as_it_says(
     answer = client.post(path.format(**parameters), json=example["value"])
     assert answer.status_code == example["x-status"], answer.text
     schema = operation["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+    validator(document, schema).validate(answer.json())
+
+
+@pytest.mark.parametrize(("cold_start", "status"), [("popular", 200), ("refuse", 422)])
+def test_the_example_of_an_unknown_user_is_answered_as_it_says(
+    popular: Path, cold_start: ColdStart, status: int
+) -> None:
+    with (
+        deployed(popular, cold_start) as deployments,
+        with_everything(make_server(deployments=deployments)) as client,
+    ):
+        document = client.get("/openapi.json").json()
+        operation = document["paths"]["/v1/recommend"]["post"]
+        example = operation["requestBody"]["content"]["application/json"]["examples"]["unknown_user"]
+        answer = client.post("/v1/recommend", json=example["value"])
+    assert answer.status_code == example["x-status"] == status
+    schema = operation["responses"][str(status)]["content"]["application/json"]["schema"]
     validator(document, schema).validate(answer.json())
 
 

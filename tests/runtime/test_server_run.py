@@ -177,3 +177,12 @@ def test_an_address_that_is_taken_is_told() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="drain_s=0 at least 1"):
         RunOptions(drain_s=0)
+
+
+@pytest.mark.parametrize(("option", "status"), [((), 200), (("--cold-start", "refuse"), 422)])
+def test_a_user_without_events_is_answered_or_refused(popular: Path, option: tuple[str, ...], status: int) -> None:
+    with started(*option, bundle=popular) as server:
+        server.ready()
+        answered, body = server.ask("POST", "/v1/recommend", {"user": "nobody", "k": 1})
+        assert answered == status
+        assert (body["items"][0]["item"] if status == 200 else body["error"]["code"]) in ("item-5", "cold_start")
