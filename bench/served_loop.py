@@ -4,8 +4,8 @@
 
     1  Simulated users; what is known is who clicked what and when, before the last week. No slate, no other action.
     2  Train, export, and serve with `--log-served`.
-    3  At each moment of the week at which a simulated user came, in order of time: POST /v1/recommend with the clicks
-       so far, k = 10; the user looks at the list and clicks by the simulator's truth, which becomes events.
+    3  At each moment of the week at which a simulated user came, in order of time for each: POST /v1/recommend with
+       the clicks so far, k = 10; the user looks at the list and clicks by the simulator's truth, which becomes events.
     4  `prepare served`, train again, export.
     5  At the moments of the last two days, which the second model was neither trained nor chosen on: the true chance of
        a click, mean of ten items, of its 200 candidates in the order of its value and of its `retrieval_score`. Beside
@@ -42,7 +42,7 @@ from unipinrec.models.simulator_oracle import oracle_click_chances
 from unipinrec.models.simulator_world import DAY_MS, DWELL_MS
 from unipinrec.runtime import Event, Recommender, RecommendOptions
 
-K, CANDIDATES = 10, 200
+K, CANDIDATES, TOGETHER = 10, 200, 32
 LOGGED_DAYS, TEST_DAYS = 7, 2
 ACTION = "click"
 Moment = Mapping[str, Any]  # slate_id, user_id, timestamp_ms, surface
@@ -144,35 +144,59 @@ def bundle_of(loop: Loop, name: str, data: Path) -> Path:
 def serve_the_week(loop: Loop, world: World, bundle: Path) -> tuple[Path, dict[int, list[str]]]:
     """Ask a real server at every moment and let the users click; the log, and the lists by place of the moment."""
     log, rng, lists = loop.out / "served", np.random.default_rng(loop.seed), dict[int, list[str]]()
-    looks = examination(K)
-    with _stopped(Served.of(bundle, loop.out, "--log-served", log)) as server:
-        for place, moment in enumerate(world.moments):
-            history = world.before(moment)
-            if not history:
-                continue
-            asked = {
-                "user": moment["user_id"],
-                "history": history,
-                "k": K,
-                "candidates": CANDIDATES,
-                "now_ms": moment["timestamp_ms"],
-                "surface": moment["surface"],
-            }
-            (answer,) = ask(server.port, [post("/v1/recommend", msgspec.json.encode(asked))])
-            if answer.status != 200:
-                raise SystemExit(f"the server said {answer.status}: {answer.content[:300]!r}")
-            items = [item["item"] for item in msgspec.json.decode(answer.content)["items"]]
-            lists[place] = items
-            chance = looks * world.chances[place, [world.rows[item] for item in items]]
-            for position in np.flatnonzero(rng.random(K) < chance):
-                clicked = Event(
-                    item=items[position],
-                    actions=(ACTION,),
-                    surface=moment["surface"],
-                    timestamp_ms=moment["timestamp_ms"] + DWELL_MS * (int(position) + 1),
-                )
-                world.histories[moment["user_id"]].append(clicked)
+    options = ("--log-served", log, "--threads", "1", "--deadline-ms", "30000")
+    with _stopped(Served.of(bundle, loop.out, *options)) as server:
+        for together in _visits(world.moments):
+            known = [place for place in together if world.before(world.moments[place])]
+            for start in range(0, len(known), TOGETHER):
+                part = known[start : start + TOGETHER]
+                for place, items in zip(part, _recommended(server.port, world, part), strict=True):
+                    lists[place] = items
+                    _click(world, place, items, rng)
     return log, lists
+
+
+def _visits(moments: Sequence[Moment]) -> Iterator[list[int]]:
+    """Places of moments, the first of every user, then the second of every user, and so on: users are independent."""
+    visits: dict[str, int] = {}
+    rounds: dict[int, list[int]] = {}
+    for place, moment in enumerate(moments):
+        visits[moment["user_id"]] = visits.get(moment["user_id"], 0) + 1
+        rounds.setdefault(visits[moment["user_id"]], []).append(place)
+    yield from rounds.values()
+
+
+def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[str]]:
+    """The items that the server recommends at these moments."""
+    asked = [
+        {
+            "user": moment["user_id"],
+            "history": world.before(moment),
+            "k": K,
+            "candidates": CANDIDATES,
+            "now_ms": moment["timestamp_ms"],
+            "surface": moment["surface"],
+        }
+        for moment in (world.moments[place] for place in places)
+    ]
+    (answer,) = ask(port, [post("/v1/recommend", msgspec.json.encode(asked))])
+    if answer.status != 200 or b'"error"' in answer.content:
+        raise SystemExit(f"the server said {answer.status}: {answer.content[:300]!r}")
+    return [[item["item"] for item in one["items"]] for one in msgspec.json.decode(answer.content)]
+
+
+def _click(world: World, place: int, items: Sequence[str], rng: np.random.Generator) -> None:
+    """Let a user look at a list and click; clicks become events."""
+    moment = world.moments[place]
+    chance = examination(K) * world.chances[place, [world.rows[item] for item in items]]
+    for position in np.flatnonzero(rng.random(K) < chance).tolist():
+        clicked = Event(
+            item=items[position],
+            actions=(ACTION,),
+            surface=moment["surface"],
+            timestamp_ms=moment["timestamp_ms"] + DWELL_MS * (position + 1),
+        )
+        world.histories[moment["user_id"]].append(clicked)
 
 
 @contextmanager

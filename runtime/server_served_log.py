@@ -166,8 +166,9 @@ class ServedLog(Collector):
             self._wake.wait(self.options.file_s)
             self._wake.clear()
             closing = self._closing.is_set()
-            while answers := self._take():
-                self._write(answers)
+            self._write(self._take())
+            while self._waiting and (closing or self._put - self._taken >= self.options.file_rows):
+                self._write(self._take())
             self._warn_of_losses()
 
     def _take(self) -> list[_Answer]:
@@ -181,6 +182,8 @@ class ServedLog(Collector):
 
     def _write(self, answers: Sequence[_Answer]) -> None:
         rows = sum(len(answer.items) for answer in answers)
+        if not rows:
+            return
         try:
             self._write_file(_parquet(answers))
             self.rows["written"] += rows
@@ -224,9 +227,7 @@ class ServedLog(Collector):
     def _warn_of_losses(self) -> None:
         full, failed, now = self.rows["queue_full"], self.rows["write_failed"], time.monotonic()
         if full + failed > self._warned_of and now - self._warned >= self.options.warn_s:
-            text = (
-                "log of recommendations: %d rows were lost as the queue was full, %d as they were not written%s"
-            )
+            text = "log of recommendations: %d rows were lost as the queue was full, %d as they were not written%s"
             log.warning(text, full, failed, f" ({self._failure})" if self._failure else "")
             self._warned_of, self._warned = full + failed, now
 
