@@ -1,6 +1,7 @@
 """From a log without negatives to a ranker that orders better than retrieval, by what a server itself logged.
 
     python bench/served_loop.py --out FOLDER [--users 1500] [--items 1000] [--epochs 12] [--seeds 7 8 9]
+                                [--candidates 200 10]
 
     1  Simulated users; what is known is who clicked what and when, before the last week. No slate, no other action.
     2  Train, export, and serve with `--log-served`.
@@ -11,6 +12,9 @@
        a click, mean of ten items, of its 200 candidates in the order of its value and of its `retrieval_score`. Beside
        it the lists that were served, and the best ten of the same candidates by the truth.
 
+With `--candidates 10` the lists that are served are retrieval's own ten: what a server shows that leaves the order to it
+while its ranker has learned nothing. With 200 the untaught ranker chooses ten of them, which explores.
+
 The user's interests are those of the simulator's own run: what the served lists do to them is not simulated. The true
 chance is that of an item that is looked at. Every step is the command that a user would type.
 """
@@ -20,10 +24,10 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +54,14 @@ Moment = Mapping[str, Any]  # slate_id, user_id, timestamp_ms, surface
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Settings of one run."""
+    """Settings of one run; `candidates` are those of the lists that are served."""
 
     out: Path
     users: int = 1_500
     items: int = 1_000
     epochs: int = 12
     seed: int = 7
+    candidates: int = CANDIDATES
 
     @property
     def simulator(self) -> SimulatorConfig:
@@ -150,7 +155,7 @@ def serve_the_week(loop: Loop, world: World, bundle: Path) -> tuple[Path, dict[i
             known = [place for place in together if world.before(world.moments[place])]
             for start in range(0, len(known), TOGETHER):
                 part = known[start : start + TOGETHER]
-                for place, items in zip(part, _recommended(server.port, world, part), strict=True):
+                for place, items in zip(part, _recommended(server.port, loop, world, part), strict=True):
                     lists[place] = items
                     _click(world, place, items, rng)
     return log, lists
@@ -166,14 +171,14 @@ def _visits(moments: Sequence[Moment]) -> Iterator[list[int]]:
     yield from rounds.values()
 
 
-def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[str]]:
+def _recommended(port: int, loop: Loop, world: World, places: Sequence[int]) -> list[list[str]]:
     """The items that the server recommends at these moments."""
     asked = [
         {
             "user": moment["user_id"],
             "history": world.before(moment),
             "k": K,
-            "candidates": CANDIDATES,
+            "candidates": loop.candidates,
             "now_ms": moment["timestamp_ms"],
             "surface": moment["surface"],
         }
@@ -245,7 +250,7 @@ def summary(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def run(loop: Loop) -> dict[str, Any]:
     """The whole loop; see the module docstring."""
     loop.out.mkdir(parents=True, exist_ok=True)
-    began, world = time.monotonic(), world_of(loop)
+    world = world_of(loop)
     week = loop.ends_ms - LOGGED_DAYS * DAY_MS
     clicks_before = sum(map(len, world.histories.values()))
     write_known(world, loop.out / "before", TimeSplit(valid_start_ms=week - DAY_MS, test_start_ms=week - DAY_MS // 2))
@@ -259,27 +264,32 @@ def run(loop: Loop) -> dict[str, Any]:
         "items": loop.items,
         "epochs": loop.epochs,
         "seed": loop.seed,
+        "served_candidates": loop.candidates,
         "clicks_before_the_week": clicks_before,
         "clicks_of_the_week": sum(map(len, world.histories.values())) - clicks_before,
         "answers": len(lists),
         **found,
-        "seconds": round(time.monotonic() - began, 1),
     }
 
 
 def main() -> None:
-    """Run the loop once for each seed."""
+    """Run the loop for each setting, or take what an earlier call kept in the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--users", type=int, default=Loop.users)
     parser.add_argument("--items", type=int, default=Loop.items)
     parser.add_argument("--epochs", type=int, default=Loop.epochs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES, K])
     options = parser.parse_args()
     runs = []
-    for seed in options.seeds:
-        out = options.out / f"seed{seed}"
-        runs.append(run(Loop(out=out, users=options.users, items=options.items, epochs=options.epochs, seed=seed)))
+    for candidates, seed in product(options.candidates, options.seeds):
+        out = options.out / f"candidates{candidates}-seed{seed}"
+        sizes = {"users": options.users, "items": options.items, "epochs": options.epochs}
+        kept = out / "result.json"
+        if not kept.exists():
+            kept.write_bytes(msgspec.json.encode(run(Loop(out=out, **sizes, seed=seed, candidates=candidates))))
+        runs.append(msgspec.json.decode(kept.read_bytes()))
         sys.stderr.write(f"{runs[-1]}\n")
     finish({**card("served_loop"), "runs": runs}, "served_loop")
 
