@@ -12,8 +12,8 @@
        a click, mean of ten items, of its 200 candidates in the order of its value and of its `retrieval_score`. Beside
        it the lists that were served, and the best ten of the same candidates by the truth.
 
-With `--candidates 10` the lists that are served are retrieval's own ten: what a server shows that leaves the order to it
-while its ranker has learned nothing. With 200 the untaught ranker chooses ten of them, which explores.
+With `--candidates 10` the lists that are served are retrieval's own ten: what a server shows that leaves the order to
+retrieval while its ranker has learned nothing. With 200 the untaught ranker chooses ten of them, which explores.
 
 The user's interests are those of the simulator's own run: what the served lists do to them is not simulated. The true
 chance is that of an item that is looked at. Every step is the command that a user would type.

@@ -123,6 +123,8 @@ class ServedLog(Collector):
             return
         now_ms = time.time_ns() // 1_000_000
         for (request_id, asked), slate in zip(call.asked.items(), call.slates, strict=True):
+            if not slate.items:
+                continue
             if self._put - self._taken + len(slate.items) > self.options.queue_rows:
                 self.rows["queue_full"] += len(slate.items)
                 continue

@@ -104,6 +104,7 @@ def test_a_call_that_recommended_nothing_leaves_no_file(opened: Callable[..., Se
     refused.slates.clear()
     refused.asked.clear()
     log.observe(refused)
+    log.observe(call("r-2"))
     log.close()
     assert list(tmp_path.iterdir()) == []
 
