@@ -181,8 +181,8 @@ def _last_event(answers: pl.DataFrame, dataset: Dataset, within_ms: int) -> int:
         raise DataError(f"{said}: none came after an answer; prepare data that has the events since the log began")
     if ends + within_ms < first:
         raise DataError(
-            f"{said}: the log ends {within_ms / HOUR_MS:g} hours or more before every event; give the log of that time, "
-            "or data with the events before"
+            f"{said}: the log ends more than {within_ms / HOUR_MS:g} hours before every event; give data of the log's "
+            "time, or the log of the data's"
         )
     return last
 

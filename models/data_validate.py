@@ -353,7 +353,8 @@ def _resolve_split(split: TimeSplit | SplitFractions | None, rows: pl.DataFrame)
             span = f"{_date(times.min())} to {_date(times.max())}" if times.len() else "no known time"
             raise DataError(
                 f"split: no row falls into {part} with valid_start={_date(valid)} and "
-                f"test_start={_date(test)}; the data covers {span}; choose times inside it"
+                f"test_start={_date(test)}; the data covers {span}; choose times inside it (--valid-start and "
+                "--test-start)"
             )
     return resolved
 

@@ -123,6 +123,8 @@ class ServedLog(Collector):
             return
         now_ms = time.time_ns() // 1_000_000
         for (request_id, asked), slate in zip(call.asked.items(), call.slates, strict=True):
+            if not slate.items:
+                continue
             if self._put - self._taken + len(slate.items) > self.options.queue_rows:
                 self.rows["queue_full"] += len(slate.items)
                 continue
@@ -166,9 +168,10 @@ class ServedLog(Collector):
             self._wake.wait(self.options.file_s)
             self._wake.clear()
             closing = self._closing.is_set()
-            while answers := self._take():
-                self._write(answers)
-            self._warn_of_losses()
+            self._write(self._take())
+            while self._waiting and (closing or self._put - self._taken >= self.options.file_rows):
+                self._write(self._take())
+            self._warn_of_losses(last=closing)
 
     def _take(self) -> list[_Answer]:
         """The oldest answers that wait, of about the rows of one file."""
@@ -181,17 +184,20 @@ class ServedLog(Collector):
 
     def _write(self, answers: Sequence[_Answer]) -> None:
         rows = sum(len(answer.items) for answer in answers)
+        if not rows:
+            return
         try:
-            self._write_file(_parquet(answers))
+            newest = self._write_file(_parquet(answers))
             self.rows["written"] += rows
+            self._remove_oldest(newest)
         except Exception as error:  # whatever it is, serving goes on and the next file is tried
             self.rows["write_failed"] += rows
             self._failure = repr(error)
         finally:
             self._taken += rows
 
-    def _write_file(self, content: bytes) -> None:
-        """A new file, complete under its final name; the oldest go where that is more than the bound."""
+    def _write_file(self, content: bytes) -> Path:
+        """A new file, complete under its final name."""
         folder, now = self.options.folder, datetime.now(UTC)
         final = folder / f"{PREFIX}{now:%Y%m%dT%H%M%S.%fZ}-{self._token}.parquet"
         partial = folder / f".{final.name}{PARTIAL}"
@@ -204,16 +210,21 @@ class ServedLog(Collector):
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        self._remove_oldest(newest=final)
+        return final
 
     def _remove_oldest(self, newest: Path) -> None:
+        """Keep the files of the folder within the bound."""
         sizes = {path: _size(path) for path in sorted(self.options.folder.glob(f"{PREFIX}*.parquet"))}
         total = sum(sizes.values())
         removed = []
         for path, size in sizes.items():
             if total <= self.options.total_bytes or path == newest:
                 break
-            path.unlink(missing_ok=True)  # another process may have done it
+            try:
+                path.unlink(missing_ok=True)  # another process may have done it
+            except OSError as error:
+                log.warning("the log of recommendations is beyond its bound, but %s cannot be removed: %s", path, error)
+                break
             removed.append(path.name)
             total -= size
         if removed:
@@ -221,9 +232,9 @@ class ServedLog(Collector):
             bound = self.options.total_bytes >> 20
             log.info("log of recommendations beyond %d MiB: removed the oldest, %s", bound, ", ".join(removed[:5]))
 
-    def _warn_of_losses(self) -> None:
+    def _warn_of_losses(self, last: bool) -> None:
         full, failed, now = self.rows["queue_full"], self.rows["write_failed"], time.monotonic()
-        if full + failed > self._warned_of and now - self._warned >= self.options.warn_s:
+        if full + failed > self._warned_of and (last or now - self._warned >= self.options.warn_s):
             text = "log of recommendations: %d rows were lost as the queue was full, %d as they were not written%s"
             log.warning(text, full, failed, f" ({self._failure})" if self._failure else "")
             self._warned_of, self._warned = full + failed, now

@@ -13,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
 from unipinrec.models import data_download
 from unipinrec.models.data_schema import TimeSplit, read_dataset
+from unipinrec.models.data_served import SCHEMA
 
 U_DATA = "".join(
     f"1\t{item}\t{rating}\t{time}\n" for item, rating, time in [(1, 5, 1000), (2, 3, 2000), (1, 4, 900000)]
@@ -99,6 +101,41 @@ def test_times_with_an_offset_are_understood(movies: Path, tmp_path: Path) -> No
     assert prepare("movielens", movies, "--out", tmp_path / "out", *times).exit_code == 0
     split = TimeSplit(valid_start_ms=900_000_000, test_start_ms=900_000_000)
     assert read_dataset(tmp_path / "out").spec.split == split
+
+
+def test_served_joins_a_log_with_a_prepared_folder(movies: Path, tmp_path: Path) -> None:
+    log, at = tmp_path / "log", 900_000_500
+    log.mkdir()
+    for name, user, times in (("1", "1", (999_000, at)), ("2", None, (at,)), ("3", "7", (at,))):
+        for time_ms in times:
+            columns = ["score", "value", "source", "surface", "bundle"]
+            row = (f"r-{name}-{time_ms}", user, "2", 0, 1.0, None, "model", "unknown", "hash", time_ms)
+            names = ["request_id", "user", "item", "position", *columns, "timestamp_ms"]
+            frame = pl.DataFrame([row], schema=dict(zip(names, SCHEMA.dtypes(), strict=True)), orient="row")
+            frame.write_parquet(log / f"served-{name}-{time_ms}.parquet")
+    (movies / "u.data").write_text(U_DATA + "1\t3\t5\t950000\n")
+    prepare("movielens", movies, "--out", tmp_path / "data", *SPLIT)
+    words = ("served", log, tmp_path / "data", "--out", tmp_path / "out", "--within-hours", "0.001", *SPLIT)
+    report = json.loads(prepare(*words, "--json").stdout)
+    assert report["dropped"] == {"served: no user": 1, "served: unknown user": 1}
+    assert report["slates"] == 5  # three sessions, two answers
+    made = read_dataset(tmp_path / "out").slates.filter(pl.col("item_id") == "2", pl.col("position") == 0)
+    assert made.select("timestamp_ms", "action_rate").rows() == [(999_000, False), (at, False)]
+    assert prepare(*words).exit_code == 1  # the folder exists
+    seen = prepare("served", log, tmp_path / "data", "--out", tmp_path / "day", *SPLIT)
+    assert "served: unknown user, dropped" in seen.stdout
+    made = read_dataset(tmp_path / "day").slates.filter(pl.col("item_id") == "2", pl.col("position") == 0)
+    assert made.select("timestamp_ms", "action_rate").rows() == [(999_000, True), (at, False)]
+
+
+def test_served_says_what_is_wrong(movies: Path, tmp_path: Path) -> None:
+    prepare("movielens", movies, "--out", tmp_path / "data", *SPLIT)
+    result = prepare("served", tmp_path / "none", tmp_path / "data", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "none has no Parquet files" in result.stderr.replace("\n", "")
+    result = prepare("served", tmp_path, tmp_path / "data", "--out", tmp_path / "out", "--within-hours", "0")
+    assert result.exit_code == 2
+    assert "--within-hours" in result.stderr
 
 
 def test_sasrec_reports_leave_one_out_and_records_the_licence(tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError, DataError
 from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
 from unipinrec.models.simulator import SimulatorConfig, examination, simulate
-from unipinrec.models.simulator_oracle import ACTIONS, Oracle, oracle_item_scores, read_oracle, write_oracle
+from unipinrec.models.simulator_oracle import (
+    ACTIONS,
+    Oracle,
+    oracle_click_chances,
+    oracle_item_scores,
+    read_oracle,
+    write_oracle,
+)
 from unipinrec.models.simulator_world import category_chances, draw_slates, make_world
 
 CONFIG = SimulatorConfig(users=2100, items=1500, categories=30)
@@ -280,6 +287,21 @@ def test_catalogue_scores_are_chances_of_the_first_impression(data: Dataset, ora
     order = np.argsort(expected)
     for part in np.array_split(order, 10):
         assert abs(observed[part].sum() - expected[part].sum()) < 4 * np.sqrt(expected[part].sum())
+
+
+def test_click_chances_are_those_that_the_shown_rows_were_drawn_by(data: Dataset, oracle: Oracle) -> None:
+    rows = {item: row for row, item in enumerate(data.items["item_id"])}
+    for slate in (5000, 17, 20000):
+        shown = oracle.rows.filter(pl.col("slate_id") == slate)
+        (chances,) = oracle_click_chances(oracle, [slate])
+        assert chances.shape == (1500,)
+        places = [rows[item] for item in shown["item_id"]]
+        np.testing.assert_allclose(chances[places], shown["p_click"].to_numpy(), atol=1e-5)
+
+
+def test_click_chances_of_a_slate_that_is_not_there(oracle: Oracle) -> None:
+    with pytest.raises(DataError, match=r"slates \[-1\] are not in the oracle"):
+        oracle_click_chances(oracle, [0, -1])
 
 
 def test_catalogue_scores_are_zero_exactly_for_engaged_items(data: Dataset, oracle: Oracle) -> None:
