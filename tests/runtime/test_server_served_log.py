@@ -45,7 +45,17 @@ def slate(*items: str, **fields: Any) -> Slate:
         for place, item in enumerate(items, 1)
     )
     times = StageTimes(encode=0.0, retrieve=0.0, rank=0.0, total=0.0)
-    return Slate(items=listed, stages_ms=times, kv="miss", kv_reason=None, device="cpu", bundle="b" * 64, exact=None)
+    return Slate(
+        source="model",
+        order="value",
+        items=listed,
+        stages_ms=times,
+        kv="miss",
+        kv_reason=None,
+        device="cpu",
+        bundle="b" * 64,
+        exact=None,
+    )
 
 
 def call(request_id: str, *items: str, user: str | None = "ann", now_ms: int | None = AT) -> Call:
