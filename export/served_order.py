@@ -35,6 +35,8 @@ def _decide(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> tuple
     on_events = train.mask_probability * train.masked_weight + train.history_candidates > 0
     rates = {name: facts.event_rates[name] for name in learned}
     informative = {name: rate for name, rate in rates.items() if rate is not None and 0 < rate < 1}
+    if informative and on_events and model.config.mark_masked:
+        return "retrieval", "the ranker learned from marked events alone, and candidates carry no mark; train again"
     if informative and on_events:
         shares = ", ".join(f"{name} in {rate:.1%}" for name, rate in informative.items())
         return "product", f"no slate shows items that were left alone; of the training events there is {shares}"

@@ -32,7 +32,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         outcome_conditioned: Whether a query is conditioned on the wanted actions.
         mark_masked: Whether training marks events of the history whose actions are hidden, so that they differ from
             candidates: an event is in the log because something was done, an item that is shown need not be. What
-            serves has no masked events, and no mark (docs/decisions/0013). False is the paper's form.
+            serves has no masked events, and no mark (docs/decisions/0013). False is the paper's form, and what training
+            takes where the data has no slates.
         item_form: "mlp": an item's vector is an MLP of its id embedding and content; "residual": the id embedding plus
             that MLP, so that ids are learned directly (id_dim must equal item_dim).
         dropout: Dropout probability on each residual branch in training.

@@ -87,6 +87,8 @@ class Trainer:
             self.data, self.positive, self.vocabulary.actions, fit_validation=config.train.fit_validation
         )
         self.warnings = training_warnings(self.facts, config.train, self.total_steps)
+        if not self.facts.shown:
+            config = self.config = _without_mark(config)
         set_seed(config.train.seed)
         self.model = self.model_type(config.model, self.vocabulary)
         _standardise(self.model, self.data)
@@ -267,6 +269,11 @@ class Trainer:
         raise TrainingInterrupted(
             f"stopped after step {self._steps_done()} of {self.total_steps}; go on with --resume --out {self.out}"
         )
+
+
+def _without_mark(config: RunConfig) -> RunConfig:
+    """Of a model that learns from events alone: a mark that all of them carry would leave candidates untrained."""
+    return RunConfig(model=msgspec.structs.replace(config.model, mark_masked=False), train=config.train)
 
 
 def _settings(config: RunConfig, data: Sequences, vocabulary: Vocabulary) -> dict[str, Any]:
