@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hnswlib
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,6 +18,7 @@ from unipinrec.errors import BackendError, BundleCorruptError, BundleError, Requ
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
 from unipinrec.runtime.engine import Encoded
 from unipinrec.runtime.histories import Found
+from unipinrec.runtime.manifest import Order
 
 Reseal = Callable[..., None]
 T = 1_760_000_000_000
@@ -255,3 +258,64 @@ def test_outputs_that_do_not_reproduce_are_not_served(copy: Path, reseal: Reseal
     with pytest.raises(BundleError, match=r"first ranker\.logits: differs by up to 0\.01, allowed are 0\.0001"):
         Recommender.load(copy)
     assert Recommender.load(copy, verify=False).bundle.path == copy
+
+
+@pytest.mark.parametrize("order", ["value", "product", "retrieval"])
+def test_an_order_is_that_of_its_score(recommender: Recommender, order: Order) -> None:
+    events = history(recommender, 3, 1, 4)
+    options = msgspec.structs.replace(NOW, order=order)
+    slate = recommender.recommend(events, 40, options)
+    assert slate.order == order
+    assert [item.score for item in slate.items] == sorted((item.score for item in slate.items), reverse=True)
+    spec = recommender.bundle.manifest.order
+    assert spec is not None
+    for item in slate.items:
+        if order == "retrieval":
+            assert (item.value, item.actions, item.score) == (None, {}, item.retrieval_score)
+            continue
+        assert item.value == pytest.approx(item.actions["click"])  # the one positive action
+        expected = item.value
+        if order == "product":
+            expected = spec.retrieval_scale * item.retrieval_score + math.log(item.actions["click"])
+        assert item.score == pytest.approx(expected)
+    assert names(recommender.recommend(events, 5, options)) == names(slate)[:5]
+
+
+def test_requests_of_several_orders_are_answered_together_as_alone(recommender: Recommender) -> None:
+    orders: list[Order | None] = ["retrieval", "value", None, "product", "retrieval"]
+    requests = [
+        Request(history=history(recommender, 3, row, 4), k=6, options=msgspec.structs.replace(NOW, order=order))
+        for row, order in enumerate(orders, 5)
+    ]
+    for request, together in zip(requests, recommender.recommend_many(requests), strict=True):
+        alone = recommender.recommend_many([request])[0]
+        assert together.order == alone.order
+        assert names(together) == names(alone)
+        assert [item.score for item in together.items] == pytest.approx([item.score for item in alone.items], abs=1e-5)
+
+
+def test_the_ranker_does_not_run_where_retrieval_orders(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the ranker ran")
+
+    with Recommender.load(bundle, "cpu") as loaded:
+        monkeypatch.setattr(type(loaded.engine), "rank", refuse)
+        slate = loaded.recommend(history(loaded, 3), 5, msgspec.structs.replace(NOW, order="retrieval"))
+        assert len(slate.items) == 5
+        with pytest.raises(AssertionError, match="the ranker ran"):
+            loaded.recommend(history(loaded, 3), 5, NOW)
+
+
+def test_a_bundle_of_an_earlier_version_warns_where_its_ranker_saw_no_slates(
+    copy: Path, reseal: Reseal, caplog: pytest.LogCaptureFixture
+) -> None:
+    reseal(copy, order=None, metrics={"ranking": None})
+    with Recommender.load(copy, "cpu") as loaded:
+        assert loaded.order == "value"
+        with pytest.raises(RequestError, match="needs the scale of retrieval's logits"):
+            loaded.recommend(history(loaded, 3), 5, msgspec.structs.replace(NOW, order="product"))
+    assert "its ranker was not measured on items that were shown and left alone" in caplog.text
+    caplog.clear()
+    reseal(copy, metrics={"ranking": {"click": {}}})
+    with Recommender.load(copy, "cpu"):
+        assert "left alone" not in caplog.text

@@ -485,3 +485,15 @@ def test_what_was_refused_is_kept_by_nothing(twins: tuple[Path, Path]) -> None:
                     time.sleep(0.01)
             finally:
                 gc.enable()
+
+
+def test_a_request_chooses_its_order(client: TestClient) -> None:
+    body = {"history": HISTORY, "k": 6, "now_ms": AT + 9}
+    default, retrieval = (post(client, "/v1/recommend", {**body, **more}) for more in ({}, {"order": "retrieval"}))
+    assert (default["order"], retrieval["order"]) == ("value", "retrieval")
+    assert all(item["value"] == item["score"] for item in default["items"])
+    assert all((item["value"], item["actions"]) == (None, {}) for item in retrieval["items"])
+    assert [item["score"] for item in retrieval["items"]] == [item["retrieval_score"] for item in retrieval["items"]]
+    refused = client.post("/v1/recommend", json={**body, "order": "best"})
+    assert refused.status_code == 400
+    assert "order" in refused.json()["error"]["message"]

@@ -98,3 +98,18 @@ def test_a_device_that_is_not_there_is_replaced_and_the_reason_reported(bundle: 
     assert report.device.refused[0].startswith("cuda: there is no NVIDIA driver here")
     with pytest.raises(BackendError, match="does not run on cuda and strict allows no other device"):
         verify_bundle(bundle, "cuda", strict=True)
+
+
+def test_lists_that_are_not_as_good_as_at_export_are_reported(copy: Path, reseal: Reseal) -> None:
+    exported = verify_bundle(copy).sample
+    assert exported is not None
+    assert exported.problem is None
+    assert exported.here == exported.exported
+    assert exported.here.users > 100
+    reseal(copy, sample={"served": exported.here.served + 5})
+    report = verify_bundle(copy)
+    assert report.sample is not None
+    assert (report.ok, report.sample.here) == (False, exported.here)
+    assert f"at export {exported.here.served + 5} and" in (report.sample.problem or "")
+    reseal(copy, sample={"served": exported.here.served + 1})  # rounding may turn one or two of 200
+    assert verify_bundle(copy).ok
