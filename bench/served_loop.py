@@ -1,4 +1,4 @@
-"""From a log without negatives to a ranker that orders better than retrieval, by what a server itself logged.
+"""From a log without negatives to a taught ranker, by what a server itself logged: does it order better than retrieval?
 
     python bench/served_loop.py --out FOLDER [--users 1500] [--items 1000] [--epochs 12] [--seeds 7 8 9]
                                 [--candidates 200 10]
