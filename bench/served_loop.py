@@ -1,7 +1,6 @@
 """From a log without negatives to a taught ranker, by what a server itself logged: does it order better than retrieval?
 
     python bench/served_loop.py --out FOLDER [--users 1500] [--items 1000] [--epochs 12] [--seeds 7 8 9]
-                                [--candidates 200 10]
 
     1  Simulated users; what is known is who clicked what and when, before the last week. No slate, no other action.
     2  Train, export, and serve with `--log-served`.
@@ -12,9 +11,7 @@
        a click, mean of ten items, of its 200 candidates in the order of its value and of its `retrieval_score`. Beside
        it the lists that were served, and the best ten of the same candidates by the truth.
 
-With `--candidates 10` the lists that are served are retrieval's own ten: what a server shows that leaves the order to
-retrieval while its ranker has learned nothing. With 200 the untaught ranker chooses ten of them, which explores.
-
+The first bundle is served in the order of retrieval, since its ranker saw nothing but clicks; the second one by value.
 The user's interests are those of the simulator's own run: what the served lists do to them is not simulated. The true
 chance is that of an item that is looked at. Every step is the command that a user would type.
 """
@@ -27,7 +24,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +50,13 @@ Moment = Mapping[str, Any]  # slate_id, user_id, timestamp_ms, surface
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Settings of one run; `candidates` are those of the lists that are served."""
+    """Settings of one run."""
 
     out: Path
     users: int = 1_500
     items: int = 1_000
     epochs: int = 12
     seed: int = 7
-    candidates: int = CANDIDATES
 
     @property
     def simulator(self) -> SimulatorConfig:
@@ -155,7 +150,7 @@ def serve_the_week(loop: Loop, world: World, bundle: Path) -> tuple[Path, dict[i
             known = [place for place in together if world.before(world.moments[place])]
             for start in range(0, len(known), TOGETHER):
                 part = known[start : start + TOGETHER]
-                for place, items in zip(part, _recommended(server.port, loop, world, part), strict=True):
+                for place, items in zip(part, _recommended(server.port, world, part), strict=True):
                     lists[place] = items
                     _click(world, place, items, rng)
     return log, lists
@@ -171,14 +166,13 @@ def _visits(moments: Sequence[Moment]) -> Iterator[list[int]]:
     yield from rounds.values()
 
 
-def _recommended(port: int, loop: Loop, world: World, places: Sequence[int]) -> list[list[str]]:
+def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[str]]:
     """The items that the server recommends at these moments."""
     asked = [
         {
             "user": moment["user_id"],
             "history": world.before(moment),
             "k": K,
-            "candidates": loop.candidates,
             "now_ms": moment["timestamp_ms"],
             "surface": moment["surface"],
         }
@@ -216,6 +210,8 @@ def _stopped(server: Served) -> Iterator[Served]:
 def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
     """True values of the ten items at the top at each held-out moment, by the order of the candidates."""
     recommender, held_out = Recommender.load(bundle, device="cpu"), loop.ends_ms - TEST_DAYS * DAY_MS
+    if recommender.order != "value":
+        raise SystemExit(f"the second bundle is ordered by {recommender.order}: its ranker was taught nothing")
     values: dict[str, list[float]] = {name: [] for name in ("by_value", "by_retrieval", "best_of_candidates", "served")}
     for place, moment in enumerate(world.moments):
         if place not in lists or moment["timestamp_ms"] < held_out:
@@ -225,8 +221,8 @@ def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequenc
         )
         items = recommender.recommend(world.before(moment), CANDIDATES, options).items
         orders = {
-            "by_value": [item.score if item.value is None else item.value for item in items],
-            "by_retrieval": [item.retrieval_score for item in items],
+            "by_value": [item.score for item in items],
+            "by_retrieval": [item.retrieval_score or 0.0 for item in items],
             "best_of_candidates": [float(world.chances[place, world.rows[item.item]]) for item in items],
         }
         for name, scores in orders.items():
@@ -264,7 +260,6 @@ def run(loop: Loop) -> dict[str, Any]:
         "items": loop.items,
         "epochs": loop.epochs,
         "seed": loop.seed,
-        "served_candidates": loop.candidates,
         "clicks_before_the_week": clicks_before,
         "clicks_of_the_week": sum(map(len, world.histories.values())) - clicks_before,
         "answers": len(lists),
@@ -280,15 +275,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=Loop.items)
     parser.add_argument("--epochs", type=int, default=Loop.epochs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--candidates", type=int, nargs="+", default=[CANDIDATES, K])
     options = parser.parse_args()
     runs = []
-    for candidates, seed in product(options.candidates, options.seeds):
-        out = options.out / f"candidates{candidates}-seed{seed}"
+    for seed in options.seeds:
+        out = options.out / f"seed{seed}"
         sizes = {"users": options.users, "items": options.items, "epochs": options.epochs}
         kept = out / "result.json"
         if not kept.exists():
-            kept.write_bytes(msgspec.json.encode(run(Loop(out=out, **sizes, seed=seed, candidates=candidates))))
+            kept.write_bytes(msgspec.json.encode(run(Loop(out=out, **sizes, seed=seed))))
         runs.append(msgspec.json.decode(kept.read_bytes()))
         sys.stderr.write(f"{runs[-1]}\n")
     finish({**card("served_loop"), "runs": runs}, "served_loop")
