@@ -276,6 +276,7 @@ def test_an_order_is_that_of_its_score(recommender: Recommender, order: Order) -
         assert item.value == pytest.approx(item.actions["click"])  # the one positive action
         expected = item.value
         if order == "product":
+            assert item.retrieval_score is not None
             expected = spec.retrieval_scale * item.retrieval_score + math.log(item.actions["click"])
         assert item.score == pytest.approx(expected)
     assert names(recommender.recommend(events, 5, options)) == names(slate)[:5]
