@@ -83,7 +83,8 @@ def evaluate(
     """
     held = HeldOut.read(folder, split, limit, repeats=repeats)
     client = Client(recommender, held)
-    found, lists = _served(client, held, recommender.retrieval_scale, on_batch)
+    product = recommender.product
+    found, lists = _served(client, held, product.retrieval_scale if product else None, on_batch)
     lists |= _baselines(held)
     qualities = {name: measured.quality(held.target_values) for name, measured in lists.items()}
     sheet = data_sheet(held.data, held.positive, split, repeats=repeats)

@@ -120,20 +120,22 @@ class Answers:
         rows: [R, K] in the catalogue of the data, MISSING where there were fewer.
         similarity: [R, K] retrieval score.
         values: [R, K]; None where the ranker did not run.
+        positive: [R, K] chance of any positive action, taken as independent; None likewise.
     """
 
     rows: NDArray[np.int64]
     similarity: NDArray[np.float64]
     values: NDArray[np.float64] | None
+    positive: NDArray[np.float64] | None
 
     def orders(self, retrieval_scale: float | None) -> dict[str, NDArray[np.int64]]:
         """Rows [R, K] in each order; by product only with a scale (see `OrderSpec`)."""
         scores = {"by_retrieval": self.similarity}
-        if self.values is not None:
+        if self.values is not None and self.positive is not None:
             scores["by_value"] = self.values
             if retrieval_scale is not None:
-                with np.errstate(divide="ignore"):
-                    scores["by_product"] = retrieval_scale * self.similarity + np.log(np.maximum(self.values, 0.0))
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    scores["by_product"] = retrieval_scale * self.similarity + np.log(self.values / self.positive)
         missing = self.rows == MISSING
         places = {name: np.argsort(np.where(missing, np.inf, -score), kind="stable") for name, score in scores.items()}
         return {
@@ -183,15 +185,20 @@ class Client:
         ]
         slates = self._ask(part, asked)
         width = max(len(slate.items) for slate in slates)
-        rows, similarity, values = np.full((len(slates), width), MISSING), *np.zeros((2, len(slates), width))
+        rows, (similarity, values, positive) = np.full((len(slates), width), MISSING), np.zeros((3, len(slates), width))
+        names = self._held.dataset.spec.positive_actions
         for at, slate in enumerate(slates):
             own = slice(len(slate.items))
             # An item that was added to the bundle after export is none of the data's.
             rows[at, own] = [self._rows.get(item.item, MISSING) for item in slate.items]
             similarity[at, own] = [item.retrieval_score for item in slate.items]
-            values[at, own] = [item.value or 0.0 for item in slate.items]
-        ranked = all(item.value is not None for slate in slates for item in slate.items)
-        return Answers(rows=rows, similarity=similarity, values=values if ranked else None)
+            if slate.order != "retrieval":
+                values[at, own] = [item.value for item in slate.items]
+                chances = np.array([[item.actions[name] for name in names] for item in slate.items])
+                positive[at, own] = 1.0 - np.prod(1.0 - chances, axis=1)
+        if self._recommender.order == "retrieval":
+            return Answers(rows=rows, similarity=similarity, values=None, positive=None)
+        return Answers(rows=rows, similarity=similarity, values=values, positive=positive)
 
     def probabilities(self, part: Requests) -> NDArray[np.float64]:
         """Chance [items, C] of each action on what the slates of requests showed, in the order of `shown_items`."""

@@ -15,7 +15,8 @@ def served_order(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> 
 
     By value where the ranker saw items that were shown and left alone; it then knows the chance of an action on
     whatever is shown. Without such items it knows at most the chance of an action given an engagement, and retrieval
-    knows the chance of the engagement: by their product. By retrieval alone where no action tells engagements apart.
+    knows which item comes next if the next event is positive: by their product. By retrieval alone where all positive
+    events are worth the same.
     """
     scale = float(model.log_scale.detach().clamp(max=MAX_LOG_SCALE).exp())
     by, reason = _decide(model, train, facts)
@@ -35,9 +36,9 @@ def _decide(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> tuple
     on_events = train.mask_probability * train.masked_weight + train.history_candidates > 0
     rates = {name: facts.event_rates[name] for name in learned}
     informative = {name: rate for name, rate in rates.items() if rate is not None and 0 < rate < 1}
-    if informative and on_events and model.config.mark_masked:
+    if len(learned) < 2 or not (informative and on_events):
+        return "retrieval", "no slate shows items that were left alone, and all positive events are worth the same"
+    if model.config.mark_masked:
         return "retrieval", "the ranker learned from marked events alone, and candidates carry no mark; train again"
-    if informative and on_events:
-        shares = ", ".join(f"{name} in {rate:.1%}" for name, rate in informative.items())
-        return "product", f"no slate shows items that were left alone; of the training events there is {shares}"
-    return "retrieval", "no slate shows items that were left alone, and no positive action tells training events apart"
+    shares = ", ".join(f"{name} in {rate:.1%}" for name, rate in informative.items())
+    return "product", f"no slate shows items that were left alone; of the training events there is {shares}"

@@ -1,4 +1,4 @@
-"""What a slate is ordered by, for all requests of a group at once (docs/ranking.md)."""
+"""What slates are ordered by, for all requests of a group at once (docs/ranking.md)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from unipinrec.runtime.manifest import Manifest
 from unipinrec.runtime.requests import ResolvedRequest
 from unipinrec.runtime.retrieval import Candidates
 
@@ -42,19 +43,61 @@ def by_retrieval(candidates: Sequence[Candidates], asked: Sequence[ResolvedReque
     ]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Product:
+    """What the order by product needs of a bundle.
+
+    Attributes:
+        positive: [C], 1 for each action that makes an event a target of retrieval.
+        retrieval_scale: See `OrderSpec`.
+    """
+
+    positive: NDArray[np.float64]
+    retrieval_scale: float
+
+    def scores(
+        self, logits: NDArray[np.float32], weights: NDArray[np.float64], similarity: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
+        """Logarithm [n] of value times the chance of an engagement, up to a constant of the request.
+
+        Retrieval learned which item comes next *if* the next event is positive. The chance of an engagement with an
+        item is therefore the chance that retrieval gives it, divided by the chance that the event is then positive.
+
+        Args:
+            logits: [n, C].
+            weights: [C], none negative, one of them positive.
+            similarity: [n], with the request's queries.
+        """
+        wide = logits.astype(np.float64)
+        with np.errstate(divide="ignore"):  # a weight of 0 adds nothing
+            log_values = np.logaddexp.reduce(np.log(weights) - np.logaddexp(0.0, -wide), axis=-1)
+        no_positive = -(np.logaddexp(0.0, wide) @ self.positive)  # logarithm of the chance of none
+        log_positive = np.log(np.maximum(-np.expm1(no_positive), np.finfo(np.float64).tiny))
+        scores: NDArray[np.float64] = self.retrieval_scale * similarity.astype(np.float64) - log_positive + log_values
+        return scores
+
+
+def product_of(manifest: Manifest) -> Product | None:
+    """The order by product of a bundle; None where it does not say how retrieval was trained."""
+    if manifest.order is None:
+        return None
+    positive = np.array([float(name in manifest.positive_actions) for name in manifest.actions])
+    return Product(positive=positive, retrieval_scale=manifest.order.retrieval_scale)
+
+
 def rank(
     candidates: Sequence[Candidates],
     logits: NDArray[np.float32],
     asked: Sequence[ResolvedRequest],
-    retrieval_scale: float,
+    product: Product | None,
 ) -> list[Ranked]:
-    """Order the candidates of each request by value, or by value times the chance that retrieval gives them.
+    """Order the candidates of each request by value, or by value times the chance of an engagement.
 
     Args:
         candidates: Of each of B requests.
         logits: [B, n, C]; rows beyond a request's own candidates are padding.
         asked: The requests; none is ordered by retrieval.
-        retrieval_scale: See `OrderSpec`; of no effect where no request is ordered by product.
+        product: Scores those that are ordered by product; None where there are none.
     """
     probabilities, weights = sigmoid(logits), np.stack([one.weights for one in asked])
     values = np.einsum("bnc,bc->bn", probabilities, weights)
@@ -62,8 +105,8 @@ def rank(
     for place, (found, one) in enumerate(zip(candidates, asked, strict=True)):
         own = slice(len(found.rows))
         rows[place, own] = found.rows
-        if one.order == "product":
-            scores[place, own] = product_scores(logits[place, own], weights[place], found.similarity, retrieval_scale)
+        if one.order == "product" and product is not None:
+            scores[place, own] = product.scores(logits[place, own], weights[place], found.similarity)
         else:
             scores[place, own] = values[place, own]
     # Far from 0 probabilities no longer differ where logits do.
@@ -75,26 +118,6 @@ def rank(
         )
         for place, best in enumerate(order[place, : one.k] for place, one in enumerate(asked))
     ]
-
-
-def product_scores(
-    logits: NDArray[np.float32],
-    weights: NDArray[np.float64],
-    similarity: NDArray[np.float32],
-    retrieval_scale: float,
-) -> NDArray[np.float64]:
-    """Logarithm [n] of value times the chance that retrieval gives an item, up to a constant of the request.
-
-    Args:
-        logits: [n, C].
-        weights: [C], none negative, one of them positive.
-        similarity: [n], with the request's queries.
-        retrieval_scale: See `OrderSpec`.
-    """
-    with np.errstate(divide="ignore"):  # a weight of 0 adds nothing
-        log_values = np.logaddexp.reduce(np.log(weights) - np.logaddexp(0.0, -logits.astype(np.float64)), axis=-1)
-    scores: NDArray[np.float64] = retrieval_scale * similarity.astype(np.float64) + log_values
-    return scores
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from pathlib import Path
 from typing import Unpack
@@ -27,7 +28,7 @@ from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec, Order
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
-from unipinrec.runtime.ranking import Ranked, by_retrieval, rank
+from unipinrec.runtime.ranking import Product, Ranked, by_retrieval, product_of, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
     RecommendOptions,
@@ -135,11 +136,10 @@ class Recommender:
         spec = self.bundle.manifest.order
         return "value" if spec is None else spec.by
 
-    @property
-    def retrieval_scale(self) -> float | None:
-        """See `OrderSpec`; None in bundles that do not say."""
-        spec = self.bundle.manifest.order
-        return None if spec is None else spec.retrieval_scale
+    @cached_property
+    def product(self) -> Product | None:
+        """What orders by product; None for bundles that do not say how retrieval was trained."""
+        return product_of(self.bundle.manifest)
 
     @property
     def cache(self) -> KvCache | None:
@@ -245,7 +245,7 @@ class Recommender:
         surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
         logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
         self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
-        return rank(candidates, logits, asked, self.retrieval_scale or 0.0)
+        return rank(candidates, logits, asked, self.product)
 
     def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions

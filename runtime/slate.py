@@ -44,8 +44,8 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         items: Best first.
         source: What chose the items: "model"; "popular", as the history is empty.
-        order: What the score is: "value"; "product", the logarithm of the value times the chance that retrieval gives
-            the item, up to a constant of the request; "retrieval", the retrieval score. None of popular items.
+        order: What the score is: "value"; "product", the logarithm of the value times the chance of an engagement, up
+            to a constant of the request; "retrieval", the retrieval score. None of popular items.
         stages_ms: What each stage took.
         kv: Where the history's keys and values came from.
         kv_reason: Why they were not, or not wholly, cached.

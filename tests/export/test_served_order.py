@@ -61,10 +61,11 @@ def test_without_them_an_action_that_tells_events_apart_makes_a_product() -> Non
 @pytest.mark.parametrize(
     ("changes", "options", "reason"),
     [
-        ({"event_rates": dict.fromkeys(ACTIONS, 1.0)}, {}, "no positive action tells training events apart"),
-        ({}, {"positive": ("click",)}, "no positive action tells training events apart"),
-        ({}, {"positive": ("hide",)}, "no positive action tells training events apart"),
-        ({}, {"mask_probability": 0.0}, "no positive action tells training events apart"),
+        ({"event_rates": dict.fromkeys(ACTIONS, 1.0)}, {}, "all positive events are worth the same"),
+        ({}, {"positive": ("like",)}, "all positive events are worth the same"),
+        ({}, {"positive": ("click",)}, "all positive events are worth the same"),
+        ({}, {"positive": ("hide",)}, "all positive events are worth the same"),
+        ({}, {"mask_probability": 0.0}, "all positive events are worth the same"),
         ({}, {"mark": True}, "the ranker learned from marked events alone"),
         ({}, {"ranking_weight": 0.0}, "the ranker was not trained"),
         ({"shown": 9, "shown_without_positive": 9}, {"ranking_weight": 0.0}, "the ranker was not trained"),

@@ -7,11 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.runtime.manifest import Order
-from unipinrec.runtime.ranking import by_retrieval, rank, sigmoid
+from unipinrec.runtime.ranking import Product, by_retrieval, rank, sigmoid
 from unipinrec.runtime.requests import History, ResolvedRequest
 from unipinrec.runtime.retrieval import Candidates
 
-SCALE = 20.0
+PRODUCT = Product(positive=np.array([1.0, 1.0]), retrieval_scale=20.0)
 NOTHING = History(
     item_rows=np.zeros(0, np.int64),
     actions=np.zeros((0, 2), np.float32),
@@ -49,7 +49,7 @@ def logits(*requests: list[list[float]]) -> NDArray[np.float32]:
 
 def test_each_request_is_ordered_by_its_own_weights_and_only_its_own_candidates() -> None:
     given = logits([[0.0, 5.0], [2.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [3.0, 9.0], [99.0, 99.0]])  # the last is padding
-    first, second = rank([found([4, 7, 9]), found([8, 2])], given, [asked(2, 3, [1, 0]), asked(2, 2, [0, -1])], 0.0)
+    first, second = rank([found([4, 7, 9]), found([8, 2])], given, [asked(2, 3, [1, 0]), asked(2, 2, [0, -1])], None)
     assert first.order.tolist() == [1, 2]
     assert first.scores.tolist() == pytest.approx([0.8807970779778823, 0.7310585786300049])
     assert first.probabilities is not None
@@ -59,30 +59,34 @@ def test_each_request_is_ordered_by_its_own_weights_and_only_its_own_candidates(
 
 
 def test_equal_scores_are_in_row_order() -> None:
-    (ranked,) = rank([found([9, 3, 5])], logits([[1.0, 0.0]] * 3), [asked(3, 3, [1, 1])], 0.0)
+    (ranked,) = rank([found([9, 3, 5])], logits([[1.0, 0.0]] * 3), [asked(3, 3, [1, 1])], None)
     assert ranked.order.tolist() == [1, 2, 0]
 
 
-def test_a_product_is_the_chance_by_retrieval_times_the_value() -> None:
+def test_a_product_is_the_chance_of_an_engagement_times_the_value() -> None:
     given = logits([[0.0, -2.0], [1.0, 3.0], [4.0, 4.0]])
-    (ranked,) = rank([found([7, 8, 9], [0.5, 0.45, 0.1])], given, [asked(3, 3, [1, 0.5], "product")], SCALE)
+    (ranked,) = rank([found([7, 8, 9], [0.5, 0.45, 0.1])], given, [asked(3, 3, [1, 0.5], "product")], PRODUCT)
     assert ranked.order.tolist() == [0, 1, 2]
-    # 20 * .5 + log(.5 + .5 * .1192029), 20 * .45 + log(.7310586 + .5 * .9525741), 20 * .1 + log(1.5 * .9820138)
-    assert ranked.scores.tolist() == pytest.approx([9.4195, 9.1885, 2.3873], abs=1e-4)
+    # 20 * .5 + log(.5596015 / .5596015), 20 * .45 + log(1.2073456 / .9872452), 20 * .1 + log(1.4730207 / .9996765)
+    assert ranked.scores.tolist() == pytest.approx([10.0, 9.201261, 2.387639], abs=1e-5)
     assert ranked.values is not None
     assert ranked.values.tolist() == pytest.approx([0.5596015, 1.2073456, 1.4730207])
 
 
-def test_one_action_that_is_always_true_leaves_the_order_of_retrieval() -> None:
-    given = logits([[38.0], [45.0], [60.0], [41.0]])
+def test_of_one_positive_action_retrieval_knows_all() -> None:
     near = found([4, 3, 2, 1], [0.9, 0.8, 0.7, 0.6])
-    (ranked,) = rank([near], given, [asked(4, 4, [1], "product")], SCALE)
-    assert ranked.order.tolist() == [0, 1, 2, 3]
+    one = Product(positive=np.array([1.0]), retrieval_scale=20.0)
+    for values in ([38.0, 45.0, 60.0, 41.0], [0.0, 2.0, 3.0, 1.0]):
+        (ranked,) = rank([near], logits([[value] for value in values]), [asked(4, 4, [1], "product")], one)
+        assert ranked.order.tolist() == [0, 1, 2, 3]
+        assert ranked.scores.tolist() == pytest.approx([18.0, 16.0, 14.0, 12.0])
+    (ranked,) = rank([near], logits([[-900.0], [-3e38], [3e38], [900.0]]), [asked(4, 4, [1], "product")], one)
+    assert np.isfinite(ranked.scores).all()
 
 
 def test_logits_order_what_probabilities_no_longer_tell_apart() -> None:
     given = logits([[38.0], [45.0], [60.0], [41.0]])  # each of probability 1
-    (ranked,) = rank([found([4, 3, 2, 1])], given, [asked(4, 4, [1])], 0.0)
+    (ranked,) = rank([found([4, 3, 2, 1])], given, [asked(4, 4, [1])], None)
     assert ranked.order.tolist() == [2, 1, 3, 0]
     assert ranked.scores.tolist() == [1.0, 1.0, 1.0, 1.0]
 
@@ -103,8 +107,8 @@ def test_a_request_gets_the_same_alone_and_with_others() -> None:
     requests = [
         asked(size // 2, size, rng.uniform(size=2).tolist(), order) for size, order in zip(sizes, orders, strict=True)
     ]
-    for place, together in enumerate(rank(candidates, given, requests, SCALE)):
-        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]], SCALE)
+    for place, together in enumerate(rank(candidates, given, requests, PRODUCT)):
+        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]], PRODUCT)
         np.testing.assert_array_equal(together.order, alone.order)
         np.testing.assert_array_equal(together.scores, alone.scores)
         np.testing.assert_array_equal(together.probabilities, alone.probabilities)
