@@ -210,14 +210,14 @@ def _stopped(server: Served) -> Iterator[Served]:
 def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
     """True values of the ten items at the top at each held-out moment, by the order of the candidates."""
     recommender, held_out = Recommender.load(bundle, device="cpu"), loop.ends_ms - TEST_DAYS * DAY_MS
-    if recommender.order != "value":
+    if recommender.order not in ("value", "blend"):
         raise SystemExit(f"the second bundle is ordered by {recommender.order}: its ranker was taught nothing")
     values: dict[str, list[float]] = {name: [] for name in ("by_value", "by_retrieval", "best_of_candidates", "served")}
     for place, moment in enumerate(world.moments):
         if place not in lists or moment["timestamp_ms"] < held_out:
             continue
         options = RecommendOptions(
-            surface=moment["surface"], now_ms=moment["timestamp_ms"], candidates=CANDIDATES, exact=True
+            surface=moment["surface"], now_ms=moment["timestamp_ms"], candidates=CANDIDATES, exact=True, order="value"
         )
         items = recommender.recommend(world.before(moment), CANDIDATES, options).items
         orders = {

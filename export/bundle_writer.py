@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from unipinrec import __version__
-from unipinrec.errors import BundleError, ExportError
+from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
+from unipinrec.export.blend import chosen_blend, with_order
 from unipinrec.export.cases import CaseMaker
+from unipinrec.export.evaluation import evaluate
 from unipinrec.export.golden import golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
@@ -42,11 +45,11 @@ from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, writ
 from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
 from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
 from unipinrec.runtime.ort_session import import_onnxruntime
-from unipinrec.runtime.quality import Evaluation
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.sample import sample_quality
 
 EMBED_CHUNK = 65_536
+log = logging.getLogger(__name__)
 TOOLS = ("torch", "onnx", "onnxscript", "hnswlib", "numpy")
 
 
@@ -58,13 +61,15 @@ class ExportOptions:
         users: How many of the histories, the first ones, go into the bundle, for `recommend --user`.
         recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
         accept_loss: Whether a precision may recommend something else than fp32, as fp8 often does.
-        evaluation: Measures the lists that the bundle serves, for the manifest; None = nothing is measured.
+        data: Prepared data to choose the order of slates and to measure the served lists on; None = neither.
+        evaluated: On how many test requests of it; 0 = none.
     """
 
     users: int = 1000
     recall: float = RECALL_TARGET
     accept_loss: bool = False
-    evaluation: Callable[[Recommender], Evaluation | None] | None = None
+    data: Path | None = None
+    evaluated: int = 0
 
 
 DEFAULTS = ExportOptions()
@@ -127,11 +132,23 @@ def export_bundle(
 
 
 def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest:
-    """Serve the bundle that was written, the golden requests first, and seal it with what was measured."""
-    with Recommender.load(folder, "cpu") as recommender:
+    """Serve what was written, the golden requests first; choose the order, and seal it with what is served."""
+    evaluation = None
+    with Recommender.load(folder, "cpu") as opened:
+        order = chosen_blend(opened, options.data) if options.data else None
+        recommender = opened if order is None else with_order(opened, order)
+        if options.data is not None and options.evaluated:
+            try:
+                evaluation = evaluate(recommender, options.data, limit=options.evaluated)
+            except NothingHeldOutError as error:  # a bundle needs no test part
+                log.warning("the lists of the bundle were not measured: %s", error)
         sample = sample_quality(recommender)
-        measured = options.evaluation(recommender) if options.evaluation else None
-    manifest = msgspec.structs.replace(manifest, sample=sample if sample.users else None, evaluation=measured)
+    manifest = msgspec.structs.replace(
+        manifest,
+        order=recommender.bundle.manifest.order,
+        sample=sample if sample.users else None,
+        evaluation=evaluation,
+    )
     seal(folder, manifest)
     return manifest
 

@@ -83,8 +83,7 @@ def evaluate(
     """
     held = HeldOut.read(folder, split, limit, repeats=repeats)
     client = Client(recommender, held)
-    product = recommender.product
-    found, lists = _served(client, held, product.retrieval_scale if product else None, on_batch)
+    found, lists = _served(client, held, on_batch)
     lists |= _baselines(held)
     qualities = {name: measured.quality(held.target_values) for name, measured in lists.items()}
     sheet = data_sheet(held.data, held.positive, split, repeats=repeats)
@@ -115,16 +114,14 @@ def _ratio(parts: NDArray[np.float64], wholes: NDArray[np.float64]) -> Estimate:
     return Estimate(mean=ratio, error=float(estimate(parts - ratio * wholes).error / wholes.mean()))
 
 
-def _served(
-    client: Client, held: HeldOut, retrieval_scale: float | None, on_batch: Progress
-) -> tuple[NDArray[np.float64], dict[str, Measured]]:
+def _served(client: Client, held: HeldOut, on_batch: Progress) -> tuple[NDArray[np.float64], dict[str, Measured]]:
     """Whether each target is among the candidates, and the candidates in each order."""
     found, lists, done = [np.zeros(0)], defaultdict[str, Measured](Measured), 0
     for part in held.chunks(BATCH):
         answers, has, truth = client.candidates(part), part.targets != NO_TARGET, held.chances(part)
         targets = part.targets[has, None]
         found.append((answers.rows[has] == targets).any(axis=1).astype(np.float64))
-        for name, rows in answers.orders(retrieval_scale).items():
+        for name, rows in answers.orders().items():
             at = rows[has, :TOP] == targets
             lists[name].ranks.append(np.where(at.any(axis=1), at.argmax(axis=1), np.inf))
             if truth is not None:
@@ -167,12 +164,12 @@ def _actions(client: Client, held: HeldOut) -> dict[str, ActionQuality]:
     if not len(slated):
         return {}
     data, shown = held.data, shown_items(held.data, slated)
-    starts = range(0, len(slated), BATCH)
-    parts = [client.probabilities(slated.take(np.arange(start, min(start + BATCH, len(slated))))) for start in starts]
-    probabilities = np.concatenate(parts)
+    judged = [items for part in held.chunks(BATCH, slated) for items in client.shown(part)]
+    names = held.dataset.spec.actions
+    probabilities = np.array([[item.actions[name] for name in names] for items in judged for item in items])
     slates = np.searchsorted(data.slate_start, shown, side="right") - 1
     measured = {}
-    for place, name in enumerate(held.dataset.spec.actions):
+    for place, name in enumerate(names):
         labels, chances = data.slate_actions[shown, place], probabilities[:, place]
         by_user = action_metrics(data.slate_user[slates], labels, chances)
         measured[name] = ActionQuality(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import DataError
+from unipinrec.errors import DataError, NothingHeldOutError
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.data_schema import Dataset, read_dataset
 from unipinrec.models.evaluate import (
@@ -32,7 +32,7 @@ from unipinrec.models.evaluate import (
 )
 from unipinrec.models.sequences import Sequences, sequences_of
 from unipinrec.models.simulator_oracle import Oracle, oracle_click_chances, read_oracle
-from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
+from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate, SlateItem
 
 CANDIDATES = 200
 MISSING = -1
@@ -61,14 +61,15 @@ class HeldOut:
         """Read the requests of a split, at most `limit`, drawn evenly.
 
         Raises:
-            DataError: The folder is no prepared data set, or the split has nothing to measure.
+            NothingHeldOutError: The split has nothing to measure.
+            DataError: The folder is no prepared data set.
         """
         dataset = read_dataset(folder)
         data = sequences_of(dataset)
         positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
         requests = held_out_requests(data, positive, split, limit, repeats=repeats)
         if not ((requests.targets != NO_TARGET) | (requests.slates != NO_SLATE)).any():
-            raise DataError(f"{folder}: nothing to measure in the {split} part: {_why_nothing(data)}")
+            raise NothingHeldOutError(f"{folder}: nothing to measure in the {split} part: {_why_nothing(data)}")
         known = len(data.slate_ids) and (folder / "oracle.parquet").exists()
         oracle = read_oracle(folder) if known else None
         return cls(folder=folder, dataset=dataset, data=data, positive=positive, requests=requests, oracle=oracle)
@@ -106,10 +107,11 @@ class HeldOut:
         assert self.oracle is not None
         return oracle_click_chances(self.oracle, self.data.slate_ids[part.slates].tolist())
 
-    def chunks(self, size: int) -> Iterator[Requests]:
-        """All requests, `size` at a time."""
-        for start in range(0, len(self.requests), size):
-            yield self.requests.take(np.arange(start, min(start + size, len(self.requests))))
+    def chunks(self, size: int, some: Requests | None = None) -> Iterator[Requests]:
+        """All requests, or some of them, `size` at a time."""
+        requests = self.requests if some is None else some
+        for start in range(0, len(requests), size):
+            yield requests.take(np.arange(start, min(start + size, len(requests))))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,22 +122,24 @@ class Answers:
         rows: [R, K] in the catalogue of the data, MISSING where there were fewer.
         similarity: [R, K] retrieval score.
         values: [R, K]; None where the ranker did not run.
-        positive: [R, K] chance of any positive action, taken as independent; None likewise.
+        positive: [R, K] chance of any positive action, taken as independent; None likewise, and where one action alone
+            is positive: the product is then retrieval's order.
     """
 
     rows: NDArray[np.int64]
     similarity: NDArray[np.float64]
     values: NDArray[np.float64] | None
     positive: NDArray[np.float64] | None
+    retrieval_scale: float | None
 
-    def orders(self, retrieval_scale: float | None) -> dict[str, NDArray[np.int64]]:
-        """Rows [R, K] in each order; by product only with a scale (see `OrderSpec`)."""
+    def orders(self) -> dict[str, NDArray[np.int64]]:
+        """Rows [R, K] in each order; by product only where the bundle has a scale (see `OrderSpec`)."""
         scores = {"by_retrieval": self.similarity}
-        if self.values is not None and self.positive is not None:
+        if self.values is not None:
             scores["by_value"] = self.values
-            if retrieval_scale is not None:
+            if self.retrieval_scale is not None and self.positive is not None:
                 with np.errstate(divide="ignore", invalid="ignore"):
-                    scores["by_product"] = retrieval_scale * self.similarity + np.log(self.values / self.positive)
+                    scores["by_product"] = self.retrieval_scale * self.similarity + np.log(self.values / self.positive)
         missing = self.rows == MISSING
         places = {name: np.argsort(np.where(missing, np.inf, -score), kind="stable") for name, score in scores.items()}
         return {
@@ -196,13 +200,18 @@ class Client:
                 values[at, own] = [item.value for item in slate.items]
                 chances = np.array([[item.actions[name] for name in names] for item in slate.items])
                 positive[at, own] = 1.0 - np.prod(1.0 - chances, axis=1)
-        if self._recommender.order == "retrieval":
-            return Answers(rows=rows, similarity=similarity, values=None, positive=None)
-        return Answers(rows=rows, similarity=similarity, values=values, positive=positive)
+        ranked, scoring = self._recommender.order != "retrieval", self._recommender.scoring
+        return Answers(
+            rows=rows,
+            similarity=similarity,
+            values=values if ranked else None,
+            positive=positive if ranked and len(names) > 1 else None,
+            retrieval_scale=scoring.retrieval_scale if scoring else None,
+        )
 
-    def probabilities(self, part: Requests) -> NDArray[np.float64]:
-        """Chance [items, C] of each action on what the slates of requests showed, in the order of `shown_items`."""
-        data, actions = self._held.data, self._held.dataset.spec.actions
+    def shown(self, part: Requests) -> list[list[SlateItem]]:
+        """What each request's slate showed, in the order of `shown_items`, as the bundle judges it."""
+        data = self._held.data
         rows = data.slate_rows[shown_items(data, part)]
         sizes = np.diff(data.slate_start)[part.slates]
         shown = [[data.item_ids[row] for row in run] for run in np.split(rows, np.cumsum(sizes)[:-1])]
@@ -210,11 +219,8 @@ class Client:
             Query(k=len(items), options={"allow": tuple(items), "order": "value", "exclude_seen": False})
             for items in shown
         ]
-        found = [{item.item: item.actions for item in slate.items} for slate in self._ask(part, asked)]
-        chances = [
-            [of[item][name] for name in actions] for of, items in zip(found, shown, strict=True) for item in items
-        ]
-        return np.array(chances).reshape(-1, len(actions))
+        judged = [{item.item: item for item in slate.items} for slate in self._ask(part, asked)]
+        return [[found[item] for item in items] for found, items in zip(judged, shown, strict=True)]
 
     def _ask(self, part: Requests, asked: list[Query]) -> list[Slate]:
         data, surfaces = self._held.data, self._held.dataset.spec.surfaces

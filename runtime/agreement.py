@@ -31,7 +31,7 @@ from unipinrec.runtime.bundle import GOLDEN, Bundle
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.manifest import Agreement, Manifest
-from unipinrec.runtime.ranking import product_of, sigmoid
+from unipinrec.runtime.ranking import Scoring, sigmoid
 from unipinrec.runtime.requests import History
 
 TOP = 10
@@ -198,13 +198,16 @@ def _served(
     positive = np.array([float(name in manifest.positive_actions) for name in manifest.actions])
     chances, order = sigmoid(logits), manifest.order
     values, tied = chances @ positive, TIED_LOGIT * (chances * (1.0 - chances)) @ positive
-    product = product_of(manifest)
-    if order is None or product is None or order.by == "value":
+    scoring = Scoring.of(manifest)
+    if order is None or scoring is None or order.by == "value":
         return values, tied
     if order.by == "retrieval":
         return similarity.astype(np.float64), np.full(len(similarity), TIED_SIMILARITY)
-    scores = product.scores(logits, positive, similarity)
-    return scores, tied / values + product.retrieval_scale * TIED_SIMILARITY
+    tied_share, tied_logit = tied / values, scoring.retrieval_scale * TIED_SIMILARITY
+    if order.by == "blend":
+        scores = scoring.blend(values, similarity)
+        return scores, scores * (tied_share + scoring.retrieval_weight * tied_logit)
+    return scoring.product(logits, positive, similarity), tied_share + tied_logit
 
 
 def _similarity(items: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:

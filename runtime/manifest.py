@@ -15,7 +15,7 @@ from unipinrec.runtime.quality import Evaluation, SampleQuality
 FORMAT_VERSION = 1
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
 REQUIRED_GRAPHS = GRAPHS[:4]
-Order = Literal["value", "product", "retrieval"]
+Order = Literal["value", "blend", "product", "retrieval"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,14 +171,16 @@ class OrderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What orders a slate where a request does not say (docs/ranking.md).
 
     Attributes:
-        by: "value", "product" or "retrieval"; with the last the ranker does not run.
+        by: "value", "blend", "product" or "retrieval"; with the last the ranker does not run.
         retrieval_scale: A similarity times this is the logit of retrieval's softmax, as it was trained.
         reason: Why this order, for people.
+        retrieval_weight: How much of that logit the blend takes.
     """
 
     by: Order
     retrieval_scale: float
     reason: str
+    retrieval_weight: float = 0.0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

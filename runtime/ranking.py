@@ -44,18 +44,35 @@ def by_retrieval(candidates: Sequence[Candidates], asked: Sequence[ResolvedReque
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Product:
-    """What the order by product needs of a bundle.
+class Scoring:
+    """What the orders that take retrieval into account need of a bundle.
 
     Attributes:
         positive: [C], 1 for each action that makes an event a target of retrieval.
-        retrieval_scale: See `OrderSpec`.
+        retrieval_scale, retrieval_weight: See `OrderSpec`.
     """
 
     positive: NDArray[np.float64]
     retrieval_scale: float
+    retrieval_weight: float
 
-    def scores(
+    @classmethod
+    def of(cls, manifest: Manifest) -> Scoring | None:
+        """None for a bundle that does not say how retrieval was trained."""
+        if manifest.order is None:
+            return None
+        return cls(
+            positive=np.array([float(name in manifest.positive_actions) for name in manifest.actions]),
+            retrieval_scale=manifest.order.retrieval_scale,
+            retrieval_weight=manifest.order.retrieval_weight,
+        )
+
+    def blend(self, values: NDArray[np.float64], similarity: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Values [n] times a power of the chance that retrieval gives the items, up to a factor of the request."""
+        factors: NDArray[np.float64] = np.exp(self.retrieval_weight * self.retrieval_scale * similarity.astype(float))
+        return values * factors
+
+    def product(
         self, logits: NDArray[np.float32], weights: NDArray[np.float64], similarity: NDArray[np.float32]
     ) -> NDArray[np.float64]:
         """Logarithm [n] of value times the chance of an engagement, up to a constant of the request.
@@ -77,38 +94,30 @@ class Product:
         return scores
 
 
-def product_of(manifest: Manifest) -> Product | None:
-    """The order by product of a bundle; None where it does not say how retrieval was trained."""
-    if manifest.order is None:
-        return None
-    positive = np.array([float(name in manifest.positive_actions) for name in manifest.actions])
-    return Product(positive=positive, retrieval_scale=manifest.order.retrieval_scale)
-
-
 def rank(
     candidates: Sequence[Candidates],
     logits: NDArray[np.float32],
     asked: Sequence[ResolvedRequest],
-    product: Product | None,
+    scoring: Scoring | None,
 ) -> list[Ranked]:
-    """Order the candidates of each request by value, or by value times the chance of an engagement.
+    """Order the candidates of each request by value, by blend or by product.
 
     Args:
         candidates: Of each of B requests.
         logits: [B, n, C]; rows beyond a request's own candidates are padding.
         asked: The requests; none is ordered by retrieval.
-        product: Scores those that are ordered by product; None where there are none.
+        scoring: Of the bundle; None where all requests are ordered by value.
     """
     probabilities, weights = sigmoid(logits), np.stack([one.weights for one in asked])
     values = np.einsum("bnc,bc->bn", probabilities, weights)
     scores, rows = np.full(values.shape, -np.inf), np.full(values.shape, np.iinfo(np.int64).max)
     for place, (found, one) in enumerate(zip(candidates, asked, strict=True)):
-        own = slice(len(found.rows))
-        rows[place, own] = found.rows
-        if one.order == "product" and product is not None:
-            scores[place, own] = product.scores(logits[place, own], weights[place], found.similarity)
-        else:
-            scores[place, own] = values[place, own]
+        own = (place, slice(len(found.rows)))
+        rows[own], scores[own] = found.rows, values[own]
+        if scoring is not None and one.order == "blend":
+            scores[own] = scoring.blend(values[own], found.similarity)
+        elif scoring is not None and one.order == "product":
+            scores[own] = scoring.product(logits[own], weights[place], found.similarity)
     # Far from 0 probabilities no longer differ where logits do.
     saturated = np.einsum("bnc,bc->bn", logits.astype(np.float64), weights)
     order = np.lexsort((rows, -saturated, -scores), axis=-1)

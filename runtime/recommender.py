@@ -28,7 +28,7 @@ from unipinrec.runtime.kv_options import CacheOptions
 from unipinrec.runtime.kv_pages import KvGeometry
 from unipinrec.runtime.manifest import ModelSpec, Order
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
-from unipinrec.runtime.ranking import Product, Ranked, by_retrieval, product_of, rank
+from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
     RecommendOptions,
@@ -137,9 +137,9 @@ class Recommender:
         return "value" if spec is None else spec.by
 
     @cached_property
-    def product(self) -> Product | None:
-        """What orders by product; None for bundles that do not say how retrieval was trained."""
-        return product_of(self.bundle.manifest)
+    def scoring(self) -> Scoring | None:
+        """How retrieval takes part in the order; None for bundles that do not say how it was trained."""
+        return Scoring.of(self.bundle.manifest)
 
     @property
     def cache(self) -> KvCache | None:
@@ -245,7 +245,7 @@ class Recommender:
         surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
         logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
         self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
-        return rank(candidates, logits, asked, self.product)
+        return rank(candidates, logits, asked, self.scoring)
 
     def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions

@@ -52,8 +52,8 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         now_ms: Time of the request. None = the current time, or unknown where the whole history's times are: a model
             of data without times has never seen one.
         candidates: How many items retrieval hands to ranking; raised to k, lowered to what is eligible.
-        order: What the slate is ordered by: "value", "product" or "retrieval" (docs/ranking.md). None = what the
-            bundle says. With "retrieval" the ranker does not run.
+        order: What the slate is ordered by: "value", "blend", "product" or "retrieval" (docs/ranking.md). None =
+            what the bundle says. With "retrieval" the ranker does not run.
         weights: Weight of each action's probability in the value; an action left out weighs 0. None = 1 for each
             positive action of the bundle.
         outcomes: Actions that retrieval aims at, where the model is conditioned on them. None = the positive actions.
@@ -363,9 +363,9 @@ def _order(given: Order | None, manifest: Manifest) -> Order:
         return "value" if spec is None else spec.by
     if given not in get_args(Order):
         raise RequestError(f"order={given!r} is unknown; send one of {', '.join(get_args(Order))}")
-    if given == "product" and spec is None:
+    if given in ("blend", "product") and spec is None:
         raise RequestError(
-            "order='product' needs the scale of retrieval's logits, which this bundle lacks; export it again"
+            f"order={given!r} needs the scale of retrieval's logits, which this bundle lacks; export it again"
         )
     return given
 

@@ -44,7 +44,8 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         items: Best first.
         source: What chose the items: "model"; "popular", as the history is empty.
-        order: What the score is: "value"; "product", the logarithm of the value times the chance of an engagement, up
+        order: What the score is: "value"; "blend", the value times a power of the chance that retrieval gives the item,
+            up to a factor of the request; "product", the logarithm of the value times the chance of an engagement, up
             to a constant of the request; "retrieval", the retrieval score. None of popular items.
         stages_ms: What each stage took.
         kv: Where the history's keys and values came from.

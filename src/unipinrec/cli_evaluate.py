@@ -71,7 +71,7 @@ def _exported(checkpoint: Path, data: Path, bundle: Path) -> Path:
             source,
             bundle,
             histories=histories,
-            options=ExportOptions(users=0),
+            options=ExportOptions(users=0, data=data),
             progress=lambda stage: status.update(f"exporting to a temporary bundle: {stage}"),
         )
     return bundle

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from unipinrec.cli_common import command, json_option, print_json, stderr, stdout, warn
+from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
 from unipinrec.cli_evaluate import print_evaluation
 from unipinrec.cli_index import recall_option, warn_of_low_recall
-from unipinrec.errors import DataError
 
 if TYPE_CHECKING:
     from unipinrec.runtime.manifest import Manifest
-    from unipinrec.runtime.quality import Evaluation
-    from unipinrec.runtime.recommender import Recommender
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
@@ -98,7 +94,8 @@ def export(
                 users=users,
                 recall=RECALL_TARGET if recall is None else recall,
                 accept_loss=accept_loss,
-                evaluation=_evaluation(data, evaluated) if data and evaluated else None,
+                data=data,
+                evaluated=evaluated,
             ),
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
@@ -109,19 +106,6 @@ def export(
         print_json({"bundle": str(bundle), **reported})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
-
-
-def _evaluation(data: Path, limit: int) -> Callable[[Recommender], Evaluation | None]:
-    from unipinrec.export.evaluation import evaluate
-
-    def measure(recommender: Recommender) -> Evaluation | None:
-        try:
-            return evaluate(recommender, data, limit=limit)
-        except DataError as error:  # a bundle needs no test part
-            warn(f"the lists of the bundle were not measured: {error}")
-            return None
-
-    return measure
 
 
 def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:

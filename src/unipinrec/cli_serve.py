@@ -214,7 +214,7 @@ def _categories(
 )
 @click.option(
     "--order",
-    type=click.Choice(["value", "product", "retrieval"]),
+    type=click.Choice(["value", "blend", "product", "retrieval"]),
     help="What the list is ordered by; retrieval does not run the ranker.  [default: what the bundle says]",
 )
 @click.option(
@@ -315,7 +315,7 @@ def _print_slate(slate: Slate, reason: str) -> None:
     table.add_column("item", no_wrap=True)
     if titled:
         table.add_column("title", no_wrap=True, overflow="ellipsis", max_width=TITLE_WIDTH + spare)
-    valued = ["value"] if slate.order == "product" else []
+    valued = ["value"] if slate.order in ("blend", "product") else []
     for name in ("share",) if popular else ("score", *valued, *map(escape, shown), "retrieval"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, item in enumerate(slate.items, 1):
@@ -352,7 +352,7 @@ def _fitting_actions(slate: Slate) -> tuple[list[str], list[str], int]:
         max(len(item.item) for item in slate.items),
         TITLE_WIDTH if titled else 0,
         len("score"),
-        5 if slate.order == "product" else 0,
+        5 if slate.order in ("blend", "product") else 0,
         len("retrieval"),
     ]
     room = stdout.width - sum(width + 3 for width in fixed)

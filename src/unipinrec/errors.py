@@ -3,6 +3,7 @@
     UnipinrecError
     ├── ConfigError             a setting that is unknown, out of range, or contradicts another
     ├── DataError               a data set that cannot be read or is not in the documented format
+    │   └── NothingHeldOutError a part of it has nothing to measure
     ├── CheckpointError         a checkpoint folder that is missing, damaged or of another model
     ├── TrainingError           training cannot go on
     ├── TrainingInterrupted     training stopped on request; the state to resume from is on disk
@@ -33,6 +34,10 @@ class ConfigError(UnipinrecError):
 
 class DataError(UnipinrecError):
     """A data set cannot be read or is not in the documented format."""
+
+
+class NothingHeldOutError(DataError):
+    """The part of a data set that is held out has nothing to measure."""
 
 
 class CheckpointError(UnipinrecError):

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from unipinrec.cli import main
 from unipinrec.errors import DataError
+from unipinrec.export import blend
 from unipinrec.export.evaluation import evaluate
 from unipinrec.export.held_out_requests import Client, HeldOut
 from unipinrec.models.checkpoint import load_checkpoint
@@ -48,16 +49,7 @@ def test_the_served_list_is_what_a_client_gets(recommender: Recommender, dataset
     for slate_id, target in measured:
         shown = test.filter(pl.col("slate_id") == slate_id)
         user, now_ms, surface = shown.select("user_id", "timestamp_ms", "surface").row(0)
-        before = table.events.filter((pl.col("user_id") == user) & (pl.col("timestamp_ms") < now_ms))
-        events = [
-            Event(
-                item=row["item_id"],
-                actions=tuple(name for name in table.spec.actions if row[f"action_{name}"]),
-                surface=row["surface"],
-                timestamp_ms=row["timestamp_ms"],
-            )
-            for row in before.iter_rows(named=True)
-        ]
+        events = [event for event in events_of(table, user) if (event.timestamp_ms or 0) < now_ms]
         slate = recommender.recommend(events, 10, RecommendOptions(surface=surface, now_ms=now_ms))
         chances = oracle_click_chances(truth, [slate_id])[0]
         true_values.append(np.mean([chances[places[item.item]] for item in slate.items]))
@@ -70,6 +62,18 @@ def test_the_served_list_is_what_a_client_gets(recommender: Recommender, dataset
     assert served.true_value.mean == pytest.approx(np.mean(true_values), abs=1e-6)
     assert served.true_value.error == pytest.approx(np.std(true_values, ddof=1) / np.sqrt(LIMIT), abs=1e-6)
     assert (evaluation.requests, evaluation.targets) == (LIMIT, len(hits))
+
+
+def events_of(table: Dataset, user: str) -> list[Event]:
+    return [
+        Event(
+            item=row["item_id"],
+            actions=tuple(name for name in table.spec.actions if row[f"action_{name}"]),
+            surface=row["surface"],
+            timestamp_ms=row["timestamp_ms"],
+        )
+        for row in table.events.filter(pl.col("user_id") == user).iter_rows(named=True)
+    ]
 
 
 def held_out(dataset: Path) -> list[tuple[int, str | None]]:
@@ -109,7 +113,7 @@ def test_retrieval_and_ranking_are_those_of_the_checkpoint(checkpoint: Path, bun
 def test_no_list_beats_the_best_ten(evaluation: Evaluation) -> None:
     values = {name: quality.true_value.mean for name, quality in evaluation.lists.items() if quality.true_value}
     assert set(values) == {
-        *("served", "by_retrieval", "by_value", "by_product"),
+        *("served", "by_retrieval", "by_value"),
         *("popular_all_time", "popular_week", "popular_day", "next_item", "best"),
     }
     assert max(values, key=lambda name: values[name]) == "best"
@@ -137,33 +141,85 @@ def test_a_baseline_that_beats_the_model_is_named_with_the_difference(
     assert all("standard error" in warning and "the policy of the time" in warning for warning in beaten)
 
 
-def test_the_command_measures_checkpoints_and_bundles_alike(checkpoint: Path, bundle: Path, dataset: Path) -> None:
+def test_the_command_measures_checkpoints_and_bundles_alike(checkpoint: Path, exported: Path, dataset: Path) -> None:
     found = []
-    for model in (checkpoint, bundle):
+    for model in (checkpoint, exported):
         words = ["evaluate", str(model), "--data", str(dataset), "--limit", "40", "--json"]
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, result.stderr
         found.append(json.loads(result.stdout)["evaluation"])
     assert found[0] == found[1]
-    printed = CliRunner().invoke(main, ["evaluate", str(bundle), "--data", str(dataset), "--limit", "40"])
-    assert "served by value" in printed.stdout
+    printed = CliRunner().invoke(main, ["evaluate", str(exported), "--data", str(dataset), "--limit", "40"])
+    assert f"served by {found[0]['order']}" in printed.stdout
     assert "of the gap in true value" in printed.stdout
-    assert "warning: popular" in printed.stderr
+    assert "beats the served list at the logged next item" in printed.stderr
 
 
-def test_an_export_with_data_stores_what_is_served(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
-    words = ["export", str(checkpoint), str(tmp_path / "b"), "--data", str(dataset), "--evaluate", "40"]
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    words = ["export", str(checkpoint), str(folder), "--data", str(dataset), "--evaluate", "40"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.stderr
-    with Recommender.load(tmp_path / "b", "cpu") as recommender:
+    assert "slates are ordered by" in result.stdout
+    return folder
+
+
+def test_an_export_with_data_stores_what_is_served(exported: Path, dataset: Path) -> None:
+    with Recommender.load(exported, "cpu") as recommender:
         manifest = recommender.bundle.manifest
         assert manifest.evaluation == evaluate(recommender, dataset, limit=40)
     assert manifest.sample is not None
     assert manifest.sample.users > 100
     assert manifest.order is not None
-    assert manifest.order.by == "value"
+    assert manifest.order.by in ("value", "blend")
     assert "were shown and left alone" in manifest.order.reason
-    assert manifest.order.reason in result.stdout.replace("\n", " ")
+
+
+def test_the_blend_is_that_which_orders_pairs_of_validation_slates_best(
+    recommender: Recommender, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blend, "WEIGHTS", (0.0, 0.3, 3.0))
+    monkeypatch.setattr(blend, "MOST_SLATES", 25)
+    table = read_dataset(dataset)
+    data, spec = sequences_of(table), recommender.bundle.manifest.order
+    assert spec is not None
+    assert table.spec.split is not None
+    telling = []
+    for (slate,), shown in table.slates.group_by("slate_id", maintain_order=True):
+        time_ms = shown["timestamp_ms"][0]
+        early = time_ms < table.spec.split.valid_start_ms or time_ms >= table.spec.split.test_start_ms
+        user = data.user_ids.index(shown["user_id"][0])
+        known = data.slate_cutoff[data.slate_ids.tolist().index(slate)]
+        if not early and known and shown["action_click"].n_unique() == 2:
+            telling.append((user, time_ms, slate, shown))
+    telling.sort(key=lambda one: one[:3])
+    rates = np.zeros(3)
+    places = np.linspace(0, len(telling) - 1, 25).astype(int)
+    for user, time_ms, _, shown in [telling[place] for place in places]:
+        history = [event for event in events_of(table, data.user_ids[user]) if (event.timestamp_ms or 0) < time_ms]
+        items, clicked = shown["item_id"].to_list(), dict(shown.select("item_id", "action_click").iter_rows())
+        options = RecommendOptions(
+            surface=shown["surface"][0], now_ms=time_ms, allow=tuple(items), exclude_seen=False, order="value"
+        )
+        slate = recommender.recommend(history, len(items), options)
+        for number, weight in enumerate((0.0, 0.3, 3.0)):
+            scored = [
+                (item.score * np.exp(weight * spec.retrieval_scale * (item.retrieval_score or 0)), clicked[item.item])
+                for item in slate.items
+            ]
+            pairs = [(a, b) for a, good in scored if good for b, bad in scored if not bad]
+            rates[number] += np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]) / 25
+    chosen = blend.chosen_blend(recommender, dataset)
+    best = int(rates.argmax())
+    if best == 0:
+        assert chosen is None
+    else:
+        assert chosen is not None
+        assert (chosen.by, chosen.retrieval_weight) == ("blend", (0.0, 0.3, 3.0)[best])
+        assert f"logit {rates[best]:.4f} of the pairs within 25 validation slates" in chosen.reason
+        with blend.with_order(recommender, chosen) as blended:
+            assert blended.order == "blend"
 
 
 def test_other_data_is_refused(recommender: Recommender, dataset: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def served(tables: RawTables, folder: Path, epochs: int) -> tuple[Path, Path]:
         source,
         folder / "bundle",
         histories=histories,
-        options=ExportOptions(evaluation=lambda recommender: evaluate(recommender, folder / "data")),
+        options=ExportOptions(data=folder / "data", evaluated=2000),
     )
     return folder / "data", folder / "bundle"
 

@@ -7,11 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.runtime.manifest import Order
-from unipinrec.runtime.ranking import Product, by_retrieval, rank, sigmoid
+from unipinrec.runtime.ranking import Scoring, by_retrieval, rank, sigmoid
 from unipinrec.runtime.requests import History, ResolvedRequest
 from unipinrec.runtime.retrieval import Candidates
 
-PRODUCT = Product(positive=np.array([1.0, 1.0]), retrieval_scale=20.0)
+SCORING = Scoring(positive=np.array([1.0, 1.0]), retrieval_scale=20.0, retrieval_weight=0.05)
 NOTHING = History(
     item_rows=np.zeros(0, np.int64),
     actions=np.zeros((0, 2), np.float32),
@@ -65,7 +65,7 @@ def test_equal_scores_are_in_row_order() -> None:
 
 def test_a_product_is_the_chance_of_an_engagement_times_the_value() -> None:
     given = logits([[0.0, -2.0], [1.0, 3.0], [4.0, 4.0]])
-    (ranked,) = rank([found([7, 8, 9], [0.5, 0.45, 0.1])], given, [asked(3, 3, [1, 0.5], "product")], PRODUCT)
+    (ranked,) = rank([found([7, 8, 9], [0.5, 0.45, 0.1])], given, [asked(3, 3, [1, 0.5], "product")], SCORING)
     assert ranked.order.tolist() == [0, 1, 2]
     # 20 * .5 + log(.5596015 / .5596015), 20 * .45 + log(1.2073456 / .9872452), 20 * .1 + log(1.4730207 / .9996765)
     assert ranked.scores.tolist() == pytest.approx([10.0, 9.201261, 2.387639], abs=1e-5)
@@ -73,9 +73,20 @@ def test_a_product_is_the_chance_of_an_engagement_times_the_value() -> None:
     assert ranked.values.tolist() == pytest.approx([0.5596015, 1.2073456, 1.4730207])
 
 
+def test_a_blend_is_the_value_times_a_power_of_retrievals_chance() -> None:
+    given = logits([[0.0, -2.0], [1.0, 3.0], [4.0, 4.0]])
+    near = found([7, 8, 9], [0.9, 0.5, 0.1])
+    (ranked,) = rank([near], given, [asked(3, 3, [1, 0], "blend")], SCORING)
+    assert ranked.order.tolist() == [0, 1, 2]
+    # .5 * e^.9, .7310586 * e^.5, .9820138 * e^.1
+    assert ranked.scores.tolist() == pytest.approx([1.2298016, 1.2053118, 1.0852931])
+    (ranked,) = rank([near], given, [asked(3, 3, [-1, 0], "blend")], SCORING)
+    assert ranked.scores.tolist() == pytest.approx([-1.0852931, -1.2053118, -1.2298016])
+
+
 def test_of_one_positive_action_retrieval_knows_all() -> None:
     near = found([4, 3, 2, 1], [0.9, 0.8, 0.7, 0.6])
-    one = Product(positive=np.array([1.0]), retrieval_scale=20.0)
+    one = Scoring(positive=np.array([1.0]), retrieval_scale=20.0, retrieval_weight=0.0)
     for values in ([38.0, 45.0, 60.0, 41.0], [0.0, 2.0, 3.0, 1.0]):
         (ranked,) = rank([near], logits([[value] for value in values]), [asked(4, 4, [1], "product")], one)
         assert ranked.order.tolist() == [0, 1, 2, 3]
@@ -103,12 +114,12 @@ def test_a_request_gets_the_same_alone_and_with_others() -> None:
     sizes = [5, 40, 17]
     candidates = [found(rng.permutation(100)[:size].tolist(), rng.uniform(-1, 1, size).tolist()) for size in sizes]
     given = rng.normal(size=(3, 40, 2)).astype(np.float32)
-    orders: tuple[Order, ...] = ("value", "product", "value")
+    orders: tuple[Order, ...] = ("value", "product", "blend")
     requests = [
         asked(size // 2, size, rng.uniform(size=2).tolist(), order) for size, order in zip(sizes, orders, strict=True)
     ]
-    for place, together in enumerate(rank(candidates, given, requests, PRODUCT)):
-        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]], PRODUCT)
+    for place, together in enumerate(rank(candidates, given, requests, SCORING)):
+        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]], SCORING)
         np.testing.assert_array_equal(together.order, alone.order)
         np.testing.assert_array_equal(together.scores, alone.scores)
         np.testing.assert_array_equal(together.probabilities, alone.probabilities)

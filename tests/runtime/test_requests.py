@@ -299,7 +299,7 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ({"weights": {"like": 1.0}}, "weights: unknown action 'like'; this bundle knows click, save, hide"),
         ({"weights": {"click": float("inf")}}, "weights=.*must be finite numbers"),
         ({"weights": {}}, "at least one of them other than 0"),
-        ({"order": "best"}, "order='best' is unknown; send one of value, product, retrieval"),
+        ({"order": "best"}, "order='best' is unknown; send one of value, blend, product, retrieval"),
         ({"order": "product"}, "order='product' needs the scale of retrieval's logits, which this bundle lacks"),
         ({"order": "retrieval", "weights": {"click": 1.0}}, "change nothing where order is 'retrieval'"),
         ({"outcomes": ("save",)}, "this model's retrieval is not conditioned on outcomes"),
