@@ -1,0 +1,220 @@
+"""What the ten items that are served are truly worth, on the simulated data of the demo, in every order.
+
+    python bench/served_demo.py --out RUNS [--seeds 0 1 2] [--rows plain dropout ...]
+
+The true value of ten items is the mean of their true chances of a click at the moment of the request. Only orders that
+a model can choose without the truth are candidates: the blend's lambda is that with the best AUC within the slates of
+the validation part. The truth is for reporting alone. "closed": share of the gap between popularity and the best ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from common import ROOT, card
+from numpy.typing import NDArray
+from quality_runs import loaded
+from served_orders import (
+    LAMBDAS,
+    SERVED,
+    Floats,
+    Lists,
+    answers,
+    blends,
+    compared,
+    hit_gains,
+    log_value,
+    mean_and_error,
+    served,
+)
+
+from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
+from unipinrec.models.evaluate import NO_TARGET, Requests, held_out_requests, history_rows
+from unipinrec.models.metrics import action_metrics
+from unipinrec.models.model import UniPinRec
+from unipinrec.models.sequences import Sequences, sequences_of
+from unipinrec.models.simulator import SimulatorConfig, simulate
+from unipinrec.models.simulator_oracle import POSITIVE, Oracle, read_oracle, write_oracle
+from unipinrec.models.train import EpochReport, Trainer
+from unipinrec.models.train_config import RunConfig, load_run_config
+
+EPOCHS = 12
+RESULT = ROOT / "bench" / "results" / "served_demo.json"
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "dropout": ({"dropout": 0.1}, {}),
+    "dropout_18": ({"dropout": 0.1}, {"epochs": 18}),
+    "dropout_wide": (
+        {"dropout": 0.1, "hidden_size": 96, "num_heads": 3, "num_kv_heads": 3, "intermediate_size": 288},
+        {},
+    ),
+    "dropout_0.2": ({"dropout": 0.2}, {}),
+    "dropout_history": ({"dropout": 0.1}, {"history_candidates": 8}),
+    "dropout_id": ({"dropout": 0.1, "id_dropout": 0.3}, {}),
+    "dropout_mask_0.1": ({"dropout": 0.1}, {"mask_probability": 0.1}),
+    "dropout_ranking_2": ({"dropout": 0.1}, {"ranking_weight": 2.0}),
+}
+
+
+def oracle_click_chances(oracle: Oracle, slate_ids: NDArray[np.int64]) -> Floats:
+    """True chance [R, N] of the positive action for every item of the catalogue when each slate was shown."""
+    known = oracle.slates["slate_id"].to_numpy()
+    order = np.argsort(known)
+    places = order[np.searchsorted(known[order], slate_ids)]
+    states = np.stack(oracle.slates["state"].to_numpy()[places])
+    vectors = np.stack(oracle.items[f"vector_{POSITIVE}"].to_numpy())
+    logits = oracle.items[f"bias_{POSITIVE}"].to_numpy() + states @ vectors.T
+    chances: Floats = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    return chances
+
+
+def config_of(row: str, seed: int) -> RunConfig:
+    """The demo's settings, changed as the row says."""
+    model, train = ROWS[row]
+    config = load_run_config("tiny", {"seed": seed, "epochs": EPOCHS, **train})
+    return RunConfig(model=msgspec.structs.replace(config.model, **model), train=config.train)
+
+
+def trained_model(dataset: Dataset, config: RunConfig, out: Path) -> UniPinRec:
+    """Train, unless an earlier call has; the best epoch by validation."""
+    if not (out / "done").exists():
+        for report in Trainer(dataset, config, out).run():
+            if isinstance(report, EpochReport):
+                score = report.metrics.selection_score()
+                sys.stderr.write(f"{out.name} epoch {report.epoch + 1} {report.seconds:.0f} s valid {score:.4f}\n")
+        (out / "done").touch()
+    return loaded(out, Trainer)
+
+
+def request_auc(lists: Lists, scores: Floats, data: Sequences, requests: Requests, action: int) -> float | None:
+    """AUC of an action within the slates of requests, which were answered with exactly their items."""
+    owners, places = np.nonzero(lists.rows >= 0)
+    labels = np.zeros(len(owners), np.uint8)
+    for i, slate in enumerate(requests.slates):
+        items = slice(data.slate_start[slate], data.slate_start[slate + 1])
+        done = dict(zip(data.slate_rows[items].tolist(), data.slate_actions[items, action].tolist(), strict=True))
+        own = owners == i if len(requests) < 2 else slice(*np.searchsorted(owners, [i, i + 1]))
+        labels[own] = [done[row] for row in lists.rows[i, places[own]].tolist()]
+    return action_metrics(owners, labels, scores[owners, places]).gauc
+
+
+def references(data: Sequences, requests: Requests, chances: Floats, popular: Floats) -> dict[str, Floats]:
+    """True value [R] of the ten most popular items that are eligible, and of the best ten."""
+    eligible = np.ones(chances.shape, bool)
+    for i, (user, end) in enumerate(zip(requests.users.tolist(), requests.ends.tolist(), strict=True)):
+        eligible[i, history_rows(data, user, end)] = False
+    best = -np.sort(-np.where(eligible, chances, -1.0), axis=1)[:, :SERVED].mean(1)
+    ten = np.argsort(-np.where(eligible, popular, -1.0), axis=1, kind="stable")[:, :SERVED]
+    return {"popularity": np.take_along_axis(chances, ten, axis=1).mean(1), "best": best}
+
+
+def popularity(data: Sequences, positive: NDArray[np.bool_]) -> Floats:
+    """Positive events [N] of each item before the test part."""
+    assert data.split is not None
+    counted = (data.timestamps_ms < data.split.test_start_ms) & (data.actions[:, positive] > 0).any(1)
+    return np.bincount(data.rows[counted], minlength=data.num_items).astype(np.float64)
+
+
+def measured(model: UniPinRec, dataset: Dataset, data: Sequences, oracle: Oracle) -> dict[str, Any]:
+    """All figures of one model."""
+    positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
+    click = int(np.flatnonzero(positive)[0])
+    valid, test = (held_out_requests(data, positive, split) for split in ("valid", "test"))  # type: ignore[arg-type]
+    with served(model, dataset, data) as (recommender, scale):
+        lists = answers(recommender, data, test)
+        shown = {
+            name: answers(recommender, data, part, shown=True) for name, part in (("valid", valid), ("test", test))
+        }
+    parts = {"valid": valid, "test": test}
+    auc = {
+        split: {
+            name: request_auc(found, scores, data, parts[split], click)
+            for name, scores in {**blends(found, positive, scale), "retrieval": scale * found.similarity}.items()
+        }
+        for split, found in shown.items()
+    }
+    chosen = max((f"blend {share:g}" for share in LAMBDAS), key=lambda name: auc["valid"][name] or 0.0)
+    orders = {"value": log_value(lists, positive), "retrieval": lists.similarity, **blends(lists, positive, scale)}
+    orders["chosen blend"] = orders[chosen]
+    chances = oracle_click_chances(oracle, data.slate_ids[test.slates])
+    tens = {name: lists.ten(scores) for name, scores in orders.items()}
+    true = {name: np.take_along_axis(chances, ten, axis=1).mean(1) for name, ten in tens.items()}
+    true |= references(data, test, chances, popularity(data, positive))
+    gap = true["best"].mean() - true["popularity"].mean()
+    has = test.targets != NO_TARGET
+    return {
+        "requests": len(test),
+        "retrieval_scale": round(scale, 3),
+        "chosen": chosen,
+        "auc_within_slates": auc,
+        "true_value": {
+            name: {**mean_and_error(values), "value minus this": mean_and_error(true["value"] - values)}
+            for name, values in true.items()
+        },
+        "closed": {name: round(float((v.mean() - true["popularity"].mean()) / gap), 4) for name, v in true.items()},
+        "logged_next": {
+            figure: compared(
+                {name: hit_gains(ten[has], test.targets[has])[figure] for name, ten in tens.items()}, "value"
+            )
+            for figure in ("HR@10", "NDCG@10")
+        },
+    }
+
+
+def main() -> None:
+    """Train and measure; what is in the result already is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["plain"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = options.out / "data"
+    if not folder.exists():
+        made, truth = simulate(SimulatorConfig())
+        write_dataset(made, folder, also=lambda partial: write_oracle(truth, partial))
+    dataset, oracle = read_dataset(folder), read_oracle(folder)
+    data = sequences_of(dataset)
+    runs = json.loads(RESULT.read_bytes())["runs"] if RESULT.exists() else {}
+    for row in options.rows:
+        for seed in options.seeds:
+            name = f"{row}_seed{seed}"
+            if name not in runs:
+                model = trained_model(dataset, config_of(row, seed), options.out / name)
+                runs[name] = measured(model, dataset, data, oracle)
+            RESULT.write_text(json.dumps({**card("served_demo"), "rows": summary(runs), "runs": runs}, indent=1) + "\n")
+            found = runs[name]["true_value"]
+            line = {
+                order: found[order]["mean"] for order in ("value", "retrieval", "chosen blend", "popularity", "best")
+            }
+            sys.stdout.write(f"{name} {line} closed {runs[name]['closed']['value']} {runs[name]['chosen']}\n")
+            sys.stdout.flush()
+
+
+def summary(runs: dict[str, Any]) -> dict[str, Any]:
+    """Means over the seeds of each row."""
+    rows: dict[str, Any] = {}
+    for row in ROWS:
+        found = [run for name, run in runs.items() if name.rpartition("_seed")[0] == row]
+        if found:
+            rows[row] = {
+                "seeds": len(found),
+                "settings": {**ROWS[row][0], **ROWS[row][1]},
+                "true_value": {
+                    name: round(float(np.mean([run["true_value"][name]["mean"] for run in found])), 5)
+                    for name in found[0]["true_value"]
+                },
+                "closed by value": round(float(np.mean([run["closed"]["value"] for run in found])), 4),
+            }
+    return rows
+
+
+if __name__ == "__main__":
+    main()
