@@ -25,7 +25,6 @@ from served_orders import (
     LAMBDAS,
     SERVED,
     Floats,
-    Lists,
     answers,
     blends,
     compared,
@@ -33,11 +32,12 @@ from served_orders import (
     log_value,
     mean_and_error,
     served,
+    shown_labels,
+    slate_auc,
 )
 
 from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
 from unipinrec.models.evaluate import NO_TARGET, Requests, held_out_requests, history_rows
-from unipinrec.models.metrics import action_metrics
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.sequences import Sequences, sequences_of
 from unipinrec.models.simulator import SimulatorConfig, simulate
@@ -68,8 +68,8 @@ def oracle_click_chances(oracle: Oracle, slate_ids: NDArray[np.int64]) -> Floats
     known = oracle.slates["slate_id"].to_numpy()
     order = np.argsort(known)
     places = order[np.searchsorted(known[order], slate_ids)]
-    states = np.stack(oracle.slates["state"].to_numpy()[places])
-    vectors = np.stack(oracle.items[f"vector_{POSITIVE}"].to_numpy())
+    states = np.array(oracle.slates["state"].to_list())[places]
+    vectors = np.array(oracle.items[f"vector_{POSITIVE}"].to_list())
     logits = oracle.items[f"bias_{POSITIVE}"].to_numpy() + states @ vectors.T
     chances: Floats = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
     return chances
@@ -93,18 +93,6 @@ def trained_model(dataset: Dataset, config: RunConfig, out: Path) -> UniPinRec:
     return loaded(out, Trainer)
 
 
-def request_auc(lists: Lists, scores: Floats, data: Sequences, requests: Requests, action: int) -> float | None:
-    """AUC of an action within the slates of requests, which were answered with exactly their items."""
-    owners, places = np.nonzero(lists.rows >= 0)
-    labels = np.zeros(len(owners), np.uint8)
-    for i, slate in enumerate(requests.slates):
-        items = slice(data.slate_start[slate], data.slate_start[slate + 1])
-        done = dict(zip(data.slate_rows[items].tolist(), data.slate_actions[items, action].tolist(), strict=True))
-        own = owners == i if len(requests) < 2 else slice(*np.searchsorted(owners, [i, i + 1]))
-        labels[own] = [done[row] for row in lists.rows[i, places[own]].tolist()]
-    return action_metrics(owners, labels, scores[owners, places]).gauc
-
-
 def references(data: Sequences, requests: Requests, chances: Floats, popular: Floats) -> dict[str, Floats]:
     """True value [R] of the ten most popular items that are eligible, and of the best ten."""
     eligible = np.ones(chances.shape, bool)
@@ -125,22 +113,18 @@ def popularity(data: Sequences, positive: NDArray[np.bool_]) -> Floats:
 def measured(model: UniPinRec, dataset: Dataset, data: Sequences, oracle: Oracle) -> dict[str, Any]:
     """All figures of one model."""
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
-    click = int(np.flatnonzero(positive)[0])
-    valid, test = (held_out_requests(data, positive, split) for split in ("valid", "test"))  # type: ignore[arg-type]
+    valid, test = held_out_requests(data, positive, "valid"), held_out_requests(data, positive, "test")
+    auc: dict[str, dict[str, float]] = {}
     with served(model, dataset, data) as (recommender, scale):
         lists = answers(recommender, data, test)
-        shown = {
-            name: answers(recommender, data, part, shown=True) for name, part in (("valid", valid), ("test", test))
-        }
-    parts = {"valid": valid, "test": test}
-    auc = {
-        split: {
-            name: request_auc(found, scores, data, parts[split], click)
-            for name, scores in {**blends(found, positive, scale), "retrieval": scale * found.similarity}.items()
-        }
-        for split, found in shown.items()
-    }
-    chosen = max((f"blend {share:g}" for share in LAMBDAS), key=lambda name: auc["valid"][name] or 0.0)
+        for split, part in (("valid", valid), ("test", test)):
+            shown = answers(recommender, data, part, shown=True)
+            clicked = shown_labels(shown, data, part)[..., positive][..., 0]
+            scored = {**blends(shown, positive, scale), "retrieval": shown.similarity}
+            auc[split] = {
+                name: round(float(np.nanmean(slate_auc(shown, clicked, scores))), 5) for name, scores in scored.items()
+            }
+    chosen = max((f"blend {share:g}" for share in LAMBDAS), key=auc["valid"].__getitem__)
     orders = {"value": log_value(lists, positive), "retrieval": lists.similarity, **blends(lists, positive, scale)}
     orders["chosen blend"] = orders[chosen]
     chances = oracle_click_chances(oracle, data.slate_ids[test.slates])
@@ -149,6 +133,7 @@ def measured(model: UniPinRec, dataset: Dataset, data: Sequences, oracle: Oracle
     true |= references(data, test, chances, popularity(data, positive))
     gap = true["best"].mean() - true["popularity"].mean()
     has = test.targets != NO_TARGET
+    hits = {name: hit_gains(ten[has], test.targets[has]) for name, ten in tens.items()}
     return {
         "requests": len(test),
         "retrieval_scale": round(scale, 3),
@@ -160,9 +145,7 @@ def measured(model: UniPinRec, dataset: Dataset, data: Sequences, oracle: Oracle
         },
         "closed": {name: round(float((v.mean() - true["popularity"].mean()) / gap), 4) for name, v in true.items()},
         "logged_next": {
-            figure: compared(
-                {name: hit_gains(ten[has], test.targets[has])[figure] for name, ten in tens.items()}, "value"
-            )
+            figure: compared({name: gains[figure] for name, gains in hits.items()}, "value")
             for figure in ("HR@10", "NDCG@10")
         },
     }

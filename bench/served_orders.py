@@ -145,6 +145,29 @@ def hit_gains(ten: NDArray[np.int64], targets: NDArray[np.int64]) -> dict[str, F
     return {"HR@10": found.any(1).astype(np.float64), "NDCG@10": (found * gains).sum(1)}
 
 
+def shown_labels(lists: Lists, data: Sequences, requests: Requests) -> NDArray[np.uint8]:
+    """Actions [R, K, C] of the items of lists that were answered with exactly the items of their slates."""
+    labels = np.zeros(lists.probabilities.shape, np.uint8)
+    for i, slate in enumerate(requests.slates):
+        items = slice(data.slate_start[slate], data.slate_start[slate + 1])
+        order = np.argsort(data.slate_rows[items])
+        own = lists.rows[i, : len(order)]
+        places = order[np.searchsorted(data.slate_rows[items][order], own)]
+        labels[i, : len(order)] = data.slate_actions[items][places]
+    return labels
+
+
+def slate_auc(lists: Lists, labels: NDArray[np.uint8], scores: Floats) -> Floats:
+    """AUC [R] of scores [R, K] within each slate, ties at half; NaN where labels [R, K] are all the same."""
+    found = np.full(len(labels), np.nan)
+    for i, count in enumerate((lists.rows >= 0).sum(1).tolist()):
+        done, own = labels[i, :count] > 0, scores[i, :count]
+        if done.any() and not done.all():
+            difference = own[done][:, None] - own[~done]
+            found[i] = ((difference > 0) + 0.5 * (difference == 0)).mean()
+    return found
+
+
 def mean_and_error(values: Floats) -> dict[str, float]:
     """Mean over requests and its standard error."""
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
