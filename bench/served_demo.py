@@ -165,7 +165,6 @@ def main() -> None:
         write_dataset(made, folder, also=lambda partial: write_oracle(truth, partial))
     dataset, oracle = read_dataset(folder), read_oracle(folder)
     data = sequences_of(dataset)
-    runs = json.loads(RESULT.read_bytes())["runs"] if RESULT.exists() else {}
     for row in options.rows:
         for seed in options.seeds:
             name = f"{row}_seed{seed}"
@@ -179,6 +178,12 @@ def main() -> None:
             }
             sys.stdout.write(f"{name} {line} closed {runs[name]['closed']['value']} {runs[name]['chosen']}\n")
             sys.stdout.flush()
+
+
+def kept() -> dict[str, Any]:
+    """The runs in the result, to which several processes may add."""
+    runs: dict[str, Any] = json.loads(RESULT.read_bytes())["runs"] if RESULT.exists() else {}
+    return runs
 
 
 def summary(runs: dict[str, Any]) -> dict[str, Any]:
