@@ -168,15 +168,16 @@ def main() -> None:
     for row in options.rows:
         for seed in options.seeds:
             name = f"{row}_seed{seed}"
-            if name not in runs:
+            if name not in kept():
                 model = trained_model(dataset, config_of(row, seed), options.out / name)
-                runs[name] = measured(model, dataset, data, oracle)
-            RESULT.write_text(json.dumps({**card("served_demo"), "rows": summary(runs), "runs": runs}, indent=1) + "\n")
-            found = runs[name]["true_value"]
-            line = {
-                order: found[order]["mean"] for order in ("value", "retrieval", "chosen blend", "popularity", "best")
-            }
-            sys.stdout.write(f"{name} {line} closed {runs[name]['closed']['value']} {runs[name]['chosen']}\n")
+                run = measured(model, dataset, data, oracle)
+                runs = {**kept(), name: run}
+                document = {**card("served_demo"), "rows": summary(runs), "runs": runs}
+                RESULT.write_text(json.dumps(document, indent=1) + "\n")
+            run = kept()[name]
+            shown = ("value", "retrieval", "chosen blend", "popularity", "best")
+            means = {order: run["true_value"][order]["mean"] for order in shown}
+            sys.stdout.write(f"{name} {means} closed {run['closed']['value']} {run['chosen']}\n")
             sys.stdout.flush()
 
 

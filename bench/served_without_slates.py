@@ -67,14 +67,14 @@ ROWS: dict[str, tuple[bool, float]] = {
     "taught_1": (True, 1.0),
     "taught_0.1": (True, 0.1),
 }
-# Chances of (watch, save) where an item's kind suits the user's device, and where it does not.
+# Chances of (watch, save) where an item's kind (0 to 3) suits the user's device (a phone 0, a desktop 0 to 2), or not.
 CHANCES = {"always": ((0.9, 0.9), (0.9, 0.05)), "sometimes": ((0.9, 0.9), (0.5, 0.05))}
 STEPS, STEP_DECAY = 30, 0.95
 USERS, ITEMS = 1200, 400
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "case_a": ({}, {"epochs": 12}),
-    "always": ({"max_history": 32}, {"epochs": 9}),
-    "sometimes": ({"max_history": 32}, {"epochs": 9}),
+    "always": ({"max_history": 32}, {"epochs": 8, "batch_size": 32}),
+    "sometimes": ({"max_history": 32}, {"epochs": 8, "batch_size": 32}),
     "ml100k": ({"dropout": 0.2}, {"epochs": 8}),
     "kuairand_log": ({"dropout": 0.2, "id_dropout": 0.3}, {"epochs": 6}),
 }
@@ -156,7 +156,7 @@ def synthetic(kind: str) -> RawTables:
         device, item, hours = int(rng.integers(2)), int(rng.integers(ITEMS)), int(rng.integers(500))
         for _ in range(20):
             rows.append((f"u{user:04}", f"i{item}", START_MS + hours * HOUR_MS))
-            actions.append(rng.random(2) < CHANCES[kind][int(kinds[item] % 2 ^ device)])
+            actions.append(rng.random(2) < CHANCES[kind][int(kinds[item] > 2 * device)])
             devices.append(("phone", "desktop")[device])
             item = int(item + 1 + rng.choice(STEPS, p=weights / weights.sum())) % ITEMS
             hours += int(rng.integers(1, 48))
@@ -245,7 +245,7 @@ def best_ten(kind: str, data: Sequences, requests: Requests, surfaces: tuple[str
     for i, (user, end) in enumerate(zip(requests.users.tolist(), requests.ends.tolist(), strict=True)):
         device = int(surfaces[data.surfaces[end]] == "desktop")
         following = (place_of[data.rows[end - 1]] + 1 + np.arange(STEPS)) % ITEMS
-        worth = STEP_DECAY ** np.arange(STEPS) * np.where(kinds[following] % 2 == device, good, poor)
+        worth = STEP_DECAY ** np.arange(STEPS) * np.where(kinds[following] <= 2 * device, good, poor)
         worth[np.isin(row_of[following], data.rows[data.event_start[user] : end])] = -1.0
         tens[i] = row_of[following][np.argsort(-worth)[:10]]
     return tens
