@@ -55,11 +55,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dropout": 0.1, "hidden_size": 96, "num_heads": 3, "num_kv_heads": 3, "intermediate_size": 288},
         {},
     ),
-    "dropout_0.2": ({"dropout": 0.2}, {}),
     "dropout_history": ({"dropout": 0.1}, {"history_candidates": 8}),
-    "dropout_id": ({"dropout": 0.1, "id_dropout": 0.3}, {}),
-    "dropout_mask_0.1": ({"dropout": 0.1}, {"mask_probability": 0.1}),
-    "dropout_ranking_2": ({"dropout": 0.1}, {"ranking_weight": 2.0}),
 }
 
 
