@@ -4,9 +4,16 @@
 
 Without slates the ranker learns P(action | engaged), and retrieval P(item | the next event is positive). Forms, up to a
 constant of the request, where s is retrieval's logit and v the sum of the positive actions' probabilities:
-retrieval s; value log v; product s + log v; conditional s + log v - log P(any positive), which counts the chance of a
-positive action once, with P as if the actions were independent or, "largest", as if the likeliest held the others; product mu: s + mu log v; blend lambda: lambda s + log v. What is "chosen" is the mu or lambda
-with the best NDCG@10 on the validation part. Rows: "marked" (the default), "unmarked" (masked events look like
+
+    retrieval             s
+    value                 log v
+    product               s + log v
+    conditional           s + log v - log P(any positive), which counts the chance of a positive action once; P as if
+                          actions were independent
+    conditional, largest  the same with the largest probability of a positive action as P
+    product mu, blend l   s + mu log v, l s + log v; "chosen": of these, that with the best NDCG@10 ("by value": value@10) on validation
+
+Rows: "marked" (the default), "unmarked" (masked events look like
 candidates), "taught" (a ranker that also sees random items that were not engaged with, all actions 0, by weight).
 
 value@10 is the share of the held-out events' positive actions whose event was among the ten: HR@10 where there is one
