@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
+import pytest
+from served_without_slates import case_a, synthetic
 
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
@@ -64,11 +66,11 @@ def baskets(users: int, items: int, seed: int = 0) -> Iterator[Event]:
             time_ms += rng.randint(24, 72) * HOUR_MS
 
 
-def served(tables: RawTables, folder: Path, epochs: int) -> tuple[Path, Path]:
+def served(tables: RawTables, folder: Path, epochs: int, learning_rate: float = 5e-3) -> tuple[Path, Path]:
     """Data and bundle of a log."""
     dataset = build_dataset(tables)
     write_dataset(dataset, folder / "data")
-    config = RunConfig(model=TINY, train=TrainConfig(epochs=epochs, precision="fp32", learning_rate=5e-3))
+    config = RunConfig(model=TINY, train=TrainConfig(epochs=epochs, precision="fp32", learning_rate=learning_rate))
     for _ in Trainer(dataset, config, folder / "checkpoint").run():
         pass
     source = source_from_checkpoint(folder / "checkpoint")
@@ -117,3 +119,29 @@ def test_where_people_buy_again_the_sheet_says_so_and_repeats_are_served(tmp_pat
     assert hit_rate(again.lists["served"]) > hit_rate(plain.lists["served"]) + 0.2
     assert hit_rate(again.lists["served"]) > 1.5 * hit_rate(again.lists["popular_all_time"])
     assert not any("had before" in warning for warning in again.warnings)
+
+
+@pytest.mark.slow
+def test_of_a_log_of_one_action_all_of_retrieval_is_served(tmp_path: Path) -> None:
+    _, bundle = served(case_a(), tmp_path, 12, learning_rate=2e-3)
+    measured = Bundle.open(bundle).manifest.evaluation
+    assert measured is not None
+    assert hit_rate(measured.lists["served"]) >= 0.98 * hit_rate(measured.lists["by_retrieval"]) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["always", "sometimes"])
+def test_of_two_actions_without_slates_more_value_is_served_than_by_retrieval(tmp_path: Path, kind: str) -> None:
+    _, bundle = served(synthetic(kind), tmp_path, 9, learning_rate=2e-3)
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.order is not None
+    assert manifest.order.by == "product"
+    assert manifest.evaluation is not None
+    lists = manifest.evaluation.lists
+    (ours, theirs), chance = (lists[name].value for name in ("served", "by_retrieval")), lists["by_value"].value
+    assert ours is not None
+    assert theirs is not None
+    assert chance is not None
+    assert ours.mean > theirs.mean + 0.015
+    assert chance.mean < theirs.mean / 2
+    assert hit_rate(lists["served"]) > hit_rate(lists["by_retrieval"]) - 0.02

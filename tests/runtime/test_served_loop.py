@@ -1,4 +1,4 @@
-"""From clicks alone, over what a real server logged, to a ranker that orders better than what was served."""
+"""From clicks alone, over what a real server logged, to a ranker that orders better than retrieval."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from unipinrec.models.data_schema import read_dataset
 
 @pytest.mark.slow
 @pytest.mark.timeout(1_200)
-def test_what_was_served_teaches_a_ranker_that_is_better_than_it(tmp_path: Path) -> None:
+def test_what_was_served_teaches_a_ranker_that_orders_better_than_retrieval(tmp_path: Path) -> None:
     found = run(Loop(out=tmp_path, epochs=10))
-    # Not against retrieval's order, which the taught ranker beats on one seed of three: bench/results/served_loop.json.
+    assert found["value_minus_retrieval"] > 2 * found["standard_error"] > 0
     assert found["true_value"]["by_value"] > found["true_value"]["served"]
     assert found["true_value"]["by_value"] < found["true_value"]["best_of_candidates"]
     before, joined = read_dataset(tmp_path / "before"), read_dataset(tmp_path / "joined")
