@@ -11,11 +11,11 @@ constant of the request, where s is retrieval's logit and v the sum of the posit
     conditional           s + log v - log P(any positive), which counts the chance of a positive action once; P as if
                           actions were independent
     conditional, largest  the same with the largest probability of a positive action as P
-    product mu, blend l   s + mu log v, l s + log v; "chosen": of these, that with the best NDCG@10 ("by value":
-                          value@10) on validation
+    product mu, blend l   s + mu log v, l s + log v
+    chosen (by value)     of these that with the best NDCG@10 (value@10) on the validation part
 
-Rows: "marked" (the default), "unmarked" (masked events look like
-candidates), "taught" (a ranker that also sees random items that were not engaged with, all actions 0, by weight).
+Rows: "marked" (the default), "unmarked" (masked events look like candidates), "taught" (a ranker that also sees random
+items that were not engaged with, all actions 0, by weight).
 
 value@10 is the share of the held-out events' positive actions whose event was among the ten: HR@10 where there is one
 action that always happens.
