@@ -48,14 +48,21 @@ class Measured:
         """[T] NDCG@10."""
         return self.hits / np.log2(np.concatenate([np.zeros(0), *self.ranks]) + 2.0)
 
-    def quality(self, target_values: NDArray[np.float64] | None) -> ListQuality:
-        """With standard errors; see `HeldOut.target_values`."""
-        targets, true_values = len(self.hits), np.concatenate([np.zeros(0), *self.true_values])
+    @cached_property
+    def truth(self) -> NDArray[np.float64]:
+        """[R] true values; empty where they are not known."""
+        return np.concatenate([np.zeros(0), *self.true_values])
+
+    def quality(self, target_values: NDArray[np.float64] | None, served: Measured) -> ListQuality:
+        """With standard errors, and compared with the served list; see `HeldOut.target_values`."""
+        targets = len(self.hits)
+        ahead = served.truth - self.truth if len(self.truth) else served.hits - self.hits
         return ListQuality(
             hit_rate=estimate(self.hits) if targets else None,
             ndcg=estimate(self.gains) if targets else None,
             value=None if target_values is None or not targets else _ratio(target_values * self.hits, target_values),
-            true_value=estimate(true_values) if len(true_values) else None,
+            true_value=estimate(self.truth) if len(self.truth) else None,
+            served_ahead=estimate(ahead) if len(ahead) and self is not served else None,
         )
 
 
@@ -85,7 +92,7 @@ def evaluate(
     client = Client(recommender, held)
     found, lists = _served(client, held, on_batch)
     lists |= _baselines(held)
-    qualities = {name: measured.quality(held.target_values) for name, measured in lists.items()}
+    qualities = {name: measured.quality(held.target_values, lists["served"]) for name, measured in lists.items()}
     sheet = data_sheet(held.data, held.positive, split, repeats=repeats)
     return Evaluation(
         split=split,

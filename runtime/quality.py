@@ -21,12 +21,14 @@ class ListQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         value: The weighted actions of logged next items among the ten, as a share of those of all next items; None
             where the data has slates, or no action varies.
         true_value: True chance of a positive action, mean over the ten; of simulated data alone.
+        served_ahead: By how much the served list is better, request by request: in true value, else in HR@10.
     """
 
     hit_rate: Estimate | None = None
     ndcg: Estimate | None = None
     value: Estimate | None = None
     true_value: Estimate | None = None
+    served_ahead: Estimate | None = None
 
 
 class ActionQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

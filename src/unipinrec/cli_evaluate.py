@@ -15,7 +15,13 @@ from unipinrec.cli_common import command, json_option, print_json, progress, std
 if TYPE_CHECKING:
     from unipinrec.runtime.quality import Estimate, Evaluation
 
-COLUMNS = {"hit_rate": "HR@10", "ndcg": "NDCG@10", "value": "value@10", "true_value": "true value"}
+COLUMNS = {
+    "hit_rate": "HR@10",
+    "ndcg": "NDCG@10",
+    "value": "value@10",
+    "true_value": "true value",
+    "served_ahead": "served ahead",
+}
 
 
 @click.command(epilog="Example: unipinrec evaluate bundle/ --data data/")
