@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import box
 from rich.table import Table
 
 from unipinrec.cli_common import command, json_option, print_json, progress, stderr, stdout, warn
@@ -87,7 +88,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     """Print the lists, a row each with standard errors, then the actions; warnings go to stderr."""
     title = f"lists of ten, {evaluation.requests} {evaluation.split} requests, served by {evaluation.order}"
     columns = [name for name in COLUMNS if any(getattr(row, name) for row in evaluation.lists.values())]
-    table = Table("list", *(COLUMNS[name] for name in columns), title=title)
+    headers = [COLUMNS[name] for name in columns]
+    table = Table("list", *headers, title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name, quality in evaluation.lists.items():
         table.add_row(name.replace("_", " "), *(_with_error(getattr(quality, column)) for column in columns))
     stdout.print(table)
@@ -112,4 +114,4 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _with_error(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.mean:.4f} ± {estimate.error:.4f}"
+    return "-" if estimate is None else f"{estimate.mean:.4f}±{estimate.error:.4f}"

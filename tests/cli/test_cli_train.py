@@ -150,16 +150,6 @@ def test_evaluate_of_engagements_alone(checkpoint: Path, dataset: Path, tmp_path
     assert "nothing to measure in the valid part: no positive event of that part" in refused.stderr
 
 
-def test_evaluate_prints_model_popularity_and_ceiling(checkpoint: Path, dataset: Path) -> None:
-    result = run("evaluate", checkpoint, "--data", dataset)
-    assert result.exit_code == 0, result.stderr
-    for word in ("model", "popularity", "ceiling", "HR@10", "MRR", "click auc", "hide logloss"):
-        assert word in result.stdout
-    document = json.loads(run("evaluate", checkpoint, "--data", dataset, "--limit", "50", "--json").stdout)
-    assert document["scorers"]["model"]["retrieval"]["targets"] <= 50
-    assert set(document["scorers"]) == {"model", "popularity", "ceiling"}
-
-
 def test_export_refuses_what_exists(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     refused = run("export", checkpoint, bundle)
     assert refused.exit_code == 1

@@ -201,7 +201,7 @@ def test_item_vectors_that_are_not_of_unit_length_are_refused(tmp_path: Path) ->
 
 def test_a_bundle_that_could_not_be_opened_is_not_left_behind(tmp_path: Path) -> None:
     options = ExportOptions(recall=float("nan"))
-    with pytest.raises(ExportError, match=r"what was written could not be opened: .*Expected `float`, got `null`"):
+    with pytest.raises(ExportError, match=r"what was written could not be served: .*Expected `float`, got `null`"):
         export_bundle(source_of(PooledHistory()), tmp_path / "bundle", options=options)
     assert list(tmp_path.iterdir()) == []
 
