@@ -21,11 +21,12 @@ from unipinrec.runtime.manifest import OrderSpec
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.2)
 MOST_SLATES, FEWEST_SLATES = 2000, 100
+SURE = 2.0  # standard errors
 BATCH = 64
 
 
 def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
-    """The order of a bundle that is ordered by value: a blend where that orders validation slates better.
+    """For a bundle that is ordered by value: a blend, or retrieval, where that orders validation slates better.
 
     Returns:
         The order, or None where it stays as it is.
@@ -44,17 +45,22 @@ def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
     if len(places) < FEWEST_SLATES:
         return None
     places = places[np.linspace(0, len(places) - 1, min(MOST_SLATES, len(places))).astype(np.int64)]
-    agreements = _agreements(Client(recommender, held), held, places, spec.retrieval_scale).mean(axis=0)
-    weight = WEIGHTS[int(agreements.argmax())]
-    if not weight:
+    agreements = _agreements(Client(recommender, held), held, places, spec.retrieval_scale)
+    by_value, retrieved = agreements[:, 0].mean(), agreements[:, -1].mean()
+    best = int(agreements[:, :-1].mean(axis=0).argmax())
+    pairs = f"of the pairs within {len(places)} validation slates are in the right order"
+    ahead = agreements[:, -1] - agreements[:, best]
+    if ahead.mean() > SURE * ahead.std() / len(ahead) ** 0.5:
+        reason = f"by retrieval {retrieved:.4f} {pairs}, by value {by_value:.4f}: the ranker learned too little"
+        return msgspec.structs.replace(spec, by="retrieval", reason=reason)
+    if best == 0:
         return None
-    by_value, blended = agreements[0], agreements.max()
     return msgspec.structs.replace(
         spec,
         by="blend",
-        retrieval_weight=weight,
-        reason=f"{spec.reason}; with {weight:g} of retrieval's logit {blended:.4f} of the pairs within {len(places)} "
-        f"validation slates are in the right order, by value alone {by_value:.4f}",
+        retrieval_weight=WEIGHTS[best],
+        reason=f"{spec.reason}; with {WEIGHTS[best]:g} of retrieval's logit {agreements[:, best].mean():.4f} {pairs}, "
+        f"by value alone {by_value:.4f}",
     )
 
 
@@ -73,7 +79,7 @@ def _worth(held: HeldOut) -> NDArray[np.int64]:
 
 
 def _agreements(client: Client, held: HeldOut, places: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
-    """[slates, weights] share of the pairs of different worth that each weight orders rightly, ties at half."""
+    """[slates, weights + 1] share of the pairs of different worth that each weight, and retrieval, orders rightly."""
     worth, start, found = _worth(held), held.data.slate_start, []
     some = held.requests.take(places)
     judged = [items for part in held.chunks(BATCH, some) for items in client.shown(part)]
@@ -82,7 +88,7 @@ def _agreements(client: Client, held: HeldOut, places: NDArray[np.int64], scale:
         better, worse = np.nonzero(own[:, None] > own[None, :])
         values = np.array([item.value for item in items], np.float64)
         similarity = np.array([item.retrieval_score for item in items], np.float64)
-        scores = values * np.exp(np.outer(WEIGHTS, scale * similarity))
+        scores = np.vstack([values * np.exp(np.outer(WEIGHTS, scale * similarity)), similarity])
         ahead = scores[:, better] - scores[:, worse]
         found.append(((ahead > 0) + 0.5 * (ahead == 0)).mean(axis=1))
     return np.array(found)

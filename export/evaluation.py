@@ -22,12 +22,13 @@ from unipinrec.models.data_sheet import data_sheet
 from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, shown_items
 from unipinrec.models.metrics import action_metrics, target_ranks
 from unipinrec.runtime import Recommender
-from unipinrec.runtime.quality import ActionQuality, Estimate, Evaluation, ListQuality
+from unipinrec.runtime.quality import ActionQuality, Estimate, Evaluation, ListQuality, named
 
 TOP = 10
 BATCH = 64
 CELLS = 1 << 23  # of [requests, items] at once
 POPULAR = "popular_all_time"
+SURE = 2.0  # standard errors
 Progress = Callable[[int, int], None]
 
 
@@ -101,6 +102,7 @@ def evaluate(
         repeats=repeats,
         order=recommender.order,
         candidates=CANDIDATES,
+        items=held.data.num_items,
         found=estimate(found) if len(found) else None,
         lists=qualities,
         actions={} if recommender.order == "retrieval" else _actions(client, held),
@@ -147,7 +149,7 @@ def _mean_chance(truth: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray
 
 def _baselines(held: HeldOut) -> dict[str, Measured]:
     """The whole catalogue, but for what is not served, in the order of each baseline, and of the truth."""
-    scorers: dict[str, Scorer] = baselines_of(held.data, held.positive)
+    scorers: dict[str, Scorer] = baselines_of(held.data, held.positive, repeats=held.requests.repeats)
     if held.oracle is not None:
         scorers["best"] = held.known_chances
     lists = {name: Measured() for name in scorers}
@@ -199,22 +201,27 @@ def _gap_closed(lists: Mapping[str, ListQuality]) -> float | None:
 
 
 def _beaten(lists: Mapping[str, Measured], *, slates: bool) -> list[str]:
-    """A sentence about each baseline that beats what is served."""
+    """A sentence about each baseline that beats what is served or is as good, and about a ranker that loses by far."""
     served, sentences = lists["served"], []
-    policy = (
-        "; that item is one which the policy of the time chose to show, so compare the ranking metrics as well"
-        if slates
-        else ""
-    )
+    policy = "; the policy of the log chose to show that item, so look at the ranking metrics too" if slates else ""
     for name, baseline in lists.items():
         if name in ("served", "best") or name.startswith("by_") or not len(served.hits):
             continue
         for metric, ours, theirs in (("HR@10", served.hits, baseline.hits), ("NDCG@10", served.gains, baseline.gains)):
             ahead = estimate(theirs - ours)
             if ahead.mean > 0:
+                verb = "beats" if ahead.mean > SURE * ahead.error else "is as good as"
                 sentences.append(
-                    f"{name} beats the served list at the logged next item: {metric} {theirs.mean():.4f} against "
-                    f"{ours.mean():.4f} (difference {ahead.mean:.4f}, standard error {ahead.error:.4f}){policy}"
+                    f"{named(name)} {verb} the served list at the logged next item: {metric} {theirs.mean():.4f} "
+                    f"against {ours.mean():.4f} (difference {ahead.mean:.4f}, standard error {ahead.error:.4f})"
+                    f"{policy}; train longer or on more events, or serve the simpler list"
                 )
                 break
+    retrieval = lists["by_retrieval"]
+    if len(served.hits) and served.hits.mean() < retrieval.hits.mean() / 2:
+        sentences.append(
+            f"the served list holds the logged next item less than half as often as retrieval's order: HR@10 "
+            f"{served.hits.mean():.4f} against {retrieval.hits.mean():.4f}{policy}; compare both lists on your own "
+            "traffic (order 'retrieval')"
+        )
     return sentences

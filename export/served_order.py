@@ -8,12 +8,13 @@ from unipinrec.models.train_config import TrainConfig
 from unipinrec.runtime.manifest import Order, OrderSpec
 
 MAX_LOG_SCALE = 5.0  # as in training
+FEWEST_LEFT_ALONE = 1000  # with fewer the ranker has learned nothing of them that holds
 
 
 def served_order(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> OrderSpec:
     """The order of a model's slates.
 
-    By value where the ranker saw items that were shown and left alone; it then knows the chance of an action on
+    By value where the ranker saw enough items that were shown and left alone; it then knows the chance of an action on
     whatever is shown. Without such items it knows at most the chance of an action given an engagement, and retrieval
     knows which item comes next if the next event is positive: by their product. By retrieval alone where all positive
     events are worth the same.
@@ -30,15 +31,16 @@ def _decide(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> tuple
     learned = [name for name in model.vocabulary.positive_actions if weights[name] * train.ranking_weight > 0]
     if not learned:
         return "retrieval", "the ranker was not trained"
-    if facts.shown_without_positive:
+    if facts.shown_without_positive >= FEWEST_LEFT_ALONE:
         share = facts.shown_without_positive / facts.shown
         return "value", f"{share:.1%} of the {facts.shown} items in training slates were shown and left alone"
+    left = f"{facts.shown_without_positive or 'no'} items of training slates were shown and left alone"
     on_events = train.mask_probability * train.masked_weight + train.history_candidates > 0
     rates = {name: facts.event_rates[name] for name in learned}
     informative = {name: rate for name, rate in rates.items() if rate is not None and 0 < rate < 1}
     if len(learned) < 2 or not (informative and on_events):
-        return "retrieval", "no slate shows items that were left alone, and all positive events are worth the same"
+        return "retrieval", f"{left}, and all positive events are worth the same"
     if model.config.mark_masked:
         return "retrieval", "the ranker learned from marked events alone, and candidates carry no mark; train again"
     shares = ", ".join(f"{name} in {rate:.1%}" for name, rate in informative.items())
-    return "product", f"no slate shows items that were left alone; of the training events there is {shares}"
+    return "product", f"{left}; of the training events there is {shares}"

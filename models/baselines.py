@@ -14,6 +14,7 @@ from unipinrec.models.evaluate import (
     Requests,
     Scores,
     event_users,
+    history_rows,
     rank_catalogue,
     request_times_ms,
     shown_items,
@@ -24,7 +25,9 @@ DAY_MS = 86_400_000
 Scorer = Callable[[Requests], NDArray[np.float32]]
 
 
-def baselines_of(data: Sequences, positive: NDArray[np.bool_], *, fit_validation: bool = False) -> dict[str, Scorer]:
+def baselines_of(
+    data: Sequences, positive: NDArray[np.bool_], *, fit_validation: bool = False, repeats: bool = False
+) -> dict[str, Scorer]:
     """Scorers by name; each gives f32 scores [requests, N], fit for `rank_catalogue`, higher is better.
 
     - "popular_all_time", "popular_week", "popular_day": positive events before the request's time, of all time, of the
@@ -32,22 +35,34 @@ def baselines_of(data: Sequences, positive: NDArray[np.bool_], *, fit_validation
       without times, gets the popularity of the training part; such data has no week and day.
     - "next_item": how often the item was the next positive event after the last item of the history in the training
       part; ties are broken by popularity there.
+    - "had_most_often", with `repeats`: how often the user had the item, ties broken by popularity.
 
     Args:
         data: All events, those of the held-out part included.
         positive: [C] which actions make an event positive.
         fit_validation: Whether the model, and so the baselines, may learn from the validation part.
+        repeats: Whether items of the history may be targets.
     """
     training = training_popularity(data, positive, fit_validation=fit_validation)
     following = _next_item(data, positive, training, fit_validation=fit_validation)
-    if (data.timestamps_ms == MISSING_TIMESTAMP_MS).all():
-        return {"popular_all_time": lambda requests: np.tile(training, (len(requests), 1)), "next_item": following}
-    return {
-        "popular_all_time": _popular(data, positive, training, None),
-        "popular_week": _popular(data, positive, training, 7 * DAY_MS),
-        "popular_day": _popular(data, positive, training, DAY_MS),
-        "next_item": following,
-    }
+    found: dict[str, Scorer] = {"popular_all_time": lambda requests: np.tile(training, (len(requests), 1))}
+    if (data.timestamps_ms != MISSING_TIMESTAMP_MS).any():
+        found = {
+            "popular_all_time": _popular(data, positive, training, None),
+            "popular_week": _popular(data, positive, training, 7 * DAY_MS),
+            "popular_day": _popular(data, positive, training, DAY_MS),
+        }
+    found["next_item"] = following
+    if repeats:
+        found["had_most_often"] = partial(_had_most_often, data, training)
+    return found
+
+
+def _had_most_often(data: Sequences, training: NDArray[np.float32], requests: Requests) -> NDArray[np.float32]:
+    found = np.tile(training / (training.max(initial=0.0) + 1), (len(requests), 1))
+    for at, (user, end) in enumerate(zip(requests.users, requests.ends, strict=True)):
+        np.add.at(found[at], history_rows(data, user, end), 1.0)
+    return found
 
 
 def training_popularity(

@@ -51,8 +51,11 @@ def read_served(log: Path, data: Path, within_ms: int, split: TimeSplit | None =
     """
     answers, dataset = _read_log(log), read_dataset(data)
     dropped: Counter[str] = Counter()
+    seconds = bool((dataset.events["timestamp_ms"].drop_nulls() % 1000 == 0).all())
+    if seconds:  # an event of an answer's own second came after it, and belongs to no history of it
+        answers = answers.with_columns(pl.col("timestamp_ms") // 1000 * 1000)
     answers = _usable(_distinct(answers, dropped), dataset, within_ms, dropped)
-    new = label(answers, dataset.events, dataset.spec.actions, within_ms)
+    new = label(answers, dataset.events, dataset.spec.actions, within_ms, same_time=seconds)
     count = answers["request_id"].n_unique()
     old = dataset.slates.with_columns(slate_id=pl.format("data {}", "slate_id"))
     return RawTables(
@@ -68,7 +71,9 @@ def read_served(log: Path, data: Path, within_ms: int, split: TimeSplit | None =
     )
 
 
-def label(answers: pl.DataFrame, events: pl.DataFrame, actions: tuple[str, ...], within_ms: int) -> pl.DataFrame:
+def label(
+    answers: pl.DataFrame, events: pl.DataFrame, actions: tuple[str, ...], within_ms: int, *, same_time: bool = False
+) -> pl.DataFrame:
     """Rows of slates from rows of answers; see the module docstring for the labels.
 
     Args:
@@ -76,6 +81,7 @@ def label(answers: pl.DataFrame, events: pl.DataFrame, actions: tuple[str, ...],
         events: As in `data_schema`.
         actions: Names of the actions.
         within_ms: How long after an answer an event counts for it.
+        same_time: Whether an event at the very time of an answer came after it.
 
     Returns:
         The columns of `slates.parquet`, with `request_id` as `slate_id`.
@@ -92,7 +98,7 @@ def label(answers: pl.DataFrame, events: pl.DataFrame, actions: tuple[str, ...],
             on=time,
             by=by,
             strategy="backward",
-            allow_exact_matches=False,
+            allow_exact_matches=same_time,
             check_sortedness=False,
         )
         .filter(pl.col(time) - pl.col("served_ms") <= within_ms)

@@ -8,7 +8,16 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import DataError
 from unipinrec.models.batches import training_windows, window_events
-from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, held_out, held_out_requests, seen_before
+from unipinrec.models.evaluate import (
+    NO_SLATE,
+    NO_TARGET,
+    Requests,
+    Split,
+    held_out,
+    held_out_requests,
+    seen_before,
+    shown_items,
+)
 from unipinrec.models.sequences import Sequences
 from unipinrec.models.train_config import TrainConfig
 
@@ -45,7 +54,7 @@ class DataSheet(msgspec.Struct, frozen=True, kw_only=True):
         if self.unseen_targets >= LARGE_SHARE:
             found.append(
                 f"{self.unseen_targets:.1%} of the {part} targets are items that training never saw; no model without "
-                "their content can find them: give item features, or a later split"
+                "their content can find them: give item features, train again more often, or serve what is popular"
             )
         if self.targets < FEW_TARGETS:
             found.append(
@@ -129,7 +138,9 @@ def training_facts(
         event_rates={name: float(had[c] / known[c]) if known[c] else None for c, name in enumerate(actions)},
         shown_rates={name: float(labels[:, c].mean()) if len(labels) else None for c, name in enumerate(actions)},
         positive_actions=tuple(name for name, counts in zip(actions, positive, strict=True) if counts),
-        valid_targets=int(((valid.targets != NO_TARGET) | (valid.slates != NO_SLATE)).sum()),
+        valid_targets=int(((valid.targets != NO_TARGET) | (valid.slates != NO_SLATE)).sum())
+        if _measurable(data, valid)
+        else 0,
     )
 
 
@@ -143,7 +154,7 @@ def training_warnings(facts: TrainingFacts, config: TrainConfig, total_steps: in
     if len(never) == len(facts.positive_actions):
         raise DataError(
             f"none of the positive actions {never} ever happens in the training part: there is nothing to learn; "
-            "declare other positive actions, or give a later split, and run `unipinrec prepare` again"
+            "declare positive actions that happen there, and run `unipinrec prepare` again"
         )
     found = []
     if total_steps <= config.warmup_steps:
@@ -154,12 +165,12 @@ def training_warnings(facts: TrainingFacts, config: TrainConfig, total_steps: in
     if never:
         found.append(
             f"the positive actions {never} never happen in the training part: the model cannot learn them; declare "
-            "only actions that happen, or give a later split"
+            "only actions that happen"
         )
     if facts.targets < FEW_TARGETS and config.retrieval_weight:
         found.append(
             f"retrieval learns from {facts.targets} positive next events, fewer than {FEW_TARGETS}: it will find "
-            "little; give more events, or a later split"
+            "little; give more events"
         )
     if not facts.valid_targets and not config.fit_validation:
         found.append(
@@ -167,6 +178,13 @@ def training_warnings(facts: TrainingFacts, config: TrainConfig, total_steps: in
             "give an earlier --valid-start, or train with few epochs"
         )
     return found
+
+
+def _measurable(data: Sequences, requests: Requests) -> bool:
+    """Whether there is a target, or an action that some shown items got and others did not."""
+    labels = data.slate_actions[shown_items(data, requests)]
+    told = len(labels) > 0 and bool((labels.min(axis=0) < labels.max(axis=0)).any())
+    return told or bool((requests.targets != NO_TARGET).any())
 
 
 def _share(flags: NDArray[np.bool_]) -> float:

@@ -215,7 +215,8 @@ class Trainer:
     def _finish_epoch(self, seconds: float) -> EpochReport:
         metrics = self._validate()
         score, previous = metrics.selection_score(), self.position.best_score
-        measured = metrics.retrieval is not None or metrics.ranking is not None
+        judged = [action for action in (metrics.ranking or {}).values() if action.auc is not None]
+        measured = metrics.retrieval is not None or judged
         # Where nothing can be measured the latest weights are the best ones.
         best = not measured or previous is None or score > previous
         report = EpochReport(

@@ -58,7 +58,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         targets: Of them, those with a logged next item.
         repeats: Whether items that the user had before count as targets and are served.
         order: What the served lists are ordered by.
-        candidates: Items that retrieval handed on.
+        candidates: Items that retrieval handed on, at most.
+        items: Of the data.
         found: Share of the targets among the candidates; None without targets.
         lists: "served", other orders of the same candidates, and baselines over all items, by name.
         actions: By action; empty where the data has no slates or the ranker does not run.
@@ -74,6 +75,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     repeats: bool
     order: str
     candidates: int
+    items: int
     found: Estimate | None
     lists: dict[str, ListQuality]
     actions: dict[str, ActionQuality]
@@ -94,3 +96,8 @@ class SampleQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     users: int
     served: int
     retrieved: int
+
+
+def named(name: str) -> str:
+    """A list of an evaluation as people read it."""
+    return name.replace("_", " ")

@@ -367,14 +367,14 @@ def _order(given: Order | None, manifest: Manifest) -> Order:
         raise RequestError(
             f"order={given!r} needs the scale of retrieval's logits, which this bundle lacks; export it again"
         )
+    if given == "blend" and spec is not None and not spec.retrieval_weight:
+        raise RequestError("order='blend' needs a weight of retrieval, and this bundle has none; send 'value'")
     return given
 
 
 def _weights(given: Mapping[str, float] | None, order: Order, manifest: Manifest) -> NDArray[np.float64]:
     if given is not None and order == "retrieval":
-        raise RequestError(
-            f"weights={given} change nothing where order is 'retrieval'; leave them out, or send another order"
-        )
+        raise RequestError(f"weights={given} change nothing where order is 'retrieval'; leave them out")
     weights = np.zeros(len(manifest.actions))
     for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if given is None else given).items():
         weights[_look_up(action, _actions(manifest), "action", "weights")] = weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,31 +87,43 @@ def _exported(checkpoint: Path, data: Path, bundle: Path) -> Path:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the lists, a row each with standard errors, then the actions; warnings go to stderr."""
+    from unipinrec.runtime.quality import named
+
     title = f"lists of ten, {evaluation.requests} {evaluation.split} requests, served by {evaluation.order}"
     columns = [name for name in COLUMNS if any(getattr(row, name) for row in evaluation.lists.values())]
     headers = [COLUMNS[name] for name in columns]
     table = Table("list", *headers, title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name, quality in evaluation.lists.items():
-        table.add_row(name.replace("_", " "), *(_with_error(getattr(quality, column)) for column in columns))
-    stdout.print(table)
+        table.add_row(named(name), *(_with_error(getattr(quality, column)) for column in columns))
+    if columns:
+        stdout.print(table)
     if evaluation.actions:
         actions = Table("action", "AUC", "GAUC", "AUC in slates", "log loss", title="probabilities of shown items")
         for name, action in evaluation.actions.items():
             values = (action.auc, action.gauc, action.slate_auc, action.logloss)
             actions.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
         stdout.print(actions)
-    if evaluation.found is not None:
-        share = f"{evaluation.found.mean:.1%} of the {evaluation.targets} logged next items"
-        stdout.print(f"{share} are among the {evaluation.candidates} candidates", highlight=False)
-    if evaluation.gap_closed is not None:
-        stdout.print(
-            f"the served list closes {evaluation.gap_closed:.0%} of the gap in true value between popularity and the "
-            "best ten; HR@10 favors what the policy of the log showed, true value does not",
-            highlight=False,
-            soft_wrap=True,
-        )
+    for line in _lines(evaluation):
+        stdout.print(line, highlight=False, soft_wrap=True)
     for warning in evaluation.warnings:
         warn(warning)
+
+
+def _lines(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation.found is not None:
+        yield (
+            f"{evaluation.found.mean:.1%} of the {evaluation.targets} logged next items are among the "
+            f"{min(evaluation.candidates, evaluation.items)} candidates of {evaluation.items} items"
+        )
+    if evaluation.data["repeats"]:
+        counted = "counted" if evaluation.repeats else "not counted"
+        share = f"{evaluation.data['repeats']:.1%} of the held-out events"
+        yield f"{share} are of items that the user had before: {counted}"
+    if evaluation.gap_closed is not None:
+        yield (
+            f"the served list closes {evaluation.gap_closed:.0%} of the gap in true value between popularity and the "
+            "best ten; HR@10 favors what the policy of the log showed, true value does not"
+        )
 
 
 def _with_error(estimate: Estimate | None) -> str:

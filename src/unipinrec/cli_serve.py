@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli_common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli_common import command, json_option, print_json, stderr, stdout, warn
 from unipinrec.errors import BackendError, BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -111,10 +111,9 @@ def _print_report(report: VerifyReport) -> None:
         _print_golden(report)
     if report.sample:
         here = report.sample.here
-        measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users: "
-        stdout.print(
-            "last item among the best ten: " + measured, _state(report.sample.problem), highlight=False, soft_wrap=True
-        )
+        measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users"
+        said = _state(report.sample.problem) if report.sample.problem else Text("as at export", style="green")
+        stdout.print(f"last item among the best ten: {measured}:", said, highlight=False, soft_wrap=True)
     if report.device is None:
         stdout.print("golden outputs were not compared: the bundle is damaged")
         return
@@ -233,6 +232,12 @@ def _categories(
     metavar="NAME=WORD[,WORD]",
     help="Recommend only items that have one of these words; may be given for several features.",
 )
+@click.option(
+    "--exclude-seen/--include-seen",
+    default=True,
+    show_default=True,
+    help="Leave out the items of the history, or recommend them again.",
+)
 @click.option("--exact", is_flag=True, help="Scan all items instead of asking the index.")
 @click.option(
     "--truncate/--no-truncate",
@@ -273,6 +278,9 @@ def recommend(
         allow, deny = options.pop("allow"), options.pop("deny")
         opened = recommender.bundle
         options |= {"allow": _ids(allow, opened) if allow else None, "exclude": _ids(deny, opened) if deny else ()}
+        spec = opened.manifest.order
+        if spec is not None and spec.by == "retrieval" and options["order"] in ("value", "product"):
+            warn(f"the bundle is ordered by retrieval, for {spec.reason}; by {options['order']} it may order by chance")
         slate = recommender.recommend(events, k, RecommendOptions(**options))
     running = recommender.device
     if slate.source == "popular":

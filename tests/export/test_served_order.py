@@ -42,17 +42,23 @@ def facts(**changes: Any) -> TrainingFacts:
 
 
 def test_items_that_were_shown_and_left_alone_teach_the_value() -> None:
-    assert order(facts(shown=400, shown_without_positive=300)) == (
+    assert order(facts(shown=4000, shown_without_positive=3000)) == (
         "value",
-        "75.0% of the 400 items in training slates were shown and left alone",
+        "75.0% of the 4000 items in training slates were shown and left alone",
     )
-    assert order(facts(shown=400, shown_without_positive=300), mark=True)[0] == "value"
+    assert order(facts(shown=4000, shown_without_positive=3000), mark=True)[0] == "value"
+
+
+def test_a_handful_of_them_teaches_nothing() -> None:
+    by, reason = order(facts(shown=1000, shown_without_positive=999, event_rates=dict.fromkeys(ACTIONS, 1.0)))
+    assert by == "retrieval"
+    assert "999 items of training slates were shown and left alone" in reason
 
 
 def test_without_them_an_action_that_tells_events_apart_makes_a_product() -> None:
     assert order() == (
         "product",
-        "no slate shows items that were left alone; of the training events there is like in 25.0%",
+        "no items of training slates were shown and left alone; of the training events there is like in 25.0%",
     )
     assert order(facts(shown=400))[0] == "product"
     assert order(mask_probability=0.0, history_candidates=4)[0] == "product"

@@ -225,3 +225,15 @@ def test_popularity_without_slates_ranks_only(make_dataset: MakeData) -> None:
     assert scores.ranks.tolist() == [0.0], "a, b and c are seen, so d is alone"
     assert scores.probabilities.shape == (0, 3)
     assert metrics_of(scores, data, requests, ACTIONS).ranking is None
+
+
+def test_where_repeats_count_what_a_user_had_most_often_is_a_baseline(make_dataset: MakeData) -> None:
+    events = [("ann", item, "feed", time, "click") for time, item in enumerate("abbca")]
+    events += [("bob", "c", "feed", 0, "click"), ("ann", "b", "feed", 20, "click"), ("ann", "e", "feed", 21, "click")]
+    data = sequences_of(make_dataset(events, items=ITEMS, split=(10, 10)))
+    requests = held_out_requests(data, POSITIVE, "test", repeats=True)
+    assert "had_most_often" not in baselines_of(data, POSITIVE)
+    scores = baselines_of(data, POSITIVE, repeats=True)["had_most_often"](requests)
+    # a, b and c are each had twice of 6 training events: ties of 2 / 3
+    np.testing.assert_allclose(scores[0], [2 + 2 / 3, 2 + 2 / 3, 1 + 2 / 3, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(scores[1], [2 + 2 / 3, 3 + 2 / 3, 1 + 2 / 3, 0, 0], rtol=1e-6)

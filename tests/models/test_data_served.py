@@ -216,6 +216,16 @@ def test_nothing_in_common_is_refused_with_the_reasons(data: Path, tmp_path: Pat
         read_served(log, data, DAY)
 
 
+def test_events_in_whole_seconds_follow_the_answer_of_their_second() -> None:
+    shown = answer("r-1", "ann", 7_000, "a", "b")
+    acted = events(("ann", "a", 7_000, True, False), ("ann", "b", 6_000, True, False))
+    assert _labels(label(shown, acted, ACTIONS, 5_000, same_time=True)) == [
+        ("r-1", "a", True, False),
+        ("r-1", "b", False, False),
+    ]
+    assert not any(row[2] for row in _labels(label(shown, acted, ACTIONS, 5_000)))
+
+
 TIMES = st.integers(0, 12)
 NAMES = st.sampled_from(["ann", "bob"])
 SHOWN = st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True)

@@ -116,7 +116,7 @@ def test_data_of_nine_in_ten_new_targets_says_so(make_dataset: MakeData) -> None
     assert (sheet.requests, sheet.targets) == (120, 120)
     assert sheet.sentences() == [
         "90.0% of the test targets are items that training never saw; no model without their content can find them: "
-        "give item features, or a later split"
+        "give item features, train again more often, or serve what is popular"
     ]
 
 
@@ -215,7 +215,7 @@ def test_a_positive_action_that_never_happens_is_named() -> None:
     assert _warnings(event_rates=rates) == [], "it happens in slates"
     assert _warnings(event_rates=rates, shown_rates={**rates, "like": None}) == [
         "the positive actions ['like'] never happen in the training part: the model cannot learn them; declare only "
-        "actions that happen, or give a later split"
+        "actions that happen"
     ]
 
 
@@ -227,8 +227,7 @@ def test_no_positive_action_at_all_is_an_error() -> None:
 
 def test_few_targets_are_warned_of_where_retrieval_is_trained() -> None:
     assert _warnings(targets=99) == [
-        "retrieval learns from 99 positive next events, fewer than 100: it will find little; give more events, or a "
-        "later split"
+        "retrieval learns from 99 positive next events, fewer than 100: it will find little; give more events"
     ]
     assert _warnings(targets=99, settings={"retrieval_weight": 0.0}) == []
 
@@ -239,3 +238,11 @@ def test_a_validation_part_without_anything_to_measure_is_warned_of() -> None:
         "earlier --valid-start, or train with few epochs"
     ]
     assert _warnings(valid_targets=0, settings={"fit_validation": True}) == []
+
+
+def test_slates_that_tell_nothing_apart_are_no_validation(make_dataset: MakeData) -> None:
+    events = [("ann", "a", "feed", 1, "click"), ("ann", "b", "feed", 2, "click"), ("ann", "c", "feed", 3, "click")]
+    for shown, valid_targets in (([("d", ""), ("e", "")], 0), ([("d", ""), ("e", "hide")], 1), ([("d", "click")], 1)):
+        slates = [(1, "ann", "feed", 2, [("d", "")]), (2, "ann", "feed", 5, shown), (3, "ann", "feed", 9, [("d", "")])]
+        data = sequences_of(make_dataset(events, slates, items=list("abcde"), split=(4, 8)))
+        assert training_facts(data, POSITIVE, ACTIONS).valid_targets == valid_targets
