@@ -39,13 +39,15 @@ def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
         return None
     try:
         held = HeldOut.read(folder, "valid", None, repeats=True)
+        client = Client(recommender, held)
+        held = replace(held, requests=client.answerable(held.requests))
     except NothingHeldOutError:
         return None
     places = _telling_slates(held)
     if len(places) < FEWEST_SLATES:
         return None
     places = places[np.linspace(0, len(places) - 1, min(MOST_SLATES, len(places))).astype(np.int64)]
-    agreements = _agreements(Client(recommender, held), held, places, spec.retrieval_scale)
+    agreements = _agreements(client, held, places, spec.retrieval_scale)
     by_value, retrieved = agreements[:, 0].mean(), agreements[:, -1].mean()
     best = int(agreements[:, :-1].mean(axis=0).argmax())
     pairs = f"of the pairs within {len(places)} validation slates are in the right order"

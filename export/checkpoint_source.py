@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from torch import Tensor, nn
 
+from unipinrec.errors import DataError
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.export.served_order import served_order
 from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
@@ -101,14 +102,17 @@ def source_from_checkpoint(folder: Path, data: Path | None = None) -> ExportSour
     source = replace(source, metrics=_best_epoch(run))
     facts = run.facts
     if facts is None and data is not None and run.config is not None:
-        facts = _facts_of(read_dataset(data), run.config)
+        facts = _facts_of(read_dataset(data), run.config, checkpoint.model.vocabulary, data)
     if facts is None or run.config is None:
         return source
     return replace(source, order=served_order(checkpoint.model, run.config.train, facts))
 
 
-def _facts_of(dataset: Dataset, config: RunConfig) -> TrainingFacts:
+def _facts_of(dataset: Dataset, config: RunConfig, vocabulary: Vocabulary, folder: Path) -> TrainingFacts:
     actions = dataset.spec.actions
+    if actions != vocabulary.actions:
+        then, now = list(vocabulary.actions), list(actions)
+        raise DataError(f"{folder} is not the data of the checkpoint: actions were {then}, are {now}")
     positive = np.array([name in dataset.spec.positive_actions for name in actions])
     return training_facts(sequences_of(dataset), positive, actions, fit_validation=config.train.fit_validation)
 

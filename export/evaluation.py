@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -91,8 +91,9 @@ def evaluate(
     """
     held = HeldOut.read(folder, split, limit, repeats=repeats)
     client = Client(recommender, held)
+    held = replace(held, requests=client.answerable(held.requests))
     found, lists = _served(client, held, on_batch)
-    lists |= _baselines(held)
+    lists |= _baselines(held, split)
     qualities = {name: measured.quality(held.target_values, lists["served"]) for name, measured in lists.items()}
     sheet = data_sheet(held.data, held.positive, split, repeats=repeats)
     return Evaluation(
@@ -143,13 +144,19 @@ def _served(client: Client, held: HeldOut, on_batch: Progress) -> tuple[NDArray[
 def _mean_chance(truth: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Of the listed items [R, 10], where MISSING is none, the mean of truth [R, N]."""
     chances = np.take_along_axis(truth, np.maximum(rows, 0), axis=1).astype(np.float64)
-    means: NDArray[np.float64] = np.average(chances, axis=1, weights=rows != MISSING)
+    known = rows != MISSING
+    means: NDArray[np.float64] = (chances * known).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
     return means
 
 
-def _baselines(held: HeldOut) -> dict[str, Measured]:
-    """The whole catalogue, but for what is not served, in the order of each baseline, and of the truth."""
-    scorers: dict[str, Scorer] = baselines_of(held.data, held.positive, repeats=held.requests.repeats)
+def _baselines(held: HeldOut, split: Split) -> dict[str, Measured]:
+    """The whole catalogue, but for what is not served, in the order of each baseline, and of the truth.
+
+    Baselines know all that came before the part that is measured.
+    """
+    scorers: dict[str, Scorer] = baselines_of(
+        held.data, held.positive, fit_validation=split == "test", repeats=held.requests.repeats
+    )
     if held.oracle is not None:
         scorers["best"] = held.known_chances
     lists = {name: Measured() for name in scorers}

@@ -177,15 +177,38 @@ class Client:
                 f"{unknown[:3]}; give the data that the model was trained on"
             )
         self._recommender, self._held = recommender, held
+        catalogue = recommender.bundle.catalogue
+        rows = np.array([catalogue.rows[item] for item in held.data.item_ids])
+        self._live = np.ones(len(rows), np.bool_) if catalogue.live is None else catalogue.live[rows]
         self._rows = {item: row for row, item in enumerate(held.data.item_ids)}
         self._user, self._events = -1, tuple[Event, ...]()
 
+    def answerable(self, requests: Requests) -> Requests:
+        """Those with an item left to serve, and with nothing in their slates that was retired since.
+
+        Raises:
+            NothingHeldOutError: There are none.
+        """
+        data, left = self._held.data, np.array(self._eligible(requests)) > 0
+        spans = [slice(*data.slate_start[slate : slate + 2]) if slate >= 0 else slice(0) for slate in requests.slates]
+        shown = np.array([bool(self._live[data.slate_rows[span]].all()) for span in spans], np.bool_)
+        kept = requests.take(np.flatnonzero(left & shown))
+        if not len(kept):
+            raise NothingHeldOutError(
+                f"{self._held.folder}: none of the {len(requests)} requests can be answered: their users have seen all "
+                "items that are left, or their slates show items that were retired"
+            )
+        return kept
+
+    def _eligible(self, part: Requests) -> list[int]:
+        live = self._recommender.bundle.catalogue.num_live
+        return [live - int(self._live[np.unique(rows)].sum()) for rows in self._held.seen(part)]
+
     def candidates(self, part: Requests) -> Answers:
         """The candidates of requests as they are served."""
-        live = self._recommender.bundle.catalogue.num_live
         asked = [
-            Query(k=min(CANDIDATES, live - len(set(rows.tolist()))), options={"exclude_seen": not part.repeats})
-            for rows in self._held.seen(part)
+            Query(k=min(CANDIDATES, eligible), options={"exclude_seen": not part.repeats})
+            for eligible in self._eligible(part)
         ]
         slates = self._ask(part, asked)
         width = max(len(slate.items) for slate in slates)

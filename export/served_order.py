@@ -38,9 +38,14 @@ def _decide(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> tuple
     on_events = train.mask_probability * train.masked_weight + train.history_candidates > 0
     rates = {name: facts.event_rates[name] for name in learned}
     informative = {name: rate for name, rate in rates.items() if rate is not None and 0 < rate < 1}
-    if len(learned) < 2 or not (informative and on_events):
-        return "retrieval", f"{left}, and all positive events are worth the same"
-    if model.config.mark_masked:
-        return "retrieval", "the ranker learned from marked events alone, and candidates carry no mark; train again"
+    alike = None
+    if model.config.outcome_conditioned:
+        alike = "retrieval is told which actions are wanted"
+    elif len(learned) < 2 or not (informative and on_events):
+        alike = "all positive events are worth the same"
+    elif model.config.mark_masked:
+        alike = "the ranker learned from marked events alone, while candidates carry no mark; train again"
+    if alike:
+        return "retrieval", f"{left}, and {alike}"
     shares = ", ".join(f"{name} in {rate:.1%}" for name, rate in informative.items())
     return "product", f"{left}; of the training events there is {shares}"

@@ -17,7 +17,7 @@ import polars as pl
 
 from unipinrec.errors import DataError
 from unipinrec.models.data_schema import ACTION_PREFIX, Dataset, TimeSplit, read_dataset, slate_columns
-from unipinrec.models.data_validate import RawTables, SplitFractions
+from unipinrec.models.data_validate import LATEST_MS, RawTables, SplitFractions
 
 HOUR_MS = 3_600_000
 SCHEMA = pl.Schema(
@@ -128,7 +128,12 @@ def _read_log(log: Path) -> pl.DataFrame:
                 f"{foreign[:5]}; it must have {dict(SCHEMA)}"
             )
         parts.append(part.select(*ANSWER, "item", "position"))
-    return pl.concat(parts)
+    answers = pl.concat(parts)
+    wrong = answers.filter(~pl.col("timestamp_ms").is_between(0, LATEST_MS))
+    if not answers.height or wrong.height:
+        said = f"a time of {wrong['timestamp_ms'][0]} ms" if wrong.height else "no rows"
+        raise DataError(f"{log} holds {said}; give the folder that `unipinrec serve --log-served` wrote")
+    return answers
 
 
 def _distinct(answers: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:

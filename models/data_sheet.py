@@ -32,7 +32,7 @@ class DataSheet(msgspec.Struct, frozen=True, kw_only=True):
         split: "test" or "valid".
         requests: Requests that are measured: held-out slates or events with a history.
         targets: Of them, those with an item to retrieve.
-        unseen_targets: Share of the targets that no event which is trained on holds.
+        unseen_targets: Share of the targets that no event or slate of the training part holds.
         without_history: Share of held-out slates or positive events with no event of their user before them; they are
             not measured.
         repeats: Share of held-out positive events, or of first positive items of slates, whose user had the item
@@ -104,12 +104,14 @@ def data_sheet(data: Sequences, positive: NDArray[np.bool_], split: Split, *, re
     wanted = every.take(np.flatnonzero(has_history & (every.targets != NO_TARGET)))
     requests = held_out_requests(data, positive, split, repeats=repeats)
     targets = requests.targets[requests.targets != NO_TARGET]
-    trained = window_events(training_windows(data, max(1, len(data.rows))), len(data.rows))
+    windows = training_windows(data, max(1, len(data.rows)))
+    trained = data.rows[window_events(windows, len(data.rows))]
+    shown = [data.slate_rows[data.slate_start[w.slate_begin] : data.slate_start[w.slate_end]] for w in windows]
     return DataSheet(
         split=split,
         requests=len(requests),
         targets=len(targets),
-        unseen_targets=_share(~np.isin(targets, data.rows[trained])),
+        unseen_targets=_share(~np.isin(targets, np.concatenate([trained, *shown]))),
         without_history=_share(~has_history),
         repeats=_share(seen_before(data, wanted.users, wanted.targets, wanted.ends)),
         repeats_counted=repeats,

@@ -68,9 +68,13 @@ class Scoring:
         )
 
     def blend(self, values: NDArray[np.float64], similarity: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Values [n] times a power of the chance that retrieval gives the items, up to a factor of the request."""
-        factors: NDArray[np.float64] = np.exp(self.retrieval_weight * self.retrieval_scale * similarity.astype(float))
-        return values * factors
+        """Values [n] times a power of the chance that retrieval gives the items, up to a factor of the request.
+
+        A negative value is divided by it: the nearer item is the better one either way.
+        """
+        power = self.retrieval_weight * self.retrieval_scale * similarity.astype(np.float64)
+        blended: NDArray[np.float64] = values * np.exp(np.sign(values) * power)
+        return blended
 
     def product(
         self, logits: NDArray[np.float32], weights: NDArray[np.float64], similarity: NDArray[np.float32]

@@ -334,7 +334,7 @@ def _say_order(bundle: Bundle) -> None:
     elif manifest.metrics is not None and manifest.metrics.get("ranking") is None:
         log.warning(
             "%s: slates are ordered by value, but its ranker was not measured on items that were shown and left alone "
-            "and may order by chance; export the checkpoint again, or send order 'retrieval' with requests",
+            "and may order by chance; export the checkpoint again with --data, or send order 'retrieval' with requests",
             bundle.path,
         )
 

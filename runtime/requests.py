@@ -23,7 +23,7 @@ from unipinrec.runtime.catalogue import Catalogue, as_ids
 from unipinrec.runtime.manifest import Manifest, Order
 from unipinrec.runtime.windows import default_slack, window_start
 
-UNKNOWN_SURFACE = "unknown"
+UNKNOWN_SURFACE, MAX_WEIGHT = "unknown", 1e9
 AS_SECONDS = range(10**9, 10**10)  # Unix times of our days in seconds: as milliseconds they would be in early 1970
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
 
@@ -378,8 +378,8 @@ def _weights(given: Mapping[str, float] | None, order: Order, manifest: Manifest
     weights = np.zeros(len(manifest.actions))
     for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if given is None else given).items():
         weights[_look_up(action, _actions(manifest), "action", "weights")] = weight
-    if not (np.isfinite(weights).all() and weights.any()):
-        raise RequestError(f"weights={given} must be finite numbers, at least one of them other than 0")
+    if not ((np.abs(weights) <= MAX_WEIGHT).all() and weights.any()):
+        raise RequestError(f"weights={given} must be finite numbers up to {MAX_WEIGHT:g}, one of them other than 0")
     if order == "product" and (weights < 0).any():
         raise RequestError(
             f"weights={given} must not be negative where order is 'product', which takes the value's logarithm; "

@@ -81,7 +81,8 @@ def test_a_blend_is_the_value_times_a_power_of_retrievals_chance() -> None:
     # .5 * e^.9, .7310586 * e^.5, .9820138 * e^.1
     assert ranked.scores.tolist() == pytest.approx([1.2298016, 1.2053118, 1.0852931])
     (ranked,) = rank([near], given, [asked(3, 3, [-1, 0], "blend")], SCORING)
-    assert ranked.scores.tolist() == pytest.approx([-1.0852931, -1.2053118, -1.2298016])
+    # -.5 / e^.9, -.7310586 / e^.5, -.9820138 / e^.1: the nearer item is the better one here too
+    assert ranked.scores.tolist() == pytest.approx([-0.2032848, -0.4434095, -0.8885637])
 
 
 def test_of_one_positive_action_retrieval_knows_all() -> None:

@@ -298,7 +298,7 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ({"surface": "feed"}, "unknown surface 'feed'; this bundle knows unknown, home, search"),
         ({"weights": {"like": 1.0}}, "weights: unknown action 'like'; this bundle knows click, save, hide"),
         ({"weights": {"click": float("inf")}}, "weights=.*must be finite numbers"),
-        ({"weights": {}}, "at least one of them other than 0"),
+        ({"weights": {}}, "one of them other than 0"),
         ({"order": "best"}, "order='best' is unknown; send one of value, blend, product, retrieval"),
         ({"order": "product"}, "order='product' needs the scale of retrieval's logits, which this bundle lacks"),
         ({"order": "retrieval", "weights": {"click": 1.0}}, "change nothing where order is 'retrieval'"),
