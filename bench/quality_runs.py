@@ -20,16 +20,20 @@ from typing import Any
 import msgspec
 import numpy as np
 from common import ROOT, card
+from numpy.typing import NDArray
 
+from unipinrec.models.baselines import training_popularity
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import (
     NO_TARGET,
     Requests,
+    Scores,
     gather_scores,
     held_out_requests,
     metrics_of,
     model_scores,
+    rank_catalogue,
     shown_items,
 )
 from unipinrec.models.metrics import action_metrics, retrieval_metrics
@@ -113,6 +117,26 @@ def test_metrics(dataset: Dataset, model: UniPinRec) -> dict[str, Any]:
         }
     built: dict[str, Any] = msgspec.to_builtins(found, str_keys=True)
     return built
+
+
+def popularity_scores(data: Sequences, positive: NDArray[np.bool_], requests: Requests) -> Scores:
+    """Items by popularity in the training part; actions by each item's smoothed rate."""
+    training = training_popularity(data, positive)
+    ranks = rank_catalogue(data, requests, lambda part: np.tile(training, (len(part), 1)))
+    return Scores(ranks=ranks, probabilities=_item_rates(data)[data.slate_rows[shown_items(data, requests)]])
+
+
+def _item_rates(data: Sequences, prior_rows: float = 20.0) -> NDArray[np.float64]:
+    """[N, C] rate of each action per item on training slates, shrunk towards the overall rate by `prior_rows` rows."""
+    sizes = np.diff(data.slate_start)
+    kept = np.ones(len(sizes), bool) if data.split is None else data.slate_timestamp_ms < data.split.valid_start_ms
+    train = np.repeat(kept, sizes)
+    rows, labels = data.slate_rows[train], data.slate_actions[train]
+    overall = labels.mean(axis=0) if len(labels) else np.full(labels.shape[1], 0.5)
+    shown = np.bincount(rows, minlength=data.num_items)[:, None]
+    hits = np.stack([np.bincount(rows, labels[:, c], data.num_items) for c in range(labels.shape[1])], axis=1)
+    rates: NDArray[np.float64] = (hits + prior_rows * overall) / (shown + prior_rows)
+    return rates
 
 
 def frozen(data: Sequences, requests: Requests, start_ms: int) -> Requests:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from common import card
 from numpy.typing import NDArray
-from quality_runs import figures, finished, keep, summary, trained
+from quality_runs import figures, finished, keep, popularity_scores, summary, trained
 
-from unipinrec.models.baselines import popularity_scores
 from unipinrec.models.data_schema import DatasetSpec, read_dataset, write_dataset
 from unipinrec.models.evaluate import Requests, Scores, held_out_requests, metrics_of, rank_catalogue, shown_items
 from unipinrec.models.sequences import Sequences, sequences_of

@@ -12,12 +12,9 @@ from unipinrec.models.batches import training_events
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.evaluate import (
     Requests,
-    Scores,
     event_users,
     history_rows,
-    rank_catalogue,
     request_times_ms,
-    shown_items,
 )
 from unipinrec.models.sequences import Sequences
 
@@ -71,26 +68,6 @@ def training_popularity(
     """[N] positive events of each item in the training part."""
     wanted = training_events(data, fit_validation=fit_validation) & _is_positive(data, positive)
     return np.bincount(data.rows[wanted], minlength=data.num_items).astype(np.float32)
-
-
-def popularity_scores(data: Sequences, positive: NDArray[np.bool_], requests: Requests) -> Scores:
-    """Items by popularity in the training part; actions by each item's smoothed rate."""
-    training = training_popularity(data, positive)
-    ranks = rank_catalogue(data, requests, lambda part: np.tile(training, (len(part), 1)))
-    return Scores(ranks=ranks, probabilities=_item_rates(data)[data.slate_rows[shown_items(data, requests)]])
-
-
-def _item_rates(data: Sequences, prior_rows: float = 20.0) -> NDArray[np.float64]:
-    """[N, C] rate of each action per item on training slates, shrunk towards the overall rate by `prior_rows` rows."""
-    sizes = np.diff(data.slate_start)
-    kept = np.ones(len(sizes), bool) if data.split is None else data.slate_timestamp_ms < data.split.valid_start_ms
-    train = np.repeat(kept, sizes)
-    rows, labels = data.slate_rows[train], data.slate_actions[train]
-    overall = labels.mean(axis=0) if len(labels) else np.full(labels.shape[1], 0.5)
-    shown = np.bincount(rows, minlength=data.num_items)[:, None]
-    hits = np.stack([np.bincount(rows, labels[:, c], data.num_items) for c in range(labels.shape[1])], axis=1)
-    rates: NDArray[np.float64] = (hits + prior_rows * overall) / (shown + prior_rows)
-    return rates
 
 
 def _is_positive(data: Sequences, positive: NDArray[np.bool_]) -> NDArray[np.bool_]:

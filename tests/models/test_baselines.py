@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quality_runs import popularity_scores
 
-from unipinrec.models.baselines import DAY_MS, baselines_of, popularity_scores, training_popularity
+from unipinrec.models.baselines import DAY_MS, baselines_of, training_popularity
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import Requests, Split, held_out_requests, metrics_of, rank_catalogue, request_times_ms
 from unipinrec.models.sequences import Sequences, sequences_of

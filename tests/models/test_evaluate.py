@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quality_runs import popularity_scores
 
-from unipinrec.models.baselines import popularity_scores
 from unipinrec.models.data_schema import Dataset
 from unipinrec.models.evaluate import (
     Requests,
