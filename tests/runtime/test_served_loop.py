@@ -20,7 +20,7 @@ def test_what_was_served_teaches_a_ranker_that_orders_better_than_retrieval(tmp_
     assert found["true_value"]["by_value"] < found["true_value"]["best_of_candidates"]
     before, joined = read_dataset(tmp_path / "before"), read_dataset(tmp_path / "joined")
     assert before.slates.height == 0
-    late = joined.spec.dropped.pop("served: no event of the data follows")  # the answers after the last click of all
+    late = joined.spec.dropped.pop("served: no event of the data follows", 0)  # the answers after the last click of all
     assert joined.slates.height == K * found["answers"] - late
     assert late < 0.01 * K * found["answers"]
     assert joined.spec.dropped.keys() == {"served: the data ends before the answer's hours are over (kept)"}
