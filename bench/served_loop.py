@@ -11,7 +11,8 @@
        a click, mean of ten items, of its 200 candidates in the order of its value and of its `retrieval_score`. Beside
        it the lists that were served, and the best ten of the same candidates by the truth.
 
-The first bundle is served in the order of retrieval, since its ranker saw nothing but clicks; the second one by value.
+The first bundle is served in the order of retrieval, since its ranker saw nothing but clicks; the second one by value,
+or by the blend that `export` chooses ("as_served_now").
 The user's interests are those of the simulator's own run: what the served lists do to them is not simulated. The true
 chance is that of an item that is looked at. Every step is the command that a user would type.
 """
@@ -212,7 +213,8 @@ def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequenc
     recommender, held_out = Recommender.load(bundle, device="cpu"), loop.ends_ms - TEST_DAYS * DAY_MS
     if recommender.order not in ("value", "blend"):
         raise SystemExit(f"the second bundle is ordered by {recommender.order}: its ranker was taught nothing")
-    values: dict[str, list[float]] = {name: [] for name in ("by_value", "by_retrieval", "best_of_candidates", "served")}
+    names = ("as_served_now", "by_value", "by_retrieval", "best_of_candidates", "served")
+    values: dict[str, list[float]] = {name: [] for name in names}
     for place, moment in enumerate(world.moments):
         if place not in lists or moment["timestamp_ms"] < held_out:
             continue
@@ -220,6 +222,8 @@ def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequenc
             surface=moment["surface"], now_ms=moment["timestamp_ms"], candidates=CANDIDATES, exact=True, order="value"
         )
         items = recommender.recommend(world.before(moment), CANDIDATES, options).items
+        now = recommender.recommend(world.before(moment), K, msgspec.structs.replace(options, order=None)).items
+        values["as_served_now"].append(world.value(place, [item.item for item in now]))
         orders = {
             "by_value": [item.score for item in items],
             "by_retrieval": [item.retrieval_score or 0.0 for item in items],
@@ -233,14 +237,16 @@ def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequenc
 
 
 def summary(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Means, and by how much the order by value is better, with the standard error of the paired differences."""
-    difference = np.subtract(values["by_value"], values["by_retrieval"])
-    return {
-        "requests": len(difference),
+    """Means, and by how much they are above retrieval's order, with the standard error of paired differences."""
+    found: dict[str, Any] = {
+        "requests": len(values["served"]),
         "true_value": {name: round(float(np.mean(each)), 4) for name, each in values.items()},
-        "value_minus_retrieval": round(float(difference.mean()), 4),
-        "standard_error": round(float(difference.std(ddof=1) / np.sqrt(len(difference))), 4),
     }
+    for name in ("as_served_now", "by_value"):
+        ahead = np.subtract(values[name], values["by_retrieval"])
+        error = float(ahead.std(ddof=1) / np.sqrt(len(ahead)))
+        found[f"{name}_minus_retrieval"] = {"mean": round(float(ahead.mean()), 4), "standard_error": round(error, 4)}
+    return found
 
 
 def run(loop: Loop) -> dict[str, Any]:
