@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,16 +17,17 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
-from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH, file_problems, identity
+from unipinrec.runtime.bundle_files import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
 from unipinrec.runtime.requests import Event, History
-from unipinrec.runtime.stored_arrays import check_users
+from unipinrec.runtime.sealed_files import REMEDY, SealedFile, SealedFiles
+from unipinrec.runtime.stored_arrays import check_users, map_tensor, tensor_offsets
 
 T = TypeVar("T", bound=Sized)
 
@@ -34,9 +36,8 @@ INDEX, GOLDEN, WEIGHTS = "index.hnsw", "golden.safetensors", "weights.bin"
 POPULAR, SHARE = "popular.safetensors", "share"
 USERS, USER_IDS = "users.safetensors", "user_ids.json"
 REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN, WEIGHTS)
-REMEDY = "copy the bundle again, or export it again"
+READ_WHILE_SERVING = (ITEMS, GOLDEN, USERS, USER_IDS)
 ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
-DTYPES = {"F32": "<f4", "I32": "<i4"}
 CHECK_ROWS = 65_536
 UNIT_TOLERANCE = 1e-3
 
@@ -50,19 +51,20 @@ class Bundle:
     """An opened, unaltered bundle.
 
     Attributes:
-        path: Its folder.
+        path: Its folder; what becomes of it makes no difference any more.
+        files: Its files, as they were when it was opened.
         hash: sha256 of its manifest, which covers every file: the bundle's identity.
         manifest: What it declares.
-        item_vectors: [N, E] f32, mapped from disk, read-only; unit length.
+        item_vectors: [N, E] f32, mapped from sealed memory; unit length.
         item_ids: External ids in row order.
         titles: Titles in row order, for people; None where there is none.
         catalogue: The items as a request names them.
         popularity: [S, N] f32, the estimated chance that a positive event on a surface is of an item; row 0 is for all
             surfaces together. None where the bundle stores none.
-        mapped: Identity of the file that `item_vectors` is mapped from, before it was checked.
     """
 
     path: Path
+    files: SealedFiles
     hash: str
     manifest: Manifest
     item_vectors: NDArray[np.float32]
@@ -70,45 +72,39 @@ class Bundle:
     titles: tuple[str | None, ...]
     catalogue: Catalogue
     popularity: NDArray[np.float32] | None
-    mapped: tuple[int, int, int] | None
 
     @classmethod
-    def open(cls, path: Path | str) -> Bundle:
-        """Open a bundle, checking the sha256 of all its files.
+    def open(cls, path: Path | str, shared: Path | None = None) -> Bundle:
+        """Open a bundle, holding all its files in memory and checking their sha256 there.
+
+        Args:
+            path: Its folder.
+            shared: See `SealedFiles`.
 
         Raises:
-            BundleCorruptError: A file is missing, truncated or altered.
+            BundleCorruptError: A file is missing, truncated or altered, or there is no memory for it.
             BundleVersionError: The bundle's format is newer than this version reads.
             BundleError: The bundle contradicts itself.
         """
         folder = Path(path)
         manifest, digest = read_manifest(folder)
-        mapped = identity(folder / ITEMS)
-        problems = file_problems(folder, manifest.files)
-        if problems:
-            listed = "; ".join(f"{name} {problem}" for name, problem in problems.items())
-            raise BundleCorruptError(f"{folder}: {listed}; {REMEDY}")
+        files = SealedFiles(folder, manifest.files, shared)
         count = manifest.num_items
-        item_ids = _read_list(folder / ITEM_IDS, tuple[str, ...], count)
+        item_ids = _read_list(files[ITEM_IDS], tuple[str, ...], count)
         titles: tuple[str | None, ...] = (None,) * count
         if ITEM_TITLES in manifest.files:
-            titles = _read_list(folder / ITEM_TITLES, tuple[str | None, ...], count)
+            titles = _read_list(files[ITEM_TITLES], tuple[str | None, ...], count)
         return cls(
             path=folder,
+            files=files,
             hash=digest,
             manifest=manifest,
-            item_vectors=_item_vectors(folder / ITEMS, count, manifest.model.item_dim),
+            item_vectors=_item_vectors(files[ITEMS], count, manifest.model.item_dim),
             item_ids=item_ids,
             titles=titles,
-            catalogue=_catalogue(folder, manifest, item_ids),
-            popularity=_popularity(folder / POPULAR, manifest) if POPULAR in manifest.files else None,
-            mapped=mapped,
+            catalogue=_catalogue(files, manifest, item_ids),
+            popularity=_popularity(files[POPULAR], manifest) if POPULAR in manifest.files else None,
         )
-
-    def written_over(self) -> bool:
-        """Whether the file that vectors are mapped from was changed in place; to replace or remove it is fine."""
-        now = identity(self.path / ITEMS)
-        return now is not None and self.mapped is not None and now != self.mapped and now[0] == self.mapped[0]
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -139,12 +135,27 @@ class Bundle:
         return keys
 
     def graph_files(self, precision: str = "fp32") -> dict[str, Path]:
-        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
-        return {name: self.path / graph.file for name, graph in self.manifest.graphs_in(precision).items()}
+        """The graphs that answering a request takes, by name, in a precision that the bundle holds; see `unpacked`."""
+        return self.unpacked({name: graph.file for name, graph in self.manifest.graphs_in(precision).items()})
+
+    def unpacked(self, graphs: Mapping[str, str]) -> dict[str, Path]:
+        """The private copies of files of graphs, beside those that they name, by the same keys.
+
+        Raises:
+            BackendError: See `SealedFiles.unpacked`.
+        """
+        named = {name for file in graphs.values() for name in self.named_files(file)}
+        files = self.files.unpacked({*graphs.values(), *named})
+        return {name: files[file] for name, file in graphs.items()}
+
+    def named_files(self, graph: str) -> list[str]:
+        """The other files of the bundle that the file of a graph names, which are those of its weights."""
+        content = self.files[graph].read_bytes()
+        return [name for name in self.manifest.files if name != graph and name.encode() in content]
 
     def golden(self) -> dict[str, NDArray[Any]]:
         """The golden requests with every output that PyTorch gave for them."""
-        return _read_tensors(self.path / GOLDEN)
+        return _read_tensors(self.files[GOLDEN])
 
     def user_events(self, user: str) -> tuple[Event, ...]:
         """The history of one of the sample users that the bundle carries.
@@ -198,13 +209,13 @@ class Bundle:
 
     def _user_ids(self) -> tuple[str, ...]:
         carried = USERS in self.manifest.files and USER_IDS in self.manifest.files
-        users = _read_list(self.path / USER_IDS, tuple[str, ...]) if carried else ()
+        users = _read_list(self.files[USER_IDS], tuple[str, ...]) if carried else ()
         if len(set(users)) != len(users):
             raise BundleError(f"{self.path / USER_IDS}: user ids occur twice; export the bundle again")
         return users
 
     def _user_tensors(self, users: Sequence[str]) -> dict[str, NDArray[Any]]:
-        tensors = _read_tensors(self.path / USERS)
+        tensors = _read_tensors(self.files[USERS])
         check_users(self.path / USERS, tensors, self.manifest, len(users))
         return tensors
 
@@ -286,54 +297,54 @@ def _index_contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def _catalogue(folder: Path, manifest: Manifest, item_ids: Sequence[str]) -> Catalogue:
+def _catalogue(files: SealedFiles, manifest: Manifest, item_ids: Sequence[str]) -> Catalogue:
     count, retired = manifest.num_items, NO_ROWS
     if manifest.num_retired:
-        listed = _read_list(folder / RETIRED, tuple[int, ...])
+        listed = _read_list(files[RETIRED], tuple[int, ...])
         distinct = len(set(listed)) == len(listed) == manifest.num_retired
         if not distinct or not 0 <= min(listed) <= max(listed) < count:
-            raise BundleError(f"{folder / RETIRED}: not {manifest.num_retired} distinct rows; export the bundle again")
+            raise BundleError(f"{files[RETIRED]}: not {manifest.num_retired} distinct rows; export the bundle again")
         retired = np.array(listed, np.int64)
     rows = dict(zip(item_ids, range(count), strict=True))  # of an id that occurs again, the last row
     if len(rows) != count:
         live = np.flatnonzero(mask_without(count, retired)).tolist()
         twice = sum(rows[item_ids[row]] != row for row in live)
         if twice:
-            raise BundleError(f"{folder / ITEM_IDS}: {twice} item ids occur twice; export the bundle again")
+            raise BundleError(f"{files[ITEM_IDS]}: {twice} item ids occur twice; export the bundle again")
     return Catalogue(
         rows=rows,
         num_rows=count,
         retired=retired,
         words=manifest.categories,
-        codes=_category_codes(folder / ITEMS, count, manifest.categories),
+        codes=_category_codes(files[ITEMS], count, manifest.categories),
     )
 
 
-def _read_list(path: Path, kind: type[T], count: int | None = None) -> T:
+def _read_list(file: SealedFile, kind: type[T], count: int | None = None) -> T:
     try:
-        values = msgspec.json.decode(path.read_bytes(), type=kind)
+        values = msgspec.json.decode(file.read_bytes(), type=kind)
     except (OSError, *MALFORMED) as error:
-        raise BundleError(f"{path}: {error}; {REMEDY}") from error
+        raise BundleError(f"{file}: {error}; {REMEDY}") from error
     if count is not None and len(values) != count:
-        raise BundleError(f"{path}: {len(values)} entries for {count} items; export the bundle again")
+        raise BundleError(f"{file}: {len(values)} entries for {count} items; export the bundle again")
     return values
 
 
-def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+def _read_tensors(file: SealedFile) -> dict[str, NDArray[Any]]:
     try:
-        return load_file(path)
+        return load_file(os.fspath(file))
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: {error}; {REMEDY}") from error
+        raise BundleError(f"{file}: {error}; {REMEDY}") from error
 
 
-def _item_vectors(path: Path, count: int, dim: int) -> NDArray[np.float32]:
-    """Map the item table [count, dim] f32 from disk and check it."""
-    vectors: NDArray[np.float32] = _map_tensor(path, ITEM_VECTORS, "F32", (count, dim))
+def _item_vectors(file: SealedFile, count: int, dim: int) -> NDArray[np.float32]:
+    """Map the item table [count, dim] f32 and check it."""
+    vectors: NDArray[np.float32] = map_tensor(file, ITEM_VECTORS, "F32", (count, dim))
     for start in range(0, count, CHECK_ROWS):
         wrong = off_unit(vectors[start : start + CHECK_ROWS])
         if len(wrong):
             raise BundleError(
-                f"{path}: the vector of item row {start + wrong[0]} is not finite or not of unit length; "
+                f"{file}: the vector of item row {start + wrong[0]} is not finite or not of unit length; "
                 "export the bundle again"
             )
     return vectors
@@ -345,49 +356,22 @@ def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
 
 
-def _popularity(path: Path, manifest: Manifest) -> NDArray[np.float32]:
+def _popularity(file: SealedFile, manifest: Manifest) -> NDArray[np.float32]:
     """Load the shares [surfaces, items] f32 and check them."""
-    given, shape = _read_tensors(path).get(SHARE), (len(manifest.surfaces), manifest.num_items)
+    given, shape = _read_tensors(file).get(SHARE), (len(manifest.surfaces), manifest.num_items)
     if given is None or given.dtype != np.float32 or given.shape != shape:
         found = "is missing" if given is None else f"is {given.dtype} {given.shape}"
-        raise BundleError(f"{path}: {SHARE} {found}, expected float32 {shape}; export the bundle again")
+        raise BundleError(f"{file}: {SHARE} {found}, expected float32 {shape}; export the bundle again")
     if not (np.isfinite(given).all() and (given > 0).all()):
-        raise BundleError(f"{path}: {SHARE} is not finite and more than 0 everywhere; export the bundle again")
+        raise BundleError(f"{file}: {SHARE} is not finite and more than 0 everywhere; export the bundle again")
     return given
 
 
-def _category_codes(path: Path, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:
-    """Map the category codes [count, features] i32 from disk and check them; None where the file lacks them."""
-    if not words or CATEGORIES not in _tensor_offsets(path):
+def _category_codes(file: SealedFile, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:
+    """Map the category codes [count, features] i32 and check them; None where the file lacks them."""
+    if not words or CATEGORIES not in tensor_offsets(file):
         return None
-    codes: NDArray[np.int32] = _map_tensor(path, CATEGORIES, "I32", (count, len(words)))
+    codes: NDArray[np.int32] = map_tensor(file, CATEGORIES, "I32", (count, len(words)))
     if (codes < 0).any() or (codes > [len(known) for known in words.values()]).any():
-        raise BundleError(f"{path}: a category code is not that of a word; export the bundle again")
+        raise BundleError(f"{file}: a category code is not that of a word; export the bundle again")
     return codes
-
-
-def _map_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Map one tensor of a safetensors file; the library itself only copies."""
-    offsets = _tensor_offsets(path)
-    if name not in offsets:
-        raise BundleError(f"{path}: does not contain tensor {name}; export the bundle again")
-    *given, begin = offsets[name]
-    if given != [dtype, shape]:
-        raise BundleError(f"{path}: {name} is {tuple(given)}, expected {(dtype, shape)}; export the bundle again")
-    return np.asarray(np.memmap(path, dtype=DTYPES[dtype], mode="r", offset=begin, shape=shape))
-
-
-def _tensor_offsets(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Type, shape and place in the file of every tensor; the library checks that they are consistent."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-        with path.open("rb") as raw:
-            header_bytes = int.from_bytes(raw.read(8), "little")
-            header = msgspec.json.decode(raw.read(header_bytes))
-    except (OSError, SafetensorError, *MALFORMED) as error:
-        raise BundleError(f"{path}: {error}; {REMEDY}") from error
-    return {
-        name: (header[name]["dtype"], tuple(header[name]["shape"]), 8 + header_bytes + header[name]["data_offsets"][0])
-        for name in names
-    }

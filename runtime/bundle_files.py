@@ -32,25 +32,23 @@ def fingerprint(path: Path) -> FileSpec:
         return FileSpec(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
 
 
-def identity(path: Path) -> tuple[int, int, int] | None:
-    """Inode, bytes and time of the last change of a file; None if there is none."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+def largest_first(files: Mapping[str, FileSpec]) -> list[str]:
+    """Names in the order in which threads are done with them soonest."""
+    return sorted(files, key=lambda name: -files[name].size_bytes)
 
 
 def file_problems(folder: Path, files: Mapping[str, FileSpec]) -> dict[str, str]:
     """What is wrong with each damaged file: missing, truncated or altered. Raises nothing."""
-    largest_first = sorted(files, key=lambda name: -files[name].size_bytes)
+    names = largest_first(files)
     with ThreadPoolExecutor(available_threads()) as pool:  # hashing leaves Python's lock to others
-        problems = pool.map(lambda name: _file_problem(folder / name, files[name]), largest_first)
-        found = dict(zip(largest_first, problems, strict=True))
+        problems = pool.map(lambda name: file_problem(folder / name, files[name]), names)
+        found = dict(zip(names, problems, strict=True))
     return {name: problem for name in files if (problem := found[name])}
 
 
-def _file_problem(path: Path, spec: FileSpec) -> str | None:
+def file_problem(file: os.PathLike[str], spec: FileSpec) -> str | None:
+    """What is wrong with a file, if anything. Raises nothing."""
+    path = Path(file)
     try:
         if not path.is_file():
             return "is missing"
@@ -108,17 +106,6 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a file appear under a second name; copied where the file system or its rules allow no link.
-
-    Of a symbolic link it is the file behind it, as in a cache of downloads: the link may lead nowhere tomorrow.
-    """
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _reason(error: OSError | SafetensorError) -> str:
     full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     # safetensors passes the system's error on only as text.
@@ -129,9 +116,7 @@ def _reason(error: OSError | SafetensorError) -> str:
 
 def _sync(folder: Path) -> None:
     for path in folder.iterdir():
-        # A linked file belongs to another bundle as well.
-        if path.stat().st_nlink == 1 and not path.is_symlink():
-            path.chmod(0o644)
+        path.chmod(0o644)
         _sync_path(path)
     _sync_path(folder)
 

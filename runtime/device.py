@@ -85,7 +85,7 @@ def open_backend(
             backend = _open(name, bundle, allow_bundle_engines, threads)
         except BackendError as error:
             if len(names) == 1:
-                raise
+                raise BackendError(f"{bundle.path} does not run on {name}: {error}") from error
             refused.append(f"{name}: {error}")
         else:
             device = Device(

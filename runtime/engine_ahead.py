@@ -7,6 +7,7 @@ first, as `Recommender.load` does, and runs it only where the operator allowed i
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 from unipinrec import __version__
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.bundle_files import fingerprint, link_or_copy, seal, written_whole
+from unipinrec.runtime.bundle_files import fingerprint, seal, written_whole
 from unipinrec.runtime.engine_compile import Compiled, GraphProgress, build_graph
 from unipinrec.runtime.engine_plan import CompileTask, keys_of, require_golden_covered
 from unipinrec.runtime.engine_record import EngineRecord, Verification
@@ -79,11 +80,11 @@ def carried_records(bundle: Bundle) -> list[EngineRecord]:
     """The records of the engines that a bundle carries."""
     if RECORDS not in bundle.manifest.files:
         return []
-    return msgspec.json.decode((bundle.path / RECORDS).read_bytes(), type=list[EngineRecord])
+    return msgspec.json.decode(bundle.files[RECORDS].read_bytes(), type=list[EngineRecord])
 
 
 def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> str:
-    """Link the parent's files beside the engines and seal the bundle; returns its hash."""
+    """Copy the parent's files beside the engines and seal the bundle; returns its hash."""
     again = {_what(record) for record in built}
     before = [record for record in carried_records(parent) if _what(record) not in again]
     records = [*before, *built]
@@ -92,7 +93,7 @@ def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> str:
     files = {path.name: fingerprint(path) for path in folder.iterdir()}
     for name, spec in parent.manifest.files.items():
         if name not in files and name not in dropped:
-            link_or_copy(parent.path / name, folder / name)
+            shutil.copyfile(parent.files[name], folder / name)
             files[name] = spec
     manifest = msgspec.structs.replace(
         parent.manifest,

@@ -147,7 +147,8 @@ def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> Plan:
 
 
 def _graph_file(bundle: Bundle, key: EngineKey) -> Path:
-    return bundle.path / graphs_of(bundle.manifest, key.precision)[key.graph].file
+    file = graphs_of(bundle.manifest, key.precision)[key.graph].file
+    return bundle.unpacked({key.graph: file})[key.graph]
 
 
 def _golden(engine: Engine, bundle: Bundle, *, exact: bool) -> Verification:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,9 +155,7 @@ def graph_hash(bundle: Bundle, graph: str, precision: str) -> str:
     """Hash of a graph and of every file of the bundle that its file names, which are those of its weights."""
     manifest = bundle.manifest
     file = manifest.graphs_in(precision)[graph].file
-    with (bundle.path / file).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        named = [name for name in manifest.files if name != file and content.find(name.encode()) >= 0]
-    listed = [(name, manifest.files[name].sha256) for name in (file, *sorted(named))]
+    listed = [(name, manifest.files[name].sha256) for name in (file, *sorted(bundle.named_files(file)))]
     return hashlib.sha256(msgspec.json.encode(listed)).hexdigest()
 
 

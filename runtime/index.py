@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,7 +76,11 @@ class HnswIndex:
     """The bundle's approximate index; safe to search from several threads."""
 
     def __init__(
-        self, path: Path, spec: IndexSpec, item_vectors: NDArray[np.float32], retired: NDArray[np.int64] = NO_ROWS
+        self,
+        path: os.PathLike[str],
+        spec: IndexSpec,
+        item_vectors: NDArray[np.float32],
+        retired: NDArray[np.int64] = NO_ROWS,
     ) -> None:
         """Load an index; `retired` rows are not in it, or marked as deleted.
 
@@ -96,7 +100,7 @@ class HnswIndex:
         Raises:
             BundleError: It is not an index of the bundle's items.
         """
-        return cls(bundle.path / INDEX, bundle.manifest.index, bundle.item_vectors, bundle.catalogue.retired)
+        return cls(bundle.files[INDEX], bundle.manifest.index, bundle.item_vectors, bundle.catalogue.retired)
 
     def search(self, queries: NDArray[np.float32], k: int) -> Found:
         """See `VectorIndex.search`."""
@@ -206,7 +210,7 @@ def recall(found: NDArray[np.float32], true: NDArray[np.float32]) -> float:
 
 
 def load_index(
-    path: Path,
+    path: os.PathLike[str],
     spec: IndexSpec,
     item_vectors: NDArray[np.float32],
     *,
@@ -232,7 +236,7 @@ def load_index(
         raise BundleError(f"{path}: the index does not match the items: it lacks some; export the bundle again")
     index: Any = hnswlib.Index(space=spec.space, dim=spec.dim)
     try:
-        index.load_index(str(path), max_elements=capacity)
+        index.load_index(os.fspath(path), max_elements=capacity)
     except RuntimeError as error:
         raise BundleError(f"{path}: hnswlib does not load it: {error}; export the bundle again") from error
     return index

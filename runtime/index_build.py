@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,9 @@ def build_index(task: IndexTask, path: Path) -> IndexSpec:
     return _finish(task, index, found, path)
 
 
-def grow_index(task: IndexTask, old: Path, spec: IndexSpec, retired: NDArray[np.int64], path: Path) -> IndexSpec | None:
+def grow_index(
+    task: IndexTask, old: os.PathLike[str], spec: IndexSpec, retired: NDArray[np.int64], path: Path
+) -> IndexSpec | None:
     """Add the rows that an index lacks, mark those that are retired since, choose ef, and write it to `path`.
 
     Args:

@@ -5,6 +5,7 @@ Layout of version 0.8: a header; per item its links at level 0, its vector, its 
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class _Header:
     m: int
 
 
-def check_index_file(path: Path, spec: IndexSpec, item_vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+def check_index_file(path: os.PathLike[str], spec: IndexSpec, item_vectors: NDArray[np.float32]) -> NDArray[np.int64]:
     """Check that a file is an index of these items through and through.
 
     Args:
@@ -48,7 +49,7 @@ def check_index_file(path: Path, spec: IndexSpec, item_vectors: NDArray[np.float
     Raises:
         BundleError: It is not.
     """
-    content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    content = np.memmap(os.fspath(path), np.uint8, "r") if Path(path).stat().st_size else np.zeros(0, np.uint8)
     header = _header(path, content, spec, len(item_vectors))
     end = HEADER.size + 4 * header.words * header.count
     if len(content) < end or len(content) % 4:
@@ -68,7 +69,7 @@ def check_index_file(path: Path, spec: IndexSpec, item_vectors: NDArray[np.float
     return found
 
 
-def _header(path: Path, content: NDArray[np.uint8], spec: IndexSpec, rows: int) -> _Header:
+def _header(path: os.PathLike[str], content: NDArray[np.uint8], spec: IndexSpec, rows: int) -> _Header:
     if len(content) < HEADER.size:
         raise BundleError(f"{path}: {len(content)} bytes are no hnswlib index; export the bundle again")
     values = HEADER.unpack(content[: HEADER.size].tobytes())
@@ -91,7 +92,7 @@ def _header(path: Path, content: NDArray[np.uint8], spec: IndexSpec, rows: int) 
 
 
 def _check_items(
-    path: Path, items: Words, header: _Header, item_vectors: NDArray[np.float32]
+    path: os.PathLike[str], items: Words, header: _Header, item_vectors: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Labels, and which of the items are marked as deleted."""
     most = 2 * header.m
@@ -109,7 +110,7 @@ def _check_items(
     return labels, items[:, 0] & DELETED_BIT != 0
 
 
-def _check_upper_links(path: Path, words: Words, header: _Header) -> NDArray[np.int64]:
+def _check_upper_links(path: os.PathLike[str], words: Words, header: _Header) -> NDArray[np.int64]:
     """The level of each item [count]."""
     per_level = header.m + 1
     levels, starts, at = np.zeros(header.count, np.int64), [], 0
@@ -130,7 +131,7 @@ def _check_upper_links(path: Path, words: Words, header: _Header) -> NDArray[np.
 
 
 def _check_lists(
-    path: Path, words: Words, starts: NDArray[np.int64], levels: NDArray[np.int64], header: _Header
+    path: os.PathLike[str], words: Words, starts: NDArray[np.int64], levels: NDArray[np.int64], header: _Header
 ) -> None:
     """Check lists of links, whose places and levels are `starts` [lists, 2]: each leads to an item on that level."""
     counts = words[starts[:, 0]] & COUNT_BITS
@@ -142,5 +143,5 @@ def _check_lists(
         raise _broken(path, "a link above level 0 leads nowhere")
 
 
-def _broken(path: Path, problem: str) -> BundleError:
+def _broken(path: os.PathLike[str], problem: str) -> BundleError:
     return BundleError(f"{path}: the index is broken: {problem}; export the bundle again")

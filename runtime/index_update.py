@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from unipinrec.runtime.bundle import (
     SHARE,
     Bundle,
 )
-from unipinrec.runtime.bundle_files import fingerprint, link_or_copy, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.catalogue import as_known
 from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.index import HnswIndex
@@ -163,7 +164,7 @@ def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[I
     old, path = parent.manifest.index, folder / INDEX
     target = old.recall_target if recall is None else recall
     task = IndexTask(vectors=update.table, queries=_queries(parent), target=target, retired=update.retired)
-    grown = grow_index(task, parent.path / INDEX, old, parent.catalogue.retired, path)
+    grown = grow_index(task, parent.files[INDEX], old, parent.catalogue.retired, path)
     if grown is not None:
         return grown, "incremental"
     log.info("the grown index misses a recall of %s, or is mostly retired items: it is built anew", target)
@@ -187,7 +188,7 @@ def _queries(parent: Bundle) -> NDArray[np.float32]:
 
 
 def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
-    """Write what changed beside the index, link what did not, and seal the bundle."""
+    """Write what changed beside the index, copy what did not, and seal the bundle."""
     parent, added = update.parent, update.added
     if added.ids:
         tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: update.table}
@@ -205,7 +206,7 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
     files = {path.name: fingerprint(path) for path in folder.iterdir()}
     for name, spec in parent.manifest.files.items():
         if name not in files:
-            link_or_copy(parent.path / name, folder / name)
+            shutil.copyfile(parent.files[name], folder / name)
             files[name] = spec
     manifest = msgspec.structs.replace(
         parent.manifest,

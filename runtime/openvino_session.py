@@ -128,9 +128,9 @@ class OpenVinoBackend:
             compiled = self._core.compile_model(model, "CPU", options)
             running = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except Exception as error:  # its exceptions share no base class
-            raise BackendError(f"{path}: OpenVINO {self.version} does not load it: {error}") from error
+            raise BackendError(f"{path.name}: OpenVINO {self.version} does not load it: {error}") from error
         if running != wanted:
-            raise BackendError(f"{path}: OpenVINO would compute in {running}, not in {wanted}; use device cpu")
+            raise BackendError(f"{path.name}: OpenVINO would compute in {running}, not in {wanted}; use device cpu")
         return _Graph(inputs=inputs, exact=exact, compiled=compiled)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:

@@ -88,8 +88,8 @@ class OrtCudaBackend:
         elsewhere = misplaced(session, self._provider)
         if elsewhere:
             raise BackendError(
-                f"{path}: ONNX Runtime {self.version} would run {_counted(elsewhere)} on the CPU; install a newer one "
-                "(pip install --upgrade onnxruntime-gpu), or use device cpu"
+                f"{path.name}: ONNX Runtime {self.version} would run {_counted(elsewhere)} on the CPU; install a "
+                "newer one (pip install --upgrade onnxruntime-gpu), or use device cpu"
             )
         return session
 

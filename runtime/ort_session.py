@@ -149,10 +149,10 @@ def load_session(
     try:
         session = ort.InferenceSession(str(path), options, providers=[(provider, dict(settings))], enable_fallback=0)
     except Exception as error:  # its exceptions share no base class
-        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
+        raise BackendError(f"{path.name}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
     running = session.get_providers()[0]
     if running != provider:
-        raise BackendError(f"{path}: ONNX Runtime {ort.__version__} would run it on {running}, not on {provider}")
+        raise BackendError(f"{path.name}: ONNX Runtime {ort.__version__} would run it on {running}, not on {provider}")
     return session
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, RequestError
-from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.catalogue import as_ids
 from unipinrec.runtime.device import Device, DeviceRules
 from unipinrec.runtime.engine import Encoded, Engine, pad_histories, pad_rows
@@ -63,7 +63,7 @@ class Recommender:
     @classmethod
     def load(
         cls,
-        path: Path | str,
+        bundle: Path | str | Bundle,
         device: str = "auto",
         *,
         verify: bool = True,
@@ -75,7 +75,7 @@ class Recommender:
         """Open a bundle for serving.
 
         Args:
-            path: The bundle's folder.
+            bundle: Its folder, or opened.
             device: One of `runtime.device.DEVICES`; `Recommender.device` says what really runs, and why. A GPU device
                 that does not run is replaced by the next best unless `strict`.
             verify: Refuse to serve if the golden requests' outputs do not reproduce on this machine.
@@ -92,7 +92,8 @@ class Recommender:
             BackendError: The device is not available and nothing else may be used, or it does not run the graphs.
             ConfigError: The cache or the slack cannot be had for this model, or `cold_start` is unknown.
         """
-        bundle = Bundle.open(path)
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
         model = bundle.manifest.model
         _check_slack(window_slack, model)
         engine = Engine.open(bundle, device, **rules)
@@ -109,6 +110,7 @@ class Recommender:
                 window_slack=window_slack,
                 popular=PopularItems.open(bundle, cold_start, engine.device.name),
             )
+            bundle.files.let_go(READ_WHILE_SERVING)
             unless_served.pop_all()
         running = engine.device
         log.info("serving %s on %s (%s), bundle %s", bundle.path, running.name, running.reason, bundle.hash)

@@ -23,7 +23,6 @@ from starlette.routing import Route
 
 from unipinrec.errors import BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
-from unipinrec.runtime.bundle_files import identity
 from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.server_api import Refusal
 from unipinrec.runtime.server_app import route
@@ -207,8 +206,12 @@ class CurrentWatcher:
 
     def check(self) -> None:
         """Look once, and swap if the file is another than before and names a bundle that does not serve."""
-        seen = identity(self._folder / CURRENT)
-        if seen is None or seen == self._seen:
+        try:
+            status = (self._folder / CURRENT).stat()
+        except OSError:
+            return
+        seen = status.st_ino, status.st_size, status.st_mtime_ns
+        if seen == self._seen:
             return
         try:
             folder, version = self._named()

@@ -198,7 +198,7 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the server answers, and with what.
 
     Attributes:
-        status: loading, ready, draining, or bundle_changed: files of what serves were written over.
+        status: loading, ready or draining.
         device, device_reason: What runs, and why.
         refused: What was preferred to it, each with the reason why it does not run.
         bundle: Hash of the bundle.

@@ -24,7 +24,7 @@ from unipinrec.runtime.server_state import Deployment, Deployments
 from unipinrec.runtime.slate import Slate
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-Phase = Literal["loading", "ready", "draining", "bundle_changed"]
+Phase = Literal["loading", "ready", "draining"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,20 +268,12 @@ class Server:
         if self.phase == "loading":
             self.phase = "ready"
 
-    @property
-    def status(self) -> Phase:
-        """What /health/ready says: its phase, or that the files of what serves were written over."""
-        serving = self.deployments if self.phase == "ready" else None
-        if serving is not None and serving.current.recommender.bundle.written_over():
-            return "bundle_changed"
-        return self.phase
-
     @contextmanager
     def acquire(self) -> Iterator[Deployment]:
         """What serves now, which stays open until it is released.
 
         Raises:
-            Refusal: 503, the server is still loading, or is shutting down, or what it would answer could be wrong.
+            Refusal: 503, the server is still loading, or is shutting down.
         """
         if self.deployments is None:
             raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
@@ -291,9 +283,6 @@ class Server:
         except BackendError as error:
             raise Refusal(503, "shutting_down", str(error), {"retry-after": "1"}) from error
         try:
-            if deployment.recommender.bundle.written_over():
-                message = "the bundle in service was written over; swap to one in a new folder"
-                raise Refusal(503, "bundle_changed", message)
             yield deployment
         finally:
             held.__exit__(None, None, None)

@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
-from unipinrec.runtime.bundle import read_manifest
+from unipinrec.runtime.bundle import Bundle
 from unipinrec.runtime.golden import read_golden
 from unipinrec.runtime.kv_cache import KvCache
 from unipinrec.runtime.kv_options import CacheOptions
@@ -25,7 +25,8 @@ WARM_UP_BATCH = 8  # more takes time from requests, and finds nothing that fewer
 class DeploymentOptions:
     """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`.
 
-    `sampler` compares a share of the index's searches with exact ones; None = none.
+    `sampler` compares a share of the index's searches with exact ones; None = none. `shared` is the folder in which
+    processes that serve together find each other's files; None = there are no others.
     """
 
     device: str = "auto"
@@ -37,6 +38,7 @@ class DeploymentOptions:
     cold_start: ColdStart = "popular"
     batching: BatchOptions = field(default_factory=BatchOptions)
     sampler: RecallSampler | None = None
+    shared: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,10 +77,11 @@ class Deployment:
             ConfigError: See `Recommender.load`.
         """
         options, folder = options or DeploymentOptions(), Path(path).absolute()
+        bundle = Bundle.open(folder, options.shared)
         recommender = Recommender.load(
-            folder,
+            bundle,
             options.device,
-            cache=cache if cache is not None and _fits(cache, folder) else options.cache,
+            cache=cache if cache is not None and _fits(cache, bundle) else options.cache,
             window_slack=options.window_slack,
             cold_start=options.cold_start,
             strict=options.strict,
@@ -118,7 +121,6 @@ def warm_up(recommender: Recommender, together: int) -> None:
     recommender.recommend_many(list(islice(cycle(requests), together)))
 
 
-def _fits(cache: KvCache, folder: Path) -> bool:
+def _fits(cache: KvCache, bundle: Bundle) -> bool:
     """Whether keys and values of a bundle's model lie in the cache's pages as they are."""
-    manifest, _ = read_manifest(folder)
-    return KvGeometry.of(manifest.model, cache.geometry.dtype, cache.geometry.page_slots) == cache.geometry
+    return KvGeometry.of(bundle.manifest.model, cache.geometry.dtype, cache.geometry.page_slots) == cache.geometry

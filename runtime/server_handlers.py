@@ -74,7 +74,7 @@ async def ready(server: Server, _call: Call) -> Response:
         return as_json(Readiness(status=server.phase), 503)
     current = server.deployments.current
     device = current.recommender.device
-    status = server.status
+    status = server.phase
     answer = Readiness(
         status=status,
         device=device.name,

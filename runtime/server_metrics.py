@@ -138,7 +138,7 @@ class _State(Collector):
             yield _gauge(f"{kind}_pending", "Requests that were admitted and not yet answered.", admission.pending)
             yield _gauge(f"{kind}_pending_max", "The most that ever were.", admission.most_pending)
             yield _counter(f"{kind}_turned_away", "Requests for which there was no room.", admission.refused)
-        yield _gauge("ready", "Whether requests are answered.", int(server.status == "ready"))
+        yield _gauge("ready", "Whether requests are answered.", int(server.phase == "ready"))
         if self._sampler is not None:
             yield _counter("ann_recall_passed_over", "Samples that were not compared.", self._sampler.passed_over)
         if deployments is not None:

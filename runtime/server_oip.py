@@ -70,7 +70,7 @@ async def _live(_server: Server, _call: Call) -> Response:
 
 
 async def _ready(server: Server, _call: Call) -> Response:
-    ready = server.status == "ready"
+    ready = server.phase == "ready"
     return as_json(ServerReady(ready=ready), 200 if ready else 503)
 
 
@@ -85,7 +85,7 @@ async def _model_ready(server: Server, call: Call) -> Response:
     model, version = _named(call)
     with server.acquire() as deployment:
         _check_named(model, version, deployment)
-    ready = server.status == "ready"
+    ready = server.phase == "ready"
     return as_json(ModelReady(name=model, ready=ready), 200 if ready else 503)
 
 

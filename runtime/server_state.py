@@ -21,6 +21,7 @@ import msgspec
 
 from unipinrec.errors import BackendError, BundleError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle import read_manifest
+from unipinrec.runtime.bundle_files import file_problems
 from unipinrec.runtime.grouping import Padding
 from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server_memory import give_back_memory
@@ -230,7 +231,7 @@ class Deployments:
             raise error
         began = time.perf_counter()
         try:
-            if kind == "swap" and _same(path, self.current):
+            if kind == "swap" and _whole_and_same(path, self.current):
                 return self.current
             opened = self._take_over(path, expected)
         except BaseException as error:
@@ -315,10 +316,11 @@ class Deployments:
             log.warning("%s to %s %s: %s", kind, path, record.result, record.reason)
 
 
-def _same(path: Path, serving: Deployment) -> bool:
-    """Whether a folder holds what serves; what is not a bundle does not."""
+def _whole_and_same(path: Path, serving: Deployment) -> bool:
+    """Whether a folder holds what serves; what is not a bundle, or damaged, does not."""
     with suppress(BundleError):
-        return read_manifest(path)[1] == serving.version and not serving.recommender.bundle.written_over()
+        manifest, version = read_manifest(path)
+        return version == serving.version and not file_problems(path, manifest.files)
     return False
 
 

@@ -1,21 +1,62 @@
-"""What a bundle says of its sample users and golden requests, checked before anything is looked up with it."""
+"""Arrays that a bundle stores: mapped, or checked before anything is looked up with them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from unipinrec.errors import BackendError, BundleError
+from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import Manifest, TensorSpec
 from unipinrec.runtime.requests import YEAR_10000_MS
+from unipinrec.runtime.sealed_files import REMEDY, SealedFile
 from unipinrec.runtime.tensors import check_inputs
 
 Arrays = Mapping[str, NDArray[Any]]
+DTYPES = {"F32": "<f4", "I32": "<i4"}
 Bounds = Mapping[str, tuple[int, int]]
+
+
+def map_tensor(file: SealedFile, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Map one tensor of a safetensors file; the library itself only copies.
+
+    Raises:
+        BundleError: The file lacks it, or it is of another type or shape.
+    """
+    offsets = tensor_offsets(file)
+    if name not in offsets:
+        raise BundleError(f"{file}: does not contain tensor {name}; export the bundle again")
+    *given, begin = offsets[name]
+    if given != [dtype, shape]:
+        raise BundleError(f"{file}: {name} is {tuple(given)}, expected {(dtype, shape)}; export the bundle again")
+    return np.asarray(np.memmap(os.fspath(file), dtype=DTYPES[dtype], mode="r", offset=begin, shape=shape))
+
+
+def tensor_offsets(file: SealedFile) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Type, shape and place in the file of every tensor; the library checks that they are consistent.
+
+    Raises:
+        BundleError: The file is none of safetensors.
+    """
+    try:
+        with safe_open(os.fspath(file), framework="numpy") as tensors:
+            names = list(tensors.keys())
+        with Path(file).open("rb") as raw:
+            header_bytes = int.from_bytes(raw.read(8), "little")
+            header = msgspec.json.decode(raw.read(header_bytes))
+    except (OSError, SafetensorError, *MALFORMED) as error:
+        raise BundleError(f"{file}: {error}; {REMEDY}") from error
+    return {
+        name: (header[name]["dtype"], tuple(header[name]["shape"]), 8 + header_bytes + header[name]["data_offsets"][0])
+        for name in names
+    }
 
 
 def check_users(path: Path, arrays: Arrays, manifest: Manifest, users: int) -> None:

@@ -249,6 +249,6 @@ def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, 
     module = trt.module
     refitter = module.Refitter(engine, logger)
     if not module.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph_file)):
-        raise BackendError(f"{graph_file}: its weights do not fit the engine: {lines.reason()}; compile it again")
+        raise BackendError(f"{graph_file.name}: its weights do not fit the engine: {lines.reason()}; compile it again")
     if not refitter.refit_cuda_engine():
-        raise BackendError(f"{graph_file}: {trt} does not put its weights into the engine: {lines.reason()}")
+        raise BackendError(f"{graph_file.name}: {trt} does not put its weights into the engine: {lines.reason()}")

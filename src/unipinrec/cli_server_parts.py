@@ -216,6 +216,7 @@ def _deployment(options: dict[str, Any], sampler: RecallSampler | None, place: P
             workers=options["batches"] or min(2, threads),
         ),
         sampler=sampler,
+        shared=place.folder if place else None,
     )
 
 

@@ -8,6 +8,7 @@ it refuses what the real one refuses: shapes outside of its profile, addresses o
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime
 from host_cuda import HostRuntime, host_cuda
 from numpy.typing import NDArray
@@ -98,7 +100,7 @@ def make_plan(
         locations: Those that are not on the device.
         **options: "stripped" for one without weights, "host_code" for one that holds code for the CPU.
     """
-    plan = {"onnx": str(graph), "profiles": profiles, "types": types or {}, "locations": locations or {}}
+    plan = {"onnx": _with_weights(graph), "profiles": profiles, "types": types or {}, "locations": locations or {}}
     return json.dumps(plan | options).encode()
 
 
@@ -161,11 +163,15 @@ class World:
         return address
 
 
+def _with_weights(graph: Path) -> str:
+    return base64.b64encode(onnx.load(graph).SerializeToString(deterministic=True)).decode()
+
+
 @functools.cache
-def _session(path: str) -> Any:
+def _session(model: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(base64.b64decode(model), options, providers=["CPUExecutionProvider"])
 
 
 class ICudaEngine:
@@ -326,10 +332,11 @@ class OnnxParserRefitter:
         self._refitter, self._logger = refitter, logger
 
     def refit_from_file(self, model: str) -> bool:
-        self._refitter._weights = model
         if not Path(model).is_file():
             self._logger.log(Severity.ERROR, f"Failed to open file: {model}")
-        return Path(model).is_file()
+            return False
+        self._refitter._weights = _with_weights(Path(model))
+        return True
 
 
 class IRuntimeConfig:

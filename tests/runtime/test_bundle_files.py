@@ -3,14 +3,14 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
-from unipinrec.runtime.bundle_files import file_problems, fingerprint, link_or_copy, write_arrays, written_whole
+from unipinrec.runtime.bundle_files import file_problems, fingerprint, write_arrays, written_whole
 from unipinrec.runtime.manifest import FileSpec
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -105,43 +105,8 @@ def test_arrays_in_any_memory_order_are_stored_the_same(tmp_path: Path) -> None:
     assert stored["turned"].tolist() == rows.T.tolist()
 
 
-def test_a_file_is_linked_and_its_mode_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("x")
-    (tmp_path / "old").chmod(0o600)
+def test_files_of_a_folder_can_be_read_by_all(tmp_path: Path) -> None:
     with written_whole(tmp_path / "out") as folder:
-        link_or_copy(tmp_path / "old", folder / "linked")
         (folder / "own").write_text("y")
         (folder / "own").chmod(0o600)
-    assert (tmp_path / "out/linked").samefile(tmp_path / "old")
-    assert oct((tmp_path / "old").stat().st_mode)[-3:] == "600"
     assert oct((tmp_path / "out/own").stat().st_mode)[-3:] == "644"
-
-
-def test_of_a_symbolic_link_the_file_behind_it_is_linked(tmp_path: Path) -> None:
-    (tmp_path / "blob").write_text("x")
-    (tmp_path / "blob").chmod(0o444)
-    (tmp_path / "link").symlink_to("blob")
-    with written_whole(tmp_path / "deep/out") as folder:
-        link_or_copy(tmp_path / "link", folder / "linked")
-    assert not (tmp_path / "deep/out/linked").is_symlink()
-    assert (tmp_path / "deep/out/linked").samefile(tmp_path / "blob")
-    assert oct((tmp_path / "blob").stat().st_mode)[-3:] == "444"
-
-
-def test_a_symbolic_link_alone_does_not_change_the_mode_behind_it(tmp_path: Path) -> None:
-    (tmp_path / "blob").write_text("x")
-    (tmp_path / "blob").chmod(0o444)
-    with written_whole(tmp_path / "out") as folder:
-        (folder / "foreign").symlink_to(tmp_path / "blob")
-    assert oct((tmp_path / "blob").stat().st_mode)[-3:] == "444"
-
-
-def test_a_file_is_copied_where_links_are_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "link", refuse)
-    (tmp_path / "old").write_text("x")
-    link_or_copy(tmp_path / "old", tmp_path / "new")
-    assert (tmp_path / "new").read_text() == "x"
-    assert not (tmp_path / "new").samefile(tmp_path / "old")

@@ -6,7 +6,6 @@ TensorRT and the GPU are doubles that compute in ONNX Runtime; `test_tensorrt_bu
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from onnx import numpy_helper
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.export.precision import emulated_graph
 from unipinrec.runtime import Bundle
+from unipinrec.runtime.bundle_files import fingerprint, seal
 from unipinrec.runtime.engine_compile import Compiled, compile_bundle
 from unipinrec.runtime.engine_plan import CompileTask
 from unipinrec.runtime.engine_record import BuildOptions
@@ -228,6 +228,7 @@ def in_bf16(folder: Path, **lost: Any) -> Bundle:
             for side in (spec.inputs, spec.outputs)
         ]
         graphs[name] = GraphSpec(file=file, inputs=tensors[0], outputs=tensors[1])
+    (folder / "weights_bf16.bin").write_bytes(b"their weights are inside")
     agreement = Agreement(
         requests=1,
         ranked_overlap=1.0,
@@ -242,9 +243,10 @@ def in_bf16(folder: Path, **lost: Any) -> Bundle:
     manifest = msgspec.structs.replace(
         stored.manifest,
         precisions={"bf16": PrecisionSpec(graphs=graphs, agreement=agreement, auc_change={})},
-        files=stored.manifest.files | {spec.file: stored.manifest.files["encoder.onnx"] for spec in graphs.values()},
+        files=stored.manifest.files | {path.name: fingerprint(path) for path in folder.glob("*_bf16*")},
     )
-    return replace(stored, manifest=manifest)
+    seal(folder, manifest)
+    return Bundle.open(folder)
 
 
 def test_engines_that_round_must_recommend_what_fp32_recommends(

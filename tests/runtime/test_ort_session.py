@@ -74,7 +74,8 @@ def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
 
 
 def test_threads_and_provider(bundle: Path) -> None:
-    backend = OrtBackend(Bundle.open(bundle).graph_files(), threads=1)
+    opened = Bundle.open(bundle)
+    backend = OrtBackend(opened.graph_files(), threads=1)
     assert backend.threads == 1
     outputs = backend.run("retrieval", {"last_hidden_state": np.ones((1, 64), np.float32)})
     np.testing.assert_allclose(np.linalg.norm(outputs["queries"].numpy(), axis=-1), 1.0, atol=1e-6)

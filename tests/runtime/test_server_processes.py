@@ -244,6 +244,32 @@ def test_a_process_that_is_killed_is_replaced_and_no_answer_is_wrong(tmp_path: P
         assert running.process.wait(20) == 0
 
 
+def test_what_serves_does_not_change_with_its_folder_and_is_in_memory_once(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(STORED, tmp_path / "bundle"))
+    other = twin(tmp_path / "other", seed=5)
+    asked = {"history": [{"item": "item-1", "actions": ["click"]}], "k": 5, "now_ms": NOW_MS}
+    with started(*TOGETHER, "--state", tmp_path / "state", bundle=folder) as running:
+        all_up(running)
+        before = running.ask("POST", "/v1/recommend", asked)[1]["items"]
+        for path in folder.iterdir():
+            with path.open("r+b") as file:
+                file.write((other / path.name).read_bytes())
+        for _ in range(10):
+            status, answer = running.ask("POST", "/v1/recommend", asked)
+            assert (status, answer["items"]) == (200, before)
+        os.truncate(folder / "items.safetensors", 0)
+        os.truncate(folder / "ranker.onnx", 0)
+        shutil.rmtree(folder)
+        assert running.ask("POST", "/v1/recommend", asked)[1]["items"] == before
+        assert running.ask("GET", "/health/ready")[0] == 200
+        maps = [Path(f"/proc/{pid}/maps").read_text().splitlines() for pid in children(running)]
+        items = [{line.split()[4] for line in lines if "memfd:items.safetensors" in line} for lines in maps]
+        assert len(items) == COUNT
+        assert len(set.union(*items)) == 1
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+
+
 def test_a_process_that_stands_still_is_replaced(tmp_path: Path) -> None:
     with started(*TOGETHER, "--state", tmp_path, "--hung-s", "2", "--deadline-ms", "500") as running:
         all_up(running)

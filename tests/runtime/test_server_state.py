@@ -291,6 +291,21 @@ def test_a_swap_to_what_serves_changes_nothing(deployments: Deployments, twins: 
     assert deployments.rollback().version == first
 
 
+def test_a_swap_to_what_serves_that_was_written_over_is_refused(tmp_path: Path) -> None:
+    folder = twin(tmp_path / "bundle", seed=4)
+    opened = Deployments(Deployment.open(folder, CACHED))
+    before = ask(opened, requests(1)[0])
+    content = (folder / "items.safetensors").read_bytes()
+    (folder / "items.safetensors").write_bytes(content[::-1])
+    with pytest.raises(BundleCorruptError, match=r"items\.safetensors is altered"):
+        opened.swap(folder)
+    assert opened.status().swaps[-1].result == "refused"
+    assert ask(opened, requests(1)[0]).items == before.items
+    (folder / "items.safetensors").write_bytes(content)
+    assert opened.swap(folder) is opened.current
+    assert opened.close(timeout_s=30)
+
+
 def test_one_swap_at_a_time(
     deployments: Deployments, twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
