@@ -3,7 +3,11 @@
 Every input is a change to the stored bundle of the tests, whose manifest is then written anew, with hashes that are
 right: what is tried is not the hashes but everything behind them. The first byte of an input names a file; the rest is
 its content, or, where the second byte says so, a list of edits of its numbers, text and JSON. The graphs are left to
-the engines that load them. Usage: see bench/fuzzing.py.
+the engines that load them.
+
+Or the second byte says that files are struck instead, before the bundle is opened or after, and that no manifest is
+written anew: written over, cut, touched, linked, moved, removed. Then the bundle is refused, or holds what it held.
+Usage: see bench/fuzzing.py.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -91,6 +96,9 @@ def target(data: bytes) -> None:
     """One input."""
     if len(data) < 2:
         return
+    if data[1] % 8 == 6:
+        _strike(_Choices(data[2:]))
+        return
     name = FILES[data[0] % len(FILES)]
     content = data[2:] if data[1] % 4 == 0 else _edited(name, data[1:])
     _write(name, content)
@@ -115,6 +123,57 @@ def _read(bundle: Bundle) -> None:
         rows, similarity = retriever.index.search(query, min(3, bundle.manifest.index.count))
         assert np.isfinite(similarity).all()
         assert [bundle.item_ids[row] for row in rows[0]]
+
+
+def _strike(choose: _Choices) -> None:
+    """Faults of some files at some moments; sealed files hold what the manifest says, whatever comes."""
+    for folder in (FOLDER, SCRATCH / "other"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, content in ORIGINAL.items():
+            (folder / name).write_bytes(content)
+    for _ in range(choose.number(3)):
+        _fault(choose)
+    whole = all(
+        (FOLDER / name).is_file() and (FOLDER / name).read_bytes() == content for name, content in ORIGINAL.items()
+    )
+    try:
+        bundle = Bundle.open(FOLDER)
+    except BundleError:
+        assert not whole
+        return
+    assert whole
+    for _ in range(1 + choose.number(3)):
+        _fault(choose)
+    for name in bundle.manifest.files:
+        assert bundle.files[name].read_bytes() == ORIGINAL[name]
+    _read(bundle)
+
+
+def _fault(choose: _Choices) -> None:
+    """One, if there still is a file to strike."""
+    names = sorted(ORIGINAL)
+    path, other = FOLDER / names[choose.number(len(names))], SCRATCH / "other" / names[choose.number(len(names))]
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        match choose.number(7):
+            case 0:
+                file.write(bytes([choose.number(256)]) * (1 + choose.number(64)))
+            case 1:
+                file.truncate(choose.number(path.stat().st_size + 9))
+            case 2:
+                os.utime(path, ns=(choose.number(2**16), choose.number(2**16)))
+            case 3:
+                path.unlink()
+                path.symlink_to(other)
+            case 4:
+                path.unlink()
+                path.write_bytes(ORIGINAL[other.name])
+            case 5:
+                path.rename(FOLDER / other.name)
+            case _:
+                path.unlink()
 
 
 def _write(name: str, content: bytes) -> None:
@@ -214,7 +273,8 @@ def _with_another_value(document: Any, choose: _Choices) -> Any:
 def _seeds() -> list[bytes]:
     whole = [bytes([place, 0]) + ORIGINAL.get(name, b"[1, 2]") for place, name in enumerate(FILES)]
     edits = [bytes([place, way]) + bytes(range(way, way + 24)) for place in range(len(FILES)) for way in (1, 2, 3)]
-    return [*whole, *edits]
+    struck = [bytes([0, 6, *(part for fault in range(7) for part in (place, 0, fault, 0))]) for place in range(14)]
+    return [*whole, *edits, *struck]
 
 
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)

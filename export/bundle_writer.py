@@ -104,6 +104,7 @@ def export_bundle(
     """
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
+    source.module.eval()
     with written_whole(out) as folder:
         progress("item table")
         vectors = _item_table(source, folder)
@@ -156,11 +157,16 @@ def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> M
 @torch.inference_mode()
 def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     """Embed the catalogue once; this one table feeds history look-up, index and ranker."""
-    parts = []
-    for rows in torch.arange(len(source.item_ids)).split(EMBED_CHUNK):
+
+    def embedded(rows: torch.Tensor) -> NDArray[Any]:
         dense = torch.from_numpy(source.item_dense[rows.numpy()])
         categories = torch.from_numpy(source.item_categories[rows.numpy()])
-        parts.append(source.servable.embed_items(rows, dense, categories).numpy())
+        return source.servable.embed_items(rows, dense, categories).numpy()
+
+    chunks = torch.arange(len(source.item_ids)).split(EMBED_CHUNK)
+    parts = [embedded(rows) for rows in chunks]
+    if not np.allclose(parts[0], embedded(chunks[0]), atol=1e-4, equal_nan=True):
+        raise ExportError("embed_items gives other vectors when it is asked again; it must not draw random numbers")
     vectors = np.concatenate(parts).astype(np.float32)
     rows = off_unit(vectors)
     if len(rows):
@@ -182,7 +188,6 @@ def _graphs(
     source: ExportSource, vectors: NDArray[np.float32], folder: Path, progress: Callable[[str], None]
 ) -> tuple[dict[str, GraphSpec], ParityReport]:
     """Write every graph, then check every graph, so that one report shows all failures."""
-    source.module.eval()
     weights, maker = SharedWeights(folder), CaseMaker(source, vectors)
     graphs = graphs_of(source)
     with torch.inference_mode():

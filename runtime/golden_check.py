@@ -59,10 +59,12 @@ def _require_golden(engine: Engine, bundle: Bundle) -> None:
         return
     wrong = [check for check in compare_golden(engine, bundle) if check.problem]
     if wrong:
+        exported = bundle.manifest.tools.get("onnxruntime", "another version")
+        remedy = f"install onnxruntime {exported}, which exported it, or export it again"
         raise BundleError(
             f"{bundle.path}: {len(wrong)} golden outputs do not reproduce on {device.name} of this machine, first "
             f"{wrong[0].output}: {wrong[0].problem}; it would serve wrong scores: "
-            f"{'export it again' if kind == 'cpu' else 'use device cpu'}, or see `unipinrec verify`"
+            f"{remedy if kind == 'cpu' else 'use device cpu'}, or see `unipinrec verify`"
         )
 
 

@@ -29,6 +29,7 @@ TYPES = {
     "tensor(int64)": "int64",
 }
 BFLOAT16 = 16  # in ONNX
+RIGHT_SINCE = 1, 25
 log = logging.getLogger(__name__)
 
 
@@ -186,7 +187,7 @@ def import_onnxruntime() -> Any:
     """The onnxruntime module.
 
     Raises:
-        BackendError: Neither of its wheels is installed.
+        BackendError: Neither of its wheels is installed, or one that is known to compute these graphs wrongly.
     """
     # Else it looks up its vendor's collector on the network and writes to ~/.cache; its own switch comes too late.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -197,4 +198,9 @@ def import_onnxruntime() -> Any:
             "ONNX Runtime is not installed; run pip install 'unipinrec[cpu]', or 'unipinrec[gpu]' on a machine with an "
             "NVIDIA GPU, but never both: the two overwrite each other"
         ) from error
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < RIGHT_SINCE:
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} computes these graphs wrongly (1.24) or does not know their opset "
+            "(before it); install version 1.25 or newer"
+        )
     return onnxruntime

@@ -97,9 +97,18 @@ class TwiceAsLong(PooledHistory):
         return 2.0 * super().embed_items(rows, dense, categories)
 
 
+class WithDropout(PooledHistory):
+    """Which of its numbers are dropped is up to chance while it is trained."""
+
+    always = False
+
+    def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
+        return F.normalize(F.dropout(self.items(rows), training=self.always or self.training), dim=-1)
+
+
 def source_of(module: nn.Module) -> ExportSource:
     return ExportSource(
-        module=module.eval(),
+        module=module,
         model=ModelSpec(
             num_layers=1,
             num_kv_heads=1,
@@ -196,6 +205,21 @@ def test_item_vectors_that_are_not_of_unit_length_are_refused(tmp_path: Path) ->
         ExportError, match=r"40 item vectors are not .*first 'item-0'; .*let embed_items normalise them"
     ):
         export_bundle(source_of(TwiceAsLong()), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_was_in_training_is_exported_as_it_predicts(tmp_path: Path) -> None:
+    module = WithDropout()
+    export_bundle(source_of(module), tmp_path / "bundle")
+    expected = F.normalize(module.items.weight, dim=-1).detach().numpy()
+    np.testing.assert_allclose(Bundle.open(tmp_path / "bundle").item_vectors, expected, atol=1e-6)
+
+
+def test_item_vectors_that_are_up_to_chance_are_refused(tmp_path: Path) -> None:
+    module = WithDropout()
+    module.always = True
+    with pytest.raises(ExportError, match="embed_items gives other vectors when it is asked again"):
+        export_bundle(source_of(module), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
