@@ -218,7 +218,7 @@ def test_a_user_who_is_forgotten_is_not_cached_by_what_began_before(patient: Dep
 def test_a_user_is_forgotten_only_when_the_batcher_is_done_with_them(
     patient: Deployments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client of a request that takes too long is told so, but the batch goes on, and would put them in the cache."""
+    """The client is told that it takes too long, but the batch goes on, and would put the user into the cache."""
     cache, answer = patient.current.recommender.cache, Recommender.answer
     computing, go = threading.Event(), threading.Event()
     assert cache is not None
