@@ -283,7 +283,8 @@ def _tools() -> dict[str, str]:
 
 
 def _data_fingerprint(source: ExportSource) -> str:
-    digest = hashlib.sha256(msgspec.json.encode([source.item_ids, source.actions, source.surfaces]))
+    words = [source.actions, source.positive_actions, source.surfaces, source.dense, source.categories]
+    digest = hashlib.sha256(msgspec.json.encode([source.item_ids, *words]))
     digest.update(source.item_dense.tobytes())
     digest.update(source.item_categories.tobytes())
     return digest.hexdigest()

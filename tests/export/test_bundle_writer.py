@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
-from unipinrec.export.bundle_writer import ExportOptions, export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, _data_fingerprint, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
 from unipinrec.runtime.manifest import Manifest
@@ -191,6 +192,25 @@ def test_another_process_with_other_threads_writes_the_same_bytes_and_as_few_use
     assert two["offsets"].tolist() == everyone["offsets"][:3].tolist()
     for name in two.keys() - {"offsets"}:
         np.testing.assert_array_equal(two[name], everyone[name][:events])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["actions", "positive_actions", "surfaces", "dense", "categories", "item_ids", "item_dense", "item_categories"],
+)
+def test_the_fingerprint_of_the_data_changes_with_each_of_its_parts(checkpoint: Path, name: str) -> None:
+    source = source_from_checkpoint(checkpoint)
+    given = getattr(source, name)
+    other: Any
+    if isinstance(given, np.ndarray):
+        other = given.copy()
+        other[-1, -1] += 1
+    elif isinstance(given, dict):
+        other = {f"{key}, renamed": value for key, value in given.items()}
+    else:
+        other = [*given[:-1], "another"]
+    assert _data_fingerprint(source) == _data_fingerprint(source_from_checkpoint(checkpoint))
+    assert _data_fingerprint(replace(source, **{name: other})) != _data_fingerprint(source)
 
 
 def test_an_existing_folder_is_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
