@@ -6,7 +6,8 @@ import datetime
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def export_bundle(
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
     source.module.eval()
-    with written_whole(out) as folder:
+    with written_whole(out) as folder, _one_thread():
         progress("item table")
         vectors = _item_table(source, folder)
         graphs, parity = _graphs(source, vectors, folder, progress)
@@ -152,6 +153,17 @@ def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> M
     )
     seal(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch's sums differ in their last bits with the number of threads that share them; a bundle's must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -276,7 +288,8 @@ def _tools() -> dict[str, str]:
 
 
 def _data_fingerprint(source: ExportSource) -> str:
-    digest = hashlib.sha256(msgspec.json.encode([source.item_ids, source.actions, source.surfaces]))
+    words = [source.actions, source.positive_actions, source.surfaces, source.dense, source.categories]
+    digest = hashlib.sha256(msgspec.json.encode([source.item_ids, *words]))
     digest.update(source.item_dense.tobytes())
     digest.update(source.item_categories.tobytes())
     return digest.hexdigest()

@@ -235,10 +235,10 @@ class _Writer:
         return new
 
     def _enter(self, name: str) -> None:
-        self.low[name] = self.graph.at_border(name)
-        if self.low[name] and self.emulate:
-            self.low[name] = False  # what comes from outside is not known to be rounded
-        self.names[name, self.low[name]] = name
+        self.low[name] = low = self.graph.at_border(name)
+        self.names[name, low] = self._suffixed(name, low) if low and self.emulate else name
+        if low and self.emulate:  # what comes from outside is not known to be rounded
+            self._convert(name, self.names[name, low], low=True)
 
     def _add(self, node: NodeProto, low: bool) -> None:
         written = NodeProto()

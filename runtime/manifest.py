@@ -204,7 +204,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         index: The nearest-neighbour index.
         parity: Proof that the graphs compute what PyTorch computes.
         metrics: Offline metrics of the checkpoint, if it has any.
-        data_fingerprint: sha256 of the catalogue and the training settings' data description.
+        data_fingerprint: sha256 of the catalogue's ids and features, and of what the data declares.
         tools: Versions of what wrote the bundle.
         num_retired: Rows that are never retrieved.
         parent: Hash of the bundle that this one is an update of.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
-from unipinrec.export.bundle_writer import ExportOptions, export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, _data_fingerprint, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
 from unipinrec.runtime.manifest import Manifest
@@ -28,12 +31,16 @@ GRAPHS = ["encoder", "extend", "item_embedder", "ranker", "retrieval"]
 EXPORT = """
 import resource, sys
 from pathlib import Path
-from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
+from unipinrec.export.data_histories import histories_from_data
 limit = int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-export_bundle(source_from_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), progress=lambda s: print(s, flush=True))
+source = source_from_checkpoint(Path(sys.argv[1]))
+given = {"histories": histories_from_data(Path(sys.argv[4]), source, 200)} if sys.argv[4:] else {}
+options = ExportOptions(users=2)
+export_bundle(source, Path(sys.argv[2]), **given, options=options, progress=lambda stage: print(stage, flush=True))
 """
 
 
@@ -144,13 +151,66 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
     # Arrays of data frames are stored by column.
     dense, categories = map(np.asfortranarray, (stored.item_dense, stored.item_categories))
     source = replace(stored, item_dense=dense, item_categories=categories)
-    options = ExportOptions(users=0, recall=0.5)
-    manifest = export_bundle(source, again, histories=histories_from_data(dataset, source, 200), options=options)
+    options, histories = ExportOptions(users=0, recall=0.5), histories_from_data(dataset, source, 200)
+    before, threads = torch.get_num_threads(), set[int]()
+    torch.set_num_threads(2)
+    try:
+        manifest = export_bundle(
+            source,
+            again,
+            histories=histories,
+            options=options,
+            progress=lambda _: threads.add(torch.get_num_threads()),
+        )
+        # Sums of larger models differ in their last bits with the number of threads.
+        assert (threads, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
     names = {path.name for path in again.iterdir()}
     assert names == {path.name for path in bundle.iterdir()} - {"users.safetensors", "user_ids.json"}
     for name in names - {"manifest.json", "manifest.sha256"}:  # the manifest carries the date
         assert (bundle / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_another_process_with_other_threads_writes_the_same_bytes_and_as_few_users_as_wanted(
+    checkpoint: Path, dataset: Path, bundle: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", EXPORT, str(checkpoint), str(tmp_path / "again"), "0", str(dataset)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "3"})
+    manifests, tensors, ids = [], [], []
+    for folder in (bundle, tmp_path / "again"):
+        described = json.loads((folder / "manifest.json").read_bytes())
+        del described["created"], described["sample"], described["files"]["users.safetensors"]
+        del described["files"]["user_ids.json"]
+        manifests.append(described)
+        tensors.append(load_file(folder / "users.safetensors"))
+        ids.append(json.loads((folder / "user_ids.json").read_bytes()))
+    assert manifests[0] == manifests[1]  # the hashes of all other files are in it
+    (everyone, two), events = tensors, tensors[0]["offsets"][2]
+    assert ids[1] == ids[0][:2]
+    assert two["offsets"].tolist() == everyone["offsets"][:3].tolist()
+    for name in two.keys() - {"offsets"}:
+        np.testing.assert_array_equal(two[name], everyone[name][:events])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["actions", "positive_actions", "surfaces", "dense", "categories", "item_ids", "item_dense", "item_categories"],
+)
+def test_the_fingerprint_of_the_data_changes_with_each_of_its_parts(checkpoint: Path, name: str) -> None:
+    source = source_from_checkpoint(checkpoint)
+    given = getattr(source, name)
+    other: Any
+    if isinstance(given, np.ndarray):
+        other = given.copy()
+        other[-1, -1] += 1
+    elif isinstance(given, dict):
+        other = {f"{key}, renamed": value for key, value in given.items()}
+    else:
+        other = [*given[:-1], "another"]
+    assert _data_fingerprint(source) == _data_fingerprint(source_from_checkpoint(checkpoint))
+    assert _data_fingerprint(replace(source, **{name: other})) != _data_fingerprint(source)
 
 
 def test_an_existing_folder_is_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
@@ -180,8 +240,7 @@ def test_killed_half_way_there_is_no_bundle_and_the_next_export_works(checkpoint
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "bundle").exists()
-    manifest = export_bundle(source_from_checkpoint(checkpoint), tmp_path / "bundle")
-    assert manifest.num_items == 300
+    assert export_bundle(source_from_checkpoint(checkpoint), tmp_path / "bundle").num_items == 300
 
 
 def test_data_whose_surfaces_have_other_codes_is_refused(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import parser
+from torch import Tensor
 
 from unipinrec.export.cases import Case
 from unipinrec.export.graphs import Graph
-from unipinrec.export.parity import check_graph
+from unipinrec.export.parity import TOLERANCE, check_graph
 
 IN_BF16 = """
 <ir_version: 10, opset_import: ["" : 24]>
@@ -29,3 +33,45 @@ def test_a_graph_that_onnx_runtime_does_not_load_is_a_finding(tmp_path: Path) ->
     assert (last.graph, last.check, last.max_abs_diff) == ("retrieval", "loads", None)
     assert last.problem is not None
     assert "NOT_IMPLEMENTED" in last.problem
+
+
+AS_GIVEN = """
+<ir_version: 10, opset_import: ["" : 24]>
+encoder (float[batch, 2, slots, 3] x) => (float[batch, 2, slots, 3] "present.0.key", float[batch, 2, slots, 3] last) {
+    "present.0.key" = Identity (x)
+    last = Identity (x)
+}
+"""
+SLOTS = (4, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def as_given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "encoder.onnx"
+    path.write_bytes(parser.parse_model(AS_GIVEN).SerializeToString())
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    output=st.sampled_from(["present.0.key", "last"]),
+    place=st.tuples(*(st.integers(0, size - 1) for size in (3, 2, 4, 3))),
+    by=st.sampled_from([float("nan"), float("inf"), 1.01 * TOLERANCE, -1.0, 0.99 * TOLERANCE]),
+)
+def test_a_difference_is_found_wherever_it_is_but_for_padding(
+    as_given: Path, output: str, place: tuple[int, ...], by: float
+) -> None:
+    def compute(feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        outputs = {name: feeds["x"].clone() for name in ("present.0.key", "last")}
+        outputs[output][place] += by
+        return tuple(outputs.values())
+
+    graph = Graph(
+        name="encoder", inputs={"x": {0: "batch", 2: "slots"}}, outputs=("present.0.key", "last"), compute=compute
+    )
+    case = Case(name="one", feeds={"x": torch.zeros(3, 2, 4, 3)}, valid_slots=torch.tensor(SLOTS))
+    problems = {check.check: check.problem for check in check_graph(graph, as_given, [case])}
+    padding = output == "present.0.key" and place[2] >= SLOTS[place[0]]
+    wrong = {output} if not padding and not abs(by) < TOLERANCE else set()
+    assert {name for name, problem in problems.items() if problem} == wrong
+    assert all((problems[name] or "").startswith("differs by ") for name in wrong)

@@ -163,6 +163,26 @@ def test_keys_and_values_of_the_emulation_are_those_of_the_type(bundle: Path, pr
         assert kept == name.startswith("present."), name
 
 
+READERS = """
+<ir_version: 10, opset_import: ["" : 24]>
+ranker (float[2, 2] "past_key_values.0.key") => (float[2, 2] product, float[2, 2] exact) {
+    product = MatMul ("past_key_values.0.key", "past_key_values.0.key")
+    exact = Exp ("past_key_values.0.key")
+}
+"""
+
+
+def test_the_emulation_rounds_keys_and_values_that_it_is_given(precision: LowType) -> None:
+    name, emulated = "past_key_values.0.key", emulated_graph(parser.parse_model(READERS), precision)
+    onnx.checker.check_model(emulated, full_check=True)
+    exact = np.array([[1.2345678, -0.7654321], [0.3333333, 2.7182817]], np.float32)
+    rounded = exact.astype(NUMPY[precision]).astype(np.float32)
+    given, expected = (in_onnxruntime(emulated, {name: array}) for array in (exact, rounded))
+    np.testing.assert_array_equal(given["product"], expected["product"])
+    np.testing.assert_array_equal(given["exact"], expected["exact"])
+    np.testing.assert_allclose(given["exact"], np.exp(rounded), rtol=1e-6)
+
+
 def test_a_typed_fp16_graph_runs_and_is_as_exact_as_its_emulation(bundle: Path) -> None:
     """ONNX Runtime's CPU has few fp16 operators and computes the others in fp32, so it is a little more exact."""
     inputs, encoder = events(bundle), read_graph(bundle / "encoder.onnx")

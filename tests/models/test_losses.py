@@ -194,6 +194,23 @@ def test_no_loss_is_taken_on_unknown_actions(setup: Setup) -> None:
     assert unknown["history_actions"] == other["history_actions"] == without["history_actions"]
 
 
+def test_an_action_that_is_known_of_few_positions_is_averaged_over_those(setup: Setup) -> None:
+    batch = setup.batch
+    history, candidates = torch.zeros_like(batch.history_known), torch.zeros_like(batch.candidate_known)
+    expected = {}
+    with torch.no_grad():
+        _, *hidden = setup.hidden()
+        places = (batch.masked > 0).nonzero(), batch.candidate_valid.nonzero()
+        names, labels = ("history_actions", "candidate_actions"), (batch.history_actions, batch.candidate_actions)
+        for name, states, known, at, label in zip(names, hidden, (history, candidates), places, labels, strict=True):
+            few = at[:2].unbind(1)
+            known[few] = 1.0
+            assert len(at) > 3
+            expected[name] = _bce(setup.model.action_heads(states[few]), label[few])
+        found = setup.losses(replace(batch, history_known=history, candidate_known=candidates))
+        assert {name: float(found[name]) for name in names} == pytest.approx(expected, abs=1e-4)
+
+
 def test_labels_are_no_inputs(setup: Setup) -> None:
     """Labels of candidates and of masked events change their own loss and no other."""
     batch = setup.batch

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,12 @@ def test_a_manifest_that_lacks_what_serving_needs(copy: Path, reseal: Reseal) ->
     del manifest["files"]["index.hnsw"], manifest["files"]["weights.bin"]
     agreement = {**dict.fromkeys(Agreement.__struct_fields__, 1), "problem": None}
     manifest["precisions"] = {"bf16": {"graphs": {}, "agreement": agreement, "auc_change": {}}}
+    names = dict.fromkeys(("key", "graph", "precision", "flavor", "version"), "")
+    manifest["engines"] = [{"file": "ranker.plan", **names, "targets": []}]
+    (copy / "ranker.plan").write_bytes(b"code")
     (copy / "manifest.json").write_text(json.dumps(manifest))
     reseal(copy)
-    with pytest.raises(BundleError, match=r"does not list index\.hnsw, weights\.bin, weights_bf16\.bin"):
+    with pytest.raises(BundleError, match=r"does not list index\.hnsw, ranker\.plan, weights\.bin, weights_bf16\.bin"):
         Bundle.open(copy)
     del manifest["graphs"]["extend"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -159,6 +163,17 @@ def test_item_vectors_are_finite_and_of_unit_length(copy: Path, reseal: Reseal, 
     reseal(copy)
     with pytest.raises(BundleError, match="item row 41 is not finite or not of unit length"):
         Bundle.open(copy)
+
+
+@pytest.mark.parametrize("feature", [0, 1])
+def test_a_category_code_is_that_of_a_word(copy: Path, reseal: Reseal, feature: int) -> None:
+    words, stored = list(Bundle.open(copy).catalogue.words.values())[feature], load_file(copy / "items.safetensors")
+    for code, valid in ((0, True), (len(words), True), (len(words) + 1, False), (-1, False)):
+        stored["categories"][41, feature] = code
+        save_file(stored, copy / "items.safetensors")
+        reseal(copy)
+        with nullcontext() if valid else pytest.raises(BundleError, match="a category code is not that of a word"):
+            Bundle.open(copy)
 
 
 @pytest.mark.parametrize(

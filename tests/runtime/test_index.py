@@ -84,6 +84,28 @@ def test_a_scan_finds_the_same_by_mask_and_by_gathering(vectors: NDArray[np.floa
         np.testing.assert_array_equal(values, alone[expected])
 
 
+def test_no_near_tie_is_lost_to_the_rounding_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, einsum, reversed_at = np.random.default_rng(2), np.einsum, []
+    table = np.repeat(unit(rng, 1, 64), 400, axis=0) + rng.normal(scale=1e-8, size=(400, 64)).astype(np.float32)
+    queries, eligible = unit(rng, 20, 64), np.arange(400) % 2 == 0
+
+    def summed_backwards(how: str, left: Any, right: Any) -> Any:
+        if how == "me,me->m":
+            return einsum(how, left, right)
+        reversed_at.append(how)
+        return einsum(how, left[..., ::-1].copy(), right[:, ::-1].copy())
+
+    expected = ExactIndex(table).search(queries, 3, eligible)
+    similarity = np.array([[np.einsum("e,e", row, query) for row in table] for query in queries])
+    similarity[:, ~eligible] = -np.inf
+    np.testing.assert_array_equal(expected[0], np.argsort(-similarity, axis=1, kind="stable")[:, :3])
+    monkeypatch.setattr(np, "einsum", summed_backwards)
+    for cost in (4.0, 0.0):  # by mask, by gathering
+        for given, found in zip(ExactIndex(table, cost).search(queries, 3, eligible), expected, strict=True):
+            np.testing.assert_array_equal(given, found)
+    assert set(reversed_at) == {"se,ne->sn", "e,ne->n"}
+
+
 def test_recall_counts_what_is_as_near_as_the_last() -> None:
     true = np.array([[0.9, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32)
     assert recall(np.array([[0.5, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32), true) == 1.0

@@ -20,6 +20,7 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.event_store import Events, MemoryEventStore, StoreLimits
 from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.server_api import Limits
 from unipinrec.runtime.server_app import Server, ServerOptions, make_app, make_server
 from unipinrec.runtime.server_context import Call
@@ -211,6 +212,39 @@ def test_a_user_who_is_forgotten_is_not_cached_by_what_began_before(patient: Dep
         assert (await forgetting).json() == {"user": "u", "events": 1, "cached": True}
 
     served(server, scenario)
+    assert cache.statistics().entries == 0
+
+
+def test_a_user_is_forgotten_only_when_the_batcher_is_done_with_them(
+    patient: Deployments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is told that it takes too long, but the batch goes on, and would put the user into the cache."""
+    cache, answer = patient.current.recommender.cache, Recommender.answer
+    computing, go = threading.Event(), threading.Event()
+    assert cache is not None
+    cache.clear()
+
+    def slowly(self: Recommender, asked: Any) -> Any:
+        computing.set()
+        assert go.wait(10)
+        return answer(self, asked)
+
+    monkeypatch.setattr(Recommender, "answer", slowly)
+
+    async def scenario(client: httpx2.AsyncClient) -> None:
+        full_batch = [{"user": "u", **BODY}] * 4
+        late = await client.post("/v1/recommend", json=full_batch, headers={"x-deadline-ms": "500"})
+        assert (late.status_code, computing.is_set()) == (504, True)
+        forgetting = asyncio.create_task(client.delete("/v1/users/u"))
+        await asyncio.sleep(0.05)
+        assert not forgetting.done()
+        go.set()
+        assert (await forgetting).json() == {"user": "u", "events": 0, "cached": True}
+
+    try:
+        served(make_server(deployments=patient), scenario)
+    finally:
+        go.set()
     assert cache.statistics().entries == 0
 
 

@@ -21,6 +21,7 @@ from unipinrec.runtime.event_store import Append, StoredEvent, StoreLimits
 from unipinrec.runtime.event_store_sqlite import SqliteEventStore
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
+from unipinrec.runtime.server_api import Limits
 from unipinrec.runtime.server_app import Server, make_app, make_server
 from unipinrec.runtime.server_context import Call
 from unipinrec.runtime.server_handlers import usable
@@ -335,7 +336,23 @@ def test_what_is_known_of_a_user(client: TestClient) -> None:
     }
     missing = client.get("/v1/users/nobody")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "unknown_user")
-    assert client.get("/v1/users/" + "x" * 257).json()["error"]["message"].startswith("user has 257 characters")
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_the_longest_user_id_can_be_sent_read_and_forgotten(client: TestClient, letter: str) -> None:
+    longest = letter * Limits().id_characters
+    assert send(client, longest, HISTORY[0])["events"] == 1
+    assert post(client, "/v1/recommend", {"user": longest, "k": 1})["events"] == 1
+    assert client.get(f"/v1/users/{longest}").json()["user"] == longest
+    assert client.delete(f"/v1/users/{longest}").json() == {"user": longest, "events": 1, "cached": True}
+    longer = longest + letter
+    for answer in (
+        client.post("/v1/events", json={"user": longer, "events": HISTORY}),
+        client.post("/v1/recommend", json={"user": longer}),
+        client.get(f"/v1/users/{longer}"),
+        client.delete(f"/v1/users/{longer}"),
+    ):
+        assert (answer.status_code, "user has 257 characters; send from 1 to 256" in answer.text) == (400, True)
 
 
 def test_a_user_is_forgotten(client: TestClient, recommender: Recommender) -> None:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime import verify_bundle
+from unipinrec.runtime import Bundle, verify_bundle
 from unipinrec.runtime.cuda import driver_problem
+from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.golden_check import TOLERANCE, compare_golden
 
 Reseal = Callable[..., None]
 
@@ -77,6 +82,29 @@ def test_padding_is_not_compared(copy: Path, reseal: Reseal) -> None:
     save_file(golden, copy / "golden.safetensors")
     reseal(copy)
     assert verify_bundle(copy).ok
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_difference_is_found_wherever_it_is_but_for_padding(
+    stored: Bundle, exact: Engine, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    golden = stored.golden()
+    outputs = sorted(name for name in golden if name.startswith(("encoder.", "extend.", "retrieval.", "ranker.")))
+    output = data.draw(st.sampled_from(outputs))
+    shape, lengths = golden[output].shape, golden["history.lengths"]
+    place = data.draw(st.tuples(*(st.integers(0, size - 1) for size in shape)))
+    padding = False
+    if ".present." in output:
+        valid = int((lengths - golden["prefix_lengths"] if output.startswith("extend.") else lengths + 1)[place[0]])
+        slot = min(shape[2] - 1, data.draw(st.sampled_from([0, valid - 1, valid, place[2]])))
+        place, padding = (*place[:2], slot, place[3]), slot >= valid
+    by = data.draw(st.sampled_from([np.nan, np.inf, 2 * TOLERANCE, -1.0]))
+    golden[output][place] += np.float32(by)
+    folder = tmp_path_factory.mktemp("golden")
+    save_file(golden, folder / "golden.safetensors")
+    problems = {check.output for check in compare_golden(exact, replace(stored, path=folder)) if check.problem}
+    assert problems == (set() if padding else {output})
 
 
 def test_golden_requests_that_are_missing_are_reported(copy: Path, reseal: Reseal) -> None:
