@@ -25,6 +25,7 @@ from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.manifest import FileSpec
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+NOEXEC = 8  # MFD_NOEXEC_SEAL, of Linux 6.3 and later
 NOTE = ".sealed"
 REMEDY = "copy the bundle again, or export it again"
 Places = dict[str, list[str]]
@@ -147,7 +148,7 @@ def _taken_over(path: Path, spec: FileSpec, offered: Places) -> SealedFile | Non
     for place in offered.get(spec.sha256, ()):
         with contextlib.suppress(OSError):  # gone, or no memfd
             file = SealedFile(path, os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-            if fcntl.fcntl(file.descriptor, fcntl.F_GET_SEALS) == SEALS and file_problem(file, spec) is None:
+            if fcntl.fcntl(file.descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS and file_problem(file, spec) is None:
                 return file
     return None
 
@@ -157,7 +158,7 @@ def _copied(path: Path, spec: FileSpec) -> SealedFile | str:
     try:
         if path.stat().st_size != spec.size_bytes:  # before room is made for it
             return file_problem(path, spec) or "was altered meanwhile"
-        file = SealedFile(path, os.memfd_create(path.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        file = SealedFile(path, _memfd(path.name))
         shutil.copyfile(path, file)
         fcntl.fcntl(file.descriptor, fcntl.F_ADD_SEALS, SEALS)
     except FileNotFoundError:
@@ -165,3 +166,11 @@ def _copied(path: Path, spec: FileSpec) -> SealedFile | str:
     except OSError as error:
         return f"cannot be read into memory: {error.strerror or error}"
     return file_problem(file, spec) or file
+
+
+def _memfd(name: str) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | NOEXEC)  # hardened systems (vm.memfd_noexec=2) allow no others
+    except OSError:
+        return os.memfd_create(name, flags)

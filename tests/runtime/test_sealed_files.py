@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import hashlib
@@ -18,7 +19,7 @@ from answers import STORED
 from unipinrec.errors import BackendError, BundleCorruptError
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.bundle_files import fingerprint
-from unipinrec.runtime.sealed_files import SEALS, SealedFiles
+from unipinrec.runtime.sealed_files import NOEXEC, SEALS, SealedFiles
 
 OPEN = """
 import os, sys
@@ -48,7 +49,7 @@ def inode(files: SealedFiles, name: str) -> int:
 
 def test_nobody_can_change_a_sealed_file(folder: Path) -> None:
     file = sealed(folder)["one"]
-    assert fcntl.fcntl(file.descriptor, fcntl.F_GET_SEALS) == SEALS
+    assert fcntl.fcntl(file.descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
     with Path(file).open("r+b", buffering=0) as opened:
         with pytest.raises(PermissionError):
             opened.write(b"x")
@@ -179,3 +180,31 @@ def test_a_recommender_holds_what_it_reads_while_it_serves() -> None:
         held = set(recommender.bundle.files._files)
         assert held == {"items.safetensors", "golden.safetensors", "users.safetensors", "user_ids.json"}
         assert recommender.bundle.files._unpacked == {}
+
+
+def test_a_system_that_allows_only_files_that_cannot_be_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that knows no such files."""
+    make = os.memfd_create
+
+    def hardened(name: str, flags: int) -> int:
+        if not flags & NOEXEC:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return make(name, flags & ~NOEXEC)
+
+    def older(name: str, flags: int) -> int:
+        if flags & NOEXEC:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return make(name, flags)
+
+    for system in (hardened, older):
+        monkeypatch.setattr(os, "memfd_create", system)
+        assert sealed(folder)["one"].read_bytes() == b"content of one"
+
+
+def test_no_memory_for_a_bundle_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "memfd_create", full)
+    with pytest.raises(BundleCorruptError, match="one cannot be read into memory: Too many open files"):
+        sealed(folder)
