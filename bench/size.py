@@ -1,7 +1,7 @@
 """The size budget of the house: function and file length, and the package as a whole. Fails when it is exceeded.
 
 A function or file is measured in lines of text; the package in lines of code, without blanks, comments and docstrings
-(docs/decisions/0002-size-budget.md; the limit is that of 0015).
+(docs/decisions/0002-size-budget.md; the limit is that of 0016).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ("export", "models", "runtime")
 FOLDERS = (*PACKAGE, "src/unipinrec")
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 60, 400, 16_500
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 60, 400, 16_700
 
 
 def function_lengths(tree: ast.AST) -> list[tuple[int, str]]:

@@ -1,6 +1,6 @@
 """How long a server takes from its start to its first answer, step by step.
 
-    python bench/startup.py [--items 100000] [--bundle FOLDER] [--rounds 9] [--processes 2]
+    python bench/startup.py [--items 100000] [--rough-index] [--bundle FOLDER] [--rounds 9] [--processes 2]
 
 Card: a bundle of the `small` size (4 layers, d = 256) with random weights and `--items` items, or the one given. A new
 process for each round, files in the page cache; median ms of the rounds:
@@ -38,7 +38,9 @@ import numpy as np
 from common import card, finish
 from synthetic import random_source
 
-from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, export_bundle
+from unipinrec.runtime import index_build
+from unipinrec.runtime.index_build import RECALL_TARGET
 
 ONCE = """
 import sys, time
@@ -149,14 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--rough-index", action="store_true", help="built sooner; as large, but finds little")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    if options.rough_index:
+        index_build.EF_CONSTRUCTION = 40
     if options.bundle:
         result = measure(options.bundle, options.rounds, options.processes)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            export_bundle(random_source("sink", options.items), Path(folder) / "bundle")
+            recall = 0.01 if options.rough_index else RECALL_TARGET
+            export_options = ExportOptions(recall=recall)
+            export_bundle(random_source("sink", options.items), Path(folder) / "bundle", options=export_options)
             result = measure(Path(folder) / "bundle", options.rounds, options.processes)
     finish({**card("startup"), "rounds": options.rounds, **result}, "startup")
 

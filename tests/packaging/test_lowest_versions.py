@@ -119,5 +119,5 @@ def test_the_lowest_versions_train_and_export(dataset: Path, tmp_path: Path) -> 
     programs = installed(tmp_path / "training", "cpu", "train")
     unipinrec = programs / "unipinrec"
     run(unipinrec, "train", "--data", dataset, "--out", tmp_path / "checkpoint", "--epochs", "1")
-    run(unipinrec, "export", tmp_path / "checkpoint", "--data", dataset, "--out", tmp_path / "bundle")
+    run(unipinrec, "export", tmp_path / "checkpoint", tmp_path / "bundle", "--data", dataset)
     assert json.loads(run(sys.executable, "-m", "unipinrec", "verify", tmp_path / "bundle", "--json"))["ok"]
