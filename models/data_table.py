@@ -99,11 +99,9 @@ class ColumnMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         gap = self.slate_gap_minutes
         if gap is not None and not 0 < gap <= LONGEST_GAP_MINUTES:
             raise ValueError(f"slate_gap_minutes={gap} must be positive and at most {LONGEST_GAP_MINUTES:,}")
-        ways = [self.slates, self.events.slate, self.slate_gap_minutes]
-        if sum(way is not None for way in ways) > 1:
+        if [self.slates, self.events.slate, self.slate_gap_minutes].count(None) < 2:
             raise ValueError("slates come from one of [slates], events.slate and slate_gap_minutes, not from several")
-        timeless = self.events.timestamp is None and (self.events.slate or self.slate_gap_minutes) is not None
-        if timeless:
+        if self.events.timestamp is None and (self.events.slate or self.slate_gap_minutes) is not None:
             raise ValueError("events.slate and slate_gap_minutes need events.timestamp")
         if self.slates is not None and None in (self.slates.slate, self.slates.timestamp):
             raise ValueError("[slates] needs `slate` and `timestamp`")
@@ -180,8 +178,7 @@ def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.Data
         wanted = _select(header, path, columns).columns
         if twice := [name for name in wanted if f"{name}_duplicated_0" in header.columns]:
             raise DataError(f"{path}: has column {twice[0]!r} more than once")
-        known = {name: dtype for name, dtype in (types or {}).items() if name in wanted}
-        return read(columns=wanted, schema_overrides=known, infer_schema_length=None)
+        return read(columns=wanted, schema_overrides=types, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -295,9 +292,6 @@ def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
 
 
 def _parsed(column: pl.Series, form: str | None) -> pl.Series:
-    if column.dtype != pl.String and not (form and column.dtype.is_integer()):
-        unit = "timestamp_format" if form else "timestamp_unit='iso'"
-        raise DataError(f"timestamp: column {column.name!r} is {column.dtype}, which does not go with {unit}")
     text = given = column.cast(pl.String)
     if form is None:
         date, clock, second, fraction, hours, minutes = given.str.extract_groups(ISO_8601).struct.unnest()
@@ -306,8 +300,8 @@ def _parsed(column: pl.Series, form: str | None) -> pl.Series:
     times = text.str.to_datetime(form or "%Y-%m-%dT%H:%M:%S%.f%z", time_unit="us", strict=False)
     if wrong := given.filter(times.is_null() & given.is_not_null()).to_list():
         raise DataError(
-            f"timestamp: column {column.name!r} holds {listed(wrong, 1)}, not {form or 'ISO 8601'}; say the form in "
-            'timestamp_format, such as "%d/%m/%Y %H:%M"'
+            f"timestamp: column {column.name!r} holds {listed(wrong, 1)}, not {form or 'ISO 8601'}; correct "
+            'timestamp_unit, or give the form as timestamp_format, such as "%d/%m/%Y %H:%M"'
         )
     return times
 

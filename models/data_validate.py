@@ -102,13 +102,6 @@ def build_dataset(raw: RawTables) -> Dataset:
             f"{raw.name}: no event is left of {raw.events.height}; dropped: {dict(dropped)}; items of events are "
             f"{listed(raw.events['item_id'].head(3))}, those of the catalogue {listed(items['item_id'].head(3))}"
         )
-    columns = [ACTION_PREFIX + name for name in raw.positive_actions]
-    never = [name for name in columns if name in events.columns and not (events[name].any() or slates[name].any())]
-    if never:
-        raise DataError(
-            f"{raw.name}: the positive actions {never} never happen in what is left, {events.height} events and "
-            f"{slates.height} slate rows; declare only actions that happen"
-        )
     strangers = slates.join(events, on="user_id", how="anti").select("slate_id").n_unique() if slates.height else 0
     dropped["slates: user without events (kept)"] = strangers
     surfaces = pl.concat([events["surface"], slates["surface"]]).unique().sort()
@@ -124,6 +117,12 @@ def build_dataset(raw: RawTables) -> Dataset:
         dropped={reason: count for reason, count in sorted(dropped.items()) if count},
         source=raw.source,
     )
+    never = [name for name in spec.positive_actions if not any(t[ACTION_PREFIX + name].any() for t in (events, slates))]
+    if never:
+        raise DataError(
+            f"{raw.name}: the positive actions {never} never happen in what is left, {events.height} events and "
+            f"{slates.height} slate rows; declare only actions that happen"
+        )
     return Dataset(spec=spec, events=events, slates=slates, items=items)
 
 
@@ -321,7 +320,7 @@ def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool =
     refusal = f"{table}: column {series.name} of type {given} is not usable as {dtype}"
     if dtype == pl.String and (given.is_float() or given.is_decimal() or given.is_nested() or given.is_temporal()):
         raise DataError(f"{refusal}; give text or whole numbers")
-    if dtype.is_integer() and (given.is_temporal() or (given.is_float() and _has_fractions(series))):
+    if dtype.is_integer() and (given.is_temporal() or (given.is_float() and (series != series.round()).any())):
         raise DataError(f"{refusal}; give whole numbers")
     if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not _is_binary(series.drop_nulls())):
         values = listed(series.unique(maintain_order=True).head(5))
@@ -333,10 +332,6 @@ def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool =
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{refusal}: {error}") from error
     return cast.replace("", None) if dtype == pl.String else cast
-
-
-def _has_fractions(series: pl.Series) -> bool:
-    return bool((series != series.round()).any())
 
 
 def _is_binary(series: pl.Series) -> bool:

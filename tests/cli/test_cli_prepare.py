@@ -184,7 +184,8 @@ def test_json_has_the_warnings_and_three_examples_of_unknown_items(tmp_path: Pat
     (tmp_path / "i.csv").write_text("what\na\n")
     (tmp_path / "map.toml").write_text(
         'name = "shop"\npositive_actions = ["buy"]\n[actions]\nbuy = "did"\n'
-        'gift = { column = "kind", equals = ["A"] }\n[events]\nuser = "who"\nitem = "what"\n[items]\nfile = "i.csv"\nitem = "what"\n'
+        'gift = { column = "kind", equals = ["A"] }\n'
+        '[events]\nuser = "who"\nitem = "what"\n[items]\nfile = "i.csv"\nitem = "what"\n'
     )
     words = ("table", tmp_path / "e.csv", "--columns", tmp_path / "map.toml", "--json", "--out")
     report = json.loads(prepare(*words, tmp_path / "out").stdout)
