@@ -216,6 +216,7 @@ def _events(mapped: EventColumns, rules: Mapping[str, ActionRule], path: Path) -
     frame = read_table(path, wanted, {column: pl.String() for column in names.values() if column is not None})
     unknown = pl.repeat(None, frame.height, dtype=pl.Int64, eager=True)
     try:
+        frame[mapped.item].cast(pl.String)  # fails for what is no id
         return pl.DataFrame(
             {
                 "surface": unknown.cast(pl.String),

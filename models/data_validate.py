@@ -322,7 +322,8 @@ def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool =
         raise DataError(f"{refusal}; give text or whole numbers")
     if dtype.is_integer() and (given.is_temporal() or (given.is_float() and (series != series.round()).any())):
         raise DataError(f"{refusal}; give whole numbers")
-    if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not _is_binary(series.drop_nulls())):
+    binary = given == pl.Boolean or (given.is_numeric() and bool(((series == 0) | (series == 1)).all()))
+    if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not binary):
         values = listed(series.unique(maintain_order=True).head(5))
         raise DataError(f"{refusal}; give true/false or 0/1{'' if nullable else ' without gaps'}, got {values}")
     try:
@@ -332,10 +333,6 @@ def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool =
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{refusal}: {error}") from error
     return cast.replace("", None) if dtype == pl.String else cast
-
-
-def _is_binary(series: pl.Series) -> bool:
-    return series.dtype == pl.Boolean or (series.dtype.is_numeric() and bool(((series == 0) | (series == 1)).all()))
 
 
 def _resolve_split(split: TimeSplit | SplitFractions | None, rows: pl.DataFrame) -> TimeSplit | None:

@@ -429,6 +429,13 @@ def test_case_10_text_that_is_no_number_is_refused_with_the_option(tmp_path: Pat
         prepared(tmp_path / "e.parquet", GOOD, FLAG + COLUMNS + SECONDS + ITEM)
 
 
+@pytest.mark.parametrize("ids", [[[1], [2]], [b"\xff", b"a"], [timedelta(1), timedelta(2)], [1.5, 2.0]])
+@pytest.mark.parametrize("column", ["user", "item"])
+def test_what_is_no_id_is_refused(tmp_path: Path, column: str, ids: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"not what the column map says|not usable as String"):
+        prepared(tmp_path / "e.parquet", GOOD.with_columns(pl.Series(column, ids)), FLAG + COLUMNS + SECONDS)
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     text = f"user,item,did,did,when\nu,i,1,0,{S}\n"
     with pytest.raises(DataError, match=r"has column 'did' more than once"):
