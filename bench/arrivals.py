@@ -103,7 +103,7 @@ def earlier_requests(folder: Path, events: pl.DataFrame) -> tuple[pl.DataFrame, 
     paths = list(folder.glob("history_users.csv*"))
     if not paths:
         return events.clear(), lengths
-    table = pl.read_csv(paths[0])
+    table = pl.read_csv(paths[0], glob=False)
     lengths[table["user_id"].to_numpy()] = table["history_len"].to_numpy()
     return table.select("user_id", pl.col("last_time_ms").alias("timestamp_ms")), lengths
 

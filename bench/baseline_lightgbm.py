@@ -126,7 +126,7 @@ def running_rates(table: pl.DataFrame) -> pl.DataFrame:
 def with_user_features(table: pl.DataFrame, data: Sequences, folder: Path) -> pl.DataFrame:
     """Columns of the data set's user file, words as codes."""
     (path,) = folder.glob("user_features*.csv*")
-    users = pl.read_csv(path, infer_schema_length=None)
+    users = pl.read_csv(path, glob=False, infer_schema_length=None)
     words = [name for name, kind in users.schema.items() if kind == pl.String]
     users = users.with_columns(pl.col(name).cast(pl.Categorical).to_physical() for name in words)
     known = pl.DataFrame({"user_id": data.user_ids, "user": np.arange(data.num_users)})

@@ -100,25 +100,9 @@ def _infer(graph: str, body: bytes, header_length: str | None) -> None:
     assert encode_infer(request, graph, "v", outputs).body
 
 
-class _Choices:
-    """Choices read from bytes; zeros when they are used up."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._place = data, 0
-
-    def number(self, count: int) -> int:
-        """One of so many."""
-        self._place += 1
-        return self._data[self._place - 1] % count if self._place <= len(self._data) else 0
-
-    def one_of(self, *given: Any) -> Any:
-        """One of these."""
-        return given[self.number(len(given))]
-
-
 def _likely(data: bytes) -> dict[str, Any]:
     """A recommendation that may well be answered."""
-    choose = _Choices(data)
+    choose = fuzzing.Choices(data)
     time = choose.one_of(0, NOW_MS, None)
     events = []
     for _ in range(choose.one_of(3, 1, 8, 12, 21, 0)):
@@ -153,14 +137,14 @@ def _likely(data: bytes) -> dict[str, Any]:
     return body
 
 
-def _item(choose: _Choices) -> str | int:
+def _item(choose: fuzzing.Choices) -> str | int:
     item: str | int = choose.one_of(f"item-{choose.number(30)}", "item-1", "item-2", 3, "")
     return item
 
 
 def _likely_inference(data: bytes) -> tuple[bytes, str]:
     """An inference with binary inputs that may well run."""
-    choose = _Choices(data)
+    choose = fuzzing.Choices(data)
     rows = choose.one_of(1, 2, 4, 5, 0)
     numbers = data[8 : 8 + 32 * rows].ljust(32 * rows, b"\0")
     size = len(numbers) + choose.one_of(0, 0, 0, 1, -1, 2**40)

@@ -27,6 +27,22 @@ HANG_S, MEMORY_MIB = 10, 2048
 CHILD = "--fuzz-in-this-process"
 
 
+class Choices:
+    """Choices read from bytes; zeros when they are used up."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._place = data, 0
+
+    def number(self, count: int) -> int:
+        """One of so many."""
+        self._place += 1
+        return self._data[self._place - 1] % count if self._place <= len(self._data) else 0
+
+    def one_of(self, *given: Any) -> Any:
+        """One of these."""
+        return given[self.number(len(given))]
+
+
 def main(
     script: str, target: Callable[[bytes], None], seeds: Iterable[bytes], words: Iterable[str], longest: int
 ) -> None:

@@ -202,7 +202,7 @@ def movielens(folder: Path) -> RawTables:
     """Ratings as events: liked from 4 on, loved at 5, disliked up to 2; nothing happens at 3."""
     raw = read_movielens(folder)
     columns = ["user", "item", "rating", "seconds"]
-    ratings = pl.read_csv(folder / "u.data", separator="\t", has_header=False, new_columns=columns)
+    ratings = pl.read_csv(folder / "u.data", glob=False, separator="\t", has_header=False, new_columns=columns)
     events = ratings.select(
         pl.col("user").alias("user_id"),
         pl.col("item").alias("item_id"),

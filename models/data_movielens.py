@@ -127,6 +127,7 @@ def _read_rows(path: Path, separator: str, columns: Mapping[str, type[pl.DataTyp
         text = path.read_bytes().decode("latin-1").replace(separator, "\t")
         return pl.read_csv(
             text.encode(),
+            glob=False,
             separator="\t",
             has_header=False,
             quote_char=None,

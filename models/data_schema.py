@@ -35,9 +35,11 @@ from pathlib import Path
 import msgspec
 import polars as pl
 
-from unipinrec.errors import DataError
+from unipinrec.errors import DataError, listed
 
 FORMAT_VERSION = 1
+EARLIEST_MS, LATEST_MS = 631_152_000_000, 4_102_444_800_000  # 1990 and 2100: other times are in another unit
+UNITS_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 UNKNOWN_SURFACE = "unknown"
 ACTION_PREFIX = "action_"
 DENSE_PREFIX = "dense_"
@@ -179,15 +181,43 @@ def read_dataset(folder: Path) -> Dataset:
         "items": item_columns(spec),
     }.items():
         path = folder / f"{name}.parquet"
-        try:
-            tables[name] = pl.read_parquet(path)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{path}: not readable as Parquet: {error}; run `unipinrec prepare` again") from error
+        tables[name] = read_parquet(path, "run `unipinrec prepare` again")
         if dict(tables[name].schema) != columns:
-            raise DataError(f"{path}: columns are {dict(tables[name].schema)}, expected {columns}")
+            raise DataError(f"{path}: columns are {listed(tables[name].schema.items())}, expected {columns}")
+        if "timestamp_ms" in columns:
+            require_times(tables[name]["timestamp_ms"], f"{path}: timestamp_ms")
     _require_order(folder / "events.parquet", tables["events"])
     _require_items(folder / "items.parquet", tables["items"], spec)
     return Dataset(spec=spec, **tables)
+
+
+def read_parquet(path: Path, remedy: str) -> pl.DataFrame:
+    """Read the file of exactly this name, whatever characters are in it.
+
+    Raises:
+        DataError: It is not readable; the message ends with the remedy.
+    """
+    try:
+        path.open("rb").close()  # of a folder all files would be read
+        return pl.read_parquet(path.absolute(), glob=False)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise DataError(f"{path}: not readable as Parquet: {error}; {remedy}") from error
+
+
+def require_times(times: pl.Series, what: str, unit: str = "ms") -> None:
+    """Refuse numbers that are no Unix time of 1990 to 2100 in this unit: events of other years come from a wrong unit.
+
+    Raises:
+        DataError: There is such a number; the message says in which unit it would be a time. Nulls are unknown times.
+    """
+    wrong = times.filter(~(times * UNITS_MS[unit]).is_between(EARLIEST_MS, LATEST_MS))
+    if wrong.len():
+        fits = [name for name, scale in UNITS_MS.items() if EARLIEST_MS <= wrong[0] * scale <= LATEST_MS]
+        looks = f", but looks like Unix time in {fits[0]}" if fits else ""
+        raise DataError(
+            f"{what} is {wrong[0]:.16g}: as Unix time in {unit} it is not between 1990 and 2100{looks} "
+            f"({wrong.len()} such values); correct the unit, leave unknown times empty, and give mere counts as `order`"
+        )
 
 
 def _require_order(path: Path, events: pl.DataFrame) -> None:

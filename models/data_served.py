@@ -10,14 +10,21 @@ data has already; only new ones are labelled.
 from __future__ import annotations
 
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 
-from unipinrec.errors import DataError
-from unipinrec.models.data_schema import ACTION_PREFIX, Dataset, TimeSplit, read_dataset, slate_columns
-from unipinrec.models.data_validate import LATEST_MS, RawTables, SplitFractions
+from unipinrec.errors import DataError, listed
+from unipinrec.models.data_schema import (
+    ACTION_PREFIX,
+    Dataset,
+    TimeSplit,
+    read_dataset,
+    read_parquet,
+    require_times,
+    slate_columns,
+)
+from unipinrec.models.data_validate import RawTables, SplitFractions, date_text
 
 HOUR_MS = 3_600_000
 SCHEMA = pl.Schema(
@@ -116,23 +123,15 @@ def _read_log(log: Path) -> pl.DataFrame:
         raise DataError(f"{log} has no Parquet files; give the folder that `unipinrec serve --log-served` wrote")
     parts = []
     for file in files:
-        try:
-            part = pl.read_parquet(file)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{file}: not readable as Parquet: {error}; remove it from {log}") from error
+        part = read_parquet(file, f"remove it from {log}")
         if part.schema != SCHEMA:
-            missing = [name for name in SCHEMA if name not in part.schema]
-            foreign = [name for name in part.schema if name not in SCHEMA]
-            raise DataError(
-                f"{file} is no log of `unipinrec serve --log-served`: missing columns {missing}, unknown columns "
-                f"{foreign[:5]}; it must have {dict(SCHEMA)}"
-            )
+            given = listed(part.schema.items())
+            raise DataError(f"{file} is no log of `unipinrec serve --log-served`: it has {given}, not {dict(SCHEMA)}")
         parts.append(part.select(*ANSWER, "item", "position"))
     answers = pl.concat(parts)
-    wrong = answers.filter(~pl.col("timestamp_ms").is_between(0, LATEST_MS))
-    if not answers.height or wrong.height:
-        said = f"a time of {wrong['timestamp_ms'][0]} ms" if wrong.height else "no rows"
-        raise DataError(f"{log} holds {said}; give the folder that `unipinrec serve --log-served` wrote")
+    if not answers.height:
+        raise DataError(f"{log} holds no rows; give the folder that `unipinrec serve --log-served` wrote")
+    require_times(answers["timestamp_ms"], f"{log}: timestamp_ms")
     return answers
 
 
@@ -187,7 +186,8 @@ def _last_event(answers: pl.DataFrame, dataset: Dataset, within_ms: int) -> int:
         raise DataError("no event of the data has a time, so that none is known to have come after an answer")
     spans = [(int(series.min()), int(series.max())) for series in (answers["timestamp_ms"], times)]  # type: ignore[arg-type]  # integers
     (begins, ends), (first, last) = spans
-    said = f"the log covers {_date(begins)} to {_date(ends)}, the data's events {_date(first)} to {_date(last)}"
+    begin, end, since, until = map(date_text, (begins, ends, first, last))
+    said = f"the log covers {begin} to {end}, the data's events {since} to {until}"
     if begins >= last:
         raise DataError(f"{said}: none came after an answer; prepare data that has the events since the log began")
     if ends + within_ms < first:
@@ -196,7 +196,3 @@ def _last_event(answers: pl.DataFrame, dataset: Dataset, within_ms: int) -> int:
             "time, or the log of the data's"
         )
     return last
-
-
-def _date(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")

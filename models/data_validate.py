@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from unipinrec.errors import DataError
+from unipinrec.errors import DataError, listed
 from unipinrec.models.data_schema import (
     ACTION_PREFIX,
     CATEGORY_PREFIX,
@@ -33,12 +33,12 @@ from unipinrec.models.data_schema import (
     DatasetSpec,
     TimeSplit,
     event_columns,
+    require_times,
     slate_columns,
 )
 
 DEFAULT_GAP_MS = 30 * 60 * 1000
 LONGEST_GAP_MINUTES = 1_000_000_000
-LATEST_MS = 4_102_444_800_000  # 2100-01-01: anything later is a wrong unit, such as microseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,10 @@ def build_dataset(raw: RawTables) -> Dataset:
     events = _clean_events(raw, items, dropped)
     slates = _clean_slates(raw, items, dropped)
     if not events.height:
-        raise DataError(f"{raw.name}: no event is left of {raw.events.height}; dropped: {dict(dropped)}")
+        raise DataError(
+            f"{raw.name}: no event is left of {raw.events.height}; dropped: {dict(dropped)}; items of events are "
+            f"{listed(raw.events['item_id'].head(3))}, those of the catalogue {listed(items['item_id'].head(3))}"
+        )
     strangers = slates.join(events, on="user_id", how="anti").select("slate_id").n_unique() if slates.height else 0
     dropped["slates: user without events (kept)"] = strangers
     surfaces = pl.concat([events["surface"], slates["surface"]]).unique().sort()
@@ -114,6 +117,12 @@ def build_dataset(raw: RawTables) -> Dataset:
         dropped={reason: count for reason, count in sorted(dropped.items()) if count},
         source=raw.source,
     )
+    never = [name for name in spec.positive_actions if not any(t[ACTION_PREFIX + name].any() for t in (events, slates))]
+    if never:
+        raise DataError(
+            f"{raw.name}: the positive actions {never} never happen in what is left, {events.height} events and "
+            f"{slates.height} slate rows; declare only actions that happen"
+        )
     return Dataset(spec=spec, events=events, slates=slates, items=items)
 
 
@@ -131,7 +140,7 @@ def split_by_time(times: pl.Series, fractions: SplitFractions) -> TimeSplit:
     starts = [known[int(round(known.len() * (1 - share), 6))] for share in held_out]
     if fractions.valid and starts[0] == starts[1]:
         raise DataError(
-            f"split: no row falls into validation: it would begin at {_date(starts[0])}, as the test does "
+            f"split: no row falls into validation: it would begin at {date_text(starts[0])}, as the test does "
             f"({(known == starts[0]).sum()} of {known.len()} rows have that time); give the times yourself "
             "(--valid-start and --test-start, the same for no validation)"
         )
@@ -270,13 +279,7 @@ def _drop_foreign(frame: pl.DataFrame, table: str, items: pl.DataFrame, dropped:
     frame = _drop(frame, f"{table}: no user", pl.col("user_id").is_null(), dropped)
     frame = _drop(frame, f"{table}: no item", pl.col("item_id").is_null(), dropped)
     frame = _drop(frame, f"{table}: unknown item", ~pl.col("item_id").is_in(items["item_id"].implode()), dropped)
-    bad = frame.filter(~pl.col("timestamp_ms").is_between(0, LATEST_MS))
-    if bad.height:
-        user, time_ms = bad.select("user_id", "timestamp_ms").row(0)
-        raise DataError(
-            f"{table}: timestamp_ms of user {user!r} is {time_ms}; it must be Unix time in milliseconds between 1970 "
-            f"and 2100 ({bad.height} such rows)"
-        )
+    require_times(frame["timestamp_ms"], f"{table}: timestamp_ms")
     return frame.with_columns(pl.col("surface").fill_null(UNKNOWN_SURFACE))
 
 
@@ -315,12 +318,13 @@ def _typed(
 def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool = False) -> pl.Series:
     given = series.dtype
     refusal = f"{table}: column {series.name} of type {given} is not usable as {dtype}"
-    if dtype == pl.String and (given.is_float() or given.is_nested() or given.is_temporal()):
+    if dtype == pl.String and (given.is_float() or given.is_decimal() or given.is_nested() or given.is_temporal()):
         raise DataError(f"{refusal}; give text or whole numbers")
-    if dtype.is_integer() and (given.is_temporal() or (given.is_float() and _has_fractions(series))):
+    if dtype.is_integer() and (given.is_temporal() or (given.is_float() and (series != series.round()).any())):
         raise DataError(f"{refusal}; give whole numbers")
-    if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not _is_binary(series.drop_nulls())):
-        values = series.unique(maintain_order=True).head(5).to_list()
+    binary = given == pl.Boolean or (given.is_numeric() and bool(((series == 0) | (series == 1)).all()))
+    if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not binary):
+        values = listed(series.unique(maintain_order=True).head(5))
         raise DataError(f"{refusal}; give true/false or 0/1{'' if nullable else ' without gaps'}, got {values}")
     try:
         if dtype == pl.List(pl.Float32) and given.is_numeric():
@@ -331,34 +335,28 @@ def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool =
     return cast.replace("", None) if dtype == pl.String else cast
 
 
-def _has_fractions(series: pl.Series) -> bool:
-    return bool((series != series.round()).any())
-
-
-def _is_binary(series: pl.Series) -> bool:
-    return series.dtype == pl.Boolean or (series.dtype.is_numeric() and series.is_in([0, 1]).all())
-
-
 def _resolve_split(split: TimeSplit | SplitFractions | None, rows: pl.DataFrame) -> TimeSplit | None:
     times = rows["timestamp_ms"].drop_nulls()
     if split is None or (isinstance(split, SplitFractions) and not times.len()):
         return None
     resolved = split_by_time(times, split) if isinstance(split, SplitFractions) else split
     valid, test = resolved.valid_start_ms, resolved.test_start_ms
+    require_times(pl.Series([valid, test]), "split: a start")
     parts = {"training": times < valid, "test": times >= test}
     if valid < test:
         parts["validation"] = (times >= valid) & (times < test)
     for part, mask in parts.items():
         if not mask.any():
-            span = f"{_date(times.min())} to {_date(times.max())}" if times.len() else "no known time"
+            span = f"{date_text(times.min())} to {date_text(times.max())}" if times.len() else "no known time"
             raise DataError(
-                f"split: no row falls into {part} with valid_start={_date(valid)} and "
-                f"test_start={_date(test)}; the data covers {span}; choose times inside it (--valid-start and "
+                f"split: no row falls into {part} with valid_start={date_text(valid)} and "
+                f"test_start={date_text(test)}; the data covers {span}; choose times inside it (--valid-start and "
                 "--test-start)"
             )
     return resolved
 
 
-def _date(time_ms: object) -> str:
+def date_text(time_ms: object) -> str:
+    """A Unix time in ms as ISO 8601."""
     assert isinstance(time_ms, int)
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")

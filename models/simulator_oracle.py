@@ -27,6 +27,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError
+from unipinrec.models.data_schema import read_parquet
 
 ACTIONS = ("click", "save", "share", "hide")
 POSITIVE = "click"
@@ -75,16 +76,8 @@ def read_oracle(folder: Path) -> Oracle:
     Raises:
         DataError: The folder has no readable oracle; only simulated data sets have one.
     """
-    tables = {}
-    for name, file in _FILES.items():
-        try:
-            tables[name] = pl.read_parquet(folder / file)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(
-                f"{folder / file}: not readable: {error}; only data sets made with "
-                "`unipinrec prepare simulate` have an oracle"
-            ) from error
-    return Oracle(**tables)
+    remedy = "only data sets made with `unipinrec prepare simulate` have an oracle"
+    return Oracle(**{name: read_parquet(folder / file, remedy) for name, file in _FILES.items()})
 
 
 def oracle_item_scores(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ import click
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout
+from unipinrec.cli_common import FiniteRange, command, json_option, print_json, stderr, stdout, warn
 from unipinrec.cli_data_report import print_summary, summarize
 from unipinrec.cli_simulate import simulate
 from unipinrec.errors import DataError
@@ -222,8 +222,9 @@ def _prepare(
     with stderr.status(f"cleaning {raw.events.height:,} events"):
         dataset = build_dataset(raw)
         write_dataset(dataset, out)
-    given = {"events": raw.events.height, "slates": raw.slates.height, "items": raw.items.height}
-    prepared = summarize(dataset, given, out, time.perf_counter() - begin)
+    prepared = summarize(dataset, raw, out, time.perf_counter() - begin)
+    for warning in prepared.warnings:
+        warn(warning)
     if as_json:
         print_json(prepared)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unipinrec.errors import listed
+
 if TYPE_CHECKING:
     import polars as pl
 
     from unipinrec.models.data_schema import Dataset
+    from unipinrec.models.data_validate import RawTables
 
 PARTS = ("training", "validation", "test")
 
@@ -51,13 +55,16 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     valid_start: str | None
     test_start: str | None
     dropped: dict[str, int]
+    examples: dict[str, tuple[str, ...]]
+    warnings: tuple[str, ...]
     seconds: float
 
 
-def summarize(dataset: Dataset, given: dict[str, int], out: Path, seconds: float) -> Prepared:
-    """Report on a data set, given the rows of its raw tables `events`, `slates` and `items`."""
+def summarize(dataset: Dataset, raw: RawTables, out: Path, seconds: float) -> Prepared:
+    """Report on a data set and the raw tables that it was made of."""
     spec, tables = dataset.spec, {"events": dataset.events, "slates": dataset.slates}
-    kept = {"events": dataset.events.height, "slates": dataset.slates.height, "items": dataset.items.height}
+    given = {"events": raw.events.height, "slates": raw.slates.height, "items": raw.items.height}
+    kept = {name: table.height for name, table in {**tables, "items": dataset.items}.items()}
     times = dataset.events["timestamp_ms"]
     return Prepared(
         name=spec.name,
@@ -77,6 +84,12 @@ def summarize(dataset: Dataset, given: dict[str, int], out: Path, seconds: float
         valid_start=_moment(spec.split.valid_start_ms if spec.split else None),
         test_start=_moment(spec.split.test_start_ms if spec.split else None),
         dropped=spec.dropped,
+        examples={
+            reason: _unknown(table, dataset.items)
+            for name, table in (("events", raw.events), ("slates", raw.slates))
+            if (reason := f"{name}: unknown item") in spec.dropped
+        },
+        warnings=tuple(_warnings(dataset)),
         seconds=round(seconds, 3),
     )
 
@@ -96,7 +109,9 @@ def print_summary(prepared: Prepared, console: Console) -> None:
             table.add_row(f"{name}: actions", ", ".join(f"{key} {rate:.2%}" for key, rate in rates.items()))
     _add_split(table, prepared)
     for reason, count in prepared.dropped.items():
-        table.add_row(reason if reason.endswith(")") else f"{reason}, dropped", f"{count:,}", style="yellow")
+        such = f", such as {listed(prepared.examples[reason])}" if reason in prepared.examples else ""
+        label = reason if reason.endswith(")") else f"{reason}, dropped"
+        table.add_row(label, escape(f"{count:,}{such}"), style="yellow")
     table.add_row("source", escape(prepared.source))
     table.add_row("seconds", f"{prepared.seconds:.1f}")
     console.print(table)
@@ -128,6 +143,28 @@ def _part(slates: pl.DataFrame, events: pl.DataFrame, low: int, high: int) -> Pa
     inside = [table["timestamp_ms"].fill_null(-1).is_between(low, high, closed="left") for table in (slates, events)]
     rows = slates.filter(inside[0])
     return Part(slates=rows["slate_id"].n_unique(), slate_rows=rows.height, events=int(inside[1].sum()))
+
+
+def _unknown(rows: pl.DataFrame, items: pl.DataFrame) -> tuple[str, ...]:
+    """Up to three ids that the catalogue lacks."""
+    ids = rows["item_id"].cast(str).drop_nulls().unique(maintain_order=True)
+    return tuple(ids.filter(~ids.is_in(items["item_id"].implode()) & (ids != "")).head(3))
+
+
+def _warnings(dataset: Dataset) -> Iterator[str]:
+    from unipinrec.models.data_table import UNORDERED
+
+    dropped, spec = dataset.spec.dropped, dataset.spec
+    if UNORDERED in dropped:
+        yield (
+            f"{dropped[UNORDERED]:,} events have neither a time nor an `order`: their place in the file is taken for "
+            "the order in which they happened. If the file is sorted otherwise, histories and test are wrong: map "
+            "`timestamp` or `order`"
+        )
+    tables = (dataset.events, dataset.slates)
+    never = [name for name in spec.actions if not any(table[f"action_{name}"].any() for table in tables)]
+    if never:
+        yield f"the actions {listed(never)} never happen: correct what they are made of, or leave them out"
 
 
 def _rate(column: pl.Series) -> float:

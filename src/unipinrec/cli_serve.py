@@ -183,8 +183,13 @@ def _categories(
         name, equals, words = text.partition("=")
         if not equals:
             raise click.BadParameter(f"{text!r} is not NAME=WORD[,WORD], such as genre=Drama,Comedy")
-        categories[name] = (*categories.get(name, ()), *words.split(","))
+        categories[name] = (*categories.get(name, ()), words)
     return categories or None
+
+
+def _words(given: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Each text as the word that it is, or else as several words with commas between."""
+    return tuple(word for text in given for word in ([text] if text in known else text.split(",")))
 
 
 @click.command(epilog=RECOMMEND_EXAMPLES)
@@ -230,7 +235,8 @@ def _categories(
     multiple=True,
     callback=_categories,
     metavar="NAME=WORD[,WORD]",
-    help="Recommend only items that have one of these words; may be given for several features.",
+    help="Recommend only items that have one of these words; may be given again, for the same or another feature. A "
+    "word may hold commas.",
 )
 @click.option(
     "--exclude-seen/--include-seen",
@@ -278,6 +284,11 @@ def recommend(
         allow, deny = options.pop("allow"), options.pop("deny")
         opened = recommender.bundle
         options |= {"allow": _ids(allow, opened) if allow else None, "exclude": _ids(deny, opened) if deny else ()}
+        if options["categories"]:
+            known = opened.manifest.categories
+            options["categories"] = {
+                name: _words(given, known.get(name, ())) for name, given in options["categories"].items()
+            }
         spec = opened.manifest.order
         if spec is not None and spec.by == "retrieval" and options["order"] in ("value", "product"):
             warn(f"the bundle is ordered by retrieval, for {spec.reason}; by {options['order']} it may order by chance")

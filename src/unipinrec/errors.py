@@ -20,12 +20,23 @@
         ├── TooFewItemsError    because fewer items are left than it asks for
         └── ColdStartError      because it has no history and popular items are not to be had
 
-A message names what was given, what is accepted, and what to do.
+A message names what was given, what is accepted, and what to do. What was given may be of any size; a message is not.
 """
+
+from collections.abc import Iterable
+from itertools import islice
+
+LONGEST_MESSAGE, LONGEST_VALUE = 4_000, 80
 
 
 class UnipinrecError(Exception):
     """Root of all errors raised on purpose by this package."""
+
+    def __str__(self) -> str:
+        """The message; of one longer than `LONGEST_MESSAGE` characters the two ends."""
+        text, half = super().__str__(), LONGEST_MESSAGE // 2 - 50
+        left_out = f" [... {len(text) - 2 * half:,} characters ...] "
+        return text if len(text) <= LONGEST_MESSAGE else text[:half] + left_out + text[-half:]
 
 
 class ConfigError(UnipinrecError):
@@ -98,3 +109,12 @@ class TooFewItemsError(RequestError):
 
 class ColdStartError(RequestError):
     """The history is empty, and the bundle stores no popularity or the operator refuses cold starts."""
+
+
+def listed(values: Iterable[object], most: int = 20) -> str:
+    """Values as a list for a message: not all where they are many, and the beginning of long ones."""
+    rest = iter(values)
+    shown = [repr(value) for value in islice(rest, most)]
+    more = sum(1 for _ in rest)
+    short = [text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..." for text in shown]
+    return f"[{', '.join(short)}]" + f" and {more:,} more" * bool(more)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FUZZERS = ("fuzz_requests", "fuzz_bundle", "fuzz_tables")
 
 
 @pytest.mark.parametrize(
     ("fuzzer", "seconds"),
     [
-        *(("fuzz_requests", 6), ("fuzz_bundle", 6)),
-        *(pytest.param(fuzzer, 30, marks=pytest.mark.slow) for fuzzer in ("fuzz_requests", "fuzz_bundle")),
+        *((fuzzer, 6) for fuzzer in FUZZERS),
+        *(pytest.param(fuzzer, 30, marks=pytest.mark.slow) for fuzzer in FUZZERS),
     ],
 )
 def test_nothing_is_found(fuzzer: str, seconds: int, tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_nothing_is_found(fuzzer: str, seconds: int, tmp_path: Path) -> None:
     assert result["covered"] > 100
 
 
-@pytest.mark.parametrize("fuzzer", ["fuzz_requests", "fuzz_bundle"])
+@pytest.mark.parametrize("fuzzer", FUZZERS)
 def test_what_was_found_can_be_run_again(fuzzer: str, tmp_path: Path) -> None:
     """Without atheris: on each file once."""
     inputs = {

@@ -22,8 +22,9 @@ from unipinrec.models import data_download
 from unipinrec.models.data_schema import TimeSplit, read_dataset
 from unipinrec.models.data_served import SCHEMA
 
+T = 1_600_000_000_000  # 2020-09-13T12:26:40
 U_DATA = "".join(
-    f"1\t{item}\t{rating}\t{time}\n" for item, rating, time in [(1, 5, 1000), (2, 3, 2000), (1, 4, 900000)]
+    f"1\t{item}\t{rating}\t{T // 1000 + time}\n" for item, rating, time in [(1, 5, 1000), (2, 3, 2000), (1, 4, 900000)]
 )
 U_ITEM = "".join(f"{item}|Movie {item} (1995)|||url|{'|'.join(['0', '1'] + ['0'] * 17)}\n" for item in (1, 2, 3))
 
@@ -41,7 +42,7 @@ def movies(tmp_path: Path) -> Path:
     return folder
 
 
-SPLIT = ("--valid-start", "900000000", "--test-start", "1970-01-11T10:00+00:00")
+SPLIT = ("--valid-start", str(T + 900_000_000), "--test-start", "2020-09-23T22:26:40+00:00")
 
 
 def test_json_is_one_document_with_what_was_kept_and_dropped(movies: Path, tmp_path: Path) -> None:
@@ -61,17 +62,19 @@ def test_json_is_one_document_with_what_was_kept_and_dropped(movies: Path, tmp_p
         "users": 1,
         "slates": 2,
         "surfaces": ["unknown"],
-        "first_event": "1970-01-01T00:16:40+00:00",
-        "last_event": "1970-01-11T10:00:00+00:00",
+        "first_event": "2020-09-13T12:43:20+00:00",
+        "last_event": "2020-09-23T22:26:40+00:00",
         "action_rates": {"events": {"rate": 1.0, "like": 0.666667}, "slates": {"rate": 1.0, "like": 0.666667}},
         "split": {
             "training": {"slates": 1, "slate_rows": 2, "events": 2},
             "validation": {"slates": 0, "slate_rows": 0, "events": 0},
             "test": {"slates": 1, "slate_rows": 1, "events": 1},
         },
-        "valid_start": "1970-01-11T10:00:00+00:00",
-        "test_start": "1970-01-11T10:00:00+00:00",
+        "valid_start": "2020-09-23T22:26:40+00:00",
+        "test_start": "2020-09-23T22:26:40+00:00",
         "dropped": {},
+        "examples": {},
+        "warnings": [],
     }
 
 
@@ -89,43 +92,43 @@ def test_the_report_for_people_names_every_count(movies: Path, tmp_path: Path) -
 
 
 def test_split_and_gap_reach_the_data(movies: Path, tmp_path: Path) -> None:
-    times = ("--valid-start", "2000000", "--test-start", "900000000")
+    times = ("--valid-start", str(T + 2_000_000), "--test-start", str(T + 900_000_000))
     prepare("movielens", movies, "--out", tmp_path / "out", *times, "--slate-gap-minutes", "10")
     dataset = read_dataset(tmp_path / "out")
-    assert dataset.spec.split == TimeSplit(valid_start_ms=2_000_000, test_start_ms=900_000_000)
+    assert dataset.spec.split == TimeSplit(valid_start_ms=T + 2_000_000, test_start_ms=T + 900_000_000)
     assert dataset.slates["slate_id"].to_list() == [0, 1, 2]
 
 
 def test_times_with_an_offset_are_understood(movies: Path, tmp_path: Path) -> None:
-    times = ("--valid-start", "1970-01-11T18:00+08:00", "--test-start", "1970-01-11T10:00")
+    times = ("--valid-start", "2020-09-24T06:26:40+08:00", "--test-start", "2020-09-23T22:26:40")
     assert prepare("movielens", movies, "--out", tmp_path / "out", *times).exit_code == 0
-    split = TimeSplit(valid_start_ms=900_000_000, test_start_ms=900_000_000)
+    split = TimeSplit(valid_start_ms=T + 900_000_000, test_start_ms=T + 900_000_000)
     assert read_dataset(tmp_path / "out").spec.split == split
 
 
 def test_served_joins_a_log_with_a_prepared_folder(movies: Path, tmp_path: Path) -> None:
-    log, at = tmp_path / "log", 900_002_500
+    log, at = tmp_path / "log", T + 900_002_500
     log.mkdir()
-    for name, user, times in (("1", "1", (999_000, at)), ("2", None, (at,)), ("3", "7", (at,))):
+    for name, user, times in (("1", "1", (T + 999_000, at)), ("2", None, (at,)), ("3", "7", (at,))):
         for time_ms in times:
             columns = ["score", "value", "source", "surface", "bundle"]
             row = (f"r-{name}-{time_ms}", user, "2", 0, 1.0, None, "model", "unknown", "hash", time_ms)
             names = ["request_id", "user", "item", "position", *columns, "timestamp_ms"]
             frame = pl.DataFrame([row], schema=dict(zip(names, SCHEMA.dtypes(), strict=True)), orient="row")
             frame.write_parquet(log / f"served-{name}-{time_ms}.parquet")
-    (movies / "u.data").write_text(U_DATA + "1\t3\t5\t950000\n")
+    (movies / "u.data").write_text(U_DATA + f"1\t3\t5\t{T // 1000 + 950_000}\n")
     prepare("movielens", movies, "--out", tmp_path / "data", *SPLIT)
     words = ("served", log, tmp_path / "data", "--out", tmp_path / "out", "--within-hours", "0.001", *SPLIT)
     report = json.loads(prepare(*words, "--json").stdout)
     assert report["dropped"] == {"served: no user": 1, "served: unknown user": 1}
     assert report["slates"] == 5  # three sessions, two answers
     made = read_dataset(tmp_path / "out").slates.filter(pl.col("item_id") == "2", pl.col("position") == 0)
-    assert made.select("timestamp_ms", "action_rate").rows() == [(999_000, False), (at // 1000 * 1000, False)]
+    assert made.select("timestamp_ms", "action_rate").rows() == [(T + 999_000, False), (at // 1000 * 1000, False)]
     assert prepare(*words).exit_code == 1  # the folder exists
     seen = prepare("served", log, tmp_path / "data", "--out", tmp_path / "day", *SPLIT)
     assert "served: unknown user, dropped" in seen.stdout
     made = read_dataset(tmp_path / "day").slates.filter(pl.col("item_id") == "2", pl.col("position") == 0)
-    assert made.select("timestamp_ms", "action_rate").rows() == [(999_000, True), (at // 1000 * 1000, False)]
+    assert made.select("timestamp_ms", "action_rate").rows() == [(T + 999_000, True), (at // 1000 * 1000, False)]
 
 
 def test_served_says_what_is_wrong(movies: Path, tmp_path: Path) -> None:
@@ -163,7 +166,37 @@ def test_table_reads_a_column_map(tmp_path: Path) -> None:
     result = prepare("table", tmp_path / "e.csv", "--columns", tmp_path / "map.toml", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "events: unknown item, dropped" in result.stdout
-    assert read_dataset(tmp_path / "out").spec.dropped == {"events: no user": 1, "events: unknown item": 1}
+    assert "1, such as ['gone']" in result.stdout
+    said = (
+        "warning: 4 events have neither a time nor an `order`: their place in the file is taken for the order in which"
+    )
+    assert said in result.stderr
+    assert read_dataset(tmp_path / "out").spec.dropped == {
+        "events: neither time nor order, in the file's order (kept)": 4,
+        "events: no user": 1,
+        "events: unknown item": 1,
+    }
+
+
+def test_json_has_the_warnings_and_three_examples_of_unknown_items(tmp_path: Path) -> None:
+    rows = "".join(f"u,{item},1,{item}\n" for item in ("a", "x1", "x2", "x2", "x3", "x4"))
+    (tmp_path / "e.csv").write_text("who,what,did,kind\n" + rows)
+    (tmp_path / "i.csv").write_text("what\na\n")
+    (tmp_path / "map.toml").write_text(
+        'name = "shop"\npositive_actions = ["buy"]\n[actions]\nbuy = "did"\n'
+        'gift = { column = "kind", equals = ["A"] }\n'
+        '[events]\nuser = "who"\nitem = "what"\n[items]\nfile = "i.csv"\nitem = "what"\n'
+    )
+    words = ("table", tmp_path / "e.csv", "--columns", tmp_path / "map.toml", "--json", "--out")
+    report = json.loads(prepare(*words, tmp_path / "out").stdout)
+    assert report["examples"] == {"events: unknown item": ["x1", "x2", "x3"]}
+    unordered, never = report["warnings"]
+    assert unordered.startswith("6 events have neither a time nor an `order`: ")
+    assert never == "the actions ['gift'] never happen: correct what they are made of, or leave them out"
+    (tmp_path / "i.csv").write_text("what\nA\n")
+    result = prepare(*words, tmp_path / "none")
+    assert result.exit_code == 1
+    assert "items of events are ['a', 'x1', 'x2'], those of the catalogue ['A']" in result.stderr
 
 
 def test_kuairand_needs_its_files(tmp_path: Path) -> None:

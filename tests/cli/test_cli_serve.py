@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
 from unipinrec.cli import main
+from unipinrec.cli_serve import _words
 from unipinrec.runtime.cpu import has_bf16
 from unipinrec.runtime.cuda import driver_problem
 
@@ -146,6 +147,13 @@ def test_words_of_a_feature_are_collected(bundle: Path, user: str) -> None:
     )
     assert result.exit_code == 1
     assert f"k={count} items were asked for" in result.stderr
+
+
+def test_a_word_may_hold_commas() -> None:
+    known = ("Drama", "Comedy", "Little, Brown")
+    assert _words(("Little, Brown",), known) == ("Little, Brown",)
+    assert _words(("Drama,Comedy", "Little, Brown"), known) == ("Drama", "Comedy", "Little, Brown")
+    assert _words(("Little, Green",), known) == ("Little", " Green")
 
 
 @pytest.mark.parametrize("words", [(), ("--user", "u", "--history", "events")])

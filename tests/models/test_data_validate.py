@@ -21,6 +21,7 @@ from unipinrec.models.data_validate import (
     split_by_time,
 )
 
+T = 1_600_000_000_000  # times below are milliseconds after this one
 ITEMS = pl.DataFrame(
     {
         "item_id": ["a", "b", "c"],
@@ -32,7 +33,7 @@ ITEMS = pl.DataFrame(
 
 
 def events(*rows: tuple[Any, ...], order: list[int | None] | None = None) -> pl.DataFrame:
-    """Rows of (user, item, surface, timestamp, buy, view)."""
+    """Rows of (user, item, surface, time after T, buy, view)."""
     columns = {
         "user_id": pl.String,
         "item_id": pl.String,
@@ -41,12 +42,12 @@ def events(*rows: tuple[Any, ...], order: list[int | None] | None = None) -> pl.
         "action_buy": pl.Boolean,
         "action_view": pl.Boolean,
     }
-    frame = pl.DataFrame(rows, schema=columns, orient="row")
+    frame = pl.DataFrame(rows, schema=columns, orient="row").with_columns(pl.col("timestamp_ms") + T)
     return frame if order is None else frame.with_columns(order=pl.Series(order, dtype=pl.Int64))
 
 
 def slates(*rows: tuple[Any, ...]) -> pl.DataFrame:
-    """Rows of (slate, position, user, item, surface, timestamp, buy, view)."""
+    """Rows of (slate, position, user, item, surface, time after T, buy, view)."""
     frame = events(*(row[2:] for row in rows))
     ids = pl.Series("slate_id", [row[0] for row in rows])
     return frame.with_columns(ids, pl.Series("position", [row[1] for row in rows], dtype=pl.Int32))
@@ -67,7 +68,11 @@ def raw(events: pl.DataFrame, **changes: Any) -> RawTables:
 
 def rows(dataset: Dataset, table: str, *columns: str) -> list[tuple[Any, ...]]:
     frame: pl.DataFrame = getattr(dataset, table)
-    return frame.select(columns).rows()
+    return frame.with_columns(pl.col("^timestamp_ms$") - T).select(columns).rows()
+
+
+def split_at(valid: int, test: int) -> TimeSplit:
+    return TimeSplit(valid_start_ms=T + valid, test_start_ms=T + test)
 
 
 GOOD = events(("u", "a", "home", 10, True, False), ("u", "b", None, 20, False, True))
@@ -247,7 +252,7 @@ def test_whole_numbers_zero_and_one_and_numeric_features_are_cast() -> None:
     frame = GOOD.with_columns(
         user_id=pl.Series([7, 7]),
         action_buy=pl.Series([1, 0]),
-        timestamp_ms=pl.Series([10.0, 20.0]),
+        timestamp_ms=pl.Series([T + 10.0, T + 20.0]),
     )
     items = ITEMS.with_columns(
         dense_size=pl.Series([1, 2, 3]),
@@ -274,8 +279,11 @@ def test_whole_numbers_zero_and_one_and_numeric_features_are_cast() -> None:
             r"action_buy of type Int64 .* 0/1, got \[2, 0\]",
         ),
         (GOOD.with_columns(action_buy=pl.lit("yes")), r"column action_buy of type String"),
-        (GOOD.with_columns(timestamp_ms=-5), r"events: timestamp_ms of user 'u' is -5; .* \(2 such rows\)"),
-        (GOOD.with_columns(timestamp_ms=1_650_000_000_000_000), r"is 1650000000000000; it must be .* milliseconds"),
+        (
+            GOOD.with_columns(timestamp_ms=-5),
+            r"events: timestamp_ms is -5: .* not between 1990 and 2100 \(2 such values\)",
+        ),
+        (GOOD.with_columns(timestamp_ms=T * 1000), r"is 1600000000000000: .* looks like Unix time in us"),
         (GOOD.with_columns(item_id=pl.lit("gone")), r"tiny: no event is left of 2; dropped: .*unknown item': 2"),
     ],
 )
@@ -287,7 +295,7 @@ def test_events_that_cannot_be_repaired_are_refused(frame: pl.DataFrame, message
 def test_an_unknown_action_stays_unknown_in_events_and_is_refused_in_slates() -> None:
     frame = GOOD.with_columns(action_buy=pl.Series([None, True]))
     assert build_dataset(raw(frame)).events["action_buy"].to_list() == [None, True]
-    slates = frame.with_columns(slate_id=1, position=None, surface=pl.lit("feed"), timestamp_ms=5)
+    slates = frame.with_columns(slate_id=1, position=None, surface=pl.lit("feed"), timestamp_ms=T)
     with pytest.raises(DataError, match=r"slates: column action_buy .* 0/1 without gaps, got \[None, True\]"):
         build_dataset(raw(GOOD, slates=slates))
 
@@ -353,7 +361,7 @@ def test_fractions_cut_slate_times_by_row_count() -> None:
     times = [100] * 5 + [200] * 3 + [300, 400]
     shown = slates(*((i, 0, "u", "a", "home", time, False, False) for i, time in enumerate(times)))
     dataset = build_dataset(raw(GOOD, slates=shown, split=SplitFractions(valid=0.3, test=0.2)))
-    assert dataset.spec.split == TimeSplit(valid_start_ms=200, test_start_ms=300)
+    assert dataset.spec.split == split_at(200, 300)
 
 
 @pytest.mark.parametrize("times", [[100] * 6 + [200] * 4, [100, 200, 300]])
@@ -368,7 +376,7 @@ def test_fractions_that_leave_no_validation_are_refused(times: list[int]) -> Non
 
 def test_fractions_use_events_where_there_are_no_slates_and_give_up_without_times() -> None:
     many = events(*(("u", "a", None, time, True, False) for time in range(10)))
-    assert build_dataset(raw(many, split=SplitFractions())).spec.split == TimeSplit(valid_start_ms=8, test_start_ms=9)
+    assert build_dataset(raw(many, split=SplitFractions())).spec.split == split_at(8, 9)
     assert build_dataset(raw(many.with_columns(timestamp_ms=None), split=SplitFractions())).spec.split is None
 
 
@@ -380,25 +388,25 @@ def test_splitting_nothing_by_time_is_refused() -> None:
 @pytest.mark.parametrize(
     ("split", "part"),
     [
-        (TimeSplit(valid_start_ms=10, test_start_ms=20), "training"),
-        (TimeSplit(valid_start_ms=11, test_start_ms=12), "validation"),
-        (TimeSplit(valid_start_ms=15, test_start_ms=30), "test"),
+        (split_at(10, 20), "training"),
+        (split_at(11, 12), "validation"),
+        (split_at(15, 30), "test"),
     ],
 )
 def test_a_split_with_an_empty_part_is_refused(split: TimeSplit, part: str) -> None:
-    with pytest.raises(DataError, match=rf"no row falls into {part} .* the data covers 1970-01-01T00:00:00"):
+    with pytest.raises(DataError, match=rf"no row falls into {part} .* the data covers 2020-09-13T12:26:40"):
         build_dataset(raw(GOOD, split=split))
 
 
 def test_a_split_without_validation_is_accepted() -> None:
-    split = TimeSplit(valid_start_ms=20, test_start_ms=20)
+    split = split_at(20, 20)
     assert build_dataset(raw(GOOD, split=split)).spec.split == split
 
 
 def test_an_explicit_split_of_data_without_times_is_refused() -> None:
     frame = GOOD.with_columns(timestamp_ms=pl.lit(None, pl.Int64))
     with pytest.raises(DataError, match=r"the data covers no known time"):
-        build_dataset(raw(frame, split=TimeSplit(valid_start_ms=1, test_start_ms=2)))
+        build_dataset(raw(frame, split=split_at(1, 2)))
 
 
 def test_exposures_are_cut_into_slates_at_pauses_users_and_surfaces() -> None:
@@ -417,7 +425,7 @@ def test_exposures_are_cut_into_slates_at_pauses_users_and_surfaces() -> None:
     found = shown.group_by("slate_id", maintain_order=True).agg(
         "user_id", "surface", "timestamp_ms", "item_id", "position"
     )
-    assert found.drop("slate_id").rows() == [
+    assert found.drop("slate_id").with_columns(pl.col("timestamp_ms") - T).rows() == [
         (["u", "u"], [None, None], [1060, 1060], ["a", "b"], [0, 1]),
         (["u", "u"], ["home", "home"], [1000, 1000], ["a", "b"], [0, 1]),
         (["u"], ["home"], [1199], ["c"], [0]),
