@@ -24,7 +24,7 @@ from unipinrec.runtime.manifest import Manifest, Order
 from unipinrec.runtime.windows import default_slack, window_start
 
 UNKNOWN_SURFACE, MAX_WEIGHT = "unknown", 1e9
-AS_SECONDS = range(10**9, 10**10)  # Unix times of our days in seconds: as milliseconds they would be in early 1970
+AS_SECONDS = range(631_152_000, 10**10)  # Unix times from 1990 on in seconds: as milliseconds they are in early 1970
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
 
 
