@@ -9,7 +9,6 @@ import datetime
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
@@ -23,6 +22,7 @@ from unipinrec.runtime.engine_plan import CompileTask, graphs_of, keys_of, requi
 from unipinrec.runtime.engine_record import EngineKey, EngineRecord, Verification, needs_of, this_machine, unfit
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.golden_check import compare_golden
+from unipinrec.runtime.sealed_files import GraphFile
 from unipinrec.runtime.tensorrt_api import TensorRT
 from unipinrec.runtime.tensorrt_build import BuildTask, build_engine
 from unipinrec.runtime.tensorrt_layers import require_precision
@@ -98,7 +98,8 @@ def build_graph(
         timing_cache=task.timing_cache,
         progress=progress,
     )
-    built = build_engine(trt, _graph_file(bundle, key), build)
+    with _graph_file(bundle, key).in_folder() as file:
+        built = build_engine(trt, file, build)
     require_precision(built.layers, task.precision)
     record = EngineRecord(
         key=key,
@@ -146,9 +147,8 @@ def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> Plan:
     )
 
 
-def _graph_file(bundle: Bundle, key: EngineKey) -> Path:
-    file = graphs_of(bundle.manifest, key.precision)[key.graph].file
-    return bundle.unpacked({key.graph: file})[key.graph]
+def _graph_file(bundle: Bundle, key: EngineKey) -> GraphFile:
+    return bundle.files.graph(graphs_of(bundle.manifest, key.precision)[key.graph].file)
 
 
 def _golden(engine: Engine, bundle: Bundle, *, exact: bool) -> Verification:

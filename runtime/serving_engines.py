@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle import Bundle
@@ -16,6 +15,7 @@ from unipinrec.runtime.cuda import GpuInfo
 from unipinrec.runtime.engine_record import COMPILE, EngineRecord, Need, Refusal, needs_of, runs_on, this_machine
 from unipinrec.runtime.engine_store import EngineStore
 from unipinrec.runtime.manifest import EngineSpec
+from unipinrec.runtime.sealed_files import GraphFile
 from unipinrec.runtime.tensorrt_api import TensorRT
 from unipinrec.runtime.tensorrt_load import Plan
 
@@ -70,7 +70,7 @@ class ServingEngines:
             if fits and same == (need.graph, need.precision, need.flavor, need.version):
                 yield spec
 
-    def _cached_plan(self, record: EngineRecord, graph_file: Path) -> Plan:
+    def _cached_plan(self, record: EngineRecord, graph_file: GraphFile) -> Plan:
         options = record.key.options
         return Plan(
             content=self.store.plan(record),

@@ -19,6 +19,7 @@ from typing import Any
 from unipinrec.errors import BackendError
 from unipinrec.runtime.engine_record import PORTABLE, BuildOptions
 from unipinrec.runtime.profiles import ProfileShapes
+from unipinrec.runtime.sealed_files import GraphFile
 from unipinrec.runtime.tensorrt_api import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.tensorrt_layers import FP32, LayerReport, network_type, products_of, report_layers
 from unipinrec.runtime.tensorrt_progress import Progress, progress_monitor
@@ -240,7 +241,7 @@ def _let_fp32_attention_fall_apart(module: Any, network: Any) -> None:
             layer.attention.decomposable = network_type(query) == FP32 or tuple(query.shape)[2] == 1
 
 
-def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, logger: Any) -> None:
+def refit_engine(trt: TensorRT, engine: Any, graph: GraphFile, lines: LogLines, logger: Any) -> None:
     """Put the weights back into an engine that was built without them (`BuildOptions.strip_weights`).
 
     Raises:
@@ -248,7 +249,9 @@ def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, 
     """
     module = trt.module
     refitter = module.Refitter(engine, logger)
-    if not module.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph_file)):
-        raise BackendError(f"{graph_file.name}: its weights do not fit the engine: {lines.reason()}; compile it again")
+    with graph.in_folder() as file:
+        fits = module.OnnxParserRefitter(refitter, logger).refit_from_file(str(file))
+    if not fits:
+        raise BackendError(f"{graph.name}: its weights do not fit the engine: {lines.reason()}; compile it again")
     if not refitter.refit_cuda_engine():
-        raise BackendError(f"{graph_file.name}: {trt} does not put its weights into the engine: {lines.reason()}")
+        raise BackendError(f"{graph.name}: {trt} does not put its weights into the engine: {lines.reason()}")

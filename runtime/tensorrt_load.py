@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.cuda import Cuda, suppressed
 from unipinrec.runtime.manifest import GraphSpec
 from unipinrec.runtime.profiles import ProfileShapes
+from unipinrec.runtime.sealed_files import GraphFile
 from unipinrec.runtime.tensorrt_api import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.tensorrt_build import refit_engine
 from unipinrec.runtime.tensorrt_io import differences, engine_profiles
@@ -25,12 +25,12 @@ class Plan:
 
     Attributes:
         content: The plan: executable code.
-        weights: File of its graph, where it was built without its weights.
+        weights: Its graph, where it was built without its weights.
         host_code: Whether it was built to be version-compatible, and so holds code for the CPU as well.
     """
 
     content: bytes
-    weights: Path | None = None
+    weights: GraphFile | None = None
     host_code: bool = False
 
 
