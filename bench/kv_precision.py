@@ -25,14 +25,14 @@ import numpy as np
 from common import card, finish
 from numpy.typing import NDArray
 
-from unipinrec.export.held_out import LAST_EVENTS, auc_by_action
+from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action
 from unipinrec.models.config import SMALL
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
-from unipinrec.runtime.bundle import USER_IDS, Bundle
-from unipinrec.runtime.kv_options import CacheOptions
-from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
+from unipinrec.runtime.bundle.bundle import USER_IDS, Bundle
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
 from unipinrec.runtime.requests import History, ResolvedRequest
-from unipinrec.runtime.retrieval import Search
+from unipinrec.runtime.retrieval.retriever import Search
 
 CANDIDATES, TOP = 200, 10
 SLOTS, GIB = 993, 1 << 30

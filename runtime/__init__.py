@@ -5,9 +5,9 @@ slate = rec.recommend([Event(item="42", actions=("click",))], k=20)
 """
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.kv_cache import KvCache
-from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.request_input import parse_events
 from unipinrec.runtime.requests import Event, RecommendOptions, Request

@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.bundle import GOLDEN, Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.golden import read_golden
-from unipinrec.runtime.manifest import Agreement, Manifest
+from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.bundle.manifest import Agreement, Manifest
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.ranking import Scoring, sigmoid
 from unipinrec.runtime.requests import History
 

@@ -11,18 +11,18 @@ from importlib.util import find_spec
 from typing import Literal, TypedDict, cast
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.cuda import Cuda, driver_problem
-from unipinrec.runtime.engine_store import EngineStore
-from unipinrec.runtime.manifest import Manifest
-from unipinrec.runtime.openvino_session import OpenVinoBackend
-from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
-from unipinrec.runtime.ort_session import OrtBackend
-from unipinrec.runtime.serving_engines import ServingEngines
-from unipinrec.runtime.session import Backend
-from unipinrec.runtime.tensorrt_api import FLAVORS, TensorRT, import_tensorrt
-from unipinrec.runtime.tensorrt_session import TensorRtBackend
+from unipinrec.runtime.graphs.backend import Backend
+from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
+from unipinrec.runtime.trt.cuda import Cuda, driver_problem
+from unipinrec.runtime.trt.library import FLAVORS, TensorRT, import_tensorrt
+from unipinrec.runtime.trt.serving import ServingEngines
+from unipinrec.runtime.trt.session import TensorRtBackend
+from unipinrec.runtime.trt.store import EngineStore
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 OPENVINO_DEVICES = ("openvino", "openvino-bf16")

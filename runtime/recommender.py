@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, RequestError
-from unipinrec.runtime.bundle import READ_WHILE_SERVING, Bundle
-from unipinrec.runtime.catalogue import as_ids
+from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
+from unipinrec.runtime.bundle.catalogue import as_ids
+from unipinrec.runtime.bundle.manifest import ModelSpec, Order
 from unipinrec.runtime.device import Device, DeviceRules
-from unipinrec.runtime.engine import Encoded, Engine, pad_histories, pad_rows
 from unipinrec.runtime.golden_check import require_golden
-from unipinrec.runtime.grouping import Padding, grouped
-from unipinrec.runtime.histories import Found, HistoryEncoder
-from unipinrec.runtime.kv_cache import KvCache
-from unipinrec.runtime.kv_options import CacheOptions
-from unipinrec.runtime.kv_pages import KvGeometry
-from unipinrec.runtime.manifest import ModelSpec, Order
+from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
+from unipinrec.runtime.graphs.grouping import Padding, grouped
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.histories import Found, HistoryEncoder
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
 from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
@@ -37,7 +37,7 @@ from unipinrec.runtime.requests import (
     item_row,
     resolve_request,
 )
-from unipinrec.runtime.retrieval import Candidates, Retriever, Search
+from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
 MAX_BATCH = 32

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError, TooFewItemsError
-from unipinrec.runtime.catalogue import Catalogue, as_ids
-from unipinrec.runtime.manifest import Manifest, Order
+from unipinrec.runtime.bundle.catalogue import Catalogue, as_ids
+from unipinrec.runtime.bundle.manifest import Manifest, Order
 from unipinrec.runtime.windows import default_slack, window_start
 
 UNKNOWN_SURFACE, MAX_WEIGHT = "unknown", 1e9

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from unipinrec.runtime.manifest import Order
-from unipinrec.runtime.quality import SampleQuality
+from unipinrec.runtime.bundle.manifest import Order
+from unipinrec.runtime.bundle.quality import SampleQuality
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions, Request
 

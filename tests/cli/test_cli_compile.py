@@ -15,19 +15,19 @@ from fake_builder import Builder
 from fake_tensorrt import fake_tensorrt
 from host_cuda import HostRuntime, host_cuda
 
-from unipinrec.cli import main
+from unipinrec.cli.main import main
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cuda import driver_problem
-from unipinrec.runtime.engine_store import EngineStore
-from unipinrec.runtime.tensorrt_api import import_tensorrt
+from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.trt.library import import_tensorrt
+from unipinrec.runtime.trt.store import EngineStore
 
 STORED = Path(__file__).resolve().parents[1] / "fixtures" / "bundle_v1"
 PLAN = """
 import sys
 for name in ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"):
     sys.modules[name] = None
-from unipinrec.cli import main
+from unipinrec.cli.main import main
 main(["compile", sys.argv[1], "--dry-run", "--json"])
 """
 
@@ -163,11 +163,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT and a GPU as doubles that compute in ONNX Runtime."""
     memory = HostRuntime()
     trt = fake_tensorrt(memory)
-    monkeypatch.setattr("unipinrec.runtime.engine_compile.build_engine", Builder())
-    monkeypatch.setattr("unipinrec.runtime.tensorrt_api.import_tensorrt", lambda flavor=None: trt)
-    monkeypatch.setattr("unipinrec.runtime.cuda.driver_problem", lambda: None)
-    monkeypatch.setattr("unipinrec.runtime.cuda.Cuda.open", lambda: host_cuda(memory))
-    monkeypatch.setattr("unipinrec.runtime.cuda.probe_gpu", lambda: host_cuda(memory).info)
+    monkeypatch.setattr("unipinrec.runtime.tools.compile.build_engine", Builder())
+    monkeypatch.setattr("unipinrec.runtime.trt.library.import_tensorrt", lambda flavor=None: trt)
+    monkeypatch.setattr("unipinrec.runtime.trt.cuda.driver_problem", lambda: None)
+    monkeypatch.setattr("unipinrec.runtime.trt.cuda.Cuda.open", lambda: host_cuda(memory))
+    monkeypatch.setattr("unipinrec.runtime.trt.cuda.probe_gpu", lambda: host_cuda(memory).info)
 
 
 @pytest.mark.usefixtures("gpu")

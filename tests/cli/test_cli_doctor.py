@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 from fake_gpu import install_engines, put_gpu
 from host_cuda import HostRuntime
 
-from unipinrec.cli import main
+from unipinrec.cli.main import main
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cuda import driver_problem
+from unipinrec.runtime.trt.cuda import driver_problem
 
 
 def run(*words: str | Path) -> Result:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli import main
+from unipinrec.cli.main import main
 from unipinrec.runtime import Bundle
 
 LINE = {"dense": {"content": [0.5] * 16, "log_duration": [2.0]}, "categories": {"topic": "unheard-of"}}
@@ -61,7 +61,7 @@ def test_the_documented_json(bundle: Path, items: Path, tmp_path: Path) -> None:
 
 
 def test_a_low_recall_is_warned_of(bundle: Path, gone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unipinrec.runtime import index_build
+    from unipinrec.runtime.retrieval import index_build
 
     monkeypatch.setattr(index_build, "recall", lambda found, true: 0.5)
     result = run("index", bundle, "--out", tmp_path / "new", "--retire", gone, "--json")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli import main
-from unipinrec.runtime.kv_options import CacheOptions
-from unipinrec.runtime.kv_pages import PAGE_SLOTS
+from unipinrec.cli.main import main
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import PAGE_SLOTS
 
 LOAD = ("--users", "100000", "--qps", "100")
 SMALL = (*LOAD, "--size", "small", "--events", "200", "--page-slots", "32", "--dtype", "fp32")

@@ -17,10 +17,10 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli import main
-from unipinrec.models import data_download
-from unipinrec.models.data_schema import TimeSplit, read_dataset
-from unipinrec.models.data_served import SCHEMA
+from unipinrec.cli.main import main
+from unipinrec.models.data import download as data_download
+from unipinrec.models.data.schema import TimeSplit, read_dataset
+from unipinrec.models.data.served import SCHEMA
 
 T = 1_600_000_000_000  # 2020-09-13T12:26:40
 U_DATA = "".join(

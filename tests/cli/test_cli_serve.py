@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from unipinrec.cli import main
-from unipinrec.cli_serve import _words
+from unipinrec.cli.main import main
+from unipinrec.cli.recommend import _words
 from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.cuda import driver_problem
+from unipinrec.runtime.trt.cuda import driver_problem
 
 
 def run(*words: str | Path) -> Result:

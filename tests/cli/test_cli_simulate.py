@@ -5,9 +5,9 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from unipinrec.cli_simulate import simulate
-from unipinrec.models.data_schema import read_dataset
-from unipinrec.models.simulator_oracle import read_oracle
+from unipinrec.cli.prepare.simulate import simulate
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.simulator.oracle import read_oracle
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -17,8 +17,8 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
 GRAPHS = ("encoder", "extend", "retrieval", "ranker")
 

@@ -13,19 +13,19 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from unipinrec.cli import main
-from unipinrec.cli_evaluate import print_evaluation
+from unipinrec.cli.evaluate import print_evaluation
+from unipinrec.cli.main import main
 from unipinrec.errors import DataError, NothingHeldOutError
-from unipinrec.export import blend
-from unipinrec.export.evaluation import evaluate
-from unipinrec.export.held_out_requests import Client, HeldOut
+from unipinrec.export.lists import blend
+from unipinrec.export.lists.evaluation import evaluate
+from unipinrec.export.lists.held_out_requests import Client, HeldOut
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.data_schema import Dataset, DatasetSpec, TimeSplit, read_dataset, write_dataset
+from unipinrec.models.data.schema import Dataset, DatasetSpec, TimeSplit, read_dataset, write_dataset
+from unipinrec.models.data.sequences import sequences_of
 from unipinrec.models.evaluate import NO_TARGET, gather_scores, held_out_requests, metrics_of, model_scores
-from unipinrec.models.sequences import sequences_of
-from unipinrec.models.simulator_oracle import oracle_click_chances, read_oracle
+from unipinrec.models.simulator.oracle import oracle_click_chances, read_oracle
 from unipinrec.runtime import Bundle, Event, Recommender, RecommendOptions, agreement
-from unipinrec.runtime.quality import Evaluation
+from unipinrec.runtime.bundle.quality import Evaluation
 
 LIMIT = 60
 

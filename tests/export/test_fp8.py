@@ -17,11 +17,11 @@ from unipinrec.errors import ExportError, ParityError
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
-from unipinrec.export.fp8 import Quantizer
-from unipinrec.export.precision import emulated_graph, typed_graph
-from unipinrec.export.precision_check import add_precisions, known_precisions
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.ort_session import import_onnxruntime
+from unipinrec.export.precision.check import add_precisions, known_precisions
+from unipinrec.export.precision.fp8 import Quantizer
+from unipinrec.export.precision.typed import emulated_graph, typed_graph
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 
 FP8, BF16 = TensorProto.FLOAT8E4M3FN, TensorProto.BFLOAT16
 E4M3 = ml_dtypes.float8_e4m3fn

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import ExportError
-from unipinrec.export.popularity import RECENT_MS, item_shares
-from unipinrec.models.data_schema import Dataset, DatasetSpec, TimeSplit, event_columns, item_columns, slate_columns
-from unipinrec.models.sequences import sequences_of, vocabulary_of
+from unipinrec.export.lists.popularity import RECENT_MS, item_shares
+from unipinrec.models.data.schema import Dataset, DatasetSpec, TimeSplit, event_columns, item_columns, slate_columns
+from unipinrec.models.data.sequences import sequences_of, vocabulary_of
 
 ACTIONS = ("click", "save", "hide")
 NOW = 100 * 86_400_000

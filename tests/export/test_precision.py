@@ -15,11 +15,11 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from unipinrec.errors import ExportError
-from unipinrec.export.precision import LowType, emulated_graph, typed_graph
+from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph
 from unipinrec.export.weights import read_graph
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.engine import pad_histories
-from unipinrec.runtime.ort_session import import_onnxruntime
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.graphs.engine import pad_histories
+from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 
 LOW = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 NUMPY = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}

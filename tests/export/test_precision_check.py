@@ -13,15 +13,15 @@ from onnx import numpy_helper
 
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
-from unipinrec.export.held_out import auc_by_action, held_out_logits
-from unipinrec.export.precision_check import add_precisions
+from unipinrec.export.lists.held_out import auc_by_action, held_out_logits
+from unipinrec.export.precision.check import add_precisions
 from unipinrec.export.weights import read_graph
 from unipinrec.runtime import Recommender, verify_bundle
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.index_update import update_bundle
-from unipinrec.runtime.manifest import TensorSpec
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.manifest import TensorSpec
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
+from unipinrec.runtime.tools.update import update_bundle
 
 REDUCED = {"bf16": "bfloat16", "fp16": "float16"}
 SEALS = {"manifest.json", "manifest.sha256"}
@@ -132,7 +132,7 @@ def test_an_update_of_the_items_carries_the_precisions_along(reduced: Path, tmp_
 
 
 def test_the_report_has_a_row_per_precision(reduced: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from unipinrec.cli_export import _print_report
+    from unipinrec.cli.export import _print_report
 
     _print_report(reduced, Bundle.open(reduced).manifest, 1.0)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ bf16") or "│ fp16" in line]

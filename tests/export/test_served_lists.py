@@ -13,14 +13,14 @@ from served_without_slates import case_a, synthetic
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
-from unipinrec.export.evaluation import evaluate
+from unipinrec.export.lists.evaluation import evaluate
 from unipinrec.models.config import TINY
-from unipinrec.models.data_schema import write_dataset
-from unipinrec.models.data_validate import RawTables, SplitFractions, build_dataset
-from unipinrec.models.train import Trainer
-from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.data.schema import write_dataset
+from unipinrec.models.data.validate import RawTables, SplitFractions, build_dataset
+from unipinrec.models.training.config import RunConfig, TrainConfig
+from unipinrec.models.training.train import Trainer
 from unipinrec.runtime import Bundle, Recommender
-from unipinrec.runtime.quality import ListQuality
+from unipinrec.runtime.bundle.quality import ListQuality
 
 START_MS, HOUR_MS = 1_700_000_000_000, 3_600_000
 Event = tuple[str, str, int, bool, bool]  # user, item, time, and two actions

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from unipinrec.export.served_order import served_order
+from unipinrec.export.lists.served_order import served_order
 from unipinrec.models.config import TINY, Vocabulary
-from unipinrec.models.data_sheet import TrainingFacts
+from unipinrec.models.data.sheet import TrainingFacts
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.train_config import TrainConfig
+from unipinrec.models.training.config import TrainConfig
 
 ACTIONS = ("click", "like", "hide")
 FACTS = TrainingFacts(

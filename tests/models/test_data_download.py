@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_download import KUAIRAND_PURE, ML_1M, ML_100K, Archive, download
+from unipinrec.models.data.download import KUAIRAND_PURE, ML_1M, ML_100K, Archive, download
 
 
 def zipped(members: dict[str, bytes]) -> bytes:

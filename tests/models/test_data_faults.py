@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unipinrec.errors import LONGEST_MESSAGE, DataError, UnipinrecError, listed
-from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset, write_dataset
-from unipinrec.models.data_table import UNORDERED, read_column_map, read_mapped
-from unipinrec.models.data_validate import RawTables, build_dataset
+from unipinrec.models.data.schema import Dataset, TimeSplit, read_dataset, write_dataset
+from unipinrec.models.data.table import UNORDERED, read_column_map, read_mapped
+from unipinrec.models.data.validate import RawTables, build_dataset
 
 ROOT = Path(__file__).parents[2]
 S = 1_600_000_000  # 2020-09-13T12:26:40

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_schema import TimeSplit
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.schema import TimeSplit
+from unipinrec.models.data.validate import build_dataset
 
 LOG_HEADER = (
     "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_movielens import GENRES, read_movielens
-from unipinrec.models.data_validate import SplitFractions, build_dataset
+from unipinrec.models.data.movielens import GENRES, read_movielens
+from unipinrec.models.data.validate import SplitFractions, build_dataset
 
 FLAGS_COMEDY = "|".join("1" if genre in ("Animation", "Comedy") else "0" for genre in GENRES)
 FLAGS_NONE = "|".join("1" if genre == "unknown" else "0" for genre in GENRES)

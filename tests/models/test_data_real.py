@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_movielens import read_movielens
-from unipinrec.models.data_sasrec import read_sasrec
-from unipinrec.models.data_schema import Dataset, TimeSplit
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.movielens import read_movielens
+from unipinrec.models.data.sasrec import read_sasrec
+from unipinrec.models.data.schema import Dataset, TimeSplit
+from unipinrec.models.data.validate import build_dataset
 
 HOME = Path(os.environ.get("UNIPINREC_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_sasrec import read_sasrec
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data.sasrec import read_sasrec
+from unipinrec.models.data.validate import build_dataset
 
 EXPECTED = [("1", "2"), ("1", "10"), ("1", "2"), ("2", "10")]
 

@@ -12,12 +12,12 @@ import polars as pl
 import pytest
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
-from unipinrec.models.simulator import SimulatorConfig, simulate
+from unipinrec.models.data.schema import Dataset, read_dataset, write_dataset
+from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
 
 FULL_DISK = """
 import resource, sys
-from unipinrec.cli import main
+from unipinrec.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 main(["prepare", "simulate", "--users", "50", "--items", "100", "--out", sys.argv[1]])
 """
@@ -67,8 +67,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, limit: int) -> None:
 def test_a_killed_run_does_not_stand_in_the_way_of_the_next(tmp_path: Path, made: Dataset) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from unipinrec.models.data_schema import write_dataset\n"
-        "from unipinrec.models.simulator import SimulatorConfig, simulate\n"
+        "from unipinrec.models.data.schema import write_dataset\n"
+        "from unipinrec.models.simulator.simulator import SimulatorConfig, simulate\n"
         "dataset = simulate(SimulatorConfig(users=20, items=50, categories=2))[0]\n"
         "write_dataset(dataset, Path(sys.argv[1]), also=lambda folder: (print('now', flush=True), time.sleep(60)))\n"
     )

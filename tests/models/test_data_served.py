@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_schema import Dataset, TimeSplit, event_columns, write_dataset
-from unipinrec.models.data_served import HOUR_MS, SCHEMA, label, read_served
-from unipinrec.models.data_validate import RawTables, build_dataset
+from unipinrec.models.data.schema import Dataset, TimeSplit, event_columns, write_dataset
+from unipinrec.models.data.served import HOUR_MS, SCHEMA, label, read_served
+from unipinrec.models.data.validate import RawTables, build_dataset
 
 ACTIONS = ("click", "buy")
 ITEMS = pl.DataFrame({"item_id": ["a", "b", "c", "d"], "title": ["A", None, None, None], "dense_size": [1.0, 2, 3, 4]})

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_schema import Dataset, TimeSplit
-from unipinrec.models.data_table import read_column_map, read_mapped, read_table
-from unipinrec.models.data_validate import SplitFractions, build_dataset
+from unipinrec.models.data.schema import Dataset, TimeSplit
+from unipinrec.models.data.table import read_column_map, read_mapped, read_table
+from unipinrec.models.data.validate import SplitFractions, build_dataset
 
 EVENTS = """who,what,page,when,clicked,rating,kind,request,rank
 007,a,home,1600000000,1,5,buy,r1,0

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset, write_dataset
-from unipinrec.models.data_validate import (
+from unipinrec.models.data.schema import Dataset, TimeSplit, read_dataset, write_dataset
+from unipinrec.models.data.validate import (
     RawTables,
     SplitFractions,
     build_dataset,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from unipinrec.models.batches import Batch, Batches, BatchOptions
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.losses import LossOptions, Objective
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
+from unipinrec.models.training.losses import LossOptions, Objective
 
 MakeData = Callable[..., Dataset]
 MakeModel = Callable[..., UniPinRec]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.errors import DataError
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.item_features import ItemFeatures
-from unipinrec.models.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
+from unipinrec.models.data.item_features import ItemFeatures
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
 
 Make = Callable[..., Dataset]
 

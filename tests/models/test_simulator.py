@@ -10,9 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, DataError
-from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
-from unipinrec.models.simulator import SimulatorConfig, examination, simulate
-from unipinrec.models.simulator_oracle import (
+from unipinrec.models.data.schema import Dataset, read_dataset, write_dataset
+from unipinrec.models.simulator.oracle import (
     ACTIONS,
     Oracle,
     oracle_click_chances,
@@ -20,7 +19,8 @@ from unipinrec.models.simulator_oracle import (
     read_oracle,
     write_oracle,
 )
-from unipinrec.models.simulator_world import category_chances, draw_slates, make_world
+from unipinrec.models.simulator.simulator import SimulatorConfig, examination, simulate
+from unipinrec.models.simulator.world import category_chances, draw_slates, make_world
 
 CONFIG = SimulatorConfig(users=2100, items=1500, categories=30)
 SMALL = SimulatorConfig(users=30, items=60, categories=6, sessions_per_user=2)

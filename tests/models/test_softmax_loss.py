@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unipinrec.models import softmax_loss as module
-from unipinrec.models.softmax_loss import softmax_loss
+from unipinrec.models.training import softmax_loss as module
+from unipinrec.models.training.softmax_loss import softmax_loss
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from unipinrec.errors import CheckpointError, ConfigError, DataError, TrainingError, TrainingInterrupted
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY, ModelConfig
-from unipinrec.models.data_schema import Dataset, TimeSplit, read_dataset
+from unipinrec.models.data.schema import Dataset, TimeSplit, read_dataset
 from unipinrec.models.evaluate import gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
-from unipinrec.models.train import EpochReport, RunMetrics, Trainer
-from unipinrec.models.train_config import RunConfig, TrainConfig
-from unipinrec.models.train_log import StepReport
+from unipinrec.models.training.config import RunConfig, TrainConfig
+from unipinrec.models.training.log import StepReport
+from unipinrec.models.training.train import EpochReport, RunMetrics, Trainer
 
 Make = Callable[..., Dataset]
 MODEL = ModelConfig(

@@ -8,7 +8,7 @@ import pytest
 
 from unipinrec.errors import ConfigError
 from unipinrec.models.config import PAPER, TINY
-from unipinrec.models.train_config import RunConfig, TrainConfig, load_run_config
+from unipinrec.models.training.config import RunConfig, TrainConfig, load_run_config
 
 
 def _load(tmp_path: Path, text: str, **overrides: Any) -> RunConfig:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from unipinrec.errors import CheckpointError
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.data_schema import Dataset, write_dataset
-from unipinrec.models.train import Trainer
-from unipinrec.models.train_config import load_run_config
+from unipinrec.models.data.schema import Dataset, write_dataset
+from unipinrec.models.training.config import load_run_config
+from unipinrec.models.training.train import Trainer
 
 Make = Callable[..., Dataset]
 
@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
-from unipinrec.models.data_schema import read_dataset
-from unipinrec.models.train import Trainer
-from unipinrec.models.train_config import load_run_config
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.training.train import Trainer
+from unipinrec.models.training.config import load_run_config
 data, config, out = sys.argv[1:]
 trainer = Trainer(read_dataset(Path(data)), load_run_config(config, {}), Path(out) / "run")
 before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unipinrec.errors import CheckpointError, ConfigError
-from unipinrec.models.train_log import StepReport, TrainLog
+from unipinrec.models.training.log import StepReport, TrainLog
 
 
 def report(step: int) -> StepReport:

@@ -7,9 +7,9 @@ import pytest
 
 from unipinrec.errors import ConfigError
 from unipinrec.models.config import ModelConfig
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.train_config import RunConfig, TrainConfig
-from unipinrec.models.training_cost import training_cost
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.training.config import RunConfig, TrainConfig
+from unipinrec.models.training.cost import training_cost
 
 MODEL = ModelConfig(
     num_layers=2,

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from unipinrec.errors import CheckpointError
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.training_state import Position, read_state, write_state
+from unipinrec.models.training.state import Position, read_state, write_state
 
 Make = Callable[..., UniPinRec]
 

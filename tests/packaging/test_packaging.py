@@ -34,7 +34,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("METADATA"))
     expected = {f"unipinrec/{path.name}" for path in (ROOT / "src/unipinrec").glob("*.py")} | {"unipinrec/py.typed"}
-    expected |= {"unipinrec/runtime/server_page.html"}
+    expected |= {"unipinrec/runtime/page.html"}
     for folder in FOLDERS:
         expected |= {f"unipinrec/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert names == expected

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BundleError
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.agreement import measure_agreement
+from unipinrec.runtime.bundle.manifest import Agreement, PrecisionSpec
 from unipinrec.runtime.device import Device
-from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
-from unipinrec.runtime.manifest import Agreement, PrecisionSpec
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
 
 Reseal = Callable[..., None]
 GOLDEN_REQUESTS, USERS = 4, 48

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, DataError
-from unipinrec.runtime.arrivals import FOREVER, KUAIRAND, ArrivalModel, fit_arrivals, pauses_of, read_log
+from unipinrec.runtime.tools.arrivals import FOREVER, KUAIRAND, ArrivalModel, fit_arrivals, pauses_of, read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"
 HOUR = 3_600_000

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.manifest import Agreement
+from unipinrec.runtime.bundle.manifest import Agreement
 
 Reseal = Callable[..., None]
 FILES = (

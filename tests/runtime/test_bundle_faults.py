@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime import Bundle, Recommender, RecommendOptions, sealed_files
-from unipinrec.runtime.manifest import FileSpec
-from unipinrec.runtime.sealed_files import SealedFile
+from unipinrec.runtime import Bundle, Recommender, RecommendOptions
+from unipinrec.runtime.bundle import sealed as sealed_files
+from unipinrec.runtime.bundle.manifest import FileSpec
+from unipinrec.runtime.bundle.sealed import SealedFile
 from unipinrec.runtime.verify import verify_bundle
 
 Fault = Callable[[Path, Path], object]

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, Recommender
-from unipinrec.runtime.arrivals import KUAIRAND, ArrivalModel
-from unipinrec.runtime.capacity import (
+from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry
+from unipinrec.runtime.tools.arrivals import KUAIRAND, ArrivalModel
+from unipinrec.runtime.tools.capacity import (
     ACTIVITY_EXPONENT,
     GIB,
     HISTORY_SHAPE,
@@ -32,8 +34,6 @@ from unipinrec.runtime.capacity import (
     smallest_fleet,
     user_pages,
 )
-from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry
-from unipinrec.runtime.manifest import ModelSpec
 from unipinrec.runtime.windows import window_start
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError, RequestError
-from unipinrec.runtime.catalogue import Catalogue, as_known, mask_without, parse_ids
+from unipinrec.runtime.bundle.catalogue import Catalogue, as_known, mask_without, parse_ids
 
 NONE = np.array([], np.int64)
 CODES = np.array([[1, 0], [2, 1], [1, 2], [0, 1], [2, 2]], np.int32)

@@ -19,8 +19,8 @@ import pytest
 from host_cuda import DEVICE, CudaError, HostRuntime, MemcpyKind, MemPoolAttr, host_cuda
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime import cuda as wrapper
-from unipinrec.runtime.cuda import Cuda, GpuInfo, probe_gpu
+from unipinrec.runtime.trt import cuda as wrapper
+from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 
 ENUMS: dict[str, type[IntEnum]] = {
     "cudaError_t": CudaError,

@@ -17,12 +17,12 @@ from host_cuda import HostRuntime
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime import Bundle, Recommender, RecommendOptions, verify_bundle
-from unipinrec.runtime.cuda import GpuInfo, driver_problem
+from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.device import DEVICES, candidates
-from unipinrec.runtime.engine import Engine
-from unipinrec.runtime.engine_record import this_machine
 from unipinrec.runtime.golden_check import require_golden
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.trt.cuda import GpuInfo, driver_problem
+from unipinrec.runtime.trt.record import this_machine
 
 Reseal = Callable[..., None]
 NO_DRIVER = "there is no NVIDIA driver here"

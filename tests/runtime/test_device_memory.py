@@ -13,8 +13,8 @@ from host_cuda import CudaError, HostRuntime, host_cuda
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.cuda import Cuda
-from unipinrec.runtime.device_memory import Block, DeviceTensor, Reader, Staging, layout, size_bytes
+from unipinrec.runtime.trt.cuda import Cuda
+from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging, layout, size_bytes
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from fake_gpu import install_engines, put_gpu, wrong_ranker
 from host_cuda import HostRuntime
 
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cuda import GpuInfo, driver_problem
-from unipinrec.runtime.doctor import _driver_version, examine
-from unipinrec.runtime.engine_record import this_machine
+from unipinrec.runtime.tools.doctor import _driver_version, examine
+from unipinrec.runtime.trt.cuda import GpuInfo, driver_problem
+from unipinrec.runtime.trt.record import this_machine
 
 NO_DRIVER = "there is no NVIDIA driver here"
 without_driver = pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
@@ -72,7 +72,7 @@ def test_whatever_a_broken_package_raises_is_a_reason(monkeypatch: pytest.Monkey
     def broken() -> object:
         raise RuntimeError
 
-    monkeypatch.setattr("unipinrec.runtime.doctor.import_openvino", broken)
+    monkeypatch.setattr("unipinrec.runtime.tools.doctor.import_openvino", broken)
     found = examine()
     assert (found.openvino.version, found.openvino.problem) == (None, "RuntimeError")
 

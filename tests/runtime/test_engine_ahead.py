@@ -13,15 +13,15 @@ from engine_records import HERE, record_of
 
 from unipinrec.errors import BackendError, BundleCorruptError, ConfigError, ExportError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine_ahead import carried_records, compile_ahead
-from unipinrec.runtime.engine_compile import Compiled
-from unipinrec.runtime.engine_list import list_engines
-from unipinrec.runtime.engine_plan import CompileTask, keys_of
-from unipinrec.runtime.engine_record import Machine
-from unipinrec.runtime.engine_store import EngineStore
-from unipinrec.runtime.profiles import parse_bucket
-from unipinrec.runtime.tensorrt_api import TensorRT, import_tensorrt
-from unipinrec.runtime.tensorrt_build import BuildTask, BuiltEngine
+from unipinrec.runtime.tools.compile import Compiled
+from unipinrec.runtime.tools.compile_ahead import carried_records, compile_ahead
+from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of
+from unipinrec.runtime.tools.engines import list_engines
+from unipinrec.runtime.trt.build import BuildTask, BuiltEngine
+from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
+from unipinrec.runtime.trt.profiles import parse_bucket
+from unipinrec.runtime.trt.record import Machine
+from unipinrec.runtime.trt.store import EngineStore
 
 GRAPHS = ["encoder", "extend", "retrieval", "ranker"]
 HOW = "built ahead of time, where they cannot run; they run when it is first loaded"
@@ -55,7 +55,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         content = f"{graph_file.stem} for {task.targets}".encode()
         return BuiltEngine(plan=content, layers=layers, seconds=0.0, activation_bytes=())
 
-    monkeypatch.setattr("unipinrec.runtime.engine_compile.build_engine", build)
+    monkeypatch.setattr("unipinrec.runtime.tools.compile.build_engine", build)
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,16 @@ from host_cuda import HostRuntime, host_cuda
 from onnx import numpy_helper
 
 from unipinrec.errors import BackendError, ConfigError
-from unipinrec.export.precision import emulated_graph
+from unipinrec.export.precision.typed import emulated_graph
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.bundle_files import fingerprint, seal
-from unipinrec.runtime.engine_compile import Compiled, compile_bundle
-from unipinrec.runtime.engine_plan import CompileTask
-from unipinrec.runtime.engine_record import BuildOptions
-from unipinrec.runtime.engine_store import EngineStore
-from unipinrec.runtime.manifest import Agreement, GraphSpec, PrecisionSpec
-from unipinrec.runtime.profiles import default_buckets, parse_bucket
-from unipinrec.runtime.tensorrt_api import Flavor
+from unipinrec.runtime.bundle.files import fingerprint, seal
+from unipinrec.runtime.bundle.manifest import Agreement, GraphSpec, PrecisionSpec
+from unipinrec.runtime.tools.compile import Compiled, compile_bundle
+from unipinrec.runtime.tools.compile_plan import CompileTask
+from unipinrec.runtime.trt.library import Flavor
+from unipinrec.runtime.trt.profiles import default_buckets, parse_bucket
+from unipinrec.runtime.trt.record import BuildOptions
+from unipinrec.runtime.trt.store import EngineStore
 
 GRAPHS = ["encoder", "extend", "retrieval", "ranker"]
 
@@ -37,7 +37,7 @@ GRAPHS = ["encoder", "extend", "retrieval", "ranker"]
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     builder = Builder()
-    monkeypatch.setattr("unipinrec.runtime.engine_compile.build_engine", builder)
+    monkeypatch.setattr("unipinrec.runtime.tools.compile.build_engine", builder)
     return builder
 
 

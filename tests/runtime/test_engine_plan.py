@@ -10,11 +10,11 @@ from answers import STORED
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine_plan import CompileTask, keys_of, plan_compile
-from unipinrec.runtime.engine_record import BuildOptions
-from unipinrec.runtime.manifest import GraphSpec, Manifest, ModelSpec, TensorSpec
-from unipinrec.runtime.profiles import Buckets, default_buckets, parse_bucket
-from unipinrec.runtime.tensorrt_api import TensorRT
+from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, ModelSpec, TensorSpec
+from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of, plan_compile
+from unipinrec.runtime.trt.library import TensorRT
+from unipinrec.runtime.trt.profiles import Buckets, default_buckets, parse_bucket
+from unipinrec.runtime.trt.record import BuildOptions
 
 TRT = TensorRT(module=None, flavor="tensorrt", version="11.4.0.106")
 PAPER = ModelSpec(

@@ -13,8 +13,10 @@ import pytest
 from answers import STORED
 from engine_records import HERE, KEY, need_of, record_of
 
-from unipinrec.runtime import Bundle, engine_record
-from unipinrec.runtime.engine_record import (
+from unipinrec.runtime import Bundle
+from unipinrec.runtime.trt import record as engine_record
+from unipinrec.runtime.trt.library import TensorRT
+from unipinrec.runtime.trt.record import (
     BuildOptions,
     EngineKey,
     Verification,
@@ -24,7 +26,6 @@ from unipinrec.runtime.engine_record import (
     this_machine,
     unfit,
 )
-from unipinrec.runtime.tensorrt_api import TensorRT
 
 OTHER: dict[str, Any] = {
     "graph": "encoder",

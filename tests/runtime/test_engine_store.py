@@ -18,8 +18,8 @@ import pytest
 from engine_records import HERE, KEY, need_of, record_of
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.engine_record import EngineRecord, Refusal
-from unipinrec.runtime.engine_store import EngineStore, cache_root
+from unipinrec.runtime.trt.record import EngineRecord, Refusal
+from unipinrec.runtime.trt.store import EngineStore, cache_root
 
 DIGEST = KEY.digest()
 PLAN, KERNELS = b"a plan", b"kernels"
@@ -27,7 +27,7 @@ PUT = """
 import resource, sys
 from pathlib import Path
 from engine_records import record_of
-from unipinrec.runtime.engine_store import EngineStore
+from unipinrec.runtime.trt.store import EngineStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 EngineStore(Path(sys.argv[1])).put(record_of(), bytes(100_000))
 """
@@ -169,7 +169,7 @@ def test_what_belongs_to_somebody_else_is_refused(
     record = store.find(KEY)
     assert isinstance(record, EngineRecord)
     owner = os.geteuid()
-    monkeypatch.setattr("unipinrec.runtime.private_files.os.geteuid", lambda: owner + 1)
+    monkeypatch.setattr("unipinrec.runtime.trt.private_files.os.geteuid", lambda: owner + 1)
     assert f"engines belongs to user {owner}, this is user {owner + 1}" in refusal(store.find(KEY))
     with pytest.raises(BackendError, match=f"belongs to user {owner}"):
         store.plan(record)
@@ -193,7 +193,7 @@ def test_the_bytes_that_were_hashed_are_those_that_are_returned(
         (entry / "other").replace(entry / "engine.plan")
         return read(*arguments)
 
-    monkeypatch.setattr("unipinrec.runtime.private_files.os.fdopen", swapped)
+    monkeypatch.setattr("unipinrec.runtime.trt.private_files.os.fdopen", swapped)
     assert store.plan(record) == PLAN
     with pytest.raises(BackendError, match="is altered"):
         store.plan(record)

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unipinrec.errors import BackendError, ConfigError
-from unipinrec.runtime.event_store import (
+from unipinrec.runtime.server.events.sqlite import SqliteEventStore
+from unipinrec.runtime.server.events.store import (
     Append,
     EventStore,
     MemoryEventStore,
@@ -30,7 +31,6 @@ from unipinrec.runtime.event_store import (
     merged,
     open_store,
 )
-from unipinrec.runtime.event_store_sqlite import SqliteEventStore
 
 NOW = 1_700_000_000_000
 LIMITS = StoreLimits(events=8, users=3)
@@ -269,8 +269,8 @@ def test_memory_says_that_it_forgets() -> None:
 WRITE = """
 import sys
 from pathlib import Path
-from unipinrec.runtime.event_store import Append, StoredEvent, StoreLimits
-from unipinrec.runtime.event_store_sqlite import SqliteEventStore
+from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
+from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 
 store = SqliteEventStore(Path(sys.argv[1]), StoreLimits(events=100_000))
 for place in range(100_000):

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
-from unipinrec.runtime.engine import Engine
-from unipinrec.runtime.histories import HistoryEncoder
-from unipinrec.runtime.kv_buffer import HostTensor, KvBuffer
-from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvPages
-from unipinrec.runtime.manifest import ModelSpec
-from unipinrec.runtime.retrieval import Candidates, Retriever, Search
-from unipinrec.runtime.session import Backend, Tensor
+from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.graphs.backend import Backend, Tensor
+from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.kv.histories import HistoryEncoder
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvPages
+from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 from unipinrec.runtime.slate import SlateItem
 
 T = 1_760_000_000_000
@@ -311,7 +311,7 @@ def test_an_answer_that_finds_no_room_is_the_same(
     fresh: Recommender, dtype: KvDtype, slot_bytes: int, before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three pages of four slots hold nine events, but not forty."""
-    monkeypatch.setattr("unipinrec.runtime.histories.KvBuffer", DirtyBuffer)
+    monkeypatch.setattr("unipinrec.runtime.kv.histories.KvBuffer", DirtyBuffer)
     slates = []
     for budget_bytes in (12 * slot_bytes, 1 << 18):
         rig = make_rig(fresh, dtype=dtype, budget_bytes=budget_bytes)

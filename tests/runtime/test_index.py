@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, BundleError
-from unipinrec.runtime.index import ExactIndex, HnswIndex, recall
-from unipinrec.runtime.manifest import IndexSpec
+from unipinrec.runtime.bundle.manifest import IndexSpec
+from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, recall
 
 SPEC = IndexSpec(space="ip", dim=8, count=500, m=16, ef_construction=100, ef_search=50, seed=1, recall=1.0, recall_k=10)
 

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import ExportError
-from unipinrec.runtime import index_build
-from unipinrec.runtime.index import HnswIndex
-from unipinrec.runtime.index_build import IndexTask, build_index, grow_index
+from unipinrec.runtime.retrieval import index_build
+from unipinrec.runtime.retrieval.index import HnswIndex
+from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
 
 ITEMS, DIM = 600, 16
 NONE = np.array([], np.int64)

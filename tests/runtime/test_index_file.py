@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.index_file import HEADER, check_index_file
-from unipinrec.runtime.manifest import IndexSpec
+from unipinrec.runtime.bundle.manifest import IndexSpec
+from unipinrec.runtime.retrieval.index_file import HEADER, check_index_file
 
 DIM, M, COUNT = 4, 4, 300
 SPEC = IndexSpec(

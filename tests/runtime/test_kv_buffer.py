@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unipinrec.runtime.kv_buffer import HostTensor, KvBuffer, row_of
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer, row_of
 
 
 def numbered(count: int, first: float = 1.0) -> list[np.ndarray[tuple[int, int, int], np.dtype[np.float32]]]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime import CacheOptions, KvCache
-from unipinrec.runtime.kv_cache import Lease
-from unipinrec.runtime.kv_keys import CacheKey
-from unipinrec.runtime.manifest import Manifest, ModelSpec
+from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
+from unipinrec.runtime.kv.cache import Lease
+from unipinrec.runtime.kv.keys import CacheKey
 
 PAGE_BYTES = 32  # two slots of a key and a value of one head of two fp32 values
 
@@ -400,7 +400,7 @@ def test_a_budget_is_rounded_down_to_pages(model: ModelSpec) -> None:
 
 
 def test_only_so_many_losses_are_remembered(cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unipinrec.runtime.kv_cache.REMEMBERED", 2)
+    monkeypatch.setattr("unipinrec.runtime.kv.cache.REMEMBERED", 2)
     for user in "abc":
         ask(cache, key("x", user))
         cache.invalidate(user)

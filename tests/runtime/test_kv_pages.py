@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
-from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry, KvPages, as_stored
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry, KvPages, as_stored
 
 SMALL = KvGeometry(tensors=8, heads=8, head_dim=32, dtype="fp32", page_slots=32)  # four layers of 8 heads of 32
 dtypes = pytest.mark.parametrize("dtype", KV_DTYPES)
@@ -203,7 +203,7 @@ def test_no_lane_goes_on_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None
         done.append(values)
         return values, None
 
-    monkeypatch.setattr("unipinrec.runtime.kv_pages._rounded", slowly)
+    monkeypatch.setattr("unipinrec.runtime.kv.pages._rounded", slowly)
     geometry = KvGeometry(tensors=6, heads=1, head_dim=2, dtype="fp32", page_slots=1)
     given = np.repeat(np.arange(6, dtype=np.float32), 40).reshape(6, 1, 20, 2)
     with pytest.raises(BackendError, match="the first tensor fails"):

@@ -11,11 +11,11 @@ import pytest
 from answers import STORED
 
 from unipinrec.errors import BundleError, RequestError, UnipinrecError
-from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.request_input import parse_events
-from unipinrec.runtime.server_admin import read_current
-from unipinrec.runtime.server_api import Limits, decode_events, decode_recommend, decode_similar
-from unipinrec.runtime.server_oip_codec import decode_infer
+from unipinrec.runtime.server.admin import read_current
+from unipinrec.runtime.server.api import Limits, decode_events, decode_recommend, decode_similar
+from unipinrec.runtime.server.v2.codec import decode_infer
 
 Reseal = Callable[..., None]
 DEEP = b"[" * 20_000 + b"]" * 20_000

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from unipinrec.errors import BundleError, DataError
-from unipinrec.runtime.manifest import GraphSpec, Manifest
-from unipinrec.runtime.new_items import ItemRows, NewItem, check_items, parse_items
+from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest
+from unipinrec.runtime.tools.new_items import ItemRows, NewItem, check_items, parse_items
 
 EMBEDDER = {"item_embedder": GraphSpec(file="item_embedder.onnx", inputs=(), outputs=())}
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.manifest import GraphSpec, TensorSpec
-from unipinrec.runtime.openvino_session import OpenVinoBackend
+from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.requests import History
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
@@ -112,7 +112,7 @@ def test_a_file_that_is_no_graph(opened: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_cpu_without_bf16_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unipinrec.runtime.openvino_session.has_bf16", lambda: False)
+    monkeypatch.setattr("unipinrec.runtime.graphs.openvino_cpu.has_bf16", lambda: False)
     with pytest.raises(BackendError, match=r"no bf16 instructions .* use device openvino or cpu"):
         Recommender.load(bundle, "openvino-bf16")
 

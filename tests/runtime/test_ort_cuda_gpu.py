@@ -12,10 +12,10 @@ import pytest
 from answers import STORED, answer, assert_same, history
 
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
-from unipinrec.runtime.cuda import Cuda, driver_problem
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.ort_cuda_session import CUDA, provider_problem
-from unipinrec.runtime.ort_session import OrtTensor
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.ort_cpu import OrtTensor
+from unipinrec.runtime.graphs.ort_cuda import CUDA, provider_problem
+from unipinrec.runtime.trt.cuda import Cuda, driver_problem
 
 PROBLEM = driver_problem() or provider_problem(onnxruntime, CUDA)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))]
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(PROBLEM is not None, reason=st
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from unipinrec.export.precision_check import add_precisions
+    from unipinrec.export.precision.check import add_precisions
 
     folder = Path(shutil.copytree(STORED, tmp_path_factory.mktemp("typed") / "bundle"))
     add_precisions(folder, ["bf16", "fp16"], [])

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from unipinrec.errors import BackendError
-from unipinrec.export.precision_check import add_precisions
+from unipinrec.export.precision.check import add_precisions
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
-from unipinrec.runtime.cuda import driver_problem
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.kv_buffer import HostTensor
-from unipinrec.runtime.manifest import GraphSpec, TensorSpec
-from unipinrec.runtime.ort_cuda_session import OrtCudaBackend, misplaced, preload, provider_problem
-from unipinrec.runtime.ort_session import OrtTensor, load_session, session_options
+from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.graphs.buffer import HostTensor
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.ort_cpu import OrtTensor, load_session, session_options
+from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend, misplaced, preload, provider_problem
+from unipinrec.runtime.trt.cuda import driver_problem
 
 WITHOUT_CUDA = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has a CUDA provider"

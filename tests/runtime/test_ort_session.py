@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
-from unipinrec.runtime.engine import Encoded, Engine, pad_histories
-from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
 
@@ -90,7 +90,7 @@ def test_a_missing_onnxruntime_names_the_extra(bundle: Path, monkeypatch: pytest
 def test_onnxruntime_is_told_to_stay_off_the_network(tmp_path: Path) -> None:
     code = (
         "import os\n"
-        "from unipinrec.runtime.ort_session import import_onnxruntime\n"
+        "from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime\n"
         "import_onnxruntime()\n"
         "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     )

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.grouping import MAX_ROWS, MAX_SLOTS
-from unipinrec.runtime.manifest import GraphSpec, ModelSpec, TensorSpec
-from unipinrec.runtime.profiles import (
+from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec, TensorSpec
+from unipinrec.runtime.graphs.grouping import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.trt.profiles import (
     Bucket,
     covering,
     default_buckets,

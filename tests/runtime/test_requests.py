@@ -10,8 +10,8 @@ import pytest
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime import Event, RecommendOptions, Request
-from unipinrec.runtime.catalogue import Catalogue
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.bundle.catalogue import Catalogue
+from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.requests import (
     History,
     ResolvedRequest,

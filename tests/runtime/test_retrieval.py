@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.catalogue import mask_without
-from unipinrec.runtime.index import ExactIndex, Found, HnswIndex, VectorIndex
-from unipinrec.runtime.manifest import IndexSpec
-from unipinrec.runtime.retrieval import Retriever, Search
+from unipinrec.runtime.bundle.catalogue import mask_without
+from unipinrec.runtime.bundle.manifest import IndexSpec
+from unipinrec.runtime.retrieval.index import ExactIndex, Found, HnswIndex, VectorIndex
+from unipinrec.runtime.retrieval.retriever import Retriever, Search
 
 ITEMS, DIM, RETIRED = 400, 8, np.arange(7, 400, 40)
 NONE = np.array([], np.int64)
@@ -241,7 +241,7 @@ def test_searches_find_together_what_they_find_alone(
 def test_a_scan_that_does_not_fit_at_once_finds_the_same(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Search(queries=unit(np.random.default_rng(seed), 2), wanted=20, exact=True) for seed in range(5)]
     expected = retriever.retrieve(asked)
-    monkeypatch.setattr("unipinrec.runtime.index.SCORES_AT_ONCE", 3 * ITEMS)
+    monkeypatch.setattr("unipinrec.runtime.retrieval.index.SCORES_AT_ONCE", 3 * ITEMS)
     for found, known in zip(retriever.retrieve(asked), expected, strict=True):
         np.testing.assert_array_equal(found.rows, known.rows)
         np.testing.assert_array_equal(found.similarity, known.similarity)

@@ -18,8 +18,8 @@ from answers import STORED
 
 from unipinrec.errors import BackendError, BundleCorruptError
 from unipinrec.runtime import Bundle, Recommender
-from unipinrec.runtime.bundle_files import fingerprint
-from unipinrec.runtime.sealed_files import NOEXEC, SEALS, SealedFiles
+from unipinrec.runtime.bundle.files import fingerprint
+from unipinrec.runtime.bundle.sealed import NOEXEC, SEALS, SealedFiles
 
 OPEN = """
 import os, sys
@@ -92,7 +92,7 @@ def test_a_file_that_changes_while_it_is_copied_is_damaged(folder: Path, monkeyp
         copy(source, target)
 
     specs = {path.name: fingerprint(path) for path in folder.iterdir()}
-    monkeypatch.setattr("unipinrec.runtime.sealed_files.shutil.copyfile", overtaken)
+    monkeypatch.setattr("unipinrec.runtime.bundle.sealed.shutil.copyfile", overtaken)
     with pytest.raises(BundleCorruptError, match="one is altered"):
         SealedFiles(folder, specs)
 

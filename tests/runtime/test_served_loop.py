@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from served_loop import K, Loop, run
 
-from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.data.schema import read_dataset
 
 
 @pytest.mark.slow

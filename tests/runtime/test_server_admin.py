@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from unipinrec.errors import BundleError, ConfigError
 from unipinrec.runtime import Recommender, RecommendOptions
-from unipinrec.runtime.server_admin import (
+from unipinrec.runtime.server.admin import (
     AdminOptions,
     CurrentWatcher,
     admin_routes,
@@ -26,8 +26,8 @@ from unipinrec.runtime.server_admin import (
     read_current,
     read_token,
 )
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_state import Deployments
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.deployments import Deployments
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ALLOWED = {"authorization": f"Bearer {TOKEN}"}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from unipinrec.errors import ConfigError, RequestError
-from unipinrec.runtime.server_admission import Admission
-from unipinrec.runtime.server_api import Refusal
+from unipinrec.runtime.server.admission import Admission
+from unipinrec.runtime.server.api import Refusal
 
 
 @dataclass

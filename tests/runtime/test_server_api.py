@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.requests import Event
-from unipinrec.runtime.server_api import (
+from unipinrec.runtime.server.api import (
     Limits,
     Refusal,
     SentEvent,

@@ -18,14 +18,14 @@ from starlette.applications import Starlette
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import BatchOptions
-from unipinrec.runtime.event_store import Events, MemoryEventStore, StoreLimits
-from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.server_api import Limits
-from unipinrec.runtime.server_app import Server, ServerOptions, make_app, make_server
-from unipinrec.runtime.server_context import Call
-from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server_state import Deployments
+from unipinrec.runtime.server.api import Limits
+from unipinrec.runtime.server.app import Server, ServerOptions, make_app, make_server
+from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.events.store import Events, MemoryEventStore, StoreLimits
 
 WAIT_MS = 400  # how long a request waits for company, so that a test can look at it while it waits
 BODY = {"history": [{"item": "item-1", "actions": ["click"]}], "k": 1}

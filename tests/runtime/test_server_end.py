@@ -11,7 +11,7 @@ from answers import STORED
 AT_WORK = f"""
 import logging, sys, threading
 import onnxruntime
-from unipinrec.runtime.server_end import ending_with_its_threads
+from unipinrec.runtime.server.process.end import ending_with_its_threads
 
 def work():
     options = onnxruntime.SessionOptions()

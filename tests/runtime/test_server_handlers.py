@@ -17,16 +17,16 @@ from answers import STORED
 from live_server import deployed
 from starlette.testclient import TestClient
 
-from unipinrec.runtime.event_store import Append, StoredEvent, StoreLimits
-from unipinrec.runtime.event_store_sqlite import SqliteEventStore
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
-from unipinrec.runtime.server_api import Limits
-from unipinrec.runtime.server_app import Server, make_app, make_server
-from unipinrec.runtime.server_context import Call
-from unipinrec.runtime.server_handlers import usable
-from unipinrec.runtime.server_oip import oip_routes
-from unipinrec.runtime.server_state import Deployments
+from unipinrec.runtime.server.api import Limits
+from unipinrec.runtime.server.app import Server, make_app, make_server
+from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.events.sqlite import SqliteEventStore
+from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
+from unipinrec.runtime.server.handlers import usable
+from unipinrec.runtime.server.v2.routes import oip_routes
 
 AT = 1_700_000_000_000
 HISTORY = [{"item": f"item-{place}", "actions": ["click"], "timestamp_ms": AT + place} for place in range(3)]

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server_app import make_app, make_server, route
-from unipinrec.runtime.server_context import Call, Server
-from unipinrec.runtime.server_log import LogOptions, RequestLog, configure_logs
+from unipinrec.runtime.server.app import make_app, make_server, route
+from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
 
 EVENTS = [{"item": "item-7", "actions": ["click"]}, {"item": "item-8", "actions": []}]
 

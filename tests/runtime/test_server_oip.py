@@ -12,14 +12,14 @@ from answers import STORED
 from live_server import deployed, listening
 from numpy.typing import NDArray
 
-from unipinrec.runtime.engine import pad_histories
-from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_context import Server
-from unipinrec.runtime.server_oip import oip_routes
-from unipinrec.runtime.server_oip_graphs import GraphLimits
-from unipinrec.runtime.session import Tensor
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Server
+from unipinrec.runtime.server.v2.graphs import GraphLimits
+from unipinrec.runtime.server.v2.routes import oip_routes
 
 LIMITS = GraphLimits(batch=3, candidates=5, scores=150, body_bytes=20_000)
 Arrays = dict[str, NDArray[Any]]

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError
-from unipinrec.runtime.server_oip_codec import HEADER_LENGTH, InferRequest, decode_infer, encode_infer
+from unipinrec.runtime.server.v2.codec import HEADER_LENGTH, InferRequest, decode_infer, encode_infer
 
 PAIR = {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [1, 2.5, -3, 0]}
 

@@ -13,16 +13,16 @@ from live_server import deployed
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.popular import ColdStart
-from unipinrec.runtime.server_admin import AdminOptions, admin_routes
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_context import Server
-from unipinrec.runtime.server_metrics import Metrics, metrics_route
-from unipinrec.runtime.server_oip import oip_routes
-from unipinrec.runtime.server_openapi import openapi_route, paths_of
-from unipinrec.runtime.server_page import page_routes
-from unipinrec.runtime.server_trace import Traces, trace_route
+from unipinrec.runtime.server.admin import AdminOptions, admin_routes
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Server
+from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
+from unipinrec.runtime.server.observe.trace import Traces, trace_route
+from unipinrec.runtime.server.openapi import openapi_route, paths_of
+from unipinrec.runtime.server.page import page_routes
+from unipinrec.runtime.server.v2.routes import oip_routes
 
 TOKEN = "not-a-secret-at-all"
 UNDOCUMENTED = {("get", "/"), ("get", "/openapi.json")}
@@ -79,7 +79,7 @@ def test_every_reference_and_schema_is_valid(document: dict[str, Any]) -> None:
 
 
 def examples() -> list[tuple[str, str]]:
-    from unipinrec.runtime.server_examples import examples
+    from unipinrec.runtime.server.openapi_examples import examples
 
     return [(path, name) for path, given in examples(Bundle.open(STORED), cold_start=False).items() for name in given]
 

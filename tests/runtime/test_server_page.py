@@ -10,8 +10,8 @@ from answers import STORED
 from live_server import deployed
 from starlette.testclient import TestClient
 
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_page import PAGE, page_headers, page_routes
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.page import PAGE, page_headers, page_routes
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from answers import STORED
 from live_server import deployed, listening
 
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_page import page_routes
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.page import page_routes
 
 VISIT = Path(__file__).parents[1] / "doubles" / "visit.mjs"
 PLAYWRIGHT = "playwright-core@1.65.1"

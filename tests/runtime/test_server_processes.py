@@ -24,9 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from served_process import HISTORY, Running, started
 from twin_bundle import twin
 
-from unipinrec.cli import main
-from unipinrec.runtime.server_peers import Peers
-from unipinrec.runtime.server_run import Place
+from unipinrec.cli.main import main
+from unipinrec.runtime.server.process.peers import Peers
+from unipinrec.runtime.server.process.run import Place
 
 COUNT, NOW_MS = 2, 1_000_000
 TOGETHER = ("--processes", str(COUNT))

@@ -15,10 +15,10 @@ from answers import retrieved
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.index import Eligible, ExactIndex, Found
-from unipinrec.runtime.retrieval import Retriever
-from unipinrec.runtime.server_recall import RecallSampler
-from unipinrec.runtime.server_state import Deployment, DeploymentOptions, Deployments
+from unipinrec.runtime.retrieval.index import Eligible, ExactIndex, Found
+from unipinrec.runtime.retrieval.retriever import Retriever
+from unipinrec.runtime.retrieval.sampling import RecallSampler
+from unipinrec.runtime.server.deployments import Deployment, DeploymentOptions, Deployments
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)

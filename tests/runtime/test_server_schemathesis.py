@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from live_server import deployed, listening
 
-from unipinrec.runtime.server_admin import AdminOptions, admin_routes
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_oip import oip_routes
-from unipinrec.runtime.server_openapi import openapi_route
-from unipinrec.runtime.server_page import page_routes
+from unipinrec.runtime.server.admin import AdminOptions, admin_routes
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.openapi import openapi_route
+from unipinrec.runtime.server.page import page_routes
+from unipinrec.runtime.server.v2.routes import oip_routes
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 

@@ -27,12 +27,12 @@ from served_process import HISTORY, Running, started
 from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
-from unipinrec.models.data_served import SCHEMA
-from unipinrec.runtime import server_served_log
-from unipinrec.runtime.server_api import RecommendBody
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_context import Call
-from unipinrec.runtime.server_served_log import COLUMNS, ServedLog, ServedLogOptions
+from unipinrec.models.data.served import SCHEMA
+from unipinrec.runtime.server.api import RecommendBody
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.observe import served_log as server_served_log
+from unipinrec.runtime.server.observe.served_log import COLUMNS, ServedLog, ServedLogOptions
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
 AT = 1_760_000_000_000
@@ -303,7 +303,7 @@ import sys, time, threading, os
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_server_served_log import call
-from unipinrec.runtime.server_served_log import ServedLog, ServedLogOptions
+from unipinrec.runtime.server.observe.served_log import ServedLog, ServedLogOptions
 log = ServedLog(ServedLogOptions(folder=Path(sys.argv[1]), file_rows=200))
 print("begins", flush=True)
 for number in range(10**9):
@@ -402,7 +402,7 @@ def test_without_polars_it_says_what_to_install(tmp_path: Path) -> None:
         "        if name.partition('.')[0] == 'polars':\n"
         "            raise ModuleNotFoundError('no polars', name='polars')\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from unipinrec.cli import main\n"
+        "from unipinrec.cli.main import main\n"
         "main(sys.argv[1:])\n"
     )
     words = [sys.executable, "-c", code, "serve", str(STORED), "--port", "0", "--log-served", str(tmp_path)]

@@ -31,10 +31,10 @@ from unipinrec.runtime import (
     RecommendOptions,
     Request,
     Slate,
-    server_state,
 )
-from unipinrec.runtime.index_update import update_bundle
-from unipinrec.runtime.server_state import Deployment, DeploymentOptions, Deployments
+from unipinrec.runtime.server import deployments as server_state
+from unipinrec.runtime.server.deployments import Deployment, DeploymentOptions, Deployments
+from unipinrec.runtime.tools.update import update_bundle
 
 NOW_MS = 1_760_000_000_000
 CACHED = DeploymentOptions(
@@ -277,7 +277,7 @@ def test_what_nobody_foresaw_leaves_the_old_one_too(
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("unipinrec.runtime.server_deployment.warm_up", fail)
+        patch.setattr("unipinrec.runtime.server.deployment.warm_up", fail)
         with pytest.raises(MemoryError, match="no room"):
             deployments.swap(twins[1])
     assert deployments.swap_counts() == {("swap", "failed"): 1}

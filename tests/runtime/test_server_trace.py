@@ -17,9 +17,9 @@ from served_process import started
 from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server_app import make_app, make_server
-from unipinrec.runtime.server_context import Server
-from unipinrec.runtime.server_trace import OtelSpans, Traces, trace_route
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Server
+from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_route
 
 EVENTS = [{"item": "item-7", "actions": ["click"]}]
 BODY = {"history": EVENTS, "user": "ann", "k": 2}

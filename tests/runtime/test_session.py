@@ -1,4 +1,4 @@
-"""What every backend keeps of the contract in `runtime/session.py`."""
+"""What every backend keeps of the contract in `runtime/graphs/backend.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.requests import History
 
 NOW_MS = np.array([1_760_000_000_000])

@@ -13,9 +13,9 @@ from answers import STORED
 from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.bundle_files import fingerprint
-from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.files import fingerprint
+from unipinrec.runtime.bundle.golden import read_golden
 
 Reseal = Callable[..., None]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unipinrec.runtime import Recommender, RecommendOptions, verify_bundle
-from unipinrec.runtime.manifest import FORMAT_VERSION
+from unipinrec.runtime.bundle.manifest import FORMAT_VERSION
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 HISTORY = [

@@ -13,7 +13,7 @@ import pytest
 from fake_tensorrt import ILogger, Severity
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.tensorrt_api import Flavor, LogLines, import_tensorrt, tensorrt_logger
+from unipinrec.runtime.trt.library import Flavor, LogLines, import_tensorrt, tensorrt_logger
 
 NAMES = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
@@ -91,7 +91,7 @@ def test_a_wheel_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatch) 
             raise OSError("libnvinfer.so.11: cannot open shared object file")
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("unipinrec.runtime.tensorrt_api.importlib.import_module", broken)
+    monkeypatch.setattr("unipinrec.runtime.trt.library.importlib.import_module", broken)
     with pytest.raises(BackendError, match=r"does not load \(libnvinfer.so.11: cannot open"):
         import_tensorrt("tensorrt")
 

@@ -18,13 +18,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from unipinrec.errors import BackendError
-from unipinrec.export.precision import LowType, typed_graph
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.engine_record import BuildOptions
-from unipinrec.runtime.profiles import ProfileShapes, default_buckets, for_graph
-from unipinrec.runtime.tensorrt_api import TensorRT, import_tensorrt
-from unipinrec.runtime.tensorrt_build import BuildTask, build_engine, check_task, known_targets
-from unipinrec.runtime.tensorrt_layers import require_precision
+from unipinrec.export.precision.typed import LowType, typed_graph
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.trt.build import BuildTask, build_engine, check_task, known_targets
+from unipinrec.runtime.trt.layers import require_precision
+from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
+from unipinrec.runtime.trt.profiles import ProfileShapes, default_buckets, for_graph
+from unipinrec.runtime.trt.record import BuildOptions
 
 GRAPHS = ("encoder", "extend", "retrieval", "ranker")
 WITH_ATTENTION = ("encoder", "extend", "ranker")

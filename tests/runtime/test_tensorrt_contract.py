@@ -20,8 +20,8 @@ from nvidia_bindings import describe, make_stubs, property_type, signatures
 from tensorrt_surface import CLASS, MEMBER, MODULE, RTX_ONLY, SURFACE, overloads
 from tensorrt_usage import Usage, Use, members, read, usage
 
-from unipinrec.runtime.tensorrt_api import FLAVORS, MODULES, VERSIONS
-from unipinrec.runtime.tensorrt_io import TYPE_NAMES
+from unipinrec.runtime.trt.io import TYPE_NAMES
+from unipinrec.runtime.trt.library import FLAVORS, MODULES, VERSIONS
 
 FOLDER = "UNIPINREC_TENSORRT_BINDINGS"
 WHEELS = {

@@ -12,14 +12,14 @@ from answers import answer, assert_same, engine_of, history
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cuda import Cuda, GpuInfo, driver_problem, probe_gpu
-from unipinrec.runtime.device_memory import Block, DeviceTensor, Reader, Staging
-from unipinrec.runtime.engine import Engine, pad_histories
 from unipinrec.runtime.golden_check import compare_golden
-from unipinrec.runtime.profiles import default_buckets, for_graph
-from unipinrec.runtime.tensorrt_api import TensorRT, import_tensorrt
-from unipinrec.runtime.tensorrt_build import BuildTask, build_engine
-from unipinrec.runtime.tensorrt_session import TensorRtBackend
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.trt.build import BuildTask, build_engine
+from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, driver_problem, probe_gpu
+from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
+from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging
+from unipinrec.runtime.trt.profiles import default_buckets, for_graph
+from unipinrec.runtime.trt.session import TensorRtBackend
 
 pytestmark = pytest.mark.gpu
 SLACK = 32 << 20  # bytes that libraries may take for themselves between two measurements

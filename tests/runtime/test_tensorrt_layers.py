@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.tensorrt_layers import Layer, LayerReport, Products, report_layers, require_precision
+from unipinrec.runtime.trt.layers import Layer, LayerReport, Products, report_layers, require_precision
 
 # Shortened lines: of TensorRT-RTX 1.7, of TensorRT 10 and of an older one.
 RTX = """Layers:

@@ -20,15 +20,15 @@ from fake_tensorrt import KERNELS, IExecutionContext, double_backend, make_plan
 from host_cuda import HostRuntime, host_cuda
 
 from unipinrec.errors import BackendError
-from unipinrec.export.precision import LowType, emulated_graph, typed_graph
+from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.golden_check import compare_golden
-from unipinrec.runtime.kv_buffer import KvBuffer, row_of
-from unipinrec.runtime.manifest import GraphSpec, TensorSpec
-from unipinrec.runtime.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket
-from unipinrec.runtime.tensorrt_load import Plan
-from unipinrec.runtime.tensorrt_session import TensorRtBackend
+from unipinrec.runtime.graphs.buffer import KvBuffer, row_of
+from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.trt.load import Plan
+from unipinrec.runtime.trt.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket
+from unipinrec.runtime.trt.session import TensorRtBackend
 
 ALL = (1, 8, 64)
 

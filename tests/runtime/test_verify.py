@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, verify_bundle
-from unipinrec.runtime.cuda import driver_problem
-from unipinrec.runtime.engine import Engine
 from unipinrec.runtime.golden_check import TOLERANCE, compare_golden
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.trt.cuda import driver_problem
 
 Reseal = Callable[..., None]
 
