@@ -25,7 +25,7 @@ with contextlib.ExitStack() as stack:
     from unipinrec.errors import RequestError
     from unipinrec.runtime.recommender import Recommender
     from unipinrec.runtime.request_input import parse_events
-    from unipinrec.runtime.requests import read_history
+    from unipinrec.runtime.resolve import read_history
     from unipinrec.runtime.server.api import Limits, Refusal, decode_events, decode_recommend, decode_similar
     from unipinrec.runtime.server.handlers import usable
     from unipinrec.runtime.server.similar import similar_items

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.catalogue import as_ids
-from unipinrec.runtime.bundle.manifest import ModelSpec, Order
+from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.device import Device, DeviceRules
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
@@ -30,13 +30,8 @@ from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
 from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
 from unipinrec.runtime.request_input import EventLike, as_events, check_types
-from unipinrec.runtime.requests import (
-    RecommendOptions,
-    Request,
-    ResolvedRequest,
-    item_row,
-    resolve_request,
-)
+from unipinrec.runtime.requests import Order, RecommendOptions, Request, ResolvedRequest
+from unipinrec.runtime.resolve import item_row, resolve_request
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 

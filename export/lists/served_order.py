@@ -5,7 +5,8 @@ from __future__ import annotations
 from unipinrec.models.data.sheet import TrainingFacts
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import TrainConfig
-from unipinrec.runtime.bundle.manifest import Order, OrderSpec
+from unipinrec.runtime.bundle.manifest import OrderSpec
+from unipinrec.runtime.requests import Order
 
 MAX_LOG_SCALE = 5.0  # as in training
 FEWEST_LEFT_ALONE = 1000  # with fewer the ranker has learned nothing of them that holds

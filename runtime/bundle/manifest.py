@@ -6,16 +6,16 @@ bundle's identity. Graph and tensor names follow the Hugging Face convention for
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from unipinrec.runtime.bundle.quality import Evaluation, SampleQuality
+from unipinrec.runtime.requests import Order
 
 FORMAT_VERSION = 1
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
 REQUIRED_GRAPHS = GRAPHS[:4]
-Order = Literal["value", "blend", "product", "retrieval"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,8 +10,10 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from unipinrec.runtime.kv.cache import Kind
+Kind = Literal["hit", "extended", "miss"]
+
 
 MAX_SLOTS = 2048  # of a group: beyond it the matrix products are as fast as they get, and memory only grows
 MAX_ROWS = 32

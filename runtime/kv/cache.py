@@ -13,18 +13,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import CacheError, ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.graphs.grouping import Kind
 from unipinrec.runtime.kv.keys import CacheKey, mismatch
 from unipinrec.runtime.kv.options import CacheOptions, CacheStatistics
 from unipinrec.runtime.kv.pages import KvGeometry, KvPages
 
-Kind = Literal["hit", "extended", "miss"]
 REMEMBERED = 100_000  # users whose loss is remembered, so that their next miss has its true reason
 NOTHING: NDArray[np.float32] = np.empty(0, np.float32)
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer, on_host, row_of
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
-from unipinrec.runtime.graphs.grouping import PaddingMeter, Work
-from unipinrec.runtime.kv.cache import Kind, KvCache, Lease
+from unipinrec.runtime.graphs.grouping import Kind, PaddingMeter, Work
+from unipinrec.runtime.kv.cache import KvCache, Lease
 from unipinrec.runtime.kv.keys import CacheKey, event_records
 from unipinrec.runtime.kv.pages import as_stored
 from unipinrec.runtime.requests import ResolvedRequest

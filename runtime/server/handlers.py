@@ -17,7 +17,8 @@ from starlette.responses import Response
 from unipinrec.errors import BackendError, ColdStartError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event, check_event
+from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
+from unipinrec.runtime.resolve import check_event
 from unipinrec.runtime.server.api import (
     ErrorAnswer,
     EventsBody,

@@ -18,8 +18,8 @@ from starlette.routing import Route
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.manifest import Order
 from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.requests import Order
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.context import Call, Server

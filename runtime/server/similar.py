@@ -6,7 +6,7 @@ import numpy as np
 
 from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import item_row
+from unipinrec.runtime.resolve import item_row
 from unipinrec.runtime.retrieval.retriever import Search
 from unipinrec.runtime.server.api import SimilarAnswer, SimilarBody, SimilarItem
 

@@ -16,6 +16,7 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, Recommender
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry
+from unipinrec.runtime.resolve import window_start
 from unipinrec.runtime.tools.arrivals import KUAIRAND, ArrivalModel
 from unipinrec.runtime.tools.capacity import (
     ACTIVITY_EXPONENT,
@@ -34,7 +35,6 @@ from unipinrec.runtime.tools.capacity import (
     smallest_fleet,
     user_pages,
 )
-from unipinrec.runtime.windows import window_start
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"
 COSTS = StageCosts(encode_ms=30.0, extend_ms=3.0, retrieve_ms=2.0, rank_ms=11.0)

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
-from unipinrec.runtime.bundle.manifest import Order
 from unipinrec.runtime.graphs.engine import Encoded
 from unipinrec.runtime.kv.histories import Found
+from unipinrec.runtime.requests import Order
 
 Reseal = Callable[..., None]
 T = 1_760_000_000_000
