@@ -13,12 +13,12 @@ from typing import Literal, TypedDict, cast
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.cpu import has_bf16
 from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
-from unipinrec.runtime.trt.cuda import Cuda, driver_problem
+from unipinrec.runtime.machine import driver_problem, has_bf16
+from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.library import FLAVORS, TensorRT, import_tensorrt
 from unipinrec.runtime.trt.serving import ServingEngines
 from unipinrec.runtime.trt.session import TensorRtBackend

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from unipinrec.errors import ExportError
 from unipinrec.runtime.bundle.manifest import FileSpec, Manifest
-from unipinrec.runtime.cpu import available_threads
+from unipinrec.runtime.machine import available_threads
 
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"
 

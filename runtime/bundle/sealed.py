@@ -21,7 +21,7 @@ import msgspec
 from unipinrec.errors import BackendError, BundleCorruptError
 from unipinrec.runtime.bundle.files import file_problem, largest_first
 from unipinrec.runtime.bundle.manifest import FileSpec
-from unipinrec.runtime.cpu import available_threads
+from unipinrec.runtime.machine import available_threads
 from unipinrec.runtime.malformed import MALFORMED
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -11,23 +11,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import TensorSpec
-from unipinrec.runtime.graphs.backend import Tensor
 
 # What f32 may be rounded to on its way into a graph.
 REDUCED: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-
-Graph = TypeVar("Graph")
-
-
-def opened(graphs: Mapping[str, Graph], graph: str) -> Graph:
-    """A backend's graph, of which it has none left once it is closed.
-
-    Raises:
-        BackendError: It was closed.
-    """
-    if graph not in graphs:
-        raise BackendError(f"{graph}: the graphs were closed; load the bundle again")
-    return graphs[graph]
 
 
 def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any] | Tensor]) -> None:
@@ -88,3 +74,23 @@ def _fits(shape: Sequence[int], expected: Sequence[int | str], sizes: dict[str, 
         for size, want in zip(shape, expected, strict=True)
     ]
     return all(size == want or not isinstance(want, int) for size, want in zip(shape, bound, strict=True))
+
+
+class Tensor(Protocol):
+    """A tensor on a backend's device; never modified. It lives as long as it, or a view of it, is held."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of its elements on the device, as numpy names it ("bfloat16" included)."""
+        ...
+
+    def shape(self) -> list[int]:
+        """Its dimensions."""
+        ...
+
+    def numpy(self) -> NDArray[Any]:
+        """Its values on the host: a view where the device is the host, else a copy. Not to be written to.
+
+        Floating-point numbers are f32 there, whatever they are on the device.
+        """
+        ...

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.tensors import Tensor
 
-class Tensor(Protocol):
-    """A tensor on a backend's device; never modified. It lives as long as it, or a view of it, is held."""
-
-    @property
-    def dtype(self) -> str:
-        """Type of its elements on the device, as numpy names it ("bfloat16" included)."""
-        ...
-
-    def shape(self) -> list[int]:
-        """Its dimensions."""
-        ...
-
-    def numpy(self) -> NDArray[Any]:
-        """Its values on the host: a view where the device is the host, else a copy. Not to be written to.
-
-        Floating-point numbers are f32 there, whatever they are on the device.
-        """
-        ...
+Graph = TypeVar("Graph")
 
 
 class Backend(Protocol):
@@ -60,3 +45,14 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release the graphs and the memory that they take, beside tensors that are still held; later runs fail."""
         ...
+
+
+def opened(graphs: Mapping[str, Graph], graph: str) -> Graph:
+    """A backend's graph, of which it has none left once it is closed.
+
+    Raises:
+        BackendError: It was closed.
+    """
+    if graph not in graphs:
+        raise BackendError(f"{graph}: the graphs were closed; load the bundle again")
+    return graphs[graph]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.bundle.tensors import Tensor
 
 
 @dataclass(frozen=True, eq=False)

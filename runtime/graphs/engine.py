@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.bundle.tensors import Tensor
 from unipinrec.runtime.device import CPU, Device, DeviceRules, open_backend
-from unipinrec.runtime.graphs.backend import Backend, Tensor
+from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.buffer import KvBuffer, on_host, row_of
 from unipinrec.runtime.requests import History
 

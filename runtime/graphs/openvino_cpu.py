@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
-from unipinrec.runtime.bundle.tensors import check_inputs, host_array, opened
-from unipinrec.runtime.cpu import has_bf16, thread_count
-from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.bundle.tensors import Tensor, check_inputs, host_array
+from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.machine import has_bf16, thread_count
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours: OpenVINO's
 ATTENTION = ("ScaledDotProductAttention", "Softmax")

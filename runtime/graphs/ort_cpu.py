@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import TensorSpec
-from unipinrec.runtime.bundle.tensors import REDUCED, check_inputs, host_array, in_type, opened, widened
-from unipinrec.runtime.cpu import flush_denormals, thread_count
-from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.bundle.tensors import REDUCED, Tensor, check_inputs, host_array, in_type, widened
+from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.machine import flush_denormals, thread_count
 
 PROVIDER = "CPUExecutionProvider"
 ONE_THREAD = ("retrieval", "ranker")

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec
-from unipinrec.runtime.bundle.tensors import check_inputs, opened
-from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
+from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
-from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.machine import driver_problem
 
 CUDA = "CUDAExecutionProvider"
 WHEELS = ("onnxruntime", "onnxruntime-gpu")

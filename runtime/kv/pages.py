@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.cpu import thread_count
+from unipinrec.runtime.machine import thread_count
 
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)

@@ -23,8 +23,8 @@ from unipinrec.errors import BackendError, BundleError, SwapBusyError, SwapError
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.files import file_problems
 from unipinrec.runtime.graphs.grouping import Padding
+from unipinrec.runtime.machine import give_back_memory
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.process.memory import give_back_memory
 
 __all__ = [
     "Deployment",

@@ -17,8 +17,8 @@ from unipinrec import __version__
 from unipinrec.errors import ConfigError, UnipinrecError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.cpu import available_threads
 from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.machine import available_threads
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
 from unipinrec.runtime.server.api import Limits

@@ -16,16 +16,15 @@ from typing import TypeVar
 from unipinrec import __version__
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.cpu import has_bf16
 from unipinrec.runtime.device import Device
 from unipinrec.runtime.graphs.openvino_cpu import NO_BF16, import_openvino
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem
-from unipinrec.runtime.machine import this_cpu, this_memory
+from unipinrec.runtime.machine import driver_problem, has_bf16, this_cpu, this_memory
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, Engine, EngineCache, Gpu, Library, OnnxRuntime
 from unipinrec.runtime.tools.engines import ListedEngine, list_engines
-from unipinrec.runtime.trt.cuda import GpuInfo, driver_problem, probe_gpu
+from unipinrec.runtime.trt.cuda import GpuInfo, probe_gpu
 from unipinrec.runtime.trt.library import FLAVORS, NAMES, Flavor, TensorRT, import_tensorrt
 from unipinrec.runtime.trt.record import Refusal, this_machine
 from unipinrec.runtime.trt.store import EngineStore

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
+from unipinrec.runtime.machine import CHECK_DRIVER, driver_problem
 
-DRIVER = "libcuda.so.1"
 KEEP_ALL = 2**64 - 1
-CHECK_DRIVER = "check that nvidia-smi lists the GPU, and that the container was started with access to it"
 REMEDIES = {
     "cudaErrorNoDevice": f"{CHECK_DRIVER}, and CUDA_VISIBLE_DEVICES",
     "cudaErrorInvalidDevice": f"{CHECK_DRIVER}, and CUDA_VISIBLE_DEVICES",
@@ -273,20 +272,6 @@ def import_cuda() -> Any:
     except ImportError as error:
         raise BackendError(f"cuda-bindings is not installed ({error}); run pip install 'unipinrec[gpu]'") from error
     return cuda.bindings
-
-
-def driver_problem() -> str | None:
-    """Why the driver cannot be used. Asked of the driver itself: TensorRT dies without one, it does not raise."""
-    try:
-        driver = ctypes.CDLL(DRIVER)
-    except OSError:
-        return f"there is no NVIDIA driver here ({DRIVER} is not found); {CHECK_DRIVER}"
-    code = driver.cuInit(0)
-    if code == 0:
-        return None
-    name = ctypes.c_char_p()
-    driver.cuGetErrorName(code, ctypes.byref(name))
-    return f"the NVIDIA driver does not start: {(name.value or b'error').decode()} ({code}); {CHECK_DRIVER}"
 
 
 def _call(runtime: Any, what: str, function: str, *arguments: Any) -> Any:

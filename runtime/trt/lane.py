@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec
-from unipinrec.runtime.bundle.tensors import host_array
-from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.bundle.tensors import Tensor, host_array
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.library import LogLines
 from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging, layout, size_bytes

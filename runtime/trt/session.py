@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec
-from unipinrec.runtime.bundle.tensors import check_inputs, opened
-from unipinrec.runtime.graphs.backend import Tensor
+from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
+from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.io import uncovered
 from unipinrec.runtime.trt.lane import Given

@@ -18,7 +18,7 @@ from host_cuda import HostRuntime, host_cuda
 from unipinrec.cli.main import main
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.trt.library import import_tensorrt
 from unipinrec.runtime.trt.store import EngineStore
 
@@ -165,7 +165,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     trt = fake_tensorrt(memory)
     monkeypatch.setattr("unipinrec.runtime.tools.compile.build_engine", Builder())
     monkeypatch.setattr("unipinrec.runtime.trt.library.import_tensorrt", lambda flavor=None: trt)
-    monkeypatch.setattr("unipinrec.runtime.trt.cuda.driver_problem", lambda: None)
+    monkeypatch.setattr("unipinrec.runtime.machine.driver_problem", lambda: None)
     monkeypatch.setattr("unipinrec.runtime.trt.cuda.Cuda.open", lambda: host_cuda(memory))
     monkeypatch.setattr("unipinrec.runtime.trt.cuda.probe_gpu", lambda: host_cuda(memory).info)
 

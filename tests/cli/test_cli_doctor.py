@@ -12,7 +12,7 @@ from host_cuda import HostRuntime
 
 from unipinrec.cli.main import main
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.machine import driver_problem
 
 
 def run(*words: str | Path) -> Result:

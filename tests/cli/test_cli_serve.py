@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 
 from unipinrec.cli.main import main
 from unipinrec.cli.recommend import _words
-from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.machine import driver_problem, has_bf16
 
 
 def run(*words: str | Path) -> Result:

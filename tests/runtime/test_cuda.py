@@ -19,6 +19,7 @@ import pytest
 from host_cuda import DEVICE, CudaError, HostRuntime, MemcpyKind, MemPoolAttr, host_cuda
 
 from unipinrec.errors import BackendError
+from unipinrec.runtime import machine
 from unipinrec.runtime.trt import cuda as wrapper
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 
@@ -158,7 +159,7 @@ def test_a_function_that_the_bindings_do_not_have(runtime: HostRuntime) -> None:
 
 
 def test_without_a_driver_the_message_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrapper, "DRIVER", "libnothing.so.7")
+    monkeypatch.setattr(machine, "DRIVER", "libnothing.so.7")
     reason = r"there is no NVIDIA driver here \(libnothing.so.7 is not found\); check that nvidia-smi lists the GPU"
     with pytest.raises(BackendError, match=reason):
         Cuda.open()
@@ -177,7 +178,7 @@ def test_a_driver_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
     )
     library = tmp_path / "libdriver.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "driver.c")], check=True)
-    monkeypatch.setattr(wrapper, "DRIVER", str(library))
+    monkeypatch.setattr(machine, "DRIVER", str(library))
     assert probe_gpu() == (
         "the NVIDIA driver does not start: CUDA_ERROR_NO_DEVICE (100); check that nvidia-smi lists the GPU, and that "
         "the container was started with access to it"
@@ -242,7 +243,7 @@ def test_the_wrapper_calls_nothing_that_the_double_does_not_have() -> None:
 
 def test_the_real_bindings_say_why_they_do_not_work_here() -> None:
     real_runtime()
-    if wrapper.driver_problem() is None:
+    if machine.driver_problem() is None:
         pytest.skip("there is a driver")
     import cuda.bindings
 

@@ -21,7 +21,8 @@ from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.device import DEVICES, candidates
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.engine import Engine
-from unipinrec.runtime.trt.cuda import GpuInfo, driver_problem
+from unipinrec.runtime.machine import driver_problem
+from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.record import this_machine
 
 Reseal = Callable[..., None]

@@ -12,8 +12,9 @@ from fake_gpu import install_engines, put_gpu, wrong_ranker
 from host_cuda import HostRuntime
 
 from unipinrec.runtime import Bundle
+from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.tools.doctor import _driver_version, examine
-from unipinrec.runtime.trt.cuda import GpuInfo, driver_problem
+from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.record import this_machine
 
 NO_DRIVER = "there is no NVIDIA driver here"

@@ -15,7 +15,8 @@ from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor
 from unipinrec.runtime.graphs.ort_cuda import CUDA, provider_problem
-from unipinrec.runtime.trt.cuda import Cuda, driver_problem
+from unipinrec.runtime.machine import driver_problem
+from unipinrec.runtime.trt.cuda import Cuda
 
 PROBLEM = driver_problem() or provider_problem(onnxruntime, CUDA)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))]

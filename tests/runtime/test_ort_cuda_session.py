@@ -28,7 +28,7 @@ from unipinrec.runtime.graphs.buffer import HostTensor
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, load_session, session_options
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend, misplaced, preload, provider_problem
-from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.machine import driver_problem
 
 WITHOUT_CUDA = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has a CUDA provider"

@@ -15,13 +15,13 @@ from starlette.testclient import TestClient
 
 from unipinrec.errors import BundleError
 from unipinrec.runtime import Request
+from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.requests import Event
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.deployments import Deployment, Deployments
 from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
-from unipinrec.runtime.trt.cuda import driver_problem
 
 NOW_MS = 1_760_000_000_000
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

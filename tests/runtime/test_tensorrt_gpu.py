@@ -14,8 +14,9 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.trt.build import BuildTask, build_engine
-from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, driver_problem, probe_gpu
+from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
 from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging
 from unipinrec.runtime.trt.profiles import default_buckets, for_graph

@@ -14,7 +14,7 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, verify_bundle
 from unipinrec.runtime.golden_check import TOLERANCE, compare_golden
 from unipinrec.runtime.graphs.engine import Engine
-from unipinrec.runtime.trt.cuda import driver_problem
+from unipinrec.runtime.machine import driver_problem
 
 Reseal = Callable[..., None]
 

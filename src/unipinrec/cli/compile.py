@@ -156,8 +156,9 @@ def _dry_run(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
 
 
 def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
+    from unipinrec.runtime.machine import driver_problem
     from unipinrec.runtime.tools.compile import compile_bundle
-    from unipinrec.runtime.trt.cuda import Cuda, driver_problem
+    from unipinrec.runtime.trt.cuda import Cuda
     from unipinrec.runtime.trt.library import import_tensorrt
     from unipinrec.runtime.trt.store import EngineStore
 
