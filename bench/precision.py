@@ -55,7 +55,7 @@ class Judge:
     def __init__(self, bundle: Bundle, users: int) -> None:
         self.bundle = bundle
         self.histories = [h for h in bundle.sample_histories(users) if len(h) > LAST_EVENTS]
-        with closing(Engine.open(bundle)) as exact:
+        with closing(Engine.on_cpu(bundle)) as exact:
             self.exact = self._logits(exact)
         self.auc = auc_by_action(bundle.manifest.actions, self.histories, self.exact)
 

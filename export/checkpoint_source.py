@@ -18,9 +18,9 @@ from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.data.schema import Dataset, read_dataset
 from unipinrec.models.data.sequences import sequences_of
-from unipinrec.models.data.sheet import TrainingFacts, training_facts
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.models.training.config import RunConfig
+from unipinrec.models.training.sheet import TrainingFacts, training_facts
 from unipinrec.runtime.bundle.manifest import ModelSpec
 
 

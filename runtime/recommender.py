@@ -19,8 +19,9 @@ from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.catalogue import as_ids
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.device import Device, DeviceRules
+from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
+from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
 from unipinrec.runtime.graphs.grouping import Padding, grouped
 from unipinrec.runtime.kv.cache import KvCache
@@ -91,7 +92,7 @@ class Recommender:
             bundle = Bundle.open(bundle)
         model = bundle.manifest.model
         _check_slack(window_slack, model)
-        engine = Engine.open(bundle, device, **rules)
+        engine = open_engine(bundle, device, **rules)
         with ExitStack() as unless_served:
             unless_served.callback(engine.close)
             if verify:

@@ -13,8 +13,9 @@ from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.files import file_problems
 from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.bundle.quality import SampleQuality
-from unipinrec.runtime.device import Device, DeviceRules, require_device
+from unipinrec.runtime.device import DeviceRules, require_device
 from unipinrec.runtime.golden_check import TOLERANCE, GoldenCheck, compare_golden
+from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.sample import sample_quality
 

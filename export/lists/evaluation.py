@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from unipinrec.export.lists.held_out_requests import CANDIDATES, MISSING, Client, HeldOut
 from unipinrec.models.baselines import Scorer, baselines_of
-from unipinrec.models.data.sheet import data_sheet
 from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, shown_items
 from unipinrec.models.metrics import action_metrics, target_ranks
+from unipinrec.models.training.sheet import data_sheet
 from unipinrec.runtime import Recommender
 from unipinrec.runtime.bundle.quality import ActionQuality, Estimate, Evaluation, ListQuality, named
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from unipinrec.models.data.sheet import TrainingFacts
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import TrainConfig
+from unipinrec.models.training.sheet import TrainingFacts
 from unipinrec.runtime.bundle.manifest import OrderSpec
 from unipinrec.runtime.requests import Order
 

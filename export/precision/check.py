@@ -107,7 +107,7 @@ def add_precisions(
     bundle = Bundle.open(folder)
     chosen = _chosen(histories)
     progress("held-out events in fp32")
-    with closing(Engine.open(bundle)) as exact:
+    with closing(Engine.on_cpu(bundle)) as exact:
         judged = Judged(bundle=bundle, histories=chosen, exact_auc=_auc(exact, bundle, chosen))
     specs = {}
     for precision in precisions:

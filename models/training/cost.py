@@ -14,10 +14,10 @@ from unipinrec.errors import ConfigError
 from unipinrec.models.batches import Batch, Batches
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import sequences_of, vocabulary_of
-from unipinrec.models.data.sheet import training_facts, training_warnings
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import RunConfig
 from unipinrec.models.training.losses import Objective
+from unipinrec.models.training.sheet import training_facts, training_warnings
 from unipinrec.models.training.train import batch_options, loss_options
 
 COPIES = 4  # a weight, its gradient, and AdamW's two moments

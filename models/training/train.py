@@ -22,13 +22,13 @@ from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, 
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
-from unipinrec.models.data.sheet import TrainingFacts, training_facts, training_warnings
 from unipinrec.models.evaluate import EVALUATION_BATCH, gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import RunConfig, TrainConfig
 from unipinrec.models.training.log import StepReport, TrainLog
 from unipinrec.models.training.losses import LossOptions, Objective
+from unipinrec.models.training.sheet import TrainingFacts, training_facts, training_warnings
 from unipinrec.models.training.state import STATE_FILE, Position, read_state, write_state
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.tensors import Tensor
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+
 
 Graph = TypeVar("Graph")
 
@@ -56,3 +60,25 @@ def opened(graphs: Mapping[str, Graph], graph: str) -> Graph:
     if graph not in graphs:
         raise BackendError(f"{graph}: the graphs were closed; load the bundle again")
     return graphs[graph]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What really runs.
+
+    Attributes:
+        name: One of `runtime.device.DEVICES`, never "auto".
+        reason: Why it was chosen.
+        precision: What it computes in.
+        refused: What was preferred to it, each with the reason why it does not run.
+        fell_back: Whether something was refused that somebody wanted, or that has a GPU.
+    """
+
+    name: str
+    reason: str
+    precision: Precision = "fp32"
+    refused: tuple[str, ...] = ()
+    fell_back: bool = False
+
+
+CPU = Device(name="cpu", reason="asked for")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.bundle.tensors import Tensor
-from unipinrec.runtime.device import CPU, Device, DeviceRules, open_backend
-from unipinrec.runtime.graphs.backend import Backend
+from unipinrec.runtime.graphs.backend import CPU, Backend, Device
 from unipinrec.runtime.graphs.buffer import KvBuffer, on_host, row_of
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
 LANE_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond; less is not worth a thread
@@ -120,14 +120,13 @@ class Engine:
         self._process, self._closed = os.getpid(), False
 
     @classmethod
-    def open(cls, bundle: Bundle, wanted: str = "cpu", **rules: Unpack[DeviceRules]) -> Engine:
-        """Load a bundle's graphs on the wanted device, or on the next best that the rules allow.
+    def on_cpu(cls, bundle: Bundle) -> Engine:
+        """Load a bundle's fp32 graphs in ONNX Runtime on the CPU.
 
         Raises:
-            BackendError: See `open_backend`.
+            BackendError: It is missing, or does not load a graph.
         """
-        device, backend = open_backend(bundle, wanted, **rules)
-        return cls(backend, bundle.manifest.model, bundle.item_vectors, device)
+        return cls(OrtBackend(bundle.graph_files()), bundle.manifest.model, bundle.item_vectors)
 
     def close(self) -> None:
         """Release the graphs and the memory that they take; requests that are under way, and later ones, fail."""

@@ -16,8 +16,9 @@ import msgspec
 from unipinrec.errors import BackendError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.device import Device, precision_of
+from unipinrec.runtime.device import precision_of
 from unipinrec.runtime.golden_check import compare_golden
+from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.tools.compile_plan import CompileTask, graphs_of, keys_of, require_golden_covered
 from unipinrec.runtime.trt.build import BuildTask, build_engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unipinrec.runtime.device import Device
+from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.machine import Cpu, Memory
 from unipinrec.runtime.trt.cuda import GpuInfo
 

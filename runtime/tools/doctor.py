@@ -16,7 +16,7 @@ from typing import TypeVar
 from unipinrec import __version__
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.device import Device
+from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.openvino_cpu import NO_BF16, import_openvino
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem

@@ -141,7 +141,7 @@ def test_the_report_has_a_row_per_precision(reduced: Path, capsys: pytest.Captur
 
 def test_held_out_events_are_scored_from_those_before_them(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    engine, history = Engine.open(opened), opened.sample_histories(1)[0]
+    engine, history = Engine.on_cpu(opened), opened.sample_histories(1)[0]
     logits = held_out_logits(engine, history)
     for place in range(4):
         cut = len(history) - 4 + place

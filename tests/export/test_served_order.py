@@ -9,9 +9,9 @@ import pytest
 
 from unipinrec.export.lists.served_order import served_order
 from unipinrec.models.config import TINY, Vocabulary
-from unipinrec.models.data.sheet import TrainingFacts
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import TrainConfig
+from unipinrec.models.training.sheet import TrainingFacts
 
 ACTIONS = ("click", "like", "hide")
 FACTS = TrainingFacts(

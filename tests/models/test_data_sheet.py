@@ -10,8 +10,8 @@ import pytest
 from unipinrec.errors import DataError
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import sequences_of
-from unipinrec.models.data.sheet import DataSheet, TrainingFacts, data_sheet, training_facts, training_warnings
 from unipinrec.models.training.config import TrainConfig
+from unipinrec.models.training.sheet import DataSheet, TrainingFacts, data_sheet, training_facts, training_warnings
 
 MakeData = Callable[..., Dataset]
 POSITIVE = np.array([True, True, False])

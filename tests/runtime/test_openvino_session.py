@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.requests import History
@@ -30,7 +31,7 @@ def opened(bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def engine(opened: Bundle) -> Engine:
-    return Engine.open(opened, "openvino")
+    return open_engine(opened, "openvino")
 
 
 def history(times: NDArray[np.int64]) -> History:
@@ -49,7 +50,7 @@ def test_times_are_not_cut_to_32_bits(engine: Engine, opened: Bundle) -> None:
     histories = [history(times), history(times[2:] - 2**40)]
     batch = pad_histories(histories)
     past, new = (pad_histories([one.part(*part) for one in histories]) for part in ((0, 4), (4, None)))
-    exact = Engine.open(opened)
+    exact = Engine.on_cpu(opened)
     now_ms = times[-1] + np.array([2**31 + 5, 2**33])
     for given in (engine.encode(batch), engine.extend(engine.encode(past), new)):
         expected = exact.encode(batch)
@@ -118,7 +119,7 @@ def test_a_cpu_without_bf16_is_refused(bundle: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_bf16_rounds_inside_and_hands_out_floats(opened: Bundle, engine: Engine, bf16_device: str) -> None:
-    rounded = Engine.open(opened, bf16_device)
+    rounded = open_engine(opened, bf16_device)
     batch = pad_histories([history(np.arange(20) * DAY_MS)])
     given, expected = (one.encode(batch).key_values[-1].numpy() for one in (rounded, engine))
     assert given.dtype == np.float32

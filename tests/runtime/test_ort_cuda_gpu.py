@@ -12,6 +12,7 @@ import pytest
 from answers import STORED, answer, assert_same, history
 
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
+from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor
 from unipinrec.runtime.graphs.ort_cuda import CUDA, provider_problem
@@ -35,14 +36,14 @@ def test_answers_are_those_of_the_cpu(stored: Bundle, exact: Engine) -> None:
     report = verify_bundle(STORED, "cuda", strict=True)
     assert report.ok
     assert max(check.max_abs_diff or 0.0 for check in report.golden) < 1e-4
-    engine = Engine.open(stored, "cuda", strict=True)
+    engine = open_engine(stored, "cuda", strict=True)
     for seed in range(5):
         assert_same(answer(engine, stored, seed), answer(exact, stored, seed), atol=1e-4)
     engine.close()
 
 
 def test_outputs_stay_on_the_gpu(stored: Bundle) -> None:
-    engine = Engine.open(stored, "cuda", strict=True)
+    engine = open_engine(stored, "cuda", strict=True)
     encoded = engine.encode(pad_histories([history(stored, 5)]))
     tensors = (*encoded.key_values, encoded.last_hidden_state)
     assert {tensor.value.device_name() for tensor in tensors if isinstance(tensor, OrtTensor)} == {"cuda"}
@@ -68,7 +69,7 @@ def test_less_precision_agrees_and_is_read_back(typed: Path, exact: Engine, devi
 def test_memory_is_given_back(stored: Bundle) -> None:
     def used(rounds: int) -> int:
         for _ in range(rounds):
-            engine = Engine.open(stored, "cuda", strict=True)
+            engine = open_engine(stored, "cuda", strict=True)
             answer(engine, stored)
             engine.close()
             del engine
@@ -82,7 +83,7 @@ def test_memory_is_given_back(stored: Bundle) -> None:
 
 
 def test_engine_of_another_backend_is_read_through_the_host(stored: Bundle, exact: Engine) -> None:
-    engine = Engine.open(stored, "cuda", strict=True)
+    engine = open_engine(stored, "cuda", strict=True)
     encoded = exact.encode(pad_histories([history(stored, 6)]))
     asked = np.array([[1, 2, 3]]), np.zeros(1, np.int64), np.array([1_760_000_000_000])
     np.testing.assert_allclose(engine.rank(encoded, *asked), exact.rank(encoded, *asked), atol=1e-4, rtol=0)

@@ -24,6 +24,7 @@ from unipinrec.errors import BackendError
 from unipinrec.export.precision.check import add_precisions
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs.buffer import HostTensor
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, load_session, session_options
@@ -224,7 +225,7 @@ def test_a_device_in_fp16_serves_what_agrees_with_fp32(typed: Bundle, monkeypatc
 
 def test_operators_without_a_kernel_are_a_reason(typed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_on_cpu(monkeypatch)
-    device = Engine.open(typed, "cuda-bf16").device
+    device = open_engine(typed, "cuda-bf16").device
     assert (device.name, device.precision) == ("cpu", "fp32")
     assert device.refused[0].startswith("cuda-bf16: encoder_bf16.onnx: ONNX Runtime ")
     assert " does not load it: " in device.refused[0]

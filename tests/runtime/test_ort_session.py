@@ -20,7 +20,7 @@ from unipinrec.runtime.requests import History
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path) -> Engine:
-    return Engine.open(Bundle.open(bundle))
+    return Engine.on_cpu(Bundle.open(bundle))
 
 
 def history(events: int) -> History:

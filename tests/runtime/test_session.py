@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
+from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.requests import History
 
@@ -21,7 +22,7 @@ NOW_MS = np.array([1_760_000_000_000])
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path, device: str) -> Engine:
-    return Engine.open(Bundle.open(bundle), device)
+    return open_engine(Bundle.open(bundle), device)
 
 
 def history(events: int, first: int = 0) -> History:

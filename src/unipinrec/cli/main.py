@@ -14,7 +14,7 @@ from unipinrec.cli.evaluate import evaluate
 from unipinrec.cli.export import export
 from unipinrec.cli.index import index
 from unipinrec.cli.plan import plan
-from unipinrec.cli.prepare.prepare import prepare
+from unipinrec.cli.prepare import prepare
 from unipinrec.cli.recommend import recommend, verify
 from unipinrec.cli.serve import serve
 from unipinrec.cli.train import train

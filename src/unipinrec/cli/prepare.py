@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unipinrec.cli.common import FiniteRange, command, json_option, print_json, stderr, stdout, warn
-from unipinrec.cli.prepare.report import print_summary, summarize
-from unipinrec.cli.prepare.simulate import simulate
+from unipinrec.cli.prepare_report import print_summary, summarize
+from unipinrec.cli.prepare_simulate import simulate
 from unipinrec.errors import DataError
 
 if TYPE_CHECKING:
