@@ -24,7 +24,7 @@ with contextlib.ExitStack() as stack:
         stack.enter_context(atheris.instrument_imports(include=["unipinrec"]))
     from unipinrec.errors import RequestError
     from unipinrec.runtime.recommender import Recommender
-    from unipinrec.runtime.request_input import parse_events
+    from unipinrec.runtime.requests import parse_events
     from unipinrec.runtime.resolve import read_history
     from unipinrec.runtime.server.api import Limits, Refusal, decode_events, decode_recommend, decode_similar
     from unipinrec.runtime.server.handlers import usable

@@ -9,8 +9,7 @@ from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.request_input import parse_events
-from unipinrec.runtime.requests import Event, RecommendOptions, Request
+from unipinrec.runtime.requests import Event, RecommendOptions, Request, parse_events
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 from unipinrec.runtime.verify import VerifyReport, verify_bundle
 

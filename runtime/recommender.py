@@ -30,8 +30,15 @@ from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
 from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
-from unipinrec.runtime.request_input import EventLike, as_events, check_types
-from unipinrec.runtime.requests import Order, RecommendOptions, Request, ResolvedRequest
+from unipinrec.runtime.requests import (
+    EventLike,
+    Order,
+    RecommendOptions,
+    Request,
+    ResolvedRequest,
+    as_events,
+    check_types,
+)
 from unipinrec.runtime.resolve import item_row, resolve_request
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes

@@ -1,13 +1,23 @@
-"""What a caller asks, and what it becomes once it is validated: types alone."""
+"""What a caller asks, how it is read, and what it becomes once it is validated. Knows no bundle."""
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from unipinrec.errors import MALFORMED, RequestError
+
+EVENT_FORMAT = (
+    'a history is a list, oldest first, of {"item": "id", "actions": ["name"], "surface": "name", "timestamp_ms": 0}; '
+    "surface and timestamp_ms may be left out"
+)
+
 
 Order = Literal["value", "blend", "product", "retrieval"]
 
@@ -130,3 +140,45 @@ class ResolvedRequest:
     excluded: NDArray[np.int64]
     allowed: NDArray[np.bool_] | None
     exact: bool
+
+
+EventLike = Event | Mapping[str, Any]
+
+
+def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
+    """Read a JSON list of events; `source` names it in errors.
+
+    Raises:
+        RequestError: It is not JSON, or not a list of events; an unknown key is an error.
+    """
+    try:
+        return msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=tuple[Event, ...])
+    except MALFORMED as error:
+        raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
+
+
+def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
+    """Turn dictionaries with the keys of `Event` into events; events pass.
+
+    Raises:
+        RequestError: An element is neither, lacks a key, has an unknown one or a value of the wrong type.
+    """
+    events = []
+    for position, given in enumerate(history):
+        try:
+            events.append(given if isinstance(given, Event) else msgspec.convert(given, type=Event))
+        except msgspec.ValidationError as error:
+            raise RequestError(f"history[{position}]: {error}; {EVENT_FORMAT}") from error
+    return tuple(events)
+
+
+def check_types(request: Request) -> None:
+    """Find what in a request is of a type that its fields do not take.
+
+    Raises:
+        RequestError: Something is; names it.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(request), Request)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the request has a value of the wrong type: {error}") from error

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from unipinrec.errors import BundleCorruptError, BundleError, BundleVersionError, RequestError
+from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.files import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
 from unipinrec.runtime.bundle.sealed import REMEDY, SealedFile, SealedFiles
 from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets
-from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.requests import Event, History
 
 T = TypeVar("T", bound=Sized)

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import msgspec
 
-from unipinrec.errors import BackendError, BundleCorruptError
+from unipinrec.errors import MALFORMED, BackendError, BundleCorruptError
 from unipinrec.runtime.bundle.files import file_problem, largest_first
 from unipinrec.runtime.bundle.manifest import FileSpec
 from unipinrec.runtime.machine import available_threads
-from unipinrec.runtime.malformed import MALFORMED
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 NOEXEC = 8  # MFD_NOEXEC_SEAL, of Linux 6.3 and later

@@ -21,14 +21,14 @@ import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unipinrec.errors import BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
+from unipinrec.errors import MALFORMED, BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.malformed import MALFORMED
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.context import Call, Handler, Server
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
 from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.operations import ADMIN, Operation
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "a name is a letter or digit, then up to 127 letters, digits, dots, dashes or underscores"
@@ -105,6 +105,30 @@ def read_current(folder: Path) -> Path:
         raise BundleError(f'{path} must be a file such as {{"bundle": "NAME"}}: {error}') from error
 
 
+RELOAD = Operation(
+    method="POST",
+    path="/admin/reload",
+    summary="Serve another bundle",
+    body=Current,
+    answer=DeploymentStatus,
+    statuses=(*ADMIN, 404, 408, 409, 413, 422),
+)
+ROLLBACK = Operation(
+    method="POST",
+    path="/admin/rollback",
+    summary="Serve the bundle before this one",
+    answer=DeploymentStatus,
+    statuses=(*ADMIN, 409, 422),
+)
+STATUS = Operation(
+    method="GET",
+    path="/admin/status",
+    summary="What serves, and what was swapped",
+    answer=DeploymentStatus,
+    statuses=ADMIN,
+)
+
+
 def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
     """POST /admin/reload and /admin/rollback, GET /admin/status. Without them there is no other way in."""
 
@@ -125,12 +149,8 @@ def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
         return as_json(_deployments(server).status())
 
     digest = hashlib.sha256(options.token.encode()).digest()
-    table: list[tuple[str, str, Handler]] = [
-        ("POST", "/admin/reload", reload),
-        ("POST", "/admin/rollback", rollback),
-        ("GET", "/admin/status", status),
-    ]
-    return [route(server, method, path, _guarded(handler, digest)) for method, path, handler in table]
+    table: list[tuple[Operation, Handler]] = [(RELOAD, reload), (ROLLBACK, rollback), (STATUS, status)]
+    return [route(server, operation, _guarded(handler, digest)) for operation, handler in table]
 
 
 def _guarded(handler: Handler, token_sha256: bytes) -> Handler:

@@ -13,8 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from unipinrec.errors import ConfigError, RequestError
-from unipinrec.runtime.malformed import MALFORMED
+from unipinrec.errors import MALFORMED, ConfigError, RequestError
 from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
@@ -73,6 +72,11 @@ class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The body of every answer that is not a success."""
 
     error: ErrorDetail
+
+    @classmethod
+    def of(cls, detail: ErrorDetail) -> ErrorAnswer:
+        """An error as a body."""
+        return cls(error=detail)
 
 
 class RecommendBody(RecommendOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):

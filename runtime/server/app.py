@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -16,17 +17,86 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from unipinrec.runtime.server import handlers
-from unipinrec.runtime.server.api import ErrorAnswer, ErrorDetail, Refusal
+from unipinrec.runtime.server.api import (
+    ErrorAnswer,
+    ErrorDetail,
+    EventsBody,
+    ForgetAnswer,
+    Readiness,
+    RecommendAnswer,
+    RecommendBody,
+    Refusal,
+    SimilarAnswer,
+    SimilarBody,
+    UserAnswer,
+)
 from unipinrec.runtime.server.context import Call, Handler, Observer, Server, ServerOptions
 from unipinrec.runtime.server.deployments import Deployments
-from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits
-from unipinrec.runtime.server.process.peers import Peers
-from unipinrec.runtime.server.v2.codec import InferError
+from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, Receipt, StoreLimits
+from unipinrec.runtime.server.openapi_examples import EXAMPLE_USER
+from unipinrec.runtime.server.operations import POSTS, READS, STORE, AnyOf, Operation, in_path
 
 __all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
 
 CLIENT_LEFT = 499
 log = logging.getLogger(__name__)
+
+
+RECOMMEND = Operation(
+    method="POST",
+    path="/v1/recommend",
+    tag="recommend",
+    summary="The best items for a user, or for each of a list",
+    body=RecommendBody | list[RecommendBody],
+    answer=AnyOf((RecommendAnswer, AnyOf((RecommendAnswer, ErrorAnswer), listed=True))),
+    statuses=(*POSTS, 422),
+)
+APPEND = Operation(
+    method="POST",
+    path="/v1/events",
+    tag="users",
+    summary="Append what users just did",
+    body=EventsBody | list[EventsBody],
+    answer=AnyOf((Receipt, AnyOf((Receipt, ErrorAnswer), listed=True))),
+    statuses=POSTS,
+)
+NAMED = {"user": in_path(EXAMPLE_USER, maxLength=256)}
+USER = Operation(
+    method="GET",
+    path="/v1/users/{user:text}",
+    tag="users",
+    summary="What is known of a user",
+    answer=UserAnswer,
+    statuses=(*STORE, 404),
+    parameters=NAMED,
+)
+FORGET = Operation(
+    method="DELETE",
+    path=USER.path,
+    tag="users",
+    summary="Forget a user",
+    answer=ForgetAnswer,
+    statuses=STORE,
+    parameters=NAMED,
+)
+SIMILAR = Operation(
+    method="POST",
+    path="/v1/items/similar",
+    tag="recommend",
+    summary="Items like other items",
+    body=SimilarBody,
+    answer=SimilarAnswer,
+    statuses=POSTS,
+)
+LIVE = Operation(method="GET", path="/health/live", summary="Whether the process answers", answer=dict[str, str])
+READY = Operation(
+    method="GET",
+    path="/health/ready",
+    summary="Whether requests are answered, and with what",
+    answer=Readiness,
+    statuses=READS,
+    refused={503: Readiness},
+)
 
 
 class _Text(Convertor[str]):
@@ -49,19 +119,19 @@ class Endpoint:
     """A handler as an ASGI application, with a request id, a deadline, and its errors as JSON."""
 
     server: Server
-    path: str
+    operation: Operation
     handler: Handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        call = self.server.call(Request(scope, receive, send), self.path)
+        call = self.server.call(Request(scope, receive, send), documented(self.operation.path))
         try:
             self.server.set_deadline(call)
             response = await self.handler(self.server, call)
         except ClientDisconnect:
             response = Response(status_code=CLIENT_LEFT)
         except Exception as error:
-            response = _refused(handlers.refusal_of(error, call.id), call)
+            response = self._refused(handlers.refusal_of(error, call.id), call)
             _let_go(error)
         response.headers["x-request-id"] = call.id
         if self.server.phase == "draining":
@@ -71,6 +141,12 @@ class Endpoint:
             observe(call)
         response.headers.update(call.headers)
         await response(scope, receive, send)
+
+    def _refused(self, refusal: Refusal, call: Call) -> Response:
+        call.code = refusal.detail.code
+        response = handlers.as_json(self.operation.error.of(refusal.detail), refusal.status)
+        response.headers.update(refusal.headers or {})
+        return response
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -83,23 +159,21 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _refused(refusal: Refusal, call: Call) -> Response:
-    call.code = refusal.detail.code
-    response = handlers.as_json(_error_body(refusal.detail, call.request), refusal.status)
-    response.headers.update(refusal.headers or {})
-    return response
+def documented(path: str) -> str:
+    """A path without converters."""
+    return re.sub(r":\w+}", "}", path)
 
 
-def _error_body(detail: ErrorDetail, request: Request) -> ErrorAnswer | InferError:
-    """An error in the shape of ours, or of the Open Inference Protocol on its paths."""
-    protocol = f"{request.url.path}/".startswith("/v2/")
-    return InferError(error=detail.message) if protocol else ErrorAnswer(error=detail)
-
-
-def route(server: Server, method: str, path: str, handler: Handler) -> Route:
+def route(server: Server, operation: Operation, handler: Handler) -> Route:
     """A line of the table."""
-    endpoint = Endpoint(server=server, path=path.replace(":text}", "}"), handler=handler)
-    return Route(path, endpoint, methods=[method])
+    endpoint = Endpoint(server=server, operation=operation, handler=handler)
+    return Route(operation.path, endpoint, methods=[operation.method])
+
+
+def operations_of(routes: Iterable[BaseRoute]) -> list[Operation]:
+    """What the routes of an application do."""
+    endpoints = (one.endpoint for one in routes if isinstance(one, Route))
+    return [endpoint.operation for endpoint in endpoints if isinstance(endpoint, Endpoint)]
 
 
 def make_server(
@@ -120,20 +194,25 @@ def make_server(
     return server
 
 
-def make_app(server: Server, more: Sequence[BaseRoute] = (), peers: Peers | None = None) -> Starlette:
-    """The application: the table of routes, and `more` of them; `peers` are processes that serve with this one."""
-    recommend: Handler = handlers.recommend
-    forget: Handler = handlers.forget_user
-    if peers is not None:
-        recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
+def make_app(
+    server: Server,
+    more: Sequence[BaseRoute] = (),
+    *,
+    recommend: Handler = handlers.recommend,
+    forget: Handler = handlers.forget_user,
+) -> Starlette:
+    """The application: its own table of routes, and `more` of them.
+
+    Processes that serve together hand requests to each other, and bring handlers of their own.
+    """
     routes = [
-        route(server, "POST", "/v1/recommend", recommend),
-        route(server, "POST", "/v1/events", handlers.append_events),
-        route(server, "GET", "/v1/users/{user:text}", handlers.user_events),
-        route(server, "DELETE", "/v1/users/{user:text}", forget),
-        route(server, "POST", "/v1/items/similar", handlers.similar),
-        route(server, "GET", "/health/live", handlers.live),
-        route(server, "GET", "/health/ready", handlers.ready),
+        route(server, RECOMMEND, recommend),
+        route(server, APPEND, handlers.append_events),
+        route(server, USER, handlers.user_events),
+        route(server, FORGET, forget),
+        route(server, SIMILAR, handlers.similar),
+        route(server, LIVE, handlers.live),
+        route(server, READY, handlers.ready),
         *more,
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
@@ -142,12 +221,16 @@ def make_app(server: Server, more: Sequence[BaseRoute] = (), peers: Peers | None
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
+    """An error in the shape of the routes that begin as this path does."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     code, message = {
         404: ("no_such_route", "there is nothing here; GET /openapi.json lists what there is"),
         405: ("method_not_allowed", "this path does not answer to this method"),
     }.get(status, ("http_error", "the request cannot be answered"))
     headers = error.headers if isinstance(error, HTTPException) else None
-    response = handlers.as_json(_error_body(ErrorDetail(code=code, message=message), request), status)
+    first = request.url.path.split("/")[1]
+    near = [one for one in operations_of(request.app.routes) if one.path.split("/")[1] == first]
+    body = (near[0].error if near else ErrorAnswer).of(ErrorDetail(code=code, message=message))
+    response = handlers.as_json(body, status)
     response.headers.update(headers or {})
     return response

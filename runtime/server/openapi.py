@@ -9,17 +9,34 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
-from unipinrec.runtime.server.api import ErrorAnswer
-from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.app import documented, operations_of, route
 from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.openapi_examples import Example, Examples, examples
-from unipinrec.runtime.server.openapi_operations import OPERATIONS, PARAMETERS, STATUSES, AnyOf, Operation
-from unipinrec.runtime.server.v2.codec import HEADER_LENGTH, InferError
+from unipinrec.runtime.server.operations import AnyOf, Operation, in_header
 
-PATH = "/openapi.json"
 JSON, BINARY, TEXT = "application/json", "application/octet-stream", "text/plain"
+HEADERS = {
+    "X-Deadline-Ms": in_header(
+        "Milliseconds that the request may take.", type="integer", minimum=1, maximum=999_999_999_999
+    ),
+    "X-Request-Id": in_header("Returned with the answer, and named in the log.", type="string"),
+}
+STATUSES = {
+    200: "The answer.",
+    400: "The request is not valid; the message says what is accepted.",
+    401: "The token is missing or wrong.",
+    404: "There is no such thing.",
+    408: "The body did not arrive before the deadline.",
+    409: "Nothing was swapped.",
+    413: "The body is too large.",
+    422: "The request is valid, but cannot be answered: cold starts are refused, or the bundle cannot be served.",
+    429: "Too many requests are waiting; Retry-After says in how many seconds to send it again.",
+    500: "A fault of the server; its log says more about X-Request-Id.",
+    503: "The server is loading, shutting down, or cannot reach the store.",
+    504: "There was no answer before the deadline.",
+}
 REF = "#/components/schemas/{name}"
 ATTRIBUTE = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 Schemas = dict[Any, dict[str, Any]]
@@ -34,7 +51,7 @@ def openapi_route(server: Server, version: str = "0") -> Route:
         recommender = None if held is None else held.current.recommender
         key = None if recommender is None else recommender.bundle.hash
         if key not in made:
-            there = paths_of(call.request.app.routes)
+            there = operations_of(call.request.app.routes)
             given = {}
             if recommender is not None:
                 given = examples(recommender.bundle, cold_start=recommender.popular is not None)
@@ -43,26 +60,17 @@ def openapi_route(server: Server, version: str = "0") -> Route:
             made[key] = content
         return Response(made[key], media_type=JSON)
 
-    return route(server, "GET", PATH, openapi)
+    return route(server, Operation(method="GET", path="/openapi.json"), openapi)
 
 
-def paths_of(routes: Iterable[BaseRoute]) -> set[tuple[str, str]]:
-    """Method and path of each route, as the document writes them."""
-    return {
-        (method.lower(), re.sub(r":\w+}", "}", one.path))
-        for one in routes
-        if isinstance(one, Route)
-        for method in (one.methods or set()) - {"HEAD"}
-    }
-
-
-def document(there: set[tuple[str, str]], version: str, given: dict[str, Examples]) -> dict[str, Any]:
-    """The description of those operations that there are, with examples by path."""
-    operations = [one for one in OPERATIONS if (one.method, one.path) in there]
+def document(there: Iterable[Operation], version: str, given: dict[str, Examples]) -> dict[str, Any]:
+    """The description of operations, with examples by path."""
+    operations = [one for one in there if one.summary]
     schemas, components = _schemas(operations)
     paths: dict[str, dict[str, Any]] = {}
     for one in operations:
-        paths.setdefault(one.path, {})[one.method] = _operation(one, schemas, given.get(one.path, {}))
+        path = documented(one.path)
+        paths.setdefault(path, {})[one.method.lower()] = _operation(one, schemas, given.get(path, {}))
     terms = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     return {
         "openapi": "3.1.0",
@@ -74,9 +82,9 @@ def document(there: set[tuple[str, str]], version: str, given: dict[str, Example
 
 def _schemas(operations: Iterable[Operation]) -> tuple[Schemas, dict[str, Any]]:
     """The schema of each type, and what they refer to."""
-    wanted: list[Any] = [ErrorAnswer, InferError]
+    wanted: list[Any] = []
     for one in operations:
-        for kind in (one.answer, one.body, *one.refused.values()):
+        for kind in (one.error, one.answer, one.body, *one.refused.values()):
             wanted += _parts(kind)
     kinds = list(dict.fromkeys(wanted))
     made, components = msgspec.json.schema_components(kinds, ref_template=REF)
@@ -107,12 +115,12 @@ def _schema(kind: Any, schemas: Schemas) -> dict[str, Any]:
 
 
 def _operation(one: Operation, schemas: Schemas, given: Examples) -> dict[str, Any]:
-    names = (*one.parameters, "X-Deadline-Ms", "X-Request-Id")
+    parameters = {**one.parameters, **HEADERS}
     described: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{one.method}{one.path}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{one.method.lower()}{documented(one.path)}").strip("_"),
         "tags": [one.tag],
         "summary": one.summary,
-        "parameters": [{"name": name, **PARAMETERS[name]} for name in names],
+        "parameters": [{"name": name, **said} for name, said in parameters.items()],
         "responses": _responses(one, schemas),
     }
     if one.body is not None:
@@ -126,9 +134,8 @@ def _operation(one: Operation, schemas: Schemas, given: Examples) -> dict[str, A
 
 
 def _responses(one: Operation, schemas: Schemas) -> dict[str, Any]:
-    usual = InferError if one.tag == "graphs" else ErrorAnswer
     content: dict[int, dict[str, Any]] = {
-        status: {JSON: {"schema": _schema(one.refused.get(status, usual), schemas)}} for status in one.statuses
+        status: {JSON: {"schema": _schema(one.refused.get(status, one.error), schemas)}} for status in one.statuses
     }
     if one.answer is None:
         content[200] = {TEXT: {"schema": {"type": "string"}}}
@@ -143,7 +150,7 @@ def _responses(one: Operation, schemas: Schemas) -> dict[str, Any]:
 def _binary(one: Operation) -> dict[str, Any]:
     """JSON with tensors behind it."""
     binary = {BINARY: {"schema": {"type": "string", "format": "binary"}}}
-    return binary if HEADER_LENGTH in one.parameters else {}
+    return binary if one.binary else {}
 
 
 def _headers(status: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.operations import READS, Operation
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_USERS = 200
@@ -76,13 +77,32 @@ class SampleHistory(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str
 
 
+USERS = Operation(
+    method="GET",
+    path="/v1/demo/users",
+    tag="page",
+    summary="The first sample users of the bundle",
+    answer=SampleUsers,
+    statuses=READS,
+)
+HISTORY = Operation(
+    method="GET",
+    path="/v1/demo/history",
+    tag="page",
+    summary="The events of a sample user",
+    answer=SampleHistory,
+    statuses=(*READS, 404),
+    parameters={"user": {"in": "query", "required": True, "schema": {"type": "string"}}},
+)
+
+
 def page_routes(server: Server) -> list[Route]:
     """The page's lines of the table of routes."""
     content = PAGE.read_bytes()
     return [
-        route(server, "GET", "/", partial(_page, content, page_headers(content))),
-        route(server, "GET", "/v1/demo/users", _users),
-        route(server, "GET", "/v1/demo/history", _history),
+        route(server, Operation(method="GET", path="/"), partial(_page, content, page_headers(content))),
+        route(server, USERS, _users),
+        route(server, HISTORY, _history),
     ]
 
 

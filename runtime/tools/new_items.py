@@ -11,11 +11,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import BundleError, DataError
+from unipinrec.errors import MALFORMED, BundleError, DataError
 from unipinrec.runtime.bundle.bundle import Bundle, off_unit
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.malformed import MALFORMED
 
 EMBED_CHUNK = 65_536
 ITEM_FORMAT = (

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from unipinrec.errors import ConfigError
+from unipinrec.errors import MALFORMED, ConfigError
 from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
 from unipinrec.runtime.graphs.grouping import MAX_ROWS, MAX_SLOTS
-from unipinrec.runtime.malformed import MALFORMED
 
 Range = tuple[int, int, int]  # smallest, usual, largest
 Shape = tuple[int, ...]

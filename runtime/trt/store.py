@@ -18,8 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from unipinrec.errors import BackendError
-from unipinrec.runtime.malformed import MALFORMED
+from unipinrec.errors import MALFORMED, BackendError
 from unipinrec.runtime.trt.private_files import (
     FILE,
     FOLDER,

@@ -83,7 +83,7 @@ def test_a_fork_does_not_wait_for_threads_that_it_does_not_have(bundle: Path) ->
     script = """
 import os, sys
 from unipinrec.runtime import Batcher, Recommender, Request
-from unipinrec.runtime.request_input import as_events
+from unipinrec.runtime.requests import as_events
 loaded = Recommender.load(sys.argv[1], "cpu", threads=2)
 history = [{"item": loaded.bundle.item_ids[0], "actions": []}]
 loaded.recommend(history, 3)

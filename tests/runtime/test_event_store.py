@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unipinrec.errors import BackendError, ConfigError
+from unipinrec.runtime.serve import open_store
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import (
     Append,
@@ -29,7 +30,6 @@ from unipinrec.runtime.server.events.store import (
     StoredEvent,
     StoreLimits,
     merged,
-    open_store,
 )
 
 NOW = 1_700_000_000_000

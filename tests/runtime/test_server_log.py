@@ -19,6 +19,7 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.app import make_app, make_server, route
 from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
+from unipinrec.runtime.server.operations import Operation
 
 EVENTS = [{"item": "item-7", "actions": ["click"]}, {"item": "item-8", "actions": []}]
 
@@ -47,7 +48,7 @@ def client_of(server: Server, options: LogOptions, stream: io.StringIO) -> TestC
 
     configure_logs(options, stream)
     server.observers[:] = [RequestLog(options).observe]
-    return TestClient(make_app(server, [route(server, "GET", "/broken", broken)]))
+    return TestClient(make_app(server, [route(server, Operation(method="GET", path="/broken"), broken)]))
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:

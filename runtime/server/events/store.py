@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -212,24 +211,3 @@ class MemoryEventStore:
 
     def _drop(self, user: str) -> None:
         self._bytes -= len(self._users.pop(user, b""))
-
-
-def open_store(state: str | None, limits: StoreLimits) -> EventStore:
-    """The store that an operator asks for.
-
-    Args:
-        state: A folder, made if it is not there, or a URL of a Redis or Valkey server; None = this process's memory.
-        limits: How much it keeps; of a Redis server the number of users is its own affair (`maxmemory`).
-
-    Raises:
-        BackendError: It cannot be opened.
-    """
-    if state is None:
-        return MemoryEventStore(limits)
-    if "://" in state:
-        from unipinrec.runtime.server.events.redis import RedisEventStore  # noqa: PLC0415 - an extra
-
-        return RedisEventStore(state, limits)
-    from unipinrec.runtime.server.events.sqlite import SqliteEventStore  # noqa: PLC0415 - the other way round it needs us
-
-    return SqliteEventStore(Path(state), limits)

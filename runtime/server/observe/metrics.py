@@ -29,7 +29,9 @@ from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.operations import Operation
 
+METRICS = Operation(method="GET", path="/metrics", summary="Metrics for Prometheus")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 STAGES = ("encode", "retrieve", "rank", "total")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -122,7 +124,7 @@ def metrics_route(server: Server, metrics: Metrics) -> Route:
         body, content_type = metrics.render(call.request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
-    return route(server, "GET", "/metrics", scrape)
+    return route(server, METRICS, scrape)
 
 
 class _State(Collector):

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.context import Call, Server
-from unipinrec.runtime.server.observe.metrics import Metrics
+from unipinrec.runtime.server.observe.metrics import METRICS, Metrics
 from unipinrec.runtime.server.process.peers import PeerAnswer, Peers
 
 
@@ -36,7 +36,7 @@ def metrics_together_route(server: Server, metrics: Metrics, peers: Peers) -> Ro
         body = await asyncio.to_thread(lambda: encode(_registry(_Together(texts, peers.place.count))))
         return Response(body, headers={"content-type": content_type})
 
-    return route(server, "GET", "/metrics", scrape)
+    return route(server, METRICS, scrape)
 
 
 class _HandedOver(Collector):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.context import Call, Handler, Server
 from unipinrec.runtime.server.handlers import as_json
-from unipinrec.runtime.server.process.peers import Peers
+from unipinrec.runtime.server.operations import EVERY, Operation, in_path
 from unipinrec.runtime.slate import Slate
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 ASKED, PATH = "x-trace", "/debug/traces"
 SERVICE = "unipinrec"
+TRACE = Operation(
+    method="GET",
+    path=f"{PATH}/{{name}}",
+    summary="The trace of a request",
+    answer=dict[str, Any],
+    statuses=(*EVERY, 404),
+    parameters={"name": in_path()},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +120,8 @@ class Traces:
         return self._kept.get(name)
 
 
-def trace_route(server: Server, traces: Traces, peers: Peers | None = None) -> Route:
-    """GET /debug/traces/{name}; of other processes that serve with this one too."""
+def trace_route(server: Server, traces: Traces, everywhere: Callable[[Handler], Handler] | None = None) -> Route:
+    """GET /debug/traces/{name}; `everywhere` makes of its handler one that asks processes which serve together."""
 
     async def find(_server: Server, call: Call) -> Response:
         trace = traces.find(call.request.path_params["name"])
@@ -123,7 +131,7 @@ def trace_route(server: Server, traces: Traces, peers: Peers | None = None) -> R
             )
         return as_json(trace)
 
-    return route(server, "GET", f"{PATH}/{{name}}", peers.anywhere(find) if peers else find)
+    return route(server, TRACE, find if everywhere is None else everywhere(find))
 
 
 class OtelSpans:

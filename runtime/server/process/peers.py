@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 from starlette.responses import Response
 
-from unipinrec.runtime.malformed import MALFORMED
+from unipinrec.errors import MALFORMED
 from unipinrec.runtime.server.api import ForgetAnswer, Refusal
 from unipinrec.runtime.server.context import Call, Handler, Server
 from unipinrec.runtime.server.handlers import as_json

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import RequestError
-from unipinrec.runtime.malformed import MALFORMED
+from unipinrec.errors import MALFORMED, RequestError
+from unipinrec.runtime.server.api import ErrorDetail
 
 INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 # Floating-point numbers of less precision travel as FP32 (`Tensor.numpy`, `Backend.run`).
@@ -129,6 +129,11 @@ class InferError(msgspec.Struct, frozen=True, kw_only=True):
     """What went wrong: the protocol's shape of an error."""
 
     error: str
+
+    @classmethod
+    def of(cls, detail: ErrorDetail) -> InferError:
+        """An error as a body."""
+        return cls(error=detail.message)
 
 
 @dataclass(frozen=True, kw_only=True)

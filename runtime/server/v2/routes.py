@@ -6,9 +6,12 @@ then never reach another's ranker, whatever is swapped meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,9 +23,14 @@ from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.deployments import Deployment
 from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.operations import EVERY, POSTS, READS, AnyOf, Operation, in_header, in_path
 from unipinrec.runtime.server.v2.codec import (
     HEADER_LENGTH,
     Encoded,
+    InferError,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
     ModelReady,
     ServerLive,
     ServerMetadata,
@@ -40,7 +48,15 @@ from unipinrec.runtime.server.v2.graphs import (
 )
 
 SERVER_NAME, EXTENSIONS = "unipinrec", ("binary_tensor_data",)
-MODEL, VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+NONE: Mapping[str, Any] = MappingProxyType({})
+NAME, LENGTH = (
+    in_path("retrieval"),
+    in_header("Bytes of the JSON, where binary tensors follow it.", type="integer", minimum=0),
+)
+MODELS: dict[str, dict[str, Any]] = {
+    "/v2/models/{model}": {"model": NAME},
+    "/v2/models/{model}/versions/{version}": {"model": NAME, "version": in_path()},
+}
 
 
 def oip_routes(server: Server, limits: GraphLimits | None = None, *, version: str = "") -> list[Route]:
@@ -51,14 +67,60 @@ def oip_routes(server: Server, limits: GraphLimits | None = None, *, version: st
         executor=ThreadPoolExecutor(1, "unipinrec-graphs"),  # one run at a time, beside those of /v1/recommend
     )
     about = ServerMetadata(name=SERVER_NAME, version=version, extensions=EXTENSIONS)
-    return [
-        route(server, "GET", "/v2", partial(_about, about)),
-        route(server, "GET", "/v2/health/live", _live),
-        route(server, "GET", "/v2/health/ready", _ready),
-        *(route(server, "GET", path, _model) for path in (MODEL, VERSION)),
-        *(route(server, "GET", f"{path}/ready", _model_ready) for path in (MODEL, VERSION)),
-        *(route(server, "POST", f"{path}/infer", graphs.infer) for path in (MODEL, VERSION)),
+    own = [
+        route(server, _get("/v2", "What the server is", ServerMetadata), partial(_about, about)),
+        route(server, _get("/v2/health/live", "Whether the server answers", ServerLive), _live),
+        route(server, READY, _ready),
     ]
+    return own + [
+        route(server, operation, handler)
+        for path, parameters in MODELS.items()
+        for operation, handler in (
+            (_get(path, "Inputs and outputs of a graph", ModelMetadata, (*READS, 404), parameters), _model),
+            (_model_readiness(path, parameters), _model_ready),
+            (_inference(path, parameters), graphs.infer),
+        )
+    ]
+
+
+def _get(
+    path: str, summary: str, answer: Any, statuses: Sequence[int] = EVERY, parameters: Mapping[str, Any] = NONE
+) -> Operation:
+    return Operation(
+        method="GET",
+        path=path,
+        tag="graphs",
+        summary=summary,
+        answer=answer,
+        statuses=statuses,
+        parameters=parameters,
+        error=InferError,
+    )
+
+
+READY = replace(
+    _get("/v2/health/ready", "Whether all graphs are ready", ServerReady, READS), refused={503: ServerReady}
+)
+
+
+def _model_readiness(path: str, parameters: Mapping[str, Any]) -> Operation:
+    ready = _get(f"{path}/ready", "Whether a graph is ready", ModelReady, (*READS, 404), parameters)
+    return replace(ready, refused={503: AnyOf((ModelReady, InferError))})
+
+
+def _inference(path: str, parameters: Mapping[str, Any]) -> Operation:
+    return Operation(
+        method="POST",
+        path=f"{path}/infer",
+        tag="graphs",
+        summary="Run a graph",
+        body=InferRequest,
+        answer=InferResponse,
+        statuses=(*POSTS, 404),
+        parameters={**parameters, HEADER_LENGTH: LENGTH},
+        error=InferError,
+        binary=True,
+    )
 
 
 async def _about(about: ServerMetadata, _server: Server, _call: Call) -> Response:

@@ -20,12 +20,14 @@ from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.machine import available_threads
 from unipinrec.runtime.retrieval.sampling import RecallSampler
+from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
 from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import Server, ServerOptions, make_app, make_server
+from unipinrec.runtime.server.context import Handler
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
-from unipinrec.runtime.server.events.store import StoreLimits, open_store
+from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits
 from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
 from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
 from unipinrec.runtime.server.observe.metrics_together import metrics_together_route
@@ -144,7 +146,12 @@ def _serve(bundle: Path, options: dict[str, Any], logs: LogOptions, place: Place
                 watcher.start()
             return deployments
 
-        run(server, make_app(server, routes, peers), load, _run_options(options), place)
+        recommend: Handler = handlers.recommend
+        forget: Handler = handlers.forget_user
+        if peers is not None:
+            recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
+        app = make_app(server, routes, recommend=recommend, forget=forget)
+        run(server, app, load, _run_options(options), place)
 
 
 def _logs(options: dict[str, Any], place: Place | None) -> LogOptions:
@@ -187,7 +194,7 @@ def _observed(
     if options["traces"]:
         traces = Traces()
         server.observers.append(traces.observe)
-        routes.append(trace_route(server, traces, peers))
+        routes.append(trace_route(server, traces, peers.anywhere if peers else None))
     if options["otel"]:
         spans = OtelSpans.open()
         parts.callback(spans.close)
@@ -233,3 +240,24 @@ def _server(options: dict[str, Any], max_history: int) -> Server:
     store = open_store(options["state"], limits)
     log.info("users' events are kept in %s", store.description)
     return make_server(treatment, store=store)
+
+
+def open_store(state: str | None, limits: StoreLimits) -> EventStore:
+    """The store that an operator asks for.
+
+    Args:
+        state: A folder, made if it is not there, or a URL of a Redis or Valkey server; None = this process's memory.
+        limits: How much it keeps; of a Redis server the number of users is its own affair (`maxmemory`).
+
+    Raises:
+        BackendError: It cannot be opened.
+    """
+    if state is None:
+        return MemoryEventStore(limits)
+    if "://" in state:
+        from unipinrec.runtime.server.events.redis import RedisEventStore  # noqa: PLC0415 - an extra
+
+        return RedisEventStore(state, limits)
+    from unipinrec.runtime.server.events.sqlite import SqliteEventStore  # noqa: PLC0415 - the other way round it needs us
+
+    return SqliteEventStore(Path(state), limits)
