@@ -17,7 +17,7 @@ from typing import Any
 
 from common import card, finish
 
-UNIPINREC = [sys.executable, "-c", "from unipinrec.cli.main import main; main()"]
+UNIPINREC = [sys.executable, "-c", "from unipinrec.cli import main; main()"]
 
 
 def run(*arguments: str) -> dict[str, Any]:

@@ -21,12 +21,11 @@ from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.tools.compile_plan import CompileTask, graphs_of, keys_of, require_golden_covered
-from unipinrec.runtime.trt.build import BuildTask, build_engine
+from unipinrec.runtime.trt.build import BuildTask, Progress, build_engine
 from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.layers import require_precision
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.load import Plan
-from unipinrec.runtime.trt.progress import Progress
 from unipinrec.runtime.trt.record import EngineKey, EngineRecord, Verification, needs_of, this_machine, unfit
 from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore

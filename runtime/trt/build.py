@@ -11,8 +11,9 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.trt.layers import FP32, LayerReport, network_type, products_of, report_layers
 from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.trt.profiles import ProfileShapes
-from unipinrec.runtime.trt.progress import Progress, progress_monitor
 from unipinrec.runtime.trt.record import PORTABLE, BuildOptions
+
+Progress = Callable[[float, str], None]
+
 
 ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")
 DEFAULTS = BuildOptions()
@@ -252,3 +255,77 @@ def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, 
         raise BackendError(f"{graph_file.name}: its weights do not fit the engine: {lines.reason()}; compile it again")
     if not refitter.refit_cuda_engine():
         raise BackendError(f"{graph_file.name}: {trt} does not put its weights into the engine: {lines.reason()}")
+
+
+@dataclass(kw_only=True)
+class _Phase:
+    """A phase of a build: steps done of all of them, and the share of its present step that phases within it did."""
+
+    steps: int
+    parent: str | None
+    done: int = 0
+    within: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Phases:
+    """The phases that are under way, by name, and how far the whole is."""
+
+    running: dict[str, _Phase] = field(default_factory=dict)
+    share: float = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        self.running[name] = _Phase(steps=max(1, steps), parent=parent or None)
+
+    def step(self, name: str) -> float:
+        phase = self.running.get(name)
+        if phase is not None:
+            phase.done, phase.within = phase.done + 1, 0.0
+            self._climb(phase)
+        return self.share
+
+    def finish(self, name: str) -> None:
+        self.running.pop(name, None)
+
+    def _climb(self, phase: _Phase) -> None:
+        share = min(1.0, (phase.done + phase.within) / phase.steps)
+        above = self.running.get(phase.parent) if phase.parent else None
+        if above is None:
+            self.share = max(self.share, share)
+        else:
+            above.within = share
+            self._climb(above)
+
+
+def progress_monitor(module: Any, progress: Progress, stop: threading.Event) -> Any:
+    """A monitor for a build's configuration, which must not outlive it.
+
+    Args:
+        module: TensorRT's module.
+        progress: Called from TensorRT's own threads with the share that is done and what is being done.
+        stop: Ends the build at its next step once it is set.
+    """
+    phases, lock = _Phases(), threading.Lock()
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]  # its base comes with the module
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """A phase begins."""
+            with lock:
+                phases.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """A step is done; False ends the build."""
+            with lock:
+                share = phases.step(phase_name)
+            progress(share, phase_name)
+            return not stop.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            """A phase is over."""
+            with lock:
+                phases.finish(phase_name)
+
+    return Monitor()

@@ -1,5 +1,5 @@
 """`python -m unipinrec`, for launchers such as torchrun."""
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 
 main()

@@ -15,7 +15,7 @@ from fake_builder import Builder
 from fake_tensorrt import fake_tensorrt
 from host_cuda import HostRuntime, host_cuda
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.machine import driver_problem
@@ -27,7 +27,7 @@ PLAN = """
 import sys
 for name in ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings"):
     sys.modules[name] = None
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 main(["compile", sys.argv[1], "--dry-run", "--json"])
 """
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from fake_gpu import install_engines, put_gpu
 from host_cuda import HostRuntime
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.machine import driver_problem
 

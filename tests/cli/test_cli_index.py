@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.runtime import Bundle
 
 LINE = {"dense": {"content": [0.5] * 16, "log_duration": [2.0]}, "categories": {"topic": "unheard-of"}}

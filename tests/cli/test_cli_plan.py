@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import PAGE_SLOTS
 

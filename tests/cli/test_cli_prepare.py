@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.models.data import download as data_download
 from unipinrec.models.data.schema import TimeSplit, read_dataset
 from unipinrec.models.data.served import SCHEMA

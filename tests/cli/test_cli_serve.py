@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.cli.recommend import _words
 from unipinrec.runtime.machine import driver_problem, has_bf16
 

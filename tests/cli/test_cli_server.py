@@ -13,7 +13,7 @@ import pytest
 from answers import STORED
 from click.testing import CliRunner, Result
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 
 
 def run(*words: str | Path) -> Result:
@@ -98,7 +98,7 @@ def test_without_the_extra_it_says_what_to_install() -> None:
         "        if name.partition('.')[0] == 'starlette':\n"
         "            raise ModuleNotFoundError('no starlette', name='starlette')\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from unipinrec.cli.main import main\n"
+        "from unipinrec.cli import main\n"
         "main(sys.argv[1:])\n"
     )
     words = [sys.executable, "-c", code, "serve", str(STORED)]
@@ -119,7 +119,7 @@ def test_what_ends_it_is_in_the_log_and_names_current_json(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("before", "code"), [("SIG_DFL", 0), ("SIG_IGN", -signal.SIGKILL)])
 def test_a_terminal_that_is_closed_ends_it_as_sigterm_does_but_not_under_nohup(before: str, code: int) -> None:
-    start = f"import signal; signal.signal(signal.SIGHUP, signal.{before}); from unipinrec.cli.main import main; main()"
+    start = f"import signal; signal.signal(signal.SIGHUP, signal.{before}); from unipinrec.cli import main; main()"
     command = [sys.executable, "-c", start, "serve", str(STORED), "--port", "0", "--cache-mib", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from unipinrec.cli.prepare_simulate import simulate
+from unipinrec.cli.prepare import simulate
 from unipinrec.models.data.schema import read_dataset
 from unipinrec.models.simulator.oracle import read_oracle
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from unipinrec.cli.export import _print_report
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.runtime import Bundle
 
 
@@ -188,7 +188,7 @@ def test_demo_names_what_it_cannot_read(tmp_path: Path) -> None:
 
 SPINNING = """
 import time
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 main(["train", "--help"], standalone_mode=False)
 import torch
 torch.set_num_threads(2)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from unipinrec.cli.evaluate import print_evaluation
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.errors import DataError, NothingHeldOutError
 from unipinrec.export.lists import blend
 from unipinrec.export.lists.evaluation import evaluate

@@ -17,7 +17,7 @@ from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
 
 FULL_DISK = """
 import resource, sys
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 main(["prepare", "simulate", "--users", "50", "--items", "100", "--out", sys.argv[1]])
 """

@@ -42,7 +42,7 @@ def test_the_block_blocks() -> None:
 
 def test_serving_imports_nothing_of_training() -> None:
     run(
-        "import unipinrec.runtime, unipinrec.cli.main\n"
+        "import unipinrec.runtime, unipinrec.cli\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "assert not loaded & {*TRAINING, 'onnxruntime', 'openvino', *SERVER}, loaded\n"
         "ours = {name for name in sys.modules if name.startswith('unipinrec.')}\n"
@@ -56,7 +56,7 @@ def test_a_bundle_is_served_without_torch(bundle: Path, device: str) -> None:
     if find_spec(device.replace("cpu", "onnxruntime")) is None:
         pytest.skip(f"{device} is not installed")
     printed = run(
-        "from unipinrec.cli.main import main\n"
+        "from unipinrec.cli import main\n"
         "import json, pathlib\n"
         "user = json.loads(pathlib.Path(sys.argv[1], 'user_ids.json').read_text())[0]\n"
         "main(['recommend', sys.argv[1], '--user', user, '-k', '3', '--json', '--device', sys.argv[2]])\n",
@@ -71,7 +71,7 @@ def test_items_are_added_and_retired_without_torch(bundle: Path, tmp_path: Path)
     (tmp_path / "items.json").write_text(json.dumps([item]))
     (tmp_path / "gone.txt").write_text("item-3")
     words = ("index", bundle, "--out", tmp_path / "new", "--add", tmp_path / "items.json", "--json")
-    code = "from unipinrec.cli.main import main\nmain(sys.argv[1:])\n"
+    code = "from unipinrec.cli import main\nmain(sys.argv[1:])\n"
     printed = run(code, *map(str, (*words, "--retire", tmp_path / "gone.txt")))
     assert '"items_after": 300' in printed
 
@@ -87,7 +87,7 @@ def test_items_are_added_and_retired_without_torch(bundle: Path, tmp_path: Path)
     ids=lambda words: words[0],
 )
 def test_a_command_that_needs_training_says_how_to_get_it(words: tuple[str, ...], tmp_path: Path) -> None:
-    code = BLOCK + "from unipinrec.cli.main import main\nmain(sys.argv[1:])\n"
+    code = BLOCK + "from unipinrec.cli import main\nmain(sys.argv[1:])\n"
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
     )

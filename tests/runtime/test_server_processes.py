@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served_process import HISTORY, Running, started
 from twin_bundle import twin
 
-from unipinrec.cli.main import main
+from unipinrec.cli import main
 from unipinrec.runtime.server.process.peers import Peers
 from unipinrec.runtime.server.process.run import Place
 

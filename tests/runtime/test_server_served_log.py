@@ -402,7 +402,7 @@ def test_without_polars_it_says_what_to_install(tmp_path: Path) -> None:
         "        if name.partition('.')[0] == 'polars':\n"
         "            raise ModuleNotFoundError('no polars', name='polars')\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from unipinrec.cli.main import main\n"
+        "from unipinrec.cli import main\n"
         "main(sys.argv[1:])\n"
     )
     words = [sys.executable, "-c", code, "serve", str(STORED), "--port", "0", "--log-served", str(tmp_path)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from unipinrec.runtime.trt.progress import progress_monitor
+from unipinrec.runtime.trt.build import progress_monitor
 
 
 @pytest.fixture
