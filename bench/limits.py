@@ -31,9 +31,10 @@ from synthetic import NOW_MS, random_bundle
 
 from unipinrec.models.config import SMALL
 from unipinrec.runtime import Bundle
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend, import_openvino
-from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend, load_session
 from unipinrec.runtime.machine import flush_denormals, has_bf16
 
 WIDTH, INNER, LAYERS = SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_layers
@@ -88,14 +89,14 @@ def copy_rate(rounds: int) -> float:
 class Profiled(OrtBackend):
     """Writes a profile of each graph."""
 
-    def _load(self, path: Path, threads: int) -> Any:
+    def _load(self, graph: GraphFile, threads: int) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.enable_profiling = True
-        options.profile_file_prefix = str(path.with_suffix(""))
+        options.profile_file_prefix = str(Path(tempfile.gettempdir()) / graph.name)
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         with flush_denormals():
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return load_session(onnxruntime, graph, options, "CPUExecutionProvider")
 
     def shares(self, graph: str) -> dict[str, float]:
         """Share of a graph's time by operator, the largest first."""
@@ -122,10 +123,10 @@ class WatchedRequests:
 class ProfiledOpenVino(OpenVinoBackend):
     """Counts the time of each layer."""
 
-    def _load(self, path: Path, inputs: Any) -> Any:
+    def _load(self, graph: GraphFile, inputs: Any) -> Any:
         self._core.set_property("CPU", {"PERF_COUNT": True})
-        graph = super()._load(path, inputs)
-        return dataclasses.replace(graph, compiled=WatchedRequests(graph.compiled))
+        loaded = super()._load(graph, inputs)
+        return dataclasses.replace(loaded, compiled=WatchedRequests(loaded.compiled))
 
     def shares(self, graph: str) -> dict[str, float]:
         """Share of the last run of a graph by kind of layer and the precision it ran in, the largest first."""

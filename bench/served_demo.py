@@ -45,7 +45,8 @@ from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import NO_TARGET, Requests, held_out_requests, history_rows
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.simulator.oracle import Oracle, oracle_click_chances, read_oracle, write_oracle
-from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
 from unipinrec.models.training.config import RunConfig, load_run_config
 from unipinrec.models.training.train import EpochReport, Trainer
 

@@ -26,7 +26,8 @@ from unipinrec.models.config import SIZES
 from unipinrec.models.data.schema import Dataset, read_dataset
 from unipinrec.models.data.sequences import sequences_of, vocabulary_of
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
 from unipinrec.models.training.config import RunConfig, TrainConfig
 from unipinrec.models.training.losses import Objective
 from unipinrec.models.training.train import batch_options, loss_options

@@ -13,23 +13,6 @@ MIN_SHARED_BYTES = 1024
 ALIGNMENT = 4096
 
 
-def read_graph(path: Path) -> onnx.ModelProto:
-    """A graph of a bundle with its weights inside.
-
-    onnx itself refuses files that are hard links, as those of updated bundles are; a bundle's files are known by hash.
-    """
-    model = onnx.load(path, load_external_data=False)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            with (path.parent / place["location"]).open("rb") as file:
-                file.seek(int(place["offset"]))
-                tensor.raw_data = file.read(int(place["length"]))
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-    return model
-
-
 class SharedWeights:
     """Appends each distinct tensor once to one file of a folder; graphs refer to it by offset."""
 

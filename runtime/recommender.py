@@ -78,7 +78,7 @@ class Recommender:
         """Open a bundle for serving.
 
         Args:
-            bundle: Its folder, or opened.
+            bundle: Its folder, or opened; of the latter all files stay in memory as long as it does.
             device: One of `runtime.device.DEVICES`; `Recommender.device` says what really runs, and why. A GPU device
                 that does not run is replaced by the next best unless `strict`.
             verify: Refuse to serve if the golden requests' outputs do not reproduce on this machine.
@@ -95,8 +95,8 @@ class Recommender:
             BackendError: The device is not available and nothing else may be used, or it does not run the graphs.
             ConfigError: The cache or the slack cannot be had for this model, or `cold_start` is unknown.
         """
-        if not isinstance(bundle, Bundle):
-            bundle = Bundle.open(bundle)
+        opened_here = not isinstance(bundle, Bundle)
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         model = bundle.manifest.model
         _check_slack(window_slack, model)
         engine = open_engine(bundle, device, **rules)
@@ -113,7 +113,8 @@ class Recommender:
                 window_slack=window_slack,
                 popular=PopularItems.open(bundle, cold_start, engine.device.name),
             )
-            bundle.files.let_go(READ_WHILE_SERVING)
+            if opened_here:
+                bundle.files.let_go(READ_WHILE_SERVING)
             unless_served.pop_all()
         running = engine.device
         log.info("serving %s on %s (%s), bundle %s", bundle.path, running.name, running.reason, bundle.hash)

@@ -23,7 +23,7 @@ Order = Literal["value", "blend", "product", "retrieval"]
 
 
 UNKNOWN_SURFACE = "unknown"
-AS_SECONDS = range(10**9, 10**10)  # Unix times of our days in seconds: as milliseconds they would be in early 1970
+AS_SECONDS = range(631_152_000, 10**10)  # Unix times from 1990 on in seconds: as milliseconds they are in early 1970
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
 
 

@@ -23,8 +23,8 @@ from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
 from unipinrec.runtime.server.api import Limits
-from unipinrec.runtime.server.app import Server, ServerOptions, make_app, make_server
-from unipinrec.runtime.server.context import Handler
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Handler, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits

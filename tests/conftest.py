@@ -17,7 +17,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small simulated data set with its oracle."""
     from unipinrec.models.data.schema import write_dataset
     from unipinrec.models.simulator.oracle import write_oracle
-    from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
+    from unipinrec.models.simulator.simulator import simulate
+    from unipinrec.models.simulator.world import SimulatorConfig
 
     folder = tmp_path_factory.mktemp("prepared") / "data"
     data, oracle = simulate(SimulatorConfig(users=300, items=300, categories=6, seed=11))

@@ -22,11 +22,12 @@ from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action, held_out
 from unipinrec.export.parity import format_problem, graph_spec
 from unipinrec.export.precision.fp8 import quantized_graphs
 from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph
-from unipinrec.export.weights import SharedWeights, read_graph
+from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.files import MANIFEST, MANIFEST_HASH, fingerprint, seal
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, PrecisionSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
@@ -139,8 +140,10 @@ def sources_of(bundle: Bundle, precision: Precision, histories: Sequence[History
     Raises:
         ExportError: There is nothing to quantise.
     """
-    files = bundle.graph_files()
-    sources = {name: read_graph(files[name]) for name in GRAPHS}
+    sources = {}
+    for name in GRAPHS:
+        with bundle.graph_files()[name].in_folder() as file:
+            sources[name] = onnx.load(file)
     return quantized_graphs(bundle, sources, histories) if precision == "fp8" else sources
 
 
@@ -174,8 +177,9 @@ def emulation(bundle: Bundle, graphs: Mapping[str, onnx.ModelProto], scratch: Pa
     """An engine on the CPU in which emulated graphs, written to a folder, take the place of those of fp32."""
     files = bundle.graph_files()
     for name, model in graphs.items():
-        files[name] = scratch / f"{name}.onnx"
-        onnx.save(model, files[name], save_as_external_data=True, location=f"{name}.bin")
+        path = scratch / f"{name}.onnx"
+        onnx.save(model, path, save_as_external_data=True, location=f"{name}.bin")
+        files[name] = GraphFile.at(path)
     return Engine(OrtBackend(files), bundle.manifest.model, bundle.item_vectors)
 
 

@@ -236,7 +236,7 @@ def _refuse_contradictions(slates: pl.DataFrame) -> None:
     for column in ("user_id", "surface"):
         bad = heads.filter(pl.col(column).list.n_unique() > 1)
         if bad.height:
-            values = bad[column][0].unique(maintain_order=True).to_list()
+            values = listed(bad[column][0].unique(maintain_order=True))
             raise DataError(
                 f"slates: {column} of slate {bad['slate_id'][0]} is {values}; a slate is what one user saw at one time "
                 f"on one surface ({bad.height} such slates)"

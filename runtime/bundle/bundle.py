@@ -24,7 +24,7 @@ from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleV
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.files import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
-from unipinrec.runtime.bundle.sealed import REMEDY, SealedFile, SealedFiles
+from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
 from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets
 from unipinrec.runtime.requests import Event, History
 
@@ -50,8 +50,8 @@ class Bundle:
     """An opened, unaltered bundle.
 
     Attributes:
-        path: Its folder; what becomes of it makes no difference any more.
-        files: Its files, as they were when it was opened.
+        path: Its folder; what becomes of it makes no difference to what is held of it.
+        files: Its files, as they were when it was opened; a `Recommender` that opens a bundle lets go of most.
         hash: sha256 of its manifest, which covers every file: the bundle's identity.
         manifest: What it declares.
         item_vectors: [N, E] f32, mapped from sealed memory; unit length.
@@ -81,7 +81,8 @@ class Bundle:
             shared: See `SealedFiles`.
 
         Raises:
-            BundleCorruptError: A file is missing, truncated or altered, or there is no memory for it.
+            BundleCorruptError: A file is missing, truncated or altered.
+            BackendError: There is no memory for it.
             BundleVersionError: The bundle's format is newer than this version reads.
             BundleError: The bundle contradicts itself.
         """
@@ -133,24 +134,9 @@ class Bundle:
             keys[row] = -1 - (int.from_bytes(digest) >> 1)  # negative: no row
         return keys
 
-    def graph_files(self, precision: str = "fp32") -> dict[str, Path]:
-        """The graphs that answering a request takes, by name, in a precision that the bundle holds; see `unpacked`."""
-        return self.unpacked({name: graph.file for name, graph in self.manifest.graphs_in(precision).items()})
-
-    def unpacked(self, graphs: Mapping[str, str]) -> dict[str, Path]:
-        """The private copies of files of graphs, beside those that they name, by the same keys.
-
-        Raises:
-            BackendError: See `SealedFiles.unpacked`.
-        """
-        named = {name for file in graphs.values() for name in self.named_files(file)}
-        files = self.files.unpacked({*graphs.values(), *named})
-        return {name: files[file] for name, file in graphs.items()}
-
-    def named_files(self, graph: str) -> list[str]:
-        """The other files of the bundle that the file of a graph names, which are those of its weights."""
-        content = self.files[graph].read_bytes()
-        return [name for name in self.manifest.files if name != graph and name.encode() in content]
+    def graph_files(self, precision: str = "fp32") -> dict[str, GraphFile]:
+        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
+        return {name: self.files.graph(graph.file) for name, graph in self.manifest.graphs_in(precision).items()}
 
     def golden(self) -> dict[str, NDArray[Any]]:
         """The golden requests with every output that PyTorch gave for them."""
@@ -229,6 +215,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """
     path = folder / MANIFEST
     try:
+        for file in (path, folder / MANIFEST_HASH):
+            if file.exists() and not file.is_file():
+                raise OSError(f"{file.name} is no plain file")
         content = path.read_bytes()
         expected = (folder / MANIFEST_HASH).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:

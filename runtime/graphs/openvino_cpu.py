@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.bundle.tensors import Tensor, check_inputs, host_array
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.machine import has_bf16, thread_count
@@ -84,7 +84,7 @@ class OpenVinoBackend:
 
     def __init__(
         self,
-        graphs: Mapping[str, Path],
+        graphs: Mapping[str, GraphFile],
         specs: Mapping[str, GraphSpec],
         threads: int | None = None,
         *,
@@ -93,7 +93,7 @@ class OpenVinoBackend:
         """Load and compile graphs; no file is written.
 
         Args:
-            graphs: File of each graph by name.
+            graphs: Each graph by name.
             specs: What the manifest says of them; OpenVINO does not keep the names of dimensions.
             threads: Threads of one run; None = what this process may use.
             precision: What matrix products, attention and what lies between them are computed in.
@@ -109,9 +109,10 @@ class OpenVinoBackend:
         self.version: str = self._ov.__version__
         log.info("OpenVINO %s on the CPU, %s, %d threads", self.version, precision, self.threads)
         self._core = self._ov.Core()
-        self._graphs = {name: self._load(path, specs[name].inputs) for name, path in graphs.items()}
+        self._core.set_property({"ENABLE_MMAP": False})  # the files are gone when it has read them
+        self._graphs = {name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()}
 
-    def _load(self, path: Path, inputs: tuple[TensorSpec, ...]) -> _Graph:
+    def _load(self, graph: GraphFile, inputs: tuple[TensorSpec, ...]) -> _Graph:
         wanted = PRECISIONS[self.precision]
         options = {
             "INFERENCE_PRECISION_HINT": wanted,
@@ -122,15 +123,19 @@ class OpenVinoBackend:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            model = self._core.read_model(path)
+            with graph.in_folder() as file:
+                model = self._core.read_model(file)
             _drop_attention_guards(model)
             exact = _cut_exact(self._ov, model)
             compiled = self._core.compile_model(model, "CPU", options)
             running = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        except BackendError:
+            raise
         except Exception as error:  # its exceptions share no base class
-            raise BackendError(f"{path.name}: OpenVINO {self.version} does not load it: {error}") from error
+            said = " ".join(str(error).split())
+            raise BackendError(f"{graph.name}: OpenVINO {self.version} does not load it: {said}") from error
         if running != wanted:
-            raise BackendError(f"{path.name}: OpenVINO would compute in {running}, not in {wanted}; use device cpu")
+            raise BackendError(f"{graph.name}: OpenVINO would compute in {running}, not in {wanted}; use device cpu")
         return _Graph(inputs=inputs, exact=exact, compiled=compiled)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:

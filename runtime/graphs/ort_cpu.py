@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import TensorSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.bundle.tensors import REDUCED, Tensor, check_inputs, host_array, in_type, widened
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.machine import flush_denormals, thread_count
@@ -75,11 +76,11 @@ class OrtBackend:
     prefill_chunk: int | None = 384
     rank_chunk: int | None = 384
 
-    def __init__(self, graphs: Mapping[str, Path], threads: int | None = None) -> None:
+    def __init__(self, graphs: Mapping[str, GraphFile], threads: int | None = None) -> None:
         """Load graphs.
 
         Args:
-            graphs: File of each graph by name.
+            graphs: Each graph by name.
             threads: Threads of one run; None = what this process may use.
 
         Raises:
@@ -92,7 +93,7 @@ class OrtBackend:
         self.rank_runs = self.threads
         with flush_denormals():
             self._sessions = {
-                name: self._load(path, 1 if name in ONE_THREAD else self.threads) for name, path in graphs.items()
+                name: self._load(graph, 1 if name in ONE_THREAD else self.threads) for name, graph in graphs.items()
             }
         self._inputs = {
             name: [_spec(given) for given in session.get_inputs()] for name, session in self._sessions.items()
@@ -101,10 +102,10 @@ class OrtBackend:
             name: [output.name for output in session.get_outputs()] for name, session in self._sessions.items()
         }
 
-    def _load(self, path: Path, threads: int) -> Any:
+    def _load(self, graph: GraphFile, threads: int) -> Any:
         options = session_options(self._ort, threads)
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        return load_session(self._ort, path, options, PROVIDER)
+        return load_session(self._ort, graph, options, PROVIDER)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
@@ -133,13 +134,13 @@ def session_options(ort: Any, threads: int) -> Any:
 
 
 def load_session(
-    ort: Any, path: Path, options: Any, provider: str, settings: Mapping[str, str] = MappingProxyType({})
+    ort: Any, graph: GraphFile, options: Any, provider: str, settings: Mapping[str, str] = MappingProxyType({})
 ) -> Any:
-    """Load a graph on one provider and on no other.
+    """Load a graph on one provider and on no other, from memory: files could change under it.
 
     Args:
         ort: The onnxruntime module.
-        path: File of the graph.
+        graph: The graph.
         options: Its `SessionOptions`.
         provider: Name of the provider.
         settings: The provider's own options.
@@ -148,12 +149,17 @@ def load_session(
         BackendError: ONNX Runtime does not load it, or would run it on another provider, which it does without a word.
     """
     try:
-        session = ort.InferenceSession(str(path), options, providers=[(provider, dict(settings))], enable_fallback=0)
+        given = {name: file for name, file in graph.weights.items() if Path(file).stat().st_size}
+        weights = [np.memmap(os.fspath(file), np.uint8, "r") for file in given.values()]
+        options.add_external_initializers_from_files_in_memory(list(given), weights, list(map(len, weights)))
+        session = ort.InferenceSession(
+            graph.content, options, providers=[(provider, dict(settings))], enable_fallback=0
+        )
     except Exception as error:  # its exceptions share no base class
-        raise BackendError(f"{path.name}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
+        raise BackendError(f"{graph.name}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
     running = session.get_providers()[0]
     if running != provider:
-        raise BackendError(f"{path.name}: ONNX Runtime {ort.__version__} would run it on {running}, not on {provider}")
+        raise BackendError(f"{graph.name}: ONNX Runtime {ort.__version__} would run it on {running}, not on {provider}")
     return session
 
 

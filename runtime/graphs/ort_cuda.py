@@ -14,13 +14,13 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
@@ -56,11 +56,11 @@ class OrtCudaBackend:
         "use_tf32": "0",
     }
 
-    def __init__(self, graphs: Mapping[str, Path], specs: Mapping[str, GraphSpec], threads: int = 1) -> None:
+    def __init__(self, graphs: Mapping[str, GraphFile], specs: Mapping[str, GraphSpec], threads: int = 1) -> None:
         """Load graphs.
 
         Args:
-            graphs: File of each graph by name.
+            graphs: Each graph by name.
             specs: What the manifest says of them.
             threads: Threads of a run for what is computed of sizes on the CPU.
 
@@ -75,20 +75,20 @@ class OrtCudaBackend:
         missing = preload(self._ort)
         self._hint = f" ({missing})" if missing else ""
         self._specs = {name: specs[name] for name in graphs}
-        self._sessions = {name: self._load(path, threads) for name, path in graphs.items()}
+        self._sessions = {name: self._load(graph, threads) for name, graph in graphs.items()}
         log.info("ONNX Runtime %s on %s", self.version, self._provider)
 
-    def _load(self, path: Path, threads: int) -> Any:
+    def _load(self, graph: GraphFile, threads: int) -> Any:
         options = session_options(self._ort, threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            session = load_session(self._ort, path, options, self._provider, self._settings)
+            session = load_session(self._ort, graph, options, self._provider, self._settings)
         except BackendError as error:
             raise BackendError(f"{error}{self._hint}") from error
         elsewhere = misplaced(session, self._provider)
         if elsewhere:
             raise BackendError(
-                f"{path.name}: ONNX Runtime {self.version} would run {_counted(elsewhere)} on the CPU; install a "
+                f"{graph.name}: ONNX Runtime {self.version} would run {_counted(elsewhere)} on the CPU; install a "
                 "newer one (pip install --upgrade onnxruntime-gpu), or use device cpu"
             )
         return session

@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
-from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
@@ -90,6 +90,7 @@ class Deployment:
         )
         with ExitStack() as unless_ready:
             unless_ready.callback(recommender.close)
+            bundle.files.let_go(READ_WHILE_SERVING)
             warm_up(recommender, min(WARM_UP_BATCH, options.batching.max_batch))
             unless_ready.pop_all()
         if options.sampler is not None:

@@ -229,7 +229,7 @@ class Deployments:
             error = SwapBusyError(f"{self._opening} is being opened; wait for it, then ask again")
             self._record(kind, path, None, error, 0.0)
             raise error
-        began = time.perf_counter()
+        began, self._opening = time.perf_counter(), path.name
         try:
             if kind == "swap" and _whole_and_same(path, self.current):
                 return self.current
@@ -241,21 +241,25 @@ class Deployments:
             self._record(kind, path, opened, None, time.perf_counter() - began)
             return opened
         finally:
+            self._opening = None
             self._one_at_a_time.release()
 
     def _take_over(self, path: Path, expected: str | None) -> Deployment:
         with self._changed:
-            old, self._opening = self._current.deployment, path.name
-        try:
-            if expected is not None and read_manifest(path)[1] != expected:
-                raise SwapError(f"{path.name} is no longer the bundle that served; swap to one by its name")
-            opened = Deployment.open(path, old.options, cache=old.recommender.cache)
-            if not self._switch(opened):
-                opened.close()
-                raise SwapError("the server is shutting down; nothing is swapped any more")
-            return opened
-        finally:
-            self._opening = None
+            old = self._current.deployment
+        other = f"{path.name} is no longer the bundle that served; swap to one by its name"
+        if expected is not None and read_manifest(path)[1] != expected:
+            raise SwapError(other)
+        opened = Deployment.open(path, old.options, cache=old.recommender.cache)
+        problem = None
+        if expected not in (None, opened.version):  # it was replaced meanwhile
+            problem = other
+        elif not self._switch(opened):
+            problem = "the server is shutting down; nothing is swapped any more"
+        if problem:
+            opened.close()
+            raise SwapError(problem)
+        return opened
 
     def _switch(self, opened: Deployment) -> bool:
         """The moment from which on requests get the new deployment; False if all is closed."""

@@ -9,13 +9,13 @@ import datetime
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import precision_of
 from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.backend import Device
@@ -98,7 +98,8 @@ def build_graph(
         timing_cache=task.timing_cache,
         progress=progress,
     )
-    built = build_engine(trt, _graph_file(bundle, key), build)
+    with _graph_file(bundle, key).in_folder() as file:
+        built = build_engine(trt, file, build)
     require_precision(built.layers, task.precision)
     record = EngineRecord(
         key=key,
@@ -146,9 +147,8 @@ def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> Plan:
     )
 
 
-def _graph_file(bundle: Bundle, key: EngineKey) -> Path:
-    file = graphs_of(bundle.manifest, key.precision)[key.graph].file
-    return bundle.unpacked({key.graph: file})[key.graph]
+def _graph_file(bundle: Bundle, key: EngineKey) -> GraphFile:
+    return bundle.files.graph(graphs_of(bundle.manifest, key.precision)[key.graph].file)
 
 
 def _golden(engine: Engine, bundle: Bundle, *, exact: bool) -> Verification:

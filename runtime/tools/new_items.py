@@ -128,7 +128,7 @@ def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
     """
     if not rows.ids:
         return np.zeros((0, bundle.manifest.model.item_dim), np.float32)
-    backend = OrtBackend(bundle.unpacked({"item_embedder": bundle.manifest.graphs["item_embedder"].file}))
+    backend = OrtBackend({"item_embedder": bundle.files.graph(bundle.manifest.graphs["item_embedder"].file)})
     inputs: dict[str, NDArray[Any]] = {}
     if bundle.manifest.dense:
         inputs["dense"] = rows.dense

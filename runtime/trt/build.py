@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.layers import FP32, LayerReport, network_type, products_of, report_layers
 from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.trt.profiles import ProfileShapes
@@ -243,7 +244,7 @@ def _let_fp32_attention_fall_apart(module: Any, network: Any) -> None:
             layer.attention.decomposable = network_type(query) == FP32 or tuple(query.shape)[2] == 1
 
 
-def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, logger: Any) -> None:
+def refit_engine(trt: TensorRT, engine: Any, graph: GraphFile, lines: LogLines, logger: Any) -> None:
     """Put the weights back into an engine that was built without them (`BuildOptions.strip_weights`).
 
     Raises:
@@ -251,10 +252,12 @@ def refit_engine(trt: TensorRT, engine: Any, graph_file: Path, lines: LogLines, 
     """
     module = trt.module
     refitter = module.Refitter(engine, logger)
-    if not module.OnnxParserRefitter(refitter, logger).refit_from_file(str(graph_file)):
-        raise BackendError(f"{graph_file.name}: its weights do not fit the engine: {lines.reason()}; compile it again")
+    with graph.in_folder() as file:
+        fits = module.OnnxParserRefitter(refitter, logger).refit_from_file(str(file))
+    if not fits:
+        raise BackendError(f"{graph.name}: its weights do not fit the engine: {lines.reason()}; compile it again")
     if not refitter.refit_cuda_engine():
-        raise BackendError(f"{graph_file.name}: {trt} does not put its weights into the engine: {lines.reason()}")
+        raise BackendError(f"{graph.name}: {trt} does not put its weights into the engine: {lines.reason()}")
 
 
 @dataclass(kw_only=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.build import refit_engine
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.io import differences, engine_profiles
@@ -25,12 +25,12 @@ class Plan:
 
     Attributes:
         content: The plan: executable code.
-        weights: File of its graph, where it was built without its weights.
+        weights: Its graph, where it was built without its weights.
         host_code: Whether it was built to be version-compatible, and so holds code for the CPU as well.
     """
 
     content: bytes
-    weights: Path | None = None
+    weights: GraphFile | None = None
     host_code: bool = False
 
 

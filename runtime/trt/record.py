@@ -155,7 +155,7 @@ def graph_hash(bundle: Bundle, graph: str, precision: str) -> str:
     """Hash of a graph and of every file of the bundle that its file names, which are those of its weights."""
     manifest = bundle.manifest
     file = manifest.graphs_in(precision)[graph].file
-    listed = [(name, manifest.files[name].sha256) for name in (file, *sorted(bundle.named_files(file)))]
+    listed = [(name, manifest.files[name].sha256) for name in (file, *sorted(bundle.files.graph(file).weights))]
     return hashlib.sha256(msgspec.json.encode(listed)).hexdigest()
 
 

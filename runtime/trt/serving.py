@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import EngineSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.load import Plan
@@ -70,7 +70,7 @@ class ServingEngines:
             if fits and same == (need.graph, need.precision, need.flavor, need.version):
                 yield spec
 
-    def _cached_plan(self, record: EngineRecord, graph_file: Path) -> Plan:
+    def _cached_plan(self, record: EngineRecord, graph_file: GraphFile) -> Plan:
         options = record.key.options
         return Plan(
             content=self.store.plan(record),

@@ -199,6 +199,20 @@ def test_json_has_the_warnings_and_three_examples_of_unknown_items(tmp_path: Pat
     assert "items of events are ['a', 'x1', 'x2'], those of the catalogue ['A']" in result.stderr
 
 
+def test_a_report_of_very_many_surfaces_is_short(tmp_path: Path) -> None:
+    rows = "".join(f"u,a,1,[red]{number:05}{'x' * 500}\n" for number in range(1000))
+    (tmp_path / "e.csv").write_text("who,what,did,url\n" + rows)
+    (tmp_path / "map.toml").write_text(
+        'name = "shop"\npositive_actions = ["buy"]\nactions = { buy = "did" }\n'
+        '[events]\nuser = "who"\nitem = "what"\nsurface = "url"\n'
+    )
+    result = prepare("table", tmp_path / "e.csv", "--columns", tmp_path / "map.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "951 more" in result.stdout.replace("\n", "")
+    assert "[red]00048" in result.stdout
+    assert len(result.stdout) < 20_000
+
+
 def test_kuairand_needs_its_files(tmp_path: Path) -> None:
     result = prepare("kuairand", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 1

@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
-from unipinrec.cli.export import _print_report
 from unipinrec.cli import main
+from unipinrec.cli.export import _print_report
 from unipinrec.runtime import Bundle
 
 

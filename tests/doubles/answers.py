@@ -54,3 +54,8 @@ def retrieved(
     """What one search finds."""
     (found,) = retriever.retrieve([Search(queries=queries, wanted=wanted, excluded=excluded, **options)])
     return found
+
+
+def graph_paths(bundle: Bundle, precision: str = "fp32") -> dict[str, Path]:
+    """The files of a bundle's graphs in its folder."""
+    return {name: bundle.path / graph.file for name, graph in bundle.manifest.graphs_in(precision).items()}

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import onnx
 import pytest
+from answers import graph_paths
 from fake_tensorrt import VERSIONS, fake_tensorrt, make_plan
 from host_cuda import HostRuntime, host_cuda
 
@@ -107,7 +108,7 @@ def install_engines(
 ) -> EngineStore:
     """Put an engine of each of a bundle's fp32 graphs into the cache; `files` are built instead of the bundle's."""
     store, here = EngineStore(), this_machine(gpu.name, gpu.architecture, gpu.driver_version)
-    for graph, file in bundle.graph_files().items():
+    for graph, file in graph_paths(bundle).items():
         record = record_of(bundle, graph, machine or here)
         store.put(record, make_plan(files.get(graph, file), record.key.profiles))
     return store
@@ -115,7 +116,7 @@ def install_engines(
 
 def wrong_ranker(bundle: Bundle, folder: Path) -> Path:
     """The ranker with its weights grown by a half."""
-    model = onnx.load(bundle.graph_files()["ranker"])
+    model = onnx.load(graph_paths(bundle)["ranker"])
     for weight in model.graph.initializer:
         if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:
             grown = 1.5 * onnx.numpy_helper.to_array(weight)

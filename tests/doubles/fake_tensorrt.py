@@ -26,6 +26,7 @@ from host_cuda import HostRuntime, host_cuda
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.library import Flavor, TensorRT
 from unipinrec.runtime.trt.profiles import Buckets, ProfileShapes, default_buckets, for_graph
@@ -85,7 +86,7 @@ ORT_TYPES = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, 
 
 
 def make_plan(
-    graph: Path,
+    graph: Path | GraphFile,
     profiles: Sequence[ProfileShapes],
     types: Mapping[str, str] | None = None,
     locations: Mapping[str, str] | None = None,
@@ -163,8 +164,9 @@ class World:
         return address
 
 
-def _with_weights(graph: Path) -> str:
-    return base64.b64encode(onnx.load(graph).SerializeToString(deterministic=True)).decode()
+def _with_weights(graph: Path | GraphFile) -> str:
+    with (GraphFile.at(graph) if isinstance(graph, Path) else graph).in_folder() as file:
+        return base64.b64encode(onnx.load(file).SerializeToString(deterministic=True)).decode()
 
 
 @functools.cache
@@ -332,8 +334,8 @@ class OnnxParserRefitter:
         self._refitter, self._logger = refitter, logger
 
     def refit_from_file(self, model: str) -> bool:
-        if not Path(model).is_file():
-            self._logger.log(Severity.ERROR, f"Failed to open file: {model}")
+        if not Path(model).stat().st_size:
+            self._logger.log(Severity.ERROR, f"Failed to parse {model}")
             return False
         self._refitter._weights = _with_weights(Path(model))
         return True

@@ -264,7 +264,8 @@ def test_data_without_events_is_refused(checkpoint: Path, dataset: Path, tmp_pat
 
 def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     from unipinrec.models.data.schema import write_dataset
-    from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
+    from unipinrec.models.simulator.simulator import simulate
+    from unipinrec.models.simulator.world import SimulatorConfig
 
     write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
     with pytest.raises(ExportError, match="is not the data that the checkpoint was trained on"):

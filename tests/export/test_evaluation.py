@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from unipinrec.cli.evaluate import print_evaluation
 from unipinrec.cli import main
+from unipinrec.cli.evaluate import print_evaluation
 from unipinrec.errors import DataError, NothingHeldOutError
 from unipinrec.export.lists import blend
 from unipinrec.export.lists.evaluation import evaluate

@@ -16,7 +16,6 @@ from onnx.reference.op_run import OpRun
 
 from unipinrec.errors import ExportError
 from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph
-from unipinrec.export.weights import read_graph
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
@@ -51,7 +50,7 @@ def precision(request: pytest.FixtureRequest) -> LowType:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_products_are_low_and_norms_angles_and_sums_are_not(bundle: Path, name: str, precision: LowType) -> None:
-    model = typed_graph(read_graph(bundle / f"{name}.onnx"), precision)
+    model = typed_graph(onnx.load(bundle / f"{name}.onnx"), precision)
     onnx.checker.check_model(model, full_check=True)
     assert read_by(model, "MatMul", "Attention") == {LOW[precision]}
     assert read_by(model, "RMSNormalization", "Sin", "Cos", "Log", "Div", "ReduceSum") == {TensorProto.FLOAT}
@@ -64,7 +63,7 @@ def test_products_are_low_and_norms_angles_and_sums_are_not(bundle: Path, name: 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_what_a_norm_reads_was_added_in_fp32(bundle: Path, name: str, precision: LowType) -> None:
-    model = typed_graph(read_graph(bundle / f"{name}.onnx"), precision)
+    model = typed_graph(onnx.load(bundle / f"{name}.onnx"), precision)
     of, made_by = kinds(model), {output: node for node in model.graph.node for output in node.output}
     norms = [made_by[node.input[0]] for node in model.graph.node if node.op_type == "RMSNormalization"]
     # The token, and the sums behind attention and feed-forward; the last event's are picked out of one.
@@ -74,7 +73,7 @@ def test_what_a_norm_reads_was_added_in_fp32(bundle: Path, name: str, precision:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_no_value_is_converted_twice(bundle: Path, name: str, precision: LowType) -> None:
-    model = typed_graph(read_graph(bundle / f"{name}.onnx"), precision)
+    model = typed_graph(onnx.load(bundle / f"{name}.onnx"), precision)
     of = kinds(model)
     casts = [node for node in model.graph.node if node.op_type == "Cast"]
     converted = [(node.input[0], node.attribute[0].i) for node in casts]
@@ -87,7 +86,7 @@ def test_no_value_is_converted_twice(bundle: Path, name: str, precision: LowType
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_matrices_are_stored_low_alone(bundle: Path, name: str, precision: LowType) -> None:
-    model = typed_graph(read_graph(bundle / f"{name}.onnx"), precision)
+    model = typed_graph(onnx.load(bundle / f"{name}.onnx"), precision)
     # In fp32 there remain biases that are added in fp32, the norms' scales and the action heads' last, summed product.
     exact = [tensor.name for tensor in model.graph.initializer if tensor.data_type == 1 and len(tensor.dims) > 1]
     assert exact == (["module.model.action_heads.down"] if name == "ranker" else [])
@@ -141,7 +140,7 @@ class Attention(OpRun):
 def test_the_emulation_computes_what_the_typed_graph_says(bundle: Path, precision: LowType) -> None:
     """The reference evaluator of ONNX runs the typed graphs, step by step in bf16 or fp16."""
     inputs = events(bundle)
-    encoder = read_graph(bundle / "encoder.onnx")
+    encoder = onnx.load(bundle / "encoder.onnx")
     exact, emulated = in_onnxruntime(encoder, inputs), in_onnxruntime(emulated_graph(encoder, precision), inputs)
     typed = typed_graph(encoder, precision)
     outputs = ReferenceEvaluator(typed, new_ops=[Attention, Sigmoid]).run(None, inputs)
@@ -157,7 +156,7 @@ def test_the_emulation_computes_what_the_typed_graph_says(bundle: Path, precisio
 
 
 def test_keys_and_values_of_the_emulation_are_those_of_the_type(bundle: Path, precision: LowType) -> None:
-    emulated = in_onnxruntime(emulated_graph(read_graph(bundle / "encoder.onnx"), precision), events(bundle))
+    emulated = in_onnxruntime(emulated_graph(onnx.load(bundle / "encoder.onnx"), precision), events(bundle))
     for name, values in emulated.items():
         kept = (values == values.astype(NUMPY[precision]).astype(np.float32)).all()
         assert kept == name.startswith("present."), name
@@ -185,7 +184,7 @@ def test_the_emulation_rounds_keys_and_values_that_it_is_given(precision: LowTyp
 
 def test_a_typed_fp16_graph_runs_and_is_as_exact_as_its_emulation(bundle: Path) -> None:
     """ONNX Runtime's CPU has few fp16 operators and computes the others in fp32, so it is a little more exact."""
-    inputs, encoder = events(bundle), read_graph(bundle / "encoder.onnx")
+    inputs, encoder = events(bundle), onnx.load(bundle / "encoder.onnx")
     exact = in_onnxruntime(encoder, inputs)
     for name, typed in in_onnxruntime(typed_graph(encoder, "fp16"), inputs).items():
         emulated = in_onnxruntime(emulated_graph(encoder, "fp16"), inputs)[name]

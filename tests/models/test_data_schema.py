@@ -13,7 +13,8 @@ import pytest
 
 from unipinrec.errors import DataError
 from unipinrec.models.data.schema import Dataset, read_dataset, write_dataset
-from unipinrec.models.simulator.simulator import SimulatorConfig, simulate
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
 
 FULL_DISK = """
 import resource, sys

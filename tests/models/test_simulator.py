@@ -19,8 +19,8 @@ from unipinrec.models.simulator.oracle import (
     read_oracle,
     write_oracle,
 )
-from unipinrec.models.simulator.simulator import SimulatorConfig, examination, simulate
-from unipinrec.models.simulator.world import category_chances, draw_slates, make_world
+from unipinrec.models.simulator.simulator import examination, simulate
+from unipinrec.models.simulator.world import SimulatorConfig, category_chances, draw_slates, make_world
 
 CONFIG = SimulatorConfig(users=2100, items=1500, categories=30)
 SMALL = SimulatorConfig(users=30, items=60, categories=6, sessions_per_user=2)

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from unipinrec.models.training.config import load_run_config
 from unipinrec.models.training.train import Trainer
 
 Make = Callable[..., Dataset]
+T = 1_600_000_000_000  # a folder holds times of our days
 
 WORKER = """
 import os, sys
@@ -68,11 +71,13 @@ def test_two_processes_train_one_model(
 ) -> None:
     """Also where a head has nothing to learn, in which case its parameters still have to reach the wrapper."""
     train: dict[str, Any] = {"epochs": 1, "batch_size": 4, "num_negatives": 4, "precision": "fp32"}
-    dataset = random_dataset(7, users=16, slates=60, features=True)
+    dataset = random_dataset(7, users=16, slates=60, features=True, split=(T + 60, T + 80))
     if silent_head:
         train["mask_probability"] = 0.0
         events = [(f"u{u:02d}", "abcdef"[(u + t) % 6], "feed", None, "click") for u in range(20) for t in range(6)]
         dataset = make_dataset(events)
+    later = pl.col("timestamp_ms") + T
+    dataset = replace(dataset, events=dataset.events.with_columns(later), slates=dataset.slates.with_columns(later))
     folder = tmp_path / "two"
     _two_processes(dataset, train, folder)
     assert (folder / "steps-0").read_text() == (folder / "steps-1").read_text()

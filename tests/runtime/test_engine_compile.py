@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from answers import STORED
+from answers import STORED, graph_paths
 from fake_builder import REPORT, Builder
 from fake_tensorrt import KERNELS, fake_tensorrt
 from host_cuda import HostRuntime, host_cuda
@@ -144,7 +144,7 @@ def altered(graph: Path, out: Path, factor: float) -> Path:
 def test_an_engine_that_answers_wrongly_is_not_installed(
     opened: Bundle, store: EngineStore, builder: Builder, tmp_path: Path
 ) -> None:
-    builder.instead["ranker"] = altered(opened.graph_files()["ranker"], tmp_path / "ranker.onnx", 1.01)
+    builder.instead["ranker"] = altered(graph_paths(opened)["ranker"], tmp_path / "ranker.onnx", 1.01)
     with pytest.raises(
         BackendError,
         match=r"TensorRT 11.4.0.106 on Host GPU in fp32 were not installed: ranker.logits differs by up to",
@@ -222,7 +222,7 @@ def in_bf16(folder: Path, **lost: Any) -> Bundle:
     graphs = {}
     for name in ("encoder", "extend", "ranker"):
         spec, file = stored.manifest.graphs[name], f"{name}_bf16.onnx"
-        onnx.save(emulated_graph(onnx.load(stored.graph_files()[name]), "bf16"), folder / file)
+        onnx.save(emulated_graph(onnx.load(graph_paths(stored)[name]), "bf16"), folder / file)
         tensors = [
             tuple(msgspec.structs.replace(t, dtype="bfloat16") if t.name in low else t for t in side)
             for side in (spec.inputs, spec.outputs)
@@ -276,7 +276,7 @@ def test_a_loss_that_was_accepted_at_export_is_accepted_here(
         bundle = in_bf16(tmp_path / name, **lost)
         model = bundle.manifest.model
         builder.types = dict.fromkeys(model.kv_names("present") + model.kv_names("past_key_values"), "BF16")
-        builder.instead["ranker"] = altered(bundle.graph_files("bf16")["ranker"], tmp_path / f"{name}.onnx", 1.5)
+        builder.instead["ranker"] = altered(graph_paths(bundle, "bf16")["ranker"], tmp_path / f"{name}.onnx", 1.5)
         if lost:
             assert all(one.record.verified.passed for one in compiled(bundle, store, precision="bf16"))
         else:

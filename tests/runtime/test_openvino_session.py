@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
@@ -22,6 +23,12 @@ from unipinrec.runtime.requests import History
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
 
 DAY_MS = 86_400_000
+
+
+def ir(path: Path) -> GraphFile:
+    """A model as OpenVINO itself writes it, whose weights are named by their place alone."""
+    weights = path.with_suffix(".bin")
+    return GraphFile(name=path.name, content=path.read_bytes(), weights={weights.name: weights})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +116,7 @@ def test_an_error_inside_openvino_is_ours(opened: Bundle) -> None:
 def test_a_file_that_is_no_graph(opened: Bundle, tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"encoder\.onnx: OpenVINO .* does not load it: "):
-        OpenVinoBackend({"encoder": tmp_path / "encoder.onnx"}, opened.manifest.graphs)
+        OpenVinoBackend({"encoder": GraphFile.at(tmp_path / "encoder.onnx")}, opened.manifest.graphs)
 
 
 def test_a_cpu_without_bf16_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +166,7 @@ def test_a_time_that_is_chosen_by_a_condition_on_times_is_exact_too(tmp_path: Pa
     spec = GraphSpec(
         file="hours.xml", inputs=(TensorSpec(name="timestamps_ms", dtype="int64", shape=("batch", "n")),), outputs=()
     )
-    backend = OpenVinoBackend({"hours": tmp_path / "hours.xml"}, {"hours": spec}, threads=1)
+    backend = OpenVinoBackend({"hours": ir(tmp_path / "hours.xml")}, {"hours": spec}, threads=1)
     given = np.array([[1_760_000_012_344, -1, 5]])
     assert backend.run("hours", {"timestamps_ms": given})["hours"].numpy().tolist() == [[32_012_344.0, 0.0, 5.0]]
 
@@ -175,7 +182,7 @@ def test_angles_are_not_rounded_to_bf16(tmp_path: Path, bf16_device: str) -> Non
     spec = GraphSpec(
         file="waves.xml", inputs=(TensorSpec(name="lengths", dtype="int64", shape=("batch", 2)),), outputs=()
     )
-    backend = OpenVinoBackend({"waves": tmp_path / "waves.xml"}, {"waves": spec}, threads=1, precision="bf16")
+    backend = OpenVinoBackend({"waves": ir(tmp_path / "waves.xml")}, {"waves": spec}, threads=1, precision="bf16")
     given = np.array([[501, 997], [3, 1009]])
     exact = given * np.array([1.0, np.float32(0.7)])
     waves = backend.run("waves", {"lengths": given})["waves"].numpy()

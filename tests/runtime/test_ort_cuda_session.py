@@ -24,6 +24,7 @@ from unipinrec.errors import BackendError
 from unipinrec.export.precision.check import add_precisions
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs.buffer import HostTensor
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
@@ -122,7 +123,7 @@ def test_what_is_computed_of_sizes_may_stay_on_the_cpu(opened: Bundle) -> None:
 def test_a_file_that_is_no_graph(opened: Bundle, tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"encoder\.onnx: ONNX Runtime .* does not load it: "):
-        OnCpu({"encoder": tmp_path / "encoder.onnx"}, opened.manifest.graphs)
+        OnCpu({"encoder": GraphFile.at(tmp_path / "encoder.onnx")}, opened.manifest.graphs)
 
 
 def test_what_is_missing_is_told_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +269,7 @@ def bf16_backend(folder: Path) -> OnCpu:
     onnx.save(model, folder / "bf16.onnx")
     specs = {name: TensorSpec(name=name, dtype=dtype, shape=("rows", 2)) for name, (_, dtype) in tensors.items()}
     spec = GraphSpec(file="bf16.onnx", inputs=(specs["given"],), outputs=(specs["same"], specs["wide"]))
-    return OnCpu({"bf16": folder / "bf16.onnx"}, {"bf16": spec})
+    return OnCpu({"bf16": GraphFile.at(folder / "bf16.onnx")}, {"bf16": spec})
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])

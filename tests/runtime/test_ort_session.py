@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
@@ -70,7 +71,7 @@ def test_an_error_inside_the_engine_is_ours(engine: Engine) -> None:
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"encoder\.onnx: ONNX Runtime .* does not load it: "):
-        OrtBackend({"encoder": tmp_path / "encoder.onnx"})
+        OrtBackend({"encoder": GraphFile.at(tmp_path / "encoder.onnx")})
 
 
 def test_threads_and_provider(bundle: Path) -> None:

@@ -5,9 +5,9 @@ import fcntl
 import gc
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +18,9 @@ from answers import STORED
 
 from unipinrec.errors import BackendError, BundleCorruptError
 from unipinrec.runtime import Bundle, Recommender
+from unipinrec.runtime.bundle import sealed as sealed_files
 from unipinrec.runtime.bundle.files import fingerprint
-from unipinrec.runtime.bundle.sealed import NOEXEC, SEALS, SealedFiles
+from unipinrec.runtime.bundle.sealed import NOEXEC, SEALS, GraphFile, SealedFiles
 
 OPEN = """
 import os, sys
@@ -85,14 +86,14 @@ def test_what_is_damaged_is_not_sealed(folder: Path, damage: Callable[[Path], ob
 
 
 def test_a_file_that_changes_while_it_is_copied_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = shutil.copyfile
+    make = os.memfd_create
 
-    def overtaken(source: Path, target: os.PathLike[str]) -> None:
+    def overtaken(name: str, flags: int) -> int:
         (folder / "one").write_text("content of ONE")
-        copy(source, target)
+        return make(name, flags)
 
     specs = {path.name: fingerprint(path) for path in folder.iterdir()}
-    monkeypatch.setattr("unipinrec.runtime.bundle.sealed.shutil.copyfile", overtaken)
+    monkeypatch.setattr(os, "memfd_create", overtaken)
     with pytest.raises(BundleCorruptError, match="one is altered"):
         SealedFiles(folder, specs)
 
@@ -113,23 +114,24 @@ def test_what_was_let_go_is_read_and_checked_again(folder: Path) -> None:
 
 
 def test_private_copies_lie_together_and_go(folder: Path) -> None:
-    files = sealed(folder)
-    one, two = files.unpacked(["one", "two"]).values()
-    assert (one.parent, one.name, one.read_text()) == (two.parent, "one", "content of one")
-    assert oct(one.parent.stat().st_mode)[-3:] == "700"
-    assert files.unpacked(["one"]) == {"one": one}
-    files.let_go([])
-    assert not one.parent.exists()
-    (again,) = files.unpacked(["one"]).values()
-    del files
-    gc.collect()
-    assert not again.parent.exists()
+    (folder / "graph").write_text("it names one, and nothing else")
+    graph = sealed(folder).graph("graph")
+    assert set(graph.weights) == {"one"}
+    with graph.in_folder() as path:
+        assert (path.name, path.read_bytes()) == ("graph", graph.content)
+        assert (path.parent / "one").read_text() == "content of one"
+        assert oct(path.parent.stat().st_mode)[-3:] == "700"
+    assert not path.parent.exists()
+    assert GraphFile.at(folder / "graph").weights == {"one": folder / "one"}
 
 
 def test_no_room_for_private_copies(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-    with pytest.raises(BackendError, match=r"cannot be copied to a private folder .*gone.*; set TMPDIR"):
-        sealed(folder).unpacked(["one"])
+    with (
+        pytest.raises(BackendError, match=r"^one cannot be copied to a private folder .*: No such .*; set TMPDIR"),
+        sealed(folder).graph("one").in_folder(),
+    ):
+        pytest.fail("there is a folder")
 
 
 def test_files_in_one_process_with_a_shared_folder_are_held_once(folder: Path, tmp_path: Path) -> None:
@@ -179,7 +181,6 @@ def test_a_recommender_holds_what_it_reads_while_it_serves() -> None:
     with Recommender.load(STORED, "cpu") as recommender:
         held = set(recommender.bundle.files._files)
         assert held == {"items.safetensors", "golden.safetensors", "users.safetensors", "user_ids.json"}
-        assert recommender.bundle.files._unpacked == {}
 
 
 def test_a_system_that_allows_only_files_that_cannot_be_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +202,57 @@ def test_a_system_that_allows_only_files_that_cannot_be_executed(folder: Path, m
         assert sealed(folder)["one"].read_bytes() == b"content of one"
 
 
-def test_no_memory_for_a_bundle_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EFBIG])
+def test_no_memory_for_a_bundle_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def full(*_: object) -> int:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "memfd_create", full)
-    with pytest.raises(BundleCorruptError, match="one cannot be read into memory: Too many open files"):
+    told = rf"(one|two): 14 bytes cannot be held in memory: {os.strerror(code)}; allow this process more memory"
+    with pytest.raises(BackendError, match=told):
         sealed(folder)
+
+
+def test_without_proc_it_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sealed_files, "OWN_FILES", tmp_path / "proc")
+    with pytest.raises(BackendError, match="proc is not there, through which bundles are read; mount /proc"):
+        sealed(folder)
+
+
+def test_a_device_without_end_is_not_copied(folder: Path) -> None:
+    (folder / "one").write_bytes(b"")
+    specs = {path.name: fingerprint(path) for path in folder.iterdir()}
+    (folder / "one").unlink()
+    (folder / "one").symlink_to("/dev/zero")
+    with pytest.raises(BundleCorruptError, match="one is missing"):
+        SealedFiles(folder, specs)
+
+
+def test_a_process_that_stands_still_while_it_seals_holds_up_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sealed_files, "WAIT_S", 0.05)
+    with (tmp_path / "sealing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = sealed(folder, tmp_path)
+    assert files["one"].read_bytes() == b"content of one"
+    assert list(tmp_path.glob("*.sealed")) == []
+    assert "another process has been sealing for" in caplog.text
+
+
+def test_a_fork_that_ends_takes_nothing_along(folder: Path, tmp_path: Path) -> None:
+    files = sealed(folder, tmp_path)
+    child = os.fork()
+    if not child:
+        weakref.finalize._exitfunc()  # type: ignore[attr-defined]  # what Python does at the end of a process
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob("*.sealed"))) == 1
+    assert files["one"].read_bytes() == b"content of one"
+
+
+def test_notes_of_processes_that_died_go(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / f"{2**22 + 1}-1.sealed").write_bytes(b"{}")
+    files = sealed(folder, tmp_path)
+    assert [path.name.partition("-")[0] for path in tmp_path.glob("*.sealed")] == [str(os.getpid())]
+    assert files["one"].read_bytes() == b"content of one"

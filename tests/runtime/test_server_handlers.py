@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
 from unipinrec.runtime.server.api import Limits
-from unipinrec.runtime.server.app import Server, make_app, make_server
-from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Call, Server
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits

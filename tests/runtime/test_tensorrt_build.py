@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from answers import graph_paths
 from onnx import TensorProto, helper
 
 from unipinrec.errors import BackendError
@@ -56,7 +57,7 @@ def task_of(bundle: Bundle, graph: str, **changes: Any) -> BuildTask:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_every_graph_builds_in_fp32(graph: str, trt: TensorRT, opened: Bundle) -> None:
-    built = build_engine(trt, opened.graph_files()[graph], task_of(opened, graph))
+    built = build_engine(trt, graph_paths(opened)[graph], task_of(opened, graph))
     spec, profiles = opened.manifest.graphs[graph], profiles_of(opened, graph)
     assert len(built.plan) > 100_000
     assert built.layers.tensors == {tensor.name: tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
@@ -129,7 +130,7 @@ def test_the_progress_goes_from_nothing_to_all(trt: TensorRT, opened: Bundle) ->
     told: list[tuple[float, str]] = []
     build_engine(
         trt,
-        opened.graph_files()["retrieval"],
+        graph_paths(opened)["retrieval"],
         task_of(opened, "retrieval", progress=lambda share, phase: told.append((share, phase))),
     )
     shares = [share for share, _ in told]
@@ -154,16 +155,16 @@ def test_control_c_ends_a_build(trt: TensorRT, opened: Bundle) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            build_engine(trt, opened.graph_files()["ranker"], task_of(opened, "ranker", progress=interrupt))
+            build_engine(trt, graph_paths(opened)["ranker"], task_of(opened, "ranker", progress=interrupt))
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(steps) < 100
-    build_engine(trt, opened.graph_files()["retrieval"], task_of(opened, "retrieval"))
+    build_engine(trt, graph_paths(opened)["retrieval"], task_of(opened, "retrieval"))
 
 
 @pytest.mark.parametrize("targets", [("sm_80",), ("sm_89", "sm_120"), ("portable",)])
 def test_engines_are_built_for_other_gpus(targets: tuple[str, ...], trt: TensorRT, opened: Bundle) -> None:
-    built = build_engine(trt, opened.graph_files()["retrieval"], task_of(opened, "retrieval", targets=targets))
+    built = build_engine(trt, graph_paths(opened)["retrieval"], task_of(opened, "retrieval", targets=targets))
     require_precision(built.layers, "fp32")
 
 
@@ -208,12 +209,12 @@ def test_what_tensorrt_says_is_in_the_message(trt: TensorRT, opened: Bundle, tmp
     broken.write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"broken.onnx: TensorRT-RTX .* does not read it: .*Failed to parse"):
         build_engine(trt, broken, task_of(opened, "retrieval"))
-    file = opened.graph_files()["retrieval"]
+    file = graph_paths(opened)["retrieval"]
     with pytest.raises(BackendError, match=r"does not build it: .*Turing \(SM75\): FP32 GEMM is not supported"):
         build_engine(trt, file, task_of(opened, "retrieval", targets=("sm_75",)))
     scarce = BuildOptions(workspace_bytes=1)
     with pytest.raises(BackendError, match=r"does not build it: .*workspace"):
-        build_engine(trt, opened.graph_files()["ranker"], task_of(opened, "ranker", options=scarce))
+        build_engine(trt, graph_paths(opened)["ranker"], task_of(opened, "ranker", options=scarce))
 
 
 def test_a_profile_that_does_not_fit_the_graph_is_refused(trt: TensorRT, opened: Bundle) -> None:
@@ -221,17 +222,17 @@ def test_a_profile_that_does_not_fit_the_graph_is_refused(trt: TensorRT, opened:
     small, usual, _ = shapes["last_hidden_state"]
     wrong = {**shapes, "last_hidden_state": (small, usual, (8, 63))}
     with pytest.raises(BackendError, match=r"retrieval.onnx: TensorRT-RTX"):
-        build_engine(trt, opened.graph_files()["retrieval"], task_of(opened, "retrieval", profiles=(wrong,)))
+        build_engine(trt, graph_paths(opened)["retrieval"], task_of(opened, "retrieval", profiles=(wrong,)))
 
 
 def test_without_a_driver_nothing_is_built_for_this_gpu(trt: TensorRT, opened: Bundle) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here")
     with pytest.raises(BackendError, match=r"does not build it: .*CUDA driver version is insufficient"):
-        build_engine(trt, opened.graph_files()["retrieval"], task_of(opened, "retrieval", targets=None))
+        build_engine(trt, graph_paths(opened)["retrieval"], task_of(opened, "retrieval", targets=None))
 
 
 def test_an_optimization_level_is_taken(trt: TensorRT, opened: Bundle) -> None:
     quick = msgspec.structs.replace(BuildOptions(), optimization_level=0, workspace_bytes=2**28)
-    built = build_engine(trt, opened.graph_files()["retrieval"], task_of(opened, "retrieval", options=quick))
+    built = build_engine(trt, graph_paths(opened)["retrieval"], task_of(opened, "retrieval", options=quick))
     assert built.seconds > 0

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from answers import answer, assert_same, engine_of, history
+from answers import answer, assert_same, engine_of, graph_paths, history
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
@@ -48,7 +48,7 @@ def plans(trt: TensorRT, stored: Bundle) -> dict[str, bytes]:
     """Engines of the stored bundle, built here."""
     model, specs = stored.manifest.model, stored.manifest.graphs_in("fp32")
     built = {}
-    for name, file in stored.graph_files().items():
+    for name, file in graph_paths(stored).items():
         profiles = for_graph(default_buckets(model), specs[name], model.kv_prefix_slots)
         built[name] = build_engine(trt, file, BuildTask(profiles=profiles)).plan
     return built

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from answers import NOW_MS, answer, assert_same, engine_of, history
+from answers import NOW_MS, answer, assert_same, engine_of, graph_paths, history
 from fake_tensorrt import KERNELS, IExecutionContext, double_backend, make_plan
 from host_cuda import HostRuntime, host_cuda
 
@@ -23,6 +23,7 @@ from unipinrec.errors import BackendError
 from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.buffer import KvBuffer, row_of
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
@@ -233,7 +234,7 @@ def test_an_engine_of_another_graph_is_refused(
 ) -> None:
     spec = stored.manifest.graphs["retrieval"]
     profiles = for_graph(default_buckets(stored.manifest.model), spec, 1)
-    plans = {"retrieval": make_plan(stored.graph_files()["retrieval"], profiles, **plan)}
+    plans = {"retrieval": make_plan(graph_paths(stored)["retrieval"], profiles, **plan)}
     with pytest.raises(
         BackendError,
         match=rf"retrieval: TensorRT 11.4.0.106 loads an engine of another graph: .*{match}.*unipinrec compile BUNDLE",
@@ -304,7 +305,7 @@ def test_rtx_keeps_the_kernels_that_it_compiled(
 def test_an_engine_without_weights_gets_them_from_its_graph(
     stored: Bundle, memory: HostRuntime, tmp_path: Path
 ) -> None:
-    spec, file = stored.manifest.graphs["retrieval"], stored.graph_files()["retrieval"]
+    spec, file = stored.manifest.graphs["retrieval"], graph_paths(stored)["retrieval"]
     plan = make_plan(file, profiles_of(stored, spec), stripped=True)
     trt, cuda = fake_tensorrt.fake_tensorrt(memory), host_cuda(memory)
     state = {"last_hidden_state": np.ones((1, stored.manifest.model.hidden_size), np.float32)}
@@ -313,13 +314,13 @@ def test_an_engine_without_weights_gets_them_from_its_graph(
         with TensorRtBackend(trt, cuda, {"retrieval": given}, {"retrieval": spec}, "fp32") as backend:
             return backend.run("retrieval", state)["queries"].numpy()
 
-    assert np.linalg.norm(retrieve(Plan(content=plan, weights=file))) == pytest.approx(1.0)
+    assert np.linalg.norm(retrieve(Plan(content=plan, weights=GraphFile.at(file)))) == pytest.approx(1.0)
     with pytest.raises(BackendError, match=r"retrieval: TensorRT does not run.*the engine has no weights"):
         retrieve(plan)
-    with pytest.raises(BackendError, match=r"gone.onnx: its weights do not fit the engine: Failed to open file"):
-        retrieve(Plan(content=plan, weights=tmp_path / "gone.onnx"))
+    with pytest.raises(BackendError, match=r"gone.onnx: its weights do not fit the engine: Failed to parse"):
+        retrieve(Plan(content=plan, weights=GraphFile(name="gone.onnx", content=b"", weights={})))
     with pytest.raises(BackendError, match=r"does not put its weights into the engine"):
-        retrieve(Plan(content=plan, weights=stored.graph_files()["encoder"]))
+        retrieve(Plan(content=plan, weights=GraphFile.at(graph_paths(stored)["encoder"])))
     gc.collect()
     assert (memory.left(), memory.faults) == ({}, [])
 
@@ -327,7 +328,7 @@ def test_an_engine_without_weights_gets_them_from_its_graph(
 def test_code_for_the_cpu_is_loaded_only_where_the_engine_was_built_with_it(
     stored: Bundle, memory: HostRuntime
 ) -> None:
-    spec, file = stored.manifest.graphs["retrieval"], stored.graph_files()["retrieval"]
+    spec, file = stored.manifest.graphs["retrieval"], graph_paths(stored)["retrieval"]
     plan = make_plan(file, profiles_of(stored, spec), host_code=True)
     trt, cuda = fake_tensorrt.fake_tensorrt(memory), host_cuda(memory)
     with TensorRtBackend(trt, cuda, {"retrieval": Plan(content=plan, host_code=True)}, {"retrieval": spec}, "fp32"):
@@ -340,7 +341,7 @@ def in_precision(stored: Bundle, folder: Path, precision: LowType) -> tuple[dict
     """Engines and specs of the stored bundle's graphs in less precision; bf16 is emulated between the borders."""
     dtype, kind = {"bf16": ("bfloat16", "BF16"), "fp16": ("float16", "HALF")}[precision]
     rewrite = {"bf16": emulated_graph, "fp16": typed_graph}[precision]
-    model, files = stored.manifest.model, stored.graph_files()
+    model, files = stored.manifest.model, graph_paths(stored)
     specs = {"retrieval": stored.manifest.graphs["retrieval"]}
     plans = {"retrieval": make_plan(files["retrieval"], profiles_of(stored, specs["retrieval"]))}
     for name in ("encoder", "extend", "ranker"):

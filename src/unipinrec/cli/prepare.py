@@ -25,9 +25,8 @@ many = click.IntRange(1, 1_000_000_000)
 
 
 if TYPE_CHECKING:
-    from unipinrec.models.data.schema import Dataset
     from unipinrec.models.data.download import Archive
-    from unipinrec.models.data.schema import TimeSplit
+    from unipinrec.models.data.schema import Dataset, TimeSplit
     from unipinrec.models.data.validate import RawTables
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,8 +78,6 @@ def prepare() -> None:
     Example:
       unipinrec prepare movielens ml-100k/ --out data/
     """
-
-
 
 
 @prepare.command()
@@ -318,8 +315,8 @@ def simulate(out: Path, as_json: bool, **settings: Any) -> None:
     """
     from unipinrec.models.data.schema import write_dataset
     from unipinrec.models.simulator.oracle import write_oracle
-    from unipinrec.models.simulator.simulator import SimulatorConfig
     from unipinrec.models.simulator.simulator import simulate as run
+    from unipinrec.models.simulator.world import SimulatorConfig
 
     if out.exists():
         raise DataError(f"{out} exists; choose another --out or remove it first")

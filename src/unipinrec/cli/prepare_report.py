@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unipinrec.errors import listed
+from unipinrec.errors import LONGEST_VALUE, listed
 
 if TYPE_CHECKING:
     import polars as pl
@@ -101,7 +101,8 @@ def print_summary(prepared: Prepared, console: Console) -> None:
         lists = f" in {prepared.slates:,} slates" if name == "slates" and prepared.slates else ""
         table.add_row(f"{name}: rows", f"{counts.given:,} read, {counts.kept:,} kept{lists}")
     table.add_row("users", f"{prepared.users:,}")
-    table.add_row("surfaces", ", ".join(prepared.surfaces))
+    more = f" and {len(prepared.surfaces) - 50:,} more" if len(prepared.surfaces) > 50 else ""
+    table.add_row("surfaces", escape(", ".join(name[:LONGEST_VALUE] for name in prepared.surfaces[:50]) + more))
     if prepared.first_event:
         table.add_row("time (UTC)", f"{prepared.first_event} to {prepared.last_event}")
     for name, rates in prepared.action_rates.items():
