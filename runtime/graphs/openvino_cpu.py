@@ -8,9 +8,11 @@ out of each graph and left to OpenVINO's reference interpreter, which is exact (
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,7 +112,8 @@ class OpenVinoBackend:
         log.info("OpenVINO %s on the CPU, %s, %d threads", self.version, precision, self.threads)
         self._core = self._ov.Core()
         self._core.set_property({"ENABLE_MMAP": False})  # the files are gone when it has read them
-        self._graphs = {name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()}
+        with _own_signal_stack():
+            self._graphs = {name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()}
 
     def _load(self, graph: GraphFile, inputs: tuple[TensorSpec, ...]) -> _Graph:
         wanted = PRECISIONS[self.precision]
@@ -251,6 +254,28 @@ def _above(nodes: list[Any]) -> dict[str, Any]:
             found[node.get_name()] = node
             waiting.extend(port.get_node() for port in node.input_values())
     return found
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Take from the calling thread the stack for signals that OpenVINO gives it with each `Core`.
+
+    Of two, the first to go frees its stack and the second gives it back to the thread: the next signal, such as Ctrl-C,
+    then ends the process with SIGSEGV.
+    """
+    library, before = ctypes.CDLL(None), _SignalStack()
+    if not hasattr(library, "sigaltstack"):
+        yield
+        return
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 def import_openvino() -> Any:

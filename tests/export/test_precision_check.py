@@ -10,7 +10,6 @@ import onnx
 import pytest
 from answers import graph_paths
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
@@ -88,18 +87,6 @@ def test_no_trace_of_the_exporting_machine(reduced: Path) -> None:
     for path in reduced.glob("*_*.onnx"):
         assert b".py" not in path.read_bytes()
         assert str(Path.home()).encode() not in path.read_bytes()
-
-
-def test_graphs_are_read_from_linked_files_too(reduced: Path, tmp_path: Path) -> None:
-    """`unipinrec index` makes hard links, which onnx refuses."""
-    plain = onnx.load(reduced / "ranker_bf16.onnx")
-    for name in ("ranker_bf16.onnx", "weights_bf16.bin"):
-        (tmp_path / name).hardlink_to(reduced / name)
-    linked = onnx.load(tmp_path / "ranker_bf16.onnx")
-    assert linked.graph.node == plain.graph.node
-    arrays = [[numpy_helper.to_array(tensor) for tensor in model.graph.initializer] for model in (linked, plain)]
-    for ours, theirs in zip(*arrays, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_what_a_precision_changes_is_measured(reduced: Path) -> None:

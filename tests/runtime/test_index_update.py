@@ -325,17 +325,13 @@ def test_a_full_disk_is_named_and_leaves_nothing(bundle: Path, tmp_path: Path) -
     """A limit on file size stands for the full disk."""
     before = state(bundle)
     (tmp_path / "items").write_bytes(msgspec.json.encode(new("n")))
-    for limit, stage, told in (
-        (1_000, "index", "cannot be copied to a private folder for loading"),
-        (1_000, "files", "no space left on the disk"),
-        (60_000, "files", "no space left on the disk"),
-    ):
+    for limit, stage in ((1_000, "index"), (1_000, "files"), (60_000, "files")):
         limited = map(str, (bundle, tmp_path / "new", tmp_path / "items", limit, stage))
         command = [sys.executable, "-c", UPDATE, *limited]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode != 0
-        assert f"unipinrec.errors.{'BackendError' if stage == 'index' else 'ExportError'}" in done.stderr
-        assert told in done.stderr
+        assert "ExportError" in done.stderr
+        assert "space left on the disk" in done.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["items"]
     assert state(bundle) == before
 

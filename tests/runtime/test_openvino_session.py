@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from answers import STORED
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
@@ -187,3 +188,24 @@ def test_angles_are_not_rounded_to_bf16(tmp_path: Path, bf16_device: str) -> Non
     exact = given * np.array([1.0, np.float32(0.7)])
     waves = backend.run("waves", {"lengths": given})["waves"].numpy()
     np.testing.assert_allclose(waves, np.concatenate([np.cos(exact), np.sin(exact)], -1), atol=2**-8, rtol=0)
+
+
+SIGNALLED = """
+import gc, signal, sys
+from unipinrec.runtime import Recommender
+first, second = (Recommender.load(sys.argv[1], "openvino") for _ in range(2))
+first.close()
+del first
+gc.collect()
+second.close()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_bundles_were_closed_does_not_end_the_process() -> None:
+    command = [sys.executable, "-c", SIGNALLED, str(STORED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n")
