@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError, DataError
 from unipinrec.runtime.tools.arrivals import FOREVER, KUAIRAND, ArrivalModel, fit_arrivals, pauses_of, read_log
 
-RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"
+RESULTS = Path(__file__).resolve().parents[3] / "bench/results/arrivals.json"
 HOUR = 3_600_000
 Log = tuple[NDArray[np.int64], NDArray[np.int64]]
 

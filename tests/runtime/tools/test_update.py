@@ -23,7 +23,7 @@ from unipinrec.runtime.tools.new_items import NewItem
 from unipinrec.runtime.tools.update import UpdateReport, update_bundle
 
 Reseal = Callable[..., None]
-FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/bundle_v1"
+FIXTURE = Path(__file__).resolve().parents[2] / "fixtures/bundle_v1"
 T = 1_760_000_000_000
 OPTIONS = RecommendOptions(now_ms=T + 1000)
 UPDATE = """

@@ -295,7 +295,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, name: str, data: bytes | 
 
 
 def test_the_example_of_the_documentation_works(tmp_path: Path) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     (tmp_path / "map.toml").write_text(document.split("```toml\n")[1].split("```")[0])
     pl.DataFrame(
         {

@@ -17,7 +17,7 @@ from live_server import deployed, listening
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.page import page_routes
 
-VISIT = Path(__file__).parents[1] / "doubles" / "visit.mjs"
+VISIT = Path(__file__).parents[2] / "doubles" / "visit.mjs"
 PLAYWRIGHT = "playwright-core@1.65.1"
 EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\' & \u202e'
 EVIL_USER = '"><b>user</b>&amp;/../?#%00'

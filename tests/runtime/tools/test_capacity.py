@@ -36,7 +36,7 @@ from unipinrec.runtime.tools.capacity import (
     user_pages,
 )
 
-RESULTS = Path(__file__).resolve().parents[2] / "bench/results/arrivals.json"
+RESULTS = Path(__file__).resolve().parents[3] / "bench/results/arrivals.json"
 COSTS = StageCosts(encode_ms=30.0, extend_ms=3.0, retrieve_ms=2.0, rank_ms=11.0)
 DAILY = ArrivalModel(
     weights=(1.0,), mean_hours=(24.0,), new_share=0.0, requests_per_user_day=1.0, users_days=1000.0, source="by hand"

@@ -9,7 +9,7 @@ import pytest
 from unipinrec.runtime import Recommender, RecommendOptions, verify_bundle
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 HISTORY = [
     {"item": "item-3", "actions": ["click"], "surface": "home", "timestamp_ms": 1_700_000_000_000},
     {"item": "item-9", "actions": [], "timestamp_ms": 1_700_000_100_000},

@@ -13,7 +13,7 @@ from unipinrec.models.data.sasrec import read_sasrec
 from unipinrec.models.data.schema import Dataset, TimeSplit
 from unipinrec.models.data.validate import build_dataset
 
-HOME = Path(os.environ.get("UNIPINREC_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+HOME = Path(os.environ.get("UNIPINREC_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 
 
 def folder(name: str) -> Path:

@@ -21,7 +21,7 @@ from unipinrec.models.data.schema import Dataset, TimeSplit, read_dataset, write
 from unipinrec.models.data.table import UNORDERED, read_column_map, read_mapped
 from unipinrec.models.data.validate import RawTables, build_dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 S = 1_600_000_000  # 2020-09-13T12:26:40
 HEAD = 'name = "shop"\npositive_actions = ["buy"]\n'
 COLUMNS = '[events]\nuser = "user"\nitem = "item"\n'

@@ -30,7 +30,7 @@ def test_a_file_overrides_its_size_and_the_command_line_overrides_the_file(tmp_p
 
 
 def test_the_example_of_the_documentation_names_every_training_setting(tmp_path: Path) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
     example = document.split("```toml\n")[1].split("```")[0]
     (tmp_path / "run.toml").write_text(example)
     train = load_run_config(str(tmp_path / "run.toml"), {}).train
