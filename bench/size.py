@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ("export", "models", "runtime")
 FOLDERS = (*PACKAGE, "src/unipinrec")
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 60, 400, 16_700
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 60, 400, 16_800
 
 
 def function_lengths(tree: ast.AST) -> list[tuple[int, str]]:

@@ -49,6 +49,6 @@ def read_sasrec(path: Path, source: str = "unknown; ask whoever published the fi
 def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as text: {error}; give a .txt or .txt.gz file") from error

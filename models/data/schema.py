@@ -186,6 +186,9 @@ def read_dataset(folder: Path) -> Dataset:
             raise DataError(f"{path}: columns are {listed(tables[name].schema.items())}, expected {columns}")
         if "timestamp_ms" in columns:
             require_times(tables[name]["timestamp_ms"], f"{path}: timestamp_ms")
+    if spec.split is not None:
+        for name, start_ms in msgspec.structs.asdict(spec.split).items():
+            require_times(pl.Series([float(start_ms)]), f"{folder / 'dataset.json'}: {name}")
     _require_order(folder / "events.parquet", tables["events"])
     _require_items(folder / "items.parquet", tables["items"], spec)
     return Dataset(spec=spec, **tables)

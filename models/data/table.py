@@ -21,6 +21,8 @@ from unipinrec.models.data.schema import (
     ACTION_PREFIX,
     CATEGORY_PREFIX,
     DENSE_PREFIX,
+    EARLIEST_MS,
+    LATEST_MS,
     UNITS_MS,
     read_parquet,
     require_times,
@@ -28,7 +30,9 @@ from unipinrec.models.data.schema import (
 from unipinrec.models.data.validate import LONGEST_GAP_MINUTES, RawTables, slates_from_events
 
 TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+DAY_MS = 86_400_000
 UNORDERED = "events: neither time nor order, in the file's order (kept)"
+SEVERAL = "a column map reads several files with `files`"
 # A date, hours and minutes, seconds, their fraction, and an offset in hours and minutes.
 CLOCK, OFFSET = r"([0-9]{2}:[0-9]{2})(?:(:[0-9]{2})(?:[.,]([0-9]{1,9}))?)?", r"(?: ?Z| ?([+-][0-9]{2}):?([0-9]{2})?)?"
 ISO_8601 = rf"^([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})(?:[T ]{CLOCK}{OFFSET})?$"
@@ -70,6 +74,8 @@ class EventColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if [self.timestamp_unit, self.timestamp_format].count(None) != 1 + (self.timestamp is None):
             raise ValueError("`timestamp` needs either `timestamp_unit` (s, ms, us, ns or iso) or `timestamp_format`")
+        if "%Z" in (self.timestamp_format or "").replace("%%", ""):
+            raise ValueError("`timestamp_format`: %Z would be ignored; take %z, for offsets such as +0100")
 
 
 class ItemColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +87,12 @@ class ItemColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     title: str | None = None
     dense: dict[str, str | tuple[str, ...]] = {}
     categories: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        if none := [name for name, columns in self.dense.items() if not columns]:
+            raise ValueError(f"`dense`: {none[0]!r} names no column; give one or several, or leave it out")
+        if wrong := [name for name in self.categories if "=" in name]:
+            raise ValueError(f'`categories`: {wrong[0]!r} has a "=", so that no filter can name it; call it otherwise')
 
 
 class ColumnMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,17 +143,22 @@ def read_mapped(source: Path, columns: ColumnMap) -> RawTables:
             positive action never happens.
     """
     folder = source if source.is_dir() else source.parent
+    if source.is_file() and (columns.events.files or columns.events.file not in (None, source.name)):
+        said = columns.events.files or columns.events.file
+        raise DataError(f"{source} is a file, but [events] of the column map names {said!r}; give the folder as SOURCE")
     paths = _paths(folder, columns.events) if source.is_dir() else [source]
     rules = {name: ActionRule(column=rule) if isinstance(rule, str) else rule for name, rule in columns.actions.items()}
     events = _joined(paths, partial(_events, columns.events, rules))
     slates = _slates(folder, columns, events, rules)
-    for name in rules.keys() & set(columns.positive_actions):
+    positive = [name for name in rules if name in columns.positive_actions]
+    for name in positive:
         if not any(table[ACTION_PREFIX + name].any() for table in (events, slates) if table.width):
-            held = read_table(paths[0], [rules[name].column]).to_series().unique(maintain_order=True)
-            raise DataError(
-                f"{paths[0]}: the positive action {name!r} never happens; column {held.name!r} holds {listed(held)}; "
-                "correct `actions` of the column map"
-            )
+            held = _held(paths[0], [rules[name]])
+            raise DataError(f"{paths[0]}: the positive action {name!r} never happens; {held}")
+    if columns.slates and slates.height and not any(slates[ACTION_PREFIX + name].any() for name in positive):
+        path = _paths(folder, columns.slates)[0]
+        held = _held(path, [rules[name] for name in positive])
+        raise DataError(f"{path}: no positive action of {positive} happens in any slate, but in events; {held}")
     unordered = events.select(pl.all_horizontal(pl.col("^(timestamp_ms|order)$").is_null()).sum()).item()
     return RawTables(
         name=columns.name,
@@ -153,6 +170,12 @@ def read_mapped(source: Path, columns: ColumnMap) -> RawTables:
         slates=slates,
         dropped={UNORDERED: unordered},
     )
+
+
+def _held(path: Path, rules: list[ActionRule]) -> str:
+    table = read_table(path, {rule.column for rule in rules})
+    held = (f"column {column.name!r} holds {listed(column.unique(maintain_order=True))}" for column in table)
+    return f"{', '.join(held)}; correct `actions` of the column map"
 
 
 def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
@@ -167,11 +190,12 @@ def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.Data
         DataError: The file is not readable, or lacks a column; the message lists those it has.
     """
     if path.suffix == ".parquet":
-        return _select(read_parquet(path, "a column map reads several files with `files`"), path, columns)
+        return _select(read_parquet(path, SEVERAL), path, columns)
     if not path.name.endswith(TEXT_ENDINGS):
         raise DataError(f"{path}: reads {', '.join(TEXT_ENDINGS)} and .parquet; convert it first")
     read = partial(pl.read_csv, path.absolute(), glob=False, separator="\t" if ".tsv" in path.suffixes else ",")
     try:
+        path.open("rb").close()  # of a folder all files would be read
         header = read(n_rows=0)
         if any("\r" in name for name in header.columns):
             raise DataError(f"{path}: its lines end in CR; write it with LF or CR LF at the end of lines")
@@ -179,6 +203,8 @@ def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.Data
         if twice := [name for name in wanted if f"{name}_duplicated_0" in header.columns]:
             raise DataError(f"{path}: has column {twice[0]!r} more than once")
         return read(columns=wanted, schema_overrides=types, infer_schema_length=None)
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder; {SEVERAL}") from error
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -216,7 +242,8 @@ def _events(mapped: EventColumns, rules: Mapping[str, ActionRule], path: Path) -
     frame = read_table(path, wanted, {column: pl.String() for column in names.values() if column is not None})
     unknown = pl.repeat(None, frame.height, dtype=pl.Int64, eager=True)
     try:
-        frame[mapped.item].cast(pl.String)  # fails for what is no id
+        for name in names.keys() & given.keys():
+            _text(frame[given[name]], name.removesuffix("_id"))  # fails for what is no id
         return pl.DataFrame(
             {
                 "surface": unknown.cast(pl.String),
@@ -237,7 +264,15 @@ def _slates(folder: Path, columns: ColumnMap, events: pl.DataFrame, rules: Mappi
         slates = _joined(_paths(folder, columns.slates), partial(_events, columns.slates, rules))
     elif columns.events.slate is not None:
         slates = events.filter(pl.col("slate_id").is_not_null())
-        slates = slates.with_columns(pl.col("timestamp_ms").min().over("slate_id"))
+        time = pl.col("timestamp_ms")
+        spans = slates.group_by("slate_id", maintain_order=True).agg(time.max() - time.min())
+        if (long := spans.filter(time > DAY_MS)).height:
+            name, span = long.row(0)
+            raise DataError(
+                f"slate {name!r} of events.slate spans {span / 3_600_000:.1f} hours, more than 24 ({long.height} such "
+                "slates): its id stands for several; make ids unique, such as by adding the user and the day"
+            )
+        slates = slates.with_columns(time.min().over("slate_id"))
     else:
         return pl.DataFrame()
     place = [] if "position" in slates.columns else [pl.lit(None, pl.Int32).alias("position")]
@@ -248,13 +283,23 @@ def _action(column: pl.Series, rule: ActionRule, name: str) -> pl.Series:
     if rule.at_least is not None:
         numbers = _numbers(column, f"actions: {name}: at_least").cast(pl.Float64).fill_nan(None)
         return (numbers >= rule.at_least).fill_null(False)
-    values, words = _meaning(column), [_meaning(pl.Series([word])).item() for word in rule.equals or ()]
+    values = _meaning(_text(column, f"actions: {name}"))
+    words = [_meaning(pl.Series([word])).item() for word in rule.equals or ()]
     if rule.equals is None and not values.drop_nulls().is_in(["1", "0", "", "NaN"]).all():
         raise DataError(
             f"actions: {name}: column {column.name!r} is neither true/false nor 0/1, it holds "
             f"{listed(column.unique(maintain_order=True))}; say with `equals` or `at_least` when the action happened"
         )
     return values.is_in(["1"] if rule.equals is None else words).fill_null(False)
+
+
+def _text(column: pl.Series, option: str) -> pl.Series:
+    try:
+        if not column.dtype.is_nested():
+            return column.cast(pl.String)
+    except pl.exceptions.PolarsError:
+        pass
+    raise DataError(f"{option}: column {column.name!r} is {column.dtype}; give text or whole numbers")
 
 
 def _meaning(values: pl.Series) -> pl.Series:
@@ -268,32 +313,43 @@ def _numbers(column: pl.Series, option: str) -> pl.Series:
     if column.dtype.is_numeric() or column.dtype == pl.Boolean:
         return column
     wrong = column
-    for dtype in (pl.Int64, pl.Float64) if column.dtype == pl.String else ():
+    for dtype in (pl.Int64, pl.Float64) if column.dtype in (pl.String, pl.Null) else ():
         numbers = column.cast(dtype, strict=False)
         wrong = column.filter(numbers.is_null() & column.is_not_null())
         if not wrong.len():
             return numbers
-    raise DataError(f"{option}: column {column.name!r} is {column.dtype}, {listed(wrong.head(1))} is no number")
+    raise DataError(
+        f"{option}: column {column.name!r} is {column.dtype}, {listed(wrong.head(1).to_list())} is no number"
+    )
 
 
 def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
     """Unix time, to the nearest ms."""
-    unit = mapped.timestamp_unit or "iso"
+    given, unit = column, mapped.timestamp_unit or "iso"
     if unit == "iso" and not column.dtype.is_temporal():
         column = _parsed(column, mapped.timestamp_format)
     if column.dtype == pl.Date:
         column = column.cast(pl.Datetime("ms"))
+    dated = isinstance(column.dtype, pl.Datetime)
     if isinstance(column.dtype, pl.Datetime):
         unit, column = column.dtype.time_unit, column.to_physical()
     if column.dtype.is_float() and column.dtype != pl.Float64:
         raise DataError(f"timestamp: column {column.name!r} is {column.dtype}, too coarse for times; write Float64")
     times = _numbers(column, f"timestamp_unit={unit!r}").cast(pl.Float64)
-    require_times(times, f"timestamp: column {column.name!r}", unit)
-    return (times * UNITS_MS[unit]).round().cast(pl.Int64)
+    times_ms = times * UNITS_MS[unit]
+    wrong = ~times_ms.is_between(EARLIEST_MS, LATEST_MS)
+    if dated and wrong.any():
+        year = f"a time of about the year {1970 + times_ms.filter(wrong)[0] / 31_557_600_000:.0f}"
+        said = year if given.dtype.is_temporal() else listed(given.filter(wrong).to_list(), 1)
+        raise DataError(
+            f"timestamp: column {given.name!r} holds {said}, not between 1990 and 2100; leave unknown times empty"
+        )
+    require_times(times, f"timestamp: column {given.name!r}", unit)
+    return times_ms.round().cast(pl.Int64)
 
 
 def _parsed(column: pl.Series, form: str | None) -> pl.Series:
-    text = given = column.cast(pl.String)
+    text = given = _text(column, "timestamp")
     if form is None:
         date, clock, second, fraction, hours, minutes = given.str.extract_groups(ISO_8601).struct.unnest()
         text = date + "T" + clock.fill_null("00:00") + second.fill_null(":00") + "." + fraction.fill_null("0")

@@ -123,6 +123,11 @@ def build_dataset(raw: RawTables) -> Dataset:
             f"{raw.name}: the positive actions {never} never happen in what is left, {events.height} events and "
             f"{slates.height} slate rows; declare only actions that happen"
         )
+    if slates.height and not any(slates[ACTION_PREFIX + name].any() for name in spec.positive_actions):
+        raise DataError(
+            f"{raw.name}: no positive action of {list(spec.positive_actions)} happens in any of the "
+            f"{slates.height} slate rows that are left, but in events; correct the actions of the slates, or give none"
+        )
     return Dataset(spec=spec, events=events, slates=slates, items=items)
 
 
@@ -320,7 +325,8 @@ def _cast(series: pl.Series, table: str, dtype: pl.DataType, *, nullable: bool =
     refusal = f"{table}: column {series.name} of type {given} is not usable as {dtype}"
     if dtype == pl.String and (given.is_float() or given.is_decimal() or given.is_nested() or given.is_temporal()):
         raise DataError(f"{refusal}; give text or whole numbers")
-    if dtype.is_integer() and (given.is_temporal() or (given.is_float() and (series != series.round()).any())):
+    broken = (given.is_float() or given.is_decimal()) and (series != series.round()).any()
+    if dtype.is_integer() and (given.is_temporal() or broken):
         raise DataError(f"{refusal}; give whole numbers")
     binary = given == pl.Boolean or (given.is_numeric() and bool(((series == 0) | (series == 1)).all()))
     if dtype == pl.Boolean and ((series.has_nulls() and not nullable) or not binary):

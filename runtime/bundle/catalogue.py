@@ -12,10 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import DataError, RequestError
+from unipinrec.errors import DataError, RequestError, listed
 
 NO_ROWS: NDArray[np.int64] = np.zeros(0, np.int64)
-SHOWN_WORDS = 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,13 +84,15 @@ class Catalogue:
     def _with_words(self, feature: str, words: Sequence[str]) -> NDArray[np.bool_]:
         known = self._known_words.get(feature)
         if known is None:
-            listed = ", ".join(self.words) or "none"
-            raise RequestError(f"categories: unknown feature {feature!r}; this bundle's categorical features: {listed}")
+            features = ", ".join(self.words) or "none"
+            raise RequestError(
+                f"categories: unknown feature {feature!r}; this bundle's categorical features: {features}"
+            )
         if isinstance(words, str):
             raise RequestError(f"categories: {feature}={words!r} must be a list of words; write [{words!r}]")
         missing = [word for word in words if word not in known]
         if missing:
-            raise RequestError(f"categories: {feature} has no word {missing[0]!r}; it has {_listed(list(known))}")
+            raise RequestError(f"categories: {feature} has no word {missing[0]!r}; it has {listed(known)}")
         mask = np.zeros(self.num_rows, np.bool_)
         order, starts = self._rows_by_word[feature]
         for code in {known[word] for word in words}:
@@ -150,9 +151,9 @@ def parse_ids(content: bytes, source: str) -> dict[str, str]:
     return {f"{source} line {place}": line.strip("\r") for place, line in enumerate(lines, 1) if line.strip()}
 
 
-def as_known(listed: str, known: Container[str]) -> str:
+def as_known(written: str, known: Container[str]) -> str:
     """An id from a list as it was written, or without the spaces around it if it is not known with them."""
-    return listed if listed in known else listed.strip()
+    return written if written in known else written.strip()
 
 
 def mask_without(count: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -160,8 +161,3 @@ def mask_without(count: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     mask = np.ones(count, np.bool_)
     mask[rows] = False
     return mask
-
-
-def _listed(words: Sequence[str]) -> str:
-    shown = ", ".join(words[:SHOWN_WORDS])
-    return shown if len(words) <= SHOWN_WORDS else f"{shown} and {len(words) - SHOWN_WORDS} more"

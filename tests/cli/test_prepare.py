@@ -199,6 +199,33 @@ def test_json_has_the_warnings_and_three_examples_of_unknown_items(tmp_path: Pat
     assert "items of events are ['a', 'x1', 'x2'], those of the catalogue ['A']" in result.stderr
 
 
+def test_ties_and_actions_that_slates_lack_are_warned_of_and_examples_are_cut(tmp_path: Path) -> None:
+    head = "who,what,did,saved,when,seq,q\n"
+    days = [14, 14, 14, 15, 16, 17, 18, 19]
+    rows = "".join(f"u,i{row},1,1,2020-09-{day},{row},{row}\n" for row, day in enumerate(days))
+    (tmp_path / "e.csv").write_text(head + rows + f"u,{'y' * 200},1,1,2020-09-20,9,9\n")
+    (tmp_path / "s.csv").write_text(head + rows.replace(",1,1,", ",1,0,"))
+    (tmp_path / "i.csv").write_text("what\n" + "".join(f"i{row}\n" for row in range(8)))
+    words = ("table", tmp_path / "e.csv", "--columns", tmp_path / "map.toml", "--json", "--out")
+    columns = 'user = "who"\nitem = "what"\ntimestamp = "when"\ntimestamp_unit = "iso"\n'
+    for order in ("", 'order = "seq"\n'):
+        (tmp_path / "map.toml").write_text(
+            'name = "shop"\npositive_actions = ["buy"]\nactions = { buy = "did", save = "saved" }\n'
+            f'[events]\n{columns}{order}[slates]\nslate = "q"\nfile = "s.csv"\n{columns}'
+            '[items]\nfile = "i.csv"\nitem = "what"\n'
+        )
+        result = prepare(*words, tmp_path / f"out{len(order)}")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert report["examples"] == {"events: unknown item": ["y" * 80]}
+        *ties, never = report["warnings"]
+        assert never.startswith("the actions ['save'] happen in events but never in slates: ")
+        assert [said[:70] for said in ties] == (
+            [] if order else ["2 of 8 events have the same time as the event before them of their use"]
+        )
+        assert ("2 of 8 events have the same time" in result.stderr) == (not order)
+
+
 def test_a_report_of_very_many_surfaces_is_short(tmp_path: Path) -> None:
     rows = "".join(f"u,a,1,[red]{number:05}{'x' * 500}\n" for number in range(1000))
     (tmp_path / "e.csv").write_text("who,what,did,url\n" + rows)
@@ -231,8 +258,11 @@ def test_an_existing_folder_is_never_overwritten(movies: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--valid-start", "5"), "--valid-start and --test-start go together"),
-        (("--valid-start", "noon", "--test-start", "5"), "'noon' is neither ISO 8601, such as"),
+        (SPLIT[:2], "--valid-start and --test-start go together"),
+        (("--test-start", "0001-01-01"), "'--test-start': '0001-01-01' is not between 1990 and 2100; give ISO 8601"),
+        (("--valid-start", "1600000000"), "'--valid-start': '1600000000' is not between 1990 and 2100"),
+        (("--valid-start", "9" * 5000), "'--valid-start': '999"),
+        (("--valid-start", "noon", "--test-start", "5"), "'noon' is not ISO 8601, such as"),
         (("--slate-gap-minutes", "0"), "0.0 is not in the range x>0"),
         (("--slate-gap-minutes", "inf"), "'--slate-gap-minutes': inf is not a finite number"),
         (("--slate-gap-minutes", "nan"), "'--slate-gap-minutes': nan is not a finite number"),

@@ -1,19 +1,19 @@
 """The `unipinrec` command. Subcommands import what they need when they run, so serving never imports torch.
 
-    common.py          what every subcommand shares
-    compile.py         `unipinrec compile`
-    demo.py            `unipinrec demo`
-    doctor.py          `unipinrec doctor`
-    evaluate.py        `unipinrec evaluate`, and how an evaluation is printed
-    export.py          `unipinrec export`
-    index.py           `unipinrec index`
-    plan.py            `unipinrec plan`
-    plan_report.py     what `unipinrec plan` says
-    prepare.py         `unipinrec prepare`
-    prepare_report.py  what `prepare` says about the data set that it wrote, for people and for machines
-    recommend.py       `unipinrec verify` and `unipinrec recommend`
-    serve.py           `unipinrec serve`
-    train.py           `unipinrec train`
+common.py          what every subcommand shares
+compile.py         `unipinrec compile`
+demo.py            `unipinrec demo`
+doctor.py          `unipinrec doctor`
+evaluate.py        `unipinrec evaluate`, and how an evaluation is printed
+export.py          `unipinrec export`
+index.py           `unipinrec index`
+plan.py            `unipinrec plan`
+plan_report.py     what `unipinrec plan` says
+prepare.py         `unipinrec prepare`
+prepare_report.py  what `prepare` says about the data set that it wrote, for people and for machines
+recommend.py       `unipinrec verify` and `unipinrec recommend`
+serve.py           `unipinrec serve`
+train.py           `unipinrec train`
 """
 
 from __future__ import annotations

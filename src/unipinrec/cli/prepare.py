@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from unipinrec.cli.common import FiniteRange, command, json_option, print_json, progress, stderr, stdout, warn
 from unipinrec.cli.prepare_report import print_summary, summarize
-from unipinrec.errors import ConfigError, DataError
+from unipinrec.errors import LONGEST_VALUE, ConfigError, DataError
 
 EXAMPLE = """\b
 Example:
@@ -33,14 +33,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _moment(_ctx: click.Context, _param: click.Parameter, text: str | None) -> int | None:
-    if text is None or text.isdecimal():
-        return int(text) if text else None
+    if text is None:
+        return None
+    from unipinrec.models.data.schema import LATEST_MS
+    from unipinrec.models.data_schema import EARLIEST_MS
+
+    accepted = "ISO 8601, such as 2022-05-01T00:00+08:00, or Unix ms"
     try:
-        moment = datetime.fromisoformat(text)
+        if text.isdecimal():
+            time_ms = int(text)
+        else:
+            moment = datetime.fromisoformat(text)
+            time_ms = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
     except ValueError as error:
-        example = "2022-05-01T00:00+08:00"
-        raise click.BadParameter(f"{text!r} is neither ISO 8601, such as {example}, nor Unix ms") from error
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+        raise click.BadParameter(f"{text[:LONGEST_VALUE]!r} is not {accepted}") from error
+    if not EARLIEST_MS <= time_ms <= LATEST_MS:
+        raise click.BadParameter(f"{text[:LONGEST_VALUE]!r} is not between 1990 and 2100; give {accepted}")
+    return time_ms
 
 
 def split_options(function: F) -> F:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unipinrec.models.data.schema import Dataset
     from unipinrec.models.data.validate import RawTables
 
+MANY_TIES = 0.2
 PARTS = ("training", "validation", "test")
 
 
@@ -89,7 +90,7 @@ def summarize(dataset: Dataset, raw: RawTables, out: Path, seconds: float) -> Pr
             for name, table in (("events", raw.events), ("slates", raw.slates))
             if (reason := f"{name}: unknown item") in spec.dropped
         },
-        warnings=tuple(_warnings(dataset)),
+        warnings=tuple(_warnings(dataset, raw)),
         seconds=round(seconds, 3),
     )
 
@@ -149,10 +150,12 @@ def _part(slates: pl.DataFrame, events: pl.DataFrame, low: int, high: int) -> Pa
 def _unknown(rows: pl.DataFrame, items: pl.DataFrame) -> tuple[str, ...]:
     """Up to three ids that the catalogue lacks."""
     ids = rows["item_id"].cast(str).drop_nulls().unique(maintain_order=True)
-    return tuple(ids.filter(~ids.is_in(items["item_id"].implode()) & (ids != "")).head(3))
+    return tuple(ids.filter(~ids.is_in(items["item_id"].implode()) & (ids != "")).head(3).str.head(LONGEST_VALUE))
 
 
-def _warnings(dataset: Dataset) -> Iterator[str]:
+def _warnings(dataset: Dataset, raw: RawTables) -> Iterator[str]:
+    import polars as pl
+
     from unipinrec.models.data.table import UNORDERED
 
     dropped, spec = dataset.spec.dropped, dataset.spec
@@ -162,10 +165,21 @@ def _warnings(dataset: Dataset) -> Iterator[str]:
             "the order in which they happened. If the file is sorted otherwise, histories and test are wrong: map "
             "`timestamp` or `order`"
         )
-    tables = (dataset.events, dataset.slates)
-    never = [name for name in spec.actions if not any(table[f"action_{name}"].any() for table in tables)]
-    if never:
+    time = pl.col("timestamp_ms")
+    ties = int(dataset.events.select((time == time.shift().over("user_id")).sum()).item())
+    if "order" not in raw.events.columns and ties > MANY_TIES * dataset.events.height:
+        yield (
+            f"{ties:,} of {dataset.events.height:,} events have the same time as the event before them of their user: "
+            "their place in the source is taken for the order in which they happened. If it is sorted otherwise, "
+            "histories and test are wrong: give finer times, or map `order`"
+        )
+    in_events, in_slates = (
+        {name for name in spec.actions if table[f"action_{name}"].any()} for table in (dataset.events, dataset.slates)
+    )
+    if never := [name for name in spec.actions if name not in in_events | in_slates]:
         yield f"the actions {listed(never)} never happen: correct what they are made of, or leave them out"
+    if dataset.slates.height and (never := [name for name in spec.actions if name in in_events - in_slates]):
+        yield f"the actions {listed(never)} happen in events but never in slates: correct what they are made of there"
 
 
 def _rate(column: pl.Series) -> float:

@@ -247,7 +247,7 @@ def test_a_split_without_anything_to_measure_is_refused(
     recommender: Recommender, dataset: Path, tmp_path: Path
 ) -> None:
     table = read_dataset(dataset)
-    late = TimeSplit(valid_start_ms=1 << 45, test_start_ms=1 << 45)
+    late = TimeSplit(valid_start_ms=4_000_000_000_000, test_start_ms=4_000_000_000_000)
     write_dataset(replace(table, spec=with_fields(table, split=late)), tmp_path / "late")
     with pytest.raises(DataError, match="nothing to measure in the test part: no slate of that part has an event"):
         evaluate(recommender, tmp_path / "late")

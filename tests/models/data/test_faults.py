@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 import pytest
 from fuzz_tables import DAMAGE, ENDINGS, FLAGS, IDS, NAMES, RULES, SAID, STORED, Case, check
@@ -440,6 +441,138 @@ def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     text = f"user,item,did,did,when\nu,i,1,0,{S}\n"
     with pytest.raises(DataError, match=r"has column 'did' more than once"):
         prepared(tmp_path / "e.csv", text, FLAG + COLUMNS + SECONDS)
+
+
+BUY = HEAD + '[actions]\nbuy = { column = "kind", equals = ["buy"] }\n'
+SHOWN = '[slates]\nfile = "shown.csv"\nuser = "user"\nitem = "item"\nslate = "q"\n' + SECONDS
+
+
+def test_slates_in_which_no_positive_action_happens_are_refused_with_the_values(tmp_path: Path) -> None:
+    (tmp_path / "shown.csv").write_text(f"q,user,item,when,kind\nx,u,i0,{S},BUY\nx,u,i1,{S},view\n")
+    table = frame(kind=["buy", "view"], when=[S, S + 1])
+    said = (
+        r"shown.csv: no positive action of \['buy'\] happens in any slate, .* 'kind' holds \['BUY', 'view'\]; correct"
+    )
+    with pytest.raises(DataError, match=said):
+        prepared(tmp_path / "e.csv", table, BUY + COLUMNS + SECONDS + SHOWN)
+
+
+def test_slates_of_which_no_positive_action_is_left_are_refused(tmp_path: Path) -> None:
+    table = frame(did=[1, 0], when=[S, S + 1], q=[None, "x"])
+    with pytest.raises(DataError, match=r"shop: no positive action of \['buy'\] happens in any of the 1 slate rows"):
+        prepared(tmp_path / "e.parquet", table, FLAG + COLUMNS + SECONDS + 'slate = "q"\n')
+
+
+@pytest.mark.parametrize("key", ['file = "e.csv"', 'files = "e.*"'])
+def test_a_folder_is_no_text_file(tmp_path: Path, key: str) -> None:
+    (tmp_path / "e.csv").mkdir()
+    GOOD.write_csv(tmp_path / "e.csv" / "part-0.csv")
+    with pytest.raises(DataError, match=r"e.csv is a folder; a column map reads several files with `files`"):
+        mapped(tmp_path, FLAG + COLUMNS + SECONDS + key + "\n")
+
+
+@pytest.mark.parametrize("key", ['file = "other.csv"', 'files = "e*"'])
+def test_a_file_as_source_and_other_files_in_the_map_contradict(tmp_path: Path, key: str) -> None:
+    with pytest.raises(
+        DataError, match=r"e.csv is a file, but \[events\] of the column map names '.*'; give the folder"
+    ):
+        prepared(tmp_path / "e.csv", GOOD, FLAG + COLUMNS + SECONDS + key + "\n")
+    assert prepared(tmp_path / "e.csv", GOOD, FLAG + COLUMNS + SECONDS + 'file = "e.csv"\n').events.height == 2
+
+
+def test_names_of_time_zones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"%Z would be ignored; take %z"):
+        times(tmp_path / "e.csv", ["2020-09-13 12:26:40 CET"], "%Y-%m-%d %H:%M:%S %Z", "format")
+    assert times(tmp_path / "e.csv", ["2020-09-13 12:26:40 %Z"], "%Y-%m-%d %H:%M:%S %%Z", "format") == [S * 1000]
+
+
+@pytest.mark.parametrize("name", ["valid_start_ms", "test_start_ms"])
+def test_a_prepared_folder_with_a_split_in_another_unit_is_refused(tmp_path: Path, name: str) -> None:
+    made = prepared(tmp_path / "e.parquet", GOOD, FLAG + COLUMNS + SECONDS)
+    split = {"valid_start_ms": S * 1000, "test_start_ms": S * 1000, name: S * (10**6 if name[0] == "t" else 1)}
+    write_dataset(replace(made, spec=msgspec.structs.replace(made.spec, split=TimeSplit(**split))), tmp_path / "data")
+    with pytest.raises(DataError, match=rf"dataset.json: {name} is {split[name]}: .* looks like Unix time in"):
+        read_dataset(tmp_path / "data")
+
+
+def test_an_order_between_whole_numbers_is_refused(tmp_path: Path) -> None:
+    toml = FLAG + COLUMNS + 'order = "seq"\n'
+    for seq in ([1.5, 1.25], pl.Series(["1.5", "1.25"]).cast(pl.Decimal(5, 2))):
+        with pytest.raises(DataError, match=r"column order of type .* is not usable as Int64; give whole numbers"):
+            prepared(tmp_path / "e.parquet", frame(did=[1, 0], seq=seq), toml)
+    whole = pl.Series(["2", "1"]).cast(pl.Decimal(5, 2))
+    made = prepared(tmp_path / "e.parquet", frame(did=[1, 0], seq=whole), toml)
+    assert made.events["item_id"].to_list() == ["i1", "i0"]
+
+
+def test_a_slate_of_the_events_is_no_longer_than_a_day(tmp_path: Path) -> None:
+    toml = FLAG + COLUMNS + SECONDS + 'slate = "q"\n'
+    day = frame(did=[1, 0, 1], when=[S, S + 86_400, S], q=["7", "7", "8"])
+    assert prepared(tmp_path / "e.csv", day, toml).slates["slate_id"].n_unique() == 2
+    with pytest.raises(
+        DataError, match=r"slate '7' of events.slate spans 36.0 hours, .* \(1 such slates\).* make ids uni"
+    ):
+        prepared(tmp_path / "e.csv", day.with_columns(when=pl.Series([S, S + 129_600, S])), toml)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("dense = { x = [] }", r"`dense`: 'x' names no column"),
+        ('categories = { "a=b" = "item" }', r"`categories`: 'a=b' has a \"=\""),
+    ],
+)
+def test_features_that_nothing_can_name_are_refused(tmp_path: Path, key: str, message: str) -> None:
+    items = f'[items]\nfile = "e.csv"\nitem = "item"\n{key}\n'
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path / "e.csv", GOOD, FLAG + COLUMNS + SECONDS + items)
+
+
+@pytest.mark.parametrize("dtype", [pl.List(pl.Int64), pl.Array(pl.Int64, 2)])
+@pytest.mark.parametrize(
+    ("column", "toml", "option"),
+    [
+        ("when", FLAG + COLUMNS + SECONDS, "timestamp_unit='s'"),
+        ("when", FLAG + COLUMNS + 'timestamp = "when"\ntimestamp_unit = "iso"\n', "timestamp"),
+        ("when", FLAG + COLUMNS + 'order = "when"\n', "order"),
+        ("user", FLAG + COLUMNS, "user"),
+        ("item", FLAG + COLUMNS, "item"),
+        ("did", FLAG + COLUMNS, "actions: buy"),
+        ("did", HEAD + '[actions]\nbuy = { column = "did", at_least = 1 }\n' + COLUMNS, "actions: buy: at_least"),
+    ],
+)
+def test_a_list_where_one_value_belongs_is_refused_with_column_and_option(
+    tmp_path: Path, dtype: pl.DataType, column: str, toml: str, option: str
+) -> None:
+    table = GOOD.with_columns(pl.Series(column, [[1, 2], [3, 4]], dtype=dtype))
+    end = r"give text or whole numbers$|\[\[1, 2\]\] is no number$"
+    with pytest.raises(DataError, match=rf"says: {option}: column '{column}' is (List|Array)\(.*({end})"):
+        prepared(tmp_path / "e.parquet", table, toml)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["0012-01-31T10:00:00", "2020-01-31"], r"\['0012-01-31T10:00:00'\]"),
+        ([datetime(1970, 1, 19, 12), datetime(2020, 1, 19)], "a time of about the year 1970"),
+    ],
+)
+def test_dates_of_other_centuries_are_refused_with_the_column_and_no_unit(
+    tmp_path: Path, given: list[Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=rf"timestamp: column 'when' holds {said}, not between 1990 and 2100; leave"):
+        times(tmp_path / "e.parquet", given, "iso")
+
+
+def test_a_column_without_values_is_one_of_gaps(tmp_path: Path) -> None:
+    nothing = GOOD.with_columns(when=None, seq=None, size=None)
+    for path in (tmp_path / "e.parquet", tmp_path / "e.csv"):
+        made = prepared(path, nothing, FLAG + COLUMNS + SECONDS + 'order = "seq"\n')
+        assert made.events["timestamp_ms"].to_list() == [None, None]
+        assert made.spec.dropped == {UNORDERED: 2}
+        items = f'[items]\nfile = "{path.name}"\nitem = "item"\ndense = {{ size = "size" }}\n'
+        with pytest.raises(DataError, match=r"items: dense_size of item 'i0' is \[None\]; every number must be finite"):
+            prepared(path, nothing, FLAG + COLUMNS + items)
 
 
 ROWS = st.lists(

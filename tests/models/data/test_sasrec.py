@@ -16,8 +16,8 @@ EXPECTED = [("1", "2"), ("1", "10"), ("1", "2"), ("2", "10")]
 
 @pytest.mark.parametrize(
     "text",
-    ["1 2\n1 10\n1 2\n2 10\n", "1 2 10 2\n2 10\n", "1\t2  10 2 \r\n2 10"],
-    ids=["sasrec", "s3rec", "other whitespace"],
+    ["1 2\n1 10\n1 2\n2 10\n", "1 2 10 2\n2 10\n", "1\t2  10 2 \r\n2 10", "\ufeff1 2 10 2\n2 10"],
+    ids=["sasrec", "s3rec", "other whitespace", "byte order mark"],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_lines_are_histories_in_order_with_repeats(tmp_path: Path, text: str, packed: bool) -> None:

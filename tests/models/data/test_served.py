@@ -104,11 +104,18 @@ def _raw(table: pl.DataFrame) -> RawTables:
     )
 
 
+def test_events_keep_the_order_of_the_data(data: Path, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", answer("r-1", "ann", 0, "b"))
+    assert read_served(log, data, DAY).events["order"].to_list() == list(range(7))
+
+
 def test_a_longer_window_sees_the_later_click(data: Path, tmp_path: Path) -> None:
-    log = write_log(tmp_path / "log", answer("r-1", "ann", 1_000, "c"), answer("r-2", "bob", DAY, "b"))
+    log = write_log(
+        tmp_path / "log", answer("r-0", "bob", 0, "a"), answer("r-1", "ann", 1_000, "c"), answer("r-2", "bob", DAY, "b")
+    )
     split = TimeSplit(valid_start_ms=T + 2_000, test_start_ms=T + 2_000)
-    assert joined(log, data, DAY + 999, split).slates["action_click"].to_list() == [False, False]
-    assert joined(log, data, DAY + 1_000, split).slates["action_click"].to_list() == [True, False]
+    assert joined(log, data, DAY + 999, split).slates["action_click"].to_list() == [True, False, False]
+    assert joined(log, data, DAY + 1_000, split).slates["action_click"].to_list() == [True, True, False]
 
 
 def test_what_is_left_out_is_counted_in_rows(data: Path, tmp_path: Path) -> None:
@@ -154,8 +161,8 @@ def test_slates_that_the_data_has_stay_as_they_are(data: Path, tmp_path: Path) -
 
 def test_data_without_a_split_gets_one_by_the_times_of_its_slates(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", EVENTS, split=None)
-    log = write_log(tmp_path / "log", *(answer(f"r-{n}", "ann", 10 * n, "d") for n in range(10)))
-    assert joined(log, data).spec.split == TimeSplit(valid_start_ms=T + 80, test_start_ms=T + 90)
+    log = write_log(tmp_path / "log", *(answer(f"r-{n}", "ann", 10 * n, "c") for n in range(10)))
+    assert joined(log, data, 2 * DAY).spec.split == TimeSplit(valid_start_ms=T + 80, test_start_ms=T + 90)
 
 
 def test_a_split_that_leaves_a_part_empty_is_refused_and_another_one_taken(data: Path, tmp_path: Path) -> None:

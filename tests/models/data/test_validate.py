@@ -79,7 +79,7 @@ GOOD = events(("u", "a", "home", 10, True, False), ("u", "b", None, 20, False, T
 
 
 def test_clean_tables_pass_unchanged_and_survive_a_round_trip(tmp_path: Path) -> None:
-    dataset = build_dataset(raw(GOOD, slates=slates((7, 0, "u", "c", "home", 30, False, True))))
+    dataset = build_dataset(raw(GOOD, slates=slates((7, 0, "u", "c", "home", 30, True, False))))
     assert dataset.spec.dropped == {}
     assert dataset.spec.surfaces == ("unknown", "home")
     assert dataset.spec.dense == {"size": 1}
@@ -88,7 +88,7 @@ def test_clean_tables_pass_unchanged_and_survive_a_round_trip(tmp_path: Path) ->
         ("u", "a", "home", 10),
         ("u", "b", "unknown", 20),
     ]
-    assert rows(dataset, "slates", "slate_id", "item_id", "action_view") == [(0, "c", True)]
+    assert rows(dataset, "slates", "slate_id", "item_id", "action_buy") == [(0, "c", True)]
     write_dataset(dataset, tmp_path / "data")
     again = read_dataset(tmp_path / "data")
     assert again.spec == dataset.spec
@@ -224,7 +224,7 @@ def test_slates_are_numbered_by_time_and_ordered_by_position_with_unknown_last()
         raw(
             GOOD,
             slates=slates(
-                ("late", 1, "u", "a", "home", 50, False, False),
+                ("late", 1, "u", "a", "home", 50, True, False),
                 ("soon", None, "u", "a", "home", 40, False, False),
                 ("late", 0, "u", "b", "home", 50, False, False),
                 ("soon", 3, "u", "c", "home", 40, False, False),
@@ -359,14 +359,14 @@ def test_split_fractions_must_leave_something_for_training(valid_and_test: tuple
 
 def test_fractions_cut_slate_times_by_row_count() -> None:
     times = [100] * 5 + [200] * 3 + [300, 400]
-    shown = slates(*((i, 0, "u", "a", "home", time, False, False) for i, time in enumerate(times)))
+    shown = slates(*((i, 0, "u", "a", "home", time, True, False) for i, time in enumerate(times)))
     dataset = build_dataset(raw(GOOD, slates=shown, split=SplitFractions(valid=0.3, test=0.2)))
     assert dataset.spec.split == split_at(200, 300)
 
 
 @pytest.mark.parametrize("times", [[100] * 6 + [200] * 4, [100, 200, 300]])
 def test_fractions_that_leave_no_validation_are_refused(times: list[int]) -> None:
-    shown = slates(*((i, 0, "u", "a", "home", time, False, False) for i, time in enumerate(times)))
+    shown = slates(*((i, 0, "u", "a", "home", time, True, False) for i, time in enumerate(times)))
     with pytest.raises(DataError, match=r"no row falls into validation.* give the times yourself \(--valid-start"):
         build_dataset(raw(GOOD, slates=shown, split=SplitFractions()))
     test_alone = build_dataset(raw(GOOD, slates=shown, split=SplitFractions(valid=0.0))).spec.split

@@ -102,7 +102,7 @@ def test_filters(client: TestClient) -> None:
     body = {"history": HISTORY, "k": 2, "allow": ["item-5", "item-6", "item-0"]}
     assert {item["item"] for item in post(client, "/v1/recommend", body)["items"]} == {"item-5", "item-6"}
     words = post(client, "/v1/recommend", {"history": HISTORY, "k": 1, "categories": {"kind": ["c"]}}, 400)
-    assert words["error"]["message"] == "categories: kind has no word 'c'; it has a, b"
+    assert words["error"]["message"] == "categories: kind has no word 'c'; it has ['a', 'b']"
 
 
 def test_a_history_of_a_user_is_cached(client: TestClient) -> None:
