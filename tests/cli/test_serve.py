@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from answers import STORED
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
+from unipinrec.runtime.serve import ServeOptions
 
 
 def run(*words: str | Path) -> Result:
@@ -131,3 +133,9 @@ def test_a_terminal_that_is_closed_ends_it_as_sigterm_does_but_not_under_nohup(b
             server.kill()
             ended = server.wait()
     assert ended == code
+
+
+def test_the_options_of_the_command_are_those_of_python_with_the_same_defaults() -> None:
+    context = main.commands["serve"].make_context("serve", [str(STORED)])
+    given = {name: value for name, value in context.params.items() if name != "bundle"}
+    assert given == asdict(ServeOptions())

@@ -35,8 +35,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _moment(_ctx: click.Context, _param: click.Parameter, text: str | None) -> int | None:
     if text is None:
         return None
-    from unipinrec.models.data.schema import LATEST_MS
-    from unipinrec.models.data.schema import EARLIEST_MS
+    from unipinrec.models.data.schema import EARLIEST_MS, LATEST_MS
 
     accepted = "ISO 8601, such as 2022-05-01T00:00+08:00, or Unix ms"
     try:

@@ -192,6 +192,6 @@ positive = FiniteRange(0, min_open=True)
 @command
 def serve(bundle: Path, **options: Any) -> None:
     """Serve a bundle over HTTP: recommendations, users' events, similar items, health, metrics."""
-    from unipinrec.runtime.serve import serve_bundle
+    from unipinrec.runtime.serve import ServeOptions, serve_bundle
 
-    serve_bundle(bundle, options)
+    serve_bundle(bundle, ServeOptions(**options))
