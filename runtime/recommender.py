@@ -232,13 +232,12 @@ class Recommender:
 
     def _answer(self, group: Sequence[Found]) -> list[Slate]:
         asked, start = [found.asked for found in group], time.perf_counter()
-        encoded = self.encoder.encode(group)
-        encode_end = time.perf_counter()
-        queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
-        candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
-        retrieve_end = time.perf_counter()
-        ranked = self._rank(encoded, candidates, asked)
-        self.encoder.keep(group, encoded)
+        with self.encoder.encoding(group) as encoded:
+            encode_end = time.perf_counter()
+            queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
+            candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
+            retrieve_end = time.perf_counter()
+            ranked = self._rank(encoded, candidates, asked)
         stages = _stages(start, encode_end, retrieve_end, time.perf_counter())
         return [self._slate(*parts, stages) for parts in zip(group, candidates, ranked, strict=True)]
 

@@ -79,16 +79,15 @@ class HistoryEncoder:
         ranked = 0 if found.asked.order == "retrieval" else found.asked.candidates
         return Work(kind=found.kind, slots=slots, new=found.new, candidates=ranked)
 
-    def encode(self, group: Sequence[Found]) -> Encoded:
-        """Encode requests of one kind together; what is new waits in their leases for `keep`.
+    @contextmanager
+    def encoding(self, group: Sequence[Found]) -> Iterator[Encoded]:
+        """Encode requests of one kind together, and let later requests find what is new if the block succeeds.
 
         Raises:
             BackendError: A graph failed, or a value does not fit the cache's precision.
         """
-        return self._encode_all(group) if group[0].kind == "miss" else self._encode_new(group)
-
-    def keep(self, group: Sequence[Found], encoded: Encoded) -> None:
-        """Let later requests find what was encoded."""
+        encoded = self._encode_all(group) if group[0].kind == "miss" else self._encode_new(group)
+        yield encoded
         last = encoded.last_hidden_state.numpy()
         for row, found in enumerate(group):
             if found.lease is not None:
