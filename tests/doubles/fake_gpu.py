@@ -32,8 +32,8 @@ from unipinrec.runtime.trt.record import (
 from unipinrec.runtime.trt.serving import ServingEngines
 from unipinrec.runtime.trt.store import EngineStore
 
-KNOW_THE_DRIVER = ("device", "doctor", "ort_cuda_session")
-KNOW_TENSORRT = ("device", "doctor")
+KNOW_THE_DRIVER = ("device", "tools.doctor", "graphs.ort_cuda")
+KNOW_TENSORRT = ("device", "tools.doctor")
 NOTHING_SEEN = LayerReport(layers=(), tensors={}, fallen={}, attention={})
 
 

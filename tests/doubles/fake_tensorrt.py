@@ -3,7 +3,7 @@
 A plan is a JSON document that names an ONNX file. An execution context does what the real one does, on the memory of
 `host_cuda`: it reads its inputs and writes its outputs at the addresses it was given, when its stream gets to it. And
 it refuses what the real one refuses: shapes outside of its profile, addresses or shapes that were not set.
-`tests/runtime/test_tensorrt_contract.py` holds it to the signatures of NVIDIA's own bindings.
+`tests/runtime/trt/test_contract.py` holds it to the signatures of NVIDIA's own bindings.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """All that our code uses of TensorRT's Python API, in one place.
 
-`tests/runtime/test_tensorrt_contract.py` compares it with three things: with our source, which may use nothing else and
+`tests/runtime/trt/test_contract.py` compares it with three things: with our source, which may use nothing else and
 must use all of it; with the bindings of NVIDIA's own wheels; and with the double, which must be no wider.
 """
 

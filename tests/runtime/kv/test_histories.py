@@ -293,7 +293,7 @@ def test_what_memory_held_before_is_nothing_to_a_history(
     fresh: Recommender, dtype: KvDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Histories of several lengths together, new, extended and found, encoded in chunks and at once."""
-    for module in ("histories", "engine"):
+    for module in ("kv.histories", "graphs.engine"):
         monkeypatch.setattr(f"unipinrec.runtime.{module}.KvBuffer", DirtyBuffer)
     rig = make_rig(fresh, dtype=dtype)
     counts = {"a": 9, "b": 12, "c": 50, "d": 11}
