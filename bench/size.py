@@ -1,7 +1,7 @@
 """The size budget of the house: functions, files, folders, and the code of each room. Fails when it is exceeded.
 
 A function or file is measured in lines of text; rooms in lines of code, without blanks, comments and docstrings
-(docs/decisions/0002-size-budget.md). Rooms are counted with all that lies below them.
+(docs/decisions/0002-size-budget.md; the limits are those of 0017). Rooms are counted with all that lies below them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 MAX_FUNCTION, MAX_FILE, MAX_FILES = 60, 400, 15
-ROOMS = {"export": 2_010, "models": 3_900, "runtime": 11_200, "src/unipinrec": 2_330}
+ROOMS = {"export": 2_010, "models": 3_900, "runtime": 11_220, "src/unipinrec": 2_330}
 TESTS = "tests"
 STORED = "tests/fixtures"  # bundles, whose files are those of their format
 
