@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tensorrt_surface import MODULE, SEEDS, result_of
 
-RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
+RUNTIME = Path(__file__).resolve().parents[2] / "runtime" / "trt"
 Scope = dict[str, str]
 
 

@@ -34,6 +34,6 @@ def test_one_recommendation_passes_few_files() -> None:
             assert client.post("/v1/recommend", json=body | {"user": "bob"}).status_code == 200
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]  # as Python has it
+        threading.setprofile(None)
     assert "/runtime/recommender.py" in entered
     assert len(entered) <= 27, " ".join(sorted(entered))

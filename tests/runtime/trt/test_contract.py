@@ -30,11 +30,11 @@ WHEELS = {
     "tensorrt-rtx-cu13-bindings==1.7.1.116": ("tensorrt_rtx_bindings", 1),
 }
 SESSION = (
-    "tensorrt_api.py",
-    "tensorrt_io.py",
-    "tensorrt_lane.py",
-    "tensorrt_load.py",
-    "tensorrt_session.py",
+    "library.py",
+    "io.py",
+    "lane.py",
+    "load.py",
+    "session.py",
 )
 OURS = {"num_layers"}  # of our own models as well
 Classes = dict[str, dict[str, dict[str, Any]]]
@@ -140,16 +140,16 @@ def test_every_call_fits_its_signature() -> None:
     ],
 )
 def test_a_call_that_does_not_fit_is_seen(line: str, found: bool) -> None:
-    uses = read(f"def f():\n    {line}\n", "tensorrt_load.py", Usage()).uses
+    uses = read(f"def f():\n    {line}\n", "load.py", Usage()).uses
     assert {use.kind for use in uses} == {"call"}
     assert all(fits(use) for use in uses) == found
 
 
 def test_an_object_of_unknown_type_is_seen() -> None:
     code = "def f(other):\n    other.set_input_shape(name, shape)\n    other.error_recorder = None\n"
-    assert read(code, "tensorrt_load.py", Usage()).loose == [
-        ("tensorrt_load.py:2", "set_input_shape"),
-        ("tensorrt_load.py:3", "error_recorder"),
+    assert read(code, "load.py", Usage()).loose == [
+        ("load.py:2", "set_input_shape"),
+        ("load.py:3", "error_recorder"),
     ]
 
 

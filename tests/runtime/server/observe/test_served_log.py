@@ -302,7 +302,7 @@ KILLED = """
 import sys, time, threading, os
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_server_served_log import call
+from test_served_log import call
 from unipinrec.runtime.server.observe.served_log import ServedLog, ServedLogOptions
 log = ServedLog(ServedLogOptions(folder=Path(sys.argv[1]), file_rows=200))
 print("begins", flush=True)
