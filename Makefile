@@ -18,10 +18,11 @@ demo: install  ## train, export, verify and recommend in demo/; DATA=folder for 
 test: install  ## the fast tests
 	$(BIN)/pytest -m "not slow and not gpu" --durations=15
 
-check: install  ## lint, format, types, size
+check: install  ## lint, format, types, import rules, size
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python bench/size.py
 
 install: $(VENV)/installed  ## a virtual environment with everything

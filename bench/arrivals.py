@@ -36,10 +36,11 @@ import polars as pl
 from common import ROOT, card, finish
 from numpy.typing import NDArray
 
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_validate import build_dataset
-from unipinrec.runtime.arrivals import FOREVER, ArrivalModel, fit_arrivals, pauses_of
-from unipinrec.runtime.capacity import (
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.validate import build_dataset
+from unipinrec.runtime.kv.pages import KvGeometry
+from unipinrec.runtime.tools.arrivals import FOREVER, ArrivalModel, fit_arrivals, pauses_of
+from unipinrec.runtime.tools.capacity import (
     Deployment,
     Footprint,
     Histories,
@@ -47,7 +48,6 @@ from unipinrec.runtime.capacity import (
     memory_of_all,
     outcome,
 )
-from unipinrec.runtime.kv_pages import KvGeometry
 
 FIT_MS, TEST_MS, END_MS = 1_650_816_000_000, 1_651_420_800_000, 1_652_025_600_000  # Mondays, 00:00 in Beijing
 MIDDLE_MS = (TEST_MS + END_MS) // 2  # histories grow; their mean length is taken in the middle of the test week

@@ -23,11 +23,11 @@ from common import card, finish
 
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY, AttentionForm
-from unipinrec.models.data_schema import Dataset, read_dataset
+from unipinrec.models.data.schema import Dataset, read_dataset
+from unipinrec.models.data.sequences import sequences_of
 from unipinrec.models.evaluate import gather_scores, held_out_requests, metrics_of, model_scores
-from unipinrec.models.sequences import sequences_of
-from unipinrec.models.train import EpochReport, Trainer
-from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.training.config import RunConfig, TrainConfig
+from unipinrec.models.training.train import EpochReport, Trainer
 
 FORMS: tuple[AttentionForm, ...] = ("sink", "self")
 

@@ -26,10 +26,10 @@ from synthetic import ACTIONS, NOW_MS, random_source
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.protocol import Candidates, Events, ExportSource, Past, ServableModel
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
-from unipinrec.runtime.openvino_session import OpenVinoBackend
-from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
+from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.machine import has_bf16
 
 HISTORIES, CANDIDATES, ITEMS = (256, 512, 768, 992), (100, 128, 656, 1000), 2_000
 PAIRS = (

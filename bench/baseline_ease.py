@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from quality_runs import CUTOFFS, keep
 from rectools.models import EASEModel
 
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_sasrec import read_sasrec
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.sasrec import read_sasrec
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
+from unipinrec.models.data.validate import build_dataset
 from unipinrec.models.evaluate import NO_TARGET, Requests, Split, held_out_requests, history_rows
 from unipinrec.models.metrics import RetrievalMetrics, retrieval_metrics
-from unipinrec.models.sequences import Sequences, sequences_of
 
 REGULARISATIONS = (30.0, 100.0, 300.0, 1000.0, 3000.0)
 

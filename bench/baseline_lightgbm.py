@@ -21,12 +21,12 @@ import polars as pl
 from common import card
 from quality_runs import keep
 
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
+from unipinrec.models.data.validate import build_dataset
 from unipinrec.models.evaluate import held_out_requests, shown_items
 from unipinrec.models.metrics import action_metrics
-from unipinrec.models.sequences import Sequences, sequences_of
 
 ACTIONS = ("click", "long_view", "like")
 KEYS = ("user", "item", "author", "tag")

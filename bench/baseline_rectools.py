@@ -27,13 +27,13 @@ from quality_runs import CUTOFFS, keep
 from rectools.dataset import Dataset as Interactions
 from rectools.models import SASRecModel
 
-from unipinrec.models import data_schema
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_sasrec import read_sasrec
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data import schema as data_schema
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.sasrec import read_sasrec
+from unipinrec.models.data.sequences import Sequences, sequences_of
+from unipinrec.models.data.validate import build_dataset
 from unipinrec.models.evaluate import NO_TARGET, Requests, held_out_requests, history_rows
 from unipinrec.models.metrics import retrieval_metrics
-from unipinrec.models.sequences import Sequences, sequences_of
 
 
 def interactions(users: NDArray[np.int64], items: NDArray[np.int64]) -> Interactions:

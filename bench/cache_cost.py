@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from common import card, finish, spread
 
-from unipinrec.runtime.kv_cache import KvCache
-from unipinrec.runtime.kv_keys import CacheKey, event_records
-from unipinrec.runtime.kv_options import CacheOptions
-from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.keys import CacheKey, event_records
+from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.requests import History
 
 ACTIONS, NEW, LENGTHS = 4, 8, (50, 992)

@@ -21,8 +21,8 @@ from common import card, finish, interleaved, ratio, spread
 from synthetic import NOW_MS, random_bundle
 
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine import Engine
-from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 
 HISTORIES, CANDIDATES = (384, 512, 992), (656, 1000)
 PREFILL_CHUNKS, RANK_CHUNKS = (128, 192, 256, 384), (128, 192, 256, 384)

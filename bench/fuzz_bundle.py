@@ -33,9 +33,9 @@ with contextlib.ExitStack() as stack:
         atheris = importlib.import_module("atheris")
         stack.enter_context(atheris.instrument_imports(include=["unipinrec"]))
     from unipinrec.errors import BackendError, BundleError, RequestError
-    from unipinrec.runtime.bundle import Bundle
-    from unipinrec.runtime.golden import read_golden
-    from unipinrec.runtime.retrieval import Retriever
+    from unipinrec.runtime.bundle.bundle import Bundle
+    from unipinrec.runtime.bundle.golden import read_golden
+    from unipinrec.runtime.retrieval.retriever import Retriever
 
 STORED = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "bundle_v1"
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"

@@ -32,9 +32,9 @@ with contextlib.ExitStack() as stack:
         atheris = importlib.import_module("atheris")
         stack.enter_context(atheris.instrument_imports(include=["unipinrec"]))
     from unipinrec.errors import LONGEST_MESSAGE, DataError
-    from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
-    from unipinrec.models.data_table import read_column_map, read_mapped
-    from unipinrec.models.data_validate import build_dataset
+    from unipinrec.models.data.schema import Dataset, read_dataset, write_dataset
+    from unipinrec.models.data.table import read_column_map, read_mapped
+    from unipinrec.models.data.validate import build_dataset
 
 S = 1_600_000_000  # 2020-09-13T12:26:40
 DAY_MS = 86_400_000

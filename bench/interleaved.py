@@ -13,9 +13,9 @@ from torch import Tensor
 
 from unipinrec.models.batches import Batch
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
-from unipinrec.models.losses import Objective
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.train import Trainer
+from unipinrec.models.training.losses import Objective
+from unipinrec.models.training.train import Trainer
 
 
 class InterleavedModel(UniPinRec):

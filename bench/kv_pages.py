@@ -23,9 +23,9 @@ import numpy as np
 from common import card, finish, interleaved, spread
 
 from unipinrec.models.config import SMALL
-from unipinrec.models.data_schema import read_dataset
-from unipinrec.models.sequences import sequences_of
-from unipinrec.runtime.kv_pages import KvDtype, KvGeometry, KvPages
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.data.sequences import sequences_of
+from unipinrec.runtime.kv.pages import KvDtype, KvGeometry, KvPages
 
 PAGE_SLOTS, EVENTS, GIB = (8, 16, 32, 64, 128), 992, 1 << 30
 SLOTS = EVENTS + SMALL.kv_prefix_slots

@@ -25,14 +25,14 @@ import numpy as np
 from common import card, finish
 from numpy.typing import NDArray
 
-from unipinrec.export.held_out import LAST_EVENTS, auc_by_action
+from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action
 from unipinrec.models.config import SMALL
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
-from unipinrec.runtime.bundle import USER_IDS, Bundle
-from unipinrec.runtime.kv_options import CacheOptions
-from unipinrec.runtime.kv_pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
+from unipinrec.runtime.bundle.bundle import USER_IDS, Bundle
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
 from unipinrec.runtime.requests import History, ResolvedRequest
-from unipinrec.runtime.retrieval import Search
+from unipinrec.runtime.retrieval.retriever import Search
 
 CANDIDATES, TOP = 200, 10
 SLOTS, GIB = 993, 1 << 30
@@ -66,15 +66,13 @@ def request(sample: Sample, cut: int, now_ms: int | None) -> Request:
 
 def rank(recommender: Recommender, asked: ResolvedRequest, rows: NDArray[np.int64] | None) -> Answer:
     """Logits [k, C] of given rows, or of those that retrieval finds, through the cache; they are returned as well."""
-    with recommender.encoder.find([asked]) as found:
-        encoded = recommender.encoder.encode(found)
+    with recommender.encoder.find([asked]) as found, recommender.encoder.encoding(found) as encoded:
         if rows is None:
             query = recommender.engine.retrieve(encoded, asked.outcomes[None])[0]
             search = Search(queries=query, wanted=asked.candidates, excluded=asked.excluded)
             rows = recommender.retriever.retrieve([search])[0].rows
         now = np.array([asked.surface]), np.array([asked.now_ms])
         logits = recommender.engine.rank(encoded, rows[None], *now)[0]
-        recommender.encoder.keep(found, encoded)
     return rows, logits
 
 

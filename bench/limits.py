@@ -31,11 +31,11 @@ from synthetic import NOW_MS, random_bundle
 
 from unipinrec.models.config import SMALL
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.cpu import flush_denormals, has_bf16
-from unipinrec.runtime.engine import Engine
-from unipinrec.runtime.openvino_session import OpenVinoBackend, import_openvino
-from unipinrec.runtime.ort_session import OrtBackend, load_session
-from unipinrec.runtime.sealed_files import GraphFile
+from unipinrec.runtime.bundle.sealed import GraphFile
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend, import_openvino
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend, load_session
+from unipinrec.runtime.machine import flush_denormals, has_bf16
 
 WIDTH, INNER, LAYERS = SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_layers
 ROWS = 496

@@ -19,10 +19,10 @@ from common import card, finish
 from numpy.typing import NDArray
 
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import item_vectors
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of
 from unipinrec.runtime import Event, Recommender, RecommendOptions
 
 TOLERANCE = 1e-4

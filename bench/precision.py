@@ -28,12 +28,12 @@ import onnx
 from common import card, finish
 from numpy.typing import NDArray
 
-from unipinrec.export.held_out import LAST_EVENTS, auc_by_action, held_out_logits
-from unipinrec.export.precision import LowType, Plan, rewritten
-from unipinrec.export.precision_check import LOW_TYPES, emulation, sources_of
+from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action, held_out_logits
+from unipinrec.export.precision.check import LOW_TYPES, emulation, sources_of
+from unipinrec.export.precision.typed import LowType, Plan, rewritten
 from unipinrec.runtime.agreement import measure_agreement
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.graphs.engine import Engine
 
 PlanOf = Callable[[onnx.ModelProto, LowType], Plan]
 
@@ -55,7 +55,7 @@ class Judge:
     def __init__(self, bundle: Bundle, users: int) -> None:
         self.bundle = bundle
         self.histories = [h for h in bundle.sample_histories(users) if len(h) > LAST_EVENTS]
-        with closing(Engine.open(bundle)) as exact:
+        with closing(Engine.on_cpu(bundle)) as exact:
             self.exact = self._logits(exact)
         self.auc = auc_by_action(bundle.manifest.actions, self.histories, self.exact)
 

@@ -21,11 +21,11 @@ from interleaved import InterleavedTrainer
 from quality_runs import figures, finished, keep, summary, trained
 from time_rotary import TimeRotaryTrainer
 
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_schema import CATEGORY_PREFIX, DENSE_PREFIX, Dataset
-from unipinrec.models.data_validate import build_dataset
-from unipinrec.models.train import Trainer
-from unipinrec.models.train_config import RunConfig, load_run_config
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.schema import CATEGORY_PREFIX, DENSE_PREFIX, Dataset
+from unipinrec.models.data.validate import build_dataset
+from unipinrec.models.training.config import RunConfig, load_run_config
+from unipinrec.models.training.train import Trainer
 
 ACTIONS = ("click", "long_view", "like")
 ROWS: dict[str, dict[str, Any]] = {

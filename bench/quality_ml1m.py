@@ -19,9 +19,9 @@ import torch
 from common import card
 from quality_runs import figures, keep, summary, trained
 
-from unipinrec.models.data_sasrec import read_sasrec
-from unipinrec.models.data_validate import build_dataset
-from unipinrec.models.train_config import RunConfig, load_run_config
+from unipinrec.models.data.sasrec import read_sasrec
+from unipinrec.models.data.validate import build_dataset
+from unipinrec.models.training.config import RunConfig, load_run_config
 
 # Marked: † sees the time of each event and of the target; ‡ scores by a mixture of logits, not a dot product.
 PUBLISHED = {

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from unipinrec.models.baselines import training_popularity
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import (
     NO_TARGET,
     Requests,
@@ -38,10 +39,9 @@ from unipinrec.models.evaluate import (
 )
 from unipinrec.models.metrics import action_metrics, retrieval_metrics
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of
-from unipinrec.models.train import EpochReport, Trainer
-from unipinrec.models.train_config import RunConfig
-from unipinrec.models.training_state import STATE_FILE
+from unipinrec.models.training.config import RunConfig
+from unipinrec.models.training.state import STATE_FILE
+from unipinrec.models.training.train import EpochReport, Trainer
 
 RESULTS = ROOT / "bench" / "results" / "quality"
 CUTOFFS = (1, 10, 50, 200)

@@ -18,12 +18,13 @@ from common import card
 from numpy.typing import NDArray
 from quality_runs import figures, finished, keep, popularity_scores, summary, trained
 
-from unipinrec.models.data_schema import DatasetSpec, read_dataset, write_dataset
+from unipinrec.models.data.schema import DatasetSpec, read_dataset, write_dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import Requests, Scores, held_out_requests, metrics_of, rank_catalogue, shown_items
-from unipinrec.models.sequences import Sequences, sequences_of
-from unipinrec.models.simulator import SimulatorConfig, simulate
-from unipinrec.models.simulator_oracle import Oracle, oracle_item_scores, read_oracle, write_oracle
-from unipinrec.models.train_config import RunConfig, load_run_config
+from unipinrec.models.simulator.oracle import Oracle, oracle_item_scores, read_oracle, write_oracle
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
+from unipinrec.models.training.config import RunConfig, load_run_config
 
 ROWS: dict[str, tuple[bool, float]] = {"marked": (True, 0.2), "unmarked": (False, 0.2), "unmasked": (False, 0.0)}
 EPOCHS = 12

@@ -27,10 +27,10 @@ from common import card, finish, spread
 from serving import as_two_models, with_threads
 from synthetic import ACTIONS, random_bundle
 
-from unipinrec.models.data_schema import read_dataset
-from unipinrec.models.sequences import Sequences, sequences_of
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.runtime import CacheOptions, Event, Recommender, RecommendOptions, Request, Slate
-from unipinrec.runtime.kv_pages import KvGeometry
+from unipinrec.runtime.kv.pages import KvGeometry
 
 PAUSE_MS = 30 * 60_000
 

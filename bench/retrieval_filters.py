@@ -1,4 +1,4 @@
-"""Ways to find the nearest eligible items, by the share that is eligible: the thresholds of `runtime/retrieval.py`.
+"""Ways to find the nearest eligible items, by the share that is eligible: the thresholds of `retrieval/retriever.py`.
 
     OMP_NUM_THREADS=1 python bench/retrieval_filters.py [--items 100000] [--wanted 200] [--rounds 31]
 
@@ -33,9 +33,9 @@ import numpy as np
 from common import card, finish
 from numpy.typing import NDArray
 
-from unipinrec.runtime.index import ExactIndex, HnswIndex
-from unipinrec.runtime.index_build import IndexTask, build_index
-from unipinrec.runtime.retrieval import Retriever, Search
+from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex
+from unipinrec.runtime.retrieval.index_build import IndexTask, build_index
+from unipinrec.runtime.retrieval.retriever import Retriever, Search
 
 DIM, CENTRES, SPREAD = 64, 500, 0.75
 SHARES = (1.0, 0.5, 0.1, 0.01, 0.001)

@@ -40,14 +40,15 @@ from served_orders import (
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
-from unipinrec.models.data_schema import Dataset, read_dataset, write_dataset
+from unipinrec.models.data.schema import Dataset, read_dataset, write_dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import NO_TARGET, Requests, held_out_requests, history_rows
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of
-from unipinrec.models.simulator import SimulatorConfig, simulate
-from unipinrec.models.simulator_oracle import Oracle, oracle_click_chances, read_oracle, write_oracle
-from unipinrec.models.train import EpochReport, Trainer
-from unipinrec.models.train_config import RunConfig, load_run_config
+from unipinrec.models.simulator.oracle import Oracle, oracle_click_chances, read_oracle, write_oracle
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
+from unipinrec.models.training.config import RunConfig, load_run_config
+from unipinrec.models.training.train import EpochReport, Trainer
 
 EPOCHS = 12
 RESULT = ROOT / "bench" / "results" / "served_demo.json"

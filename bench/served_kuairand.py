@@ -31,11 +31,11 @@ from served_orders import (
 )
 
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_validate import build_dataset
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.sequences import Sequences, sequences_of
+from unipinrec.models.data.validate import build_dataset
 from unipinrec.models.evaluate import NO_TARGET, Requests, held_out_requests
 from unipinrec.models.metrics import action_metrics
-from unipinrec.models.sequences import Sequences, sequences_of
 
 ACTIONS = ("click", "long_view", "like")
 SHOWS = {

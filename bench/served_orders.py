@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.models.checkpoint import Catalogue
-from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.evaluate import NO_SLATE, Requests
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import Sequences
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
-from unipinrec.runtime.manifest import OrderSpec
+from unipinrec.runtime.bundle.manifest import OrderSpec
 from unipinrec.runtime.slate import Slate
 
 CANDIDATES = 200

@@ -53,15 +53,15 @@ from served_orders import (
 )
 
 from unipinrec.models.batches import Batches, Window
-from unipinrec.models.data_kuairand import read_kuairand
-from unipinrec.models.data_movielens import read_movielens
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.data_validate import RawTables, SplitFractions, build_dataset
+from unipinrec.models.data.kuairand import read_kuairand
+from unipinrec.models.data.movielens import read_movielens
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
+from unipinrec.models.data.validate import RawTables, SplitFractions, build_dataset
 from unipinrec.models.evaluate import NO_TARGET, Requests, Split, held_out_requests
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of
-from unipinrec.models.train import EpochReport, Trainer, batch_options
-from unipinrec.models.train_config import RunConfig, load_run_config
+from unipinrec.models.training.config import RunConfig, load_run_config
+from unipinrec.models.training.train import EpochReport, Trainer, batch_options
 
 RESULT = ROOT / "bench" / "results" / "served_without_slates.json"
 MUS = (0.25, 0.5)

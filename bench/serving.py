@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from synthetic import random_bundle, random_events, request
 
 from unipinrec.runtime import CacheOptions, KvCache, Recommender, Slate
-from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
-from unipinrec.runtime.histories import HistoryEncoder
-from unipinrec.runtime.ort_session import OrtBackend
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.kv.histories import HistoryEncoder
 
 EVENTS, NEW, CANDIDATES = 992, 8, (128, 656)
 

@@ -31,7 +31,7 @@ import numpy as np
 from common import card, finish
 
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate, SlateItem
-from unipinrec.runtime.histories import HistoryEncoder
+from unipinrec.runtime.kv.histories import HistoryEncoder
 
 START_MS, HOUR_MS, ITEMS = 1_700_000_000_000, 3_600_000, 20
 ACTIONS = ("append", "again", "edit", "truncate", "long", "batch", "invalidate", "clear")

@@ -29,11 +29,11 @@ from synthetic import ACTIONS, NOW_MS, random_source
 
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.models.config import SMALL, AttentionForm
-from unipinrec.runtime.bundle import INDEX, Bundle
-from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
-from unipinrec.runtime.index import ExactIndex, HnswIndex
-from unipinrec.runtime.ort_session import OrtBackend
-from unipinrec.runtime.retrieval import Retriever, Search
+from unipinrec.runtime.bundle.bundle import INDEX, Bundle
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex
+from unipinrec.runtime.retrieval.retriever import Retriever, Search
 
 HISTORIES, CANDIDATES = (256, 512, 992), (128, 656)
 FORMS: tuple[AttentionForm, ...] = ("sink", "self")

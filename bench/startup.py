@@ -39,8 +39,8 @@ from common import card, finish
 from synthetic import random_source
 
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
-from unipinrec.runtime import index_build
-from unipinrec.runtime.index_build import RECALL_TARGET
+from unipinrec.runtime.retrieval import index_build
+from unipinrec.runtime.retrieval.index_build import RECALL_TARGET
 
 ONCE = """
 import sys, time
@@ -60,7 +60,7 @@ def timed(name, function):
 lap("python")
 import hnswlib, onnxruntime
 from unipinrec.runtime import Bundle, Recommender, recommender as module
-from unipinrec.runtime.bundle_files import file_problems
+from unipinrec.runtime.bundle.files import file_problems
 lap("import")
 for name, owner, function in (
     ("open", module.Bundle, "open"),

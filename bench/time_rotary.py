@@ -18,7 +18,7 @@ from torch import Tensor
 from unipinrec.models.config import ModelConfig, Vocabulary
 from unipinrec.models.layers import Rotary
 from unipinrec.models.model import CandidateTokens, HistoryTokens, KeyValues, UniPinRec
-from unipinrec.models.train import Trainer
+from unipinrec.models.training.train import Trainer
 
 SHORTEST_MS, LONGEST_MS = 60_000, 60 * 86_400_000
 

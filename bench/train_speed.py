@@ -23,13 +23,14 @@ from common import card, finish, interleaved, milliseconds, ratio, spread
 
 from unipinrec.models.batches import Batch, Batches
 from unipinrec.models.config import SIZES
-from unipinrec.models.data_schema import Dataset, read_dataset
-from unipinrec.models.losses import Objective
+from unipinrec.models.data.schema import Dataset, read_dataset
+from unipinrec.models.data.sequences import sequences_of, vocabulary_of
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import sequences_of, vocabulary_of
-from unipinrec.models.simulator import SimulatorConfig, simulate
-from unipinrec.models.train import batch_options, loss_options
-from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
+from unipinrec.models.training.config import RunConfig, TrainConfig
+from unipinrec.models.training.losses import Objective
+from unipinrec.models.training.train import batch_options, loss_options
 
 STEPS = 6
 

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 from unipinrec import __version__
 from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
-from unipinrec.export.blend import chosen_blend, with_order
 from unipinrec.export.cases import CaseMaker
-from unipinrec.export.evaluation import evaluate
 from unipinrec.export.golden import golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
+from unipinrec.export.lists.blend import chosen_blend, with_order
+from unipinrec.export.lists.evaluation import evaluate
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
-from unipinrec.export.precision_check import add_precisions, known_precisions
+from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, Histories
 from unipinrec.export.weights import SharedWeights
-from unipinrec.runtime.bundle import (
+from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
     GOLDEN,
     INDEX,
@@ -42,11 +42,11 @@ from unipinrec.runtime.bundle import (
     USERS,
     off_unit,
 )
-from unipinrec.runtime.bundle_files import fingerprint, seal, write_arrays, written_whole
-from unipinrec.runtime.index_build import RECALL_TARGET, IndexTask, build_index
-from unipinrec.runtime.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
-from unipinrec.runtime.ort_session import import_onnxruntime
+from unipinrec.runtime.bundle.files import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index
 from unipinrec.runtime.sample import sample_quality
 
 EMBED_CHUNK = 65_536

@@ -11,17 +11,17 @@ import numpy as np
 from torch import Tensor, nn
 
 from unipinrec.errors import DataError
+from unipinrec.export.lists.served_order import served_order
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
-from unipinrec.export.served_order import served_order
 from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
 from unipinrec.models.config import Vocabulary
-from unipinrec.models.data_schema import Dataset, read_dataset
-from unipinrec.models.data_sheet import TrainingFacts, training_facts
-from unipinrec.models.item_features import ItemFeatures
+from unipinrec.models.data.item_features import ItemFeatures
+from unipinrec.models.data.schema import Dataset, read_dataset
+from unipinrec.models.data.sequences import sequences_of
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import sequences_of
-from unipinrec.models.train_config import RunConfig
-from unipinrec.runtime.manifest import ModelSpec
+from unipinrec.models.training.config import RunConfig
+from unipinrec.models.training.sheet import TrainingFacts, training_facts
+from unipinrec.runtime.bundle.manifest import ModelSpec
 
 
 class _Epoch(msgspec.Struct):

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from unipinrec.errors import ExportError
-from unipinrec.export.popularity import item_shares
+from unipinrec.export.lists.popularity import item_shares
 from unipinrec.export.protocol import ExportSource, Histories
-from unipinrec.models.data_schema import read_dataset
-from unipinrec.models.sequences import sequences_of, vocabulary_of
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.data.sequences import sequences_of, vocabulary_of
 
 
 def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histories:

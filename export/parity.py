@@ -14,8 +14,8 @@ from torch import Tensor
 from unipinrec.errors import ParityError
 from unipinrec.export.cases import Case
 from unipinrec.export.graphs import Graph
-from unipinrec.runtime.manifest import GraphSpec, ParityCheck, ParityReport, TensorSpec
-from unipinrec.runtime.ort_session import import_onnxruntime
+from unipinrec.runtime.bundle.manifest import GraphSpec, ParityCheck, ParityReport, TensorSpec
+from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 
 TOLERANCE = 1e-4
 

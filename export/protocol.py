@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
-from unipinrec.runtime.manifest import ModelSpec, OrderSpec
+from unipinrec.runtime.bundle.manifest import ModelSpec, OrderSpec
 from unipinrec.runtime.requests import History
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from unipinrec.models.batches import training_events
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
+from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.evaluate import (
     Requests,
     event_users,
     history_rows,
     request_times_ms,
 )
-from unipinrec.models.sequences import Sequences
 
 DAY_MS = 86_400_000
 Scorer = Callable[[Requests], NDArray[np.float32]]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
-from unipinrec.models.sequences import Sequences
+from unipinrec.models.data.sequences import Sequences
 
 POOL_BATCHES = 50
 

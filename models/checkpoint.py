@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from unipinrec.errors import CheckpointError, ConfigError
 from unipinrec.models.config import ModelConfig, Vocabulary
-from unipinrec.models.item_features import ItemFeatures
+from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
 
 FORMAT_VERSION = 1

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from unipinrec.models.batches import pad_rows
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
-from unipinrec.models.data_schema import TimeSplit
+from unipinrec.models.data.schema import TimeSplit
+from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.metrics import Metrics, action_metrics, retrieval_metrics, target_ranks
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import Sequences
 
 Split = Literal["valid", "test"]
 NO_TARGET = -1

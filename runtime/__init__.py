@@ -1,16 +1,27 @@
-"""Serving a bundle: encode, retrieve, rank. Runs without torch and imports nothing of `models` or `export`.
+"""Bundle to recommendations, without torch. The visible path stays here; rooms hold the rest.
 
-rec = Recommender.load("bundle/")
-slate = rec.recommend([Event(item="42", actions=("click",))], k=20)
+agreement.py     whether bf16 still recommends what fp32 does
+batching.py      requests of concurrent threads, answered together
+device.py        which device serves, why, and why none before it
+golden_check.py  replayed, on the machine that serves
+machine.py       CPU, threads and memory, for people
+popular.py       popular items, where there is no history
+ranking.py       from logits to the order of a slate
+recommender.py   the visible path: encode, retrieve, rank
+requests.py      what a caller asks, validated
+resolve.py       A request against a bundle
+sample.py        whether the sample users are served what they did next
+serve.py         from the options of `unipinrec serve` to a running server
+slate.py         what a caller gets
+verify.py        files, golden requests and sample users of a bundle, checked
 """
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.kv_cache import KvCache
-from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.request_input import parse_events
-from unipinrec.runtime.requests import Event, RecommendOptions, Request
+from unipinrec.runtime.requests import Event, RecommendOptions, Request, parse_events
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 from unipinrec.runtime.verify import VerifyReport, verify_bundle
 

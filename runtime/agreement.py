@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.bundle import GOLDEN, Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.golden import read_golden
-from unipinrec.runtime.manifest import Agreement, Manifest
+from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.bundle.manifest import Agreement, Manifest
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.ranking import Scoring, sigmoid
 from unipinrec.runtime.requests import History
 
@@ -76,7 +76,7 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
     manifest = bundle.manifest
     positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
     items = bundle.item_vectors[:: -(-manifest.num_items // MAX_ITEMS)]
-    with closing(Engine.open(bundle)) as exact:
+    with closing(Engine.on_cpu(bundle)) as exact:
         users = [_user_case(exact, *user, positive) for user in enumerate(_users(bundle))]
     cases = [*_golden_cases(bundle), *users]
     figures = np.array([_compare(engine, case, bundle, items) for case in cases])

@@ -6,25 +6,24 @@ A wanted device stands for candidates, best first. The first that opens serves; 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, TypedDict, cast
+from typing import TypedDict, cast
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.cuda import Cuda, driver_problem
-from unipinrec.runtime.engine_store import EngineStore
-from unipinrec.runtime.manifest import Manifest
-from unipinrec.runtime.openvino_session import OpenVinoBackend
-from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
-from unipinrec.runtime.ort_session import OrtBackend
-from unipinrec.runtime.serving_engines import ServingEngines
-from unipinrec.runtime.session import Backend
-from unipinrec.runtime.tensorrt_api import FLAVORS, TensorRT, import_tensorrt
-from unipinrec.runtime.tensorrt_session import TensorRtBackend
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.graphs.backend import Backend, Device, Precision
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
+from unipinrec.runtime.machine import driver_problem, has_bf16
+from unipinrec.runtime.trt.cuda import Cuda
+from unipinrec.runtime.trt.library import FLAVORS, TensorRT, import_tensorrt
+from unipinrec.runtime.trt.serving import ServingEngines
+from unipinrec.runtime.trt.session import TensorRtBackend
+from unipinrec.runtime.trt.store import EngineStore
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 OPENVINO_DEVICES = ("openvino", "openvino-bf16")
 CUDA_DEVICES = ("cuda", "cuda-fp32", "cuda-bf16", "cuda-fp16")
 TENSORRT_DEVICES = ("tensorrt", "tensorrt-fp32", "tensorrt-bf16", "tensorrt-fp16", "tensorrt-fp8")
@@ -47,31 +46,9 @@ class DeviceRules(TypedDict, total=False):
     threads: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What really runs.
-
-    Attributes:
-        name: One of `DEVICES`, never "auto".
-        reason: Why it was chosen.
-        precision: What it computes in.
-        refused: What was preferred to it, each with the reason why it does not run.
-        fell_back: Whether something was refused that somebody wanted, or that has a GPU.
-    """
-
-    name: str
-    reason: str
-    precision: Precision = "fp32"
-    refused: tuple[str, ...] = ()
-    fell_back: bool = False
-
-
-CPU = Device(name="cpu", reason="asked for")
-
-
-def open_backend(
+def open_engine(
     bundle: Bundle, wanted: str, *, strict: bool = False, allow_bundle_engines: bool = False, threads: int | None = None
-) -> tuple[Device, Backend]:
+) -> Engine:
     """Load a bundle's graphs on the wanted device or, where it does not run, on the next; see `DeviceRules`.
 
     Raises:
@@ -96,7 +73,7 @@ def open_backend(
                 fell_back=bool(refused) and (wanted != "auto" or driver_problem() is None),
             )
             _tell(device, wanted)
-            return device, backend
+            return Engine(backend, bundle.manifest.model, bundle.item_vectors, device)
     rule = " and strict allows no other device" if bound else ""
     raise BackendError(f"{bundle.path} does not run on {wanted}{rule}: {'; '.join(refused)}")
 

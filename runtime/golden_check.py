@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.agreement import measure_agreement
-from unipinrec.runtime.bundle import GOLDEN, Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.golden import read_golden
-from unipinrec.runtime.session import Tensor
+from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
 TOLERANCE = 1e-4
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import ColdStartError, ConfigError
-from unipinrec.runtime.bundle import Bundle
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.requests import ResolvedRequest
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 

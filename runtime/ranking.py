@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.requests import ResolvedRequest
-from unipinrec.runtime.retrieval import Candidates
+from unipinrec.runtime.retrieval.retriever import Candidates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

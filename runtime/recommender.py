@@ -16,28 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, RequestError
-from unipinrec.runtime.bundle import READ_WHILE_SERVING, Bundle
-from unipinrec.runtime.catalogue import as_ids
-from unipinrec.runtime.device import Device, DeviceRules
-from unipinrec.runtime.engine import Encoded, Engine, pad_histories, pad_rows
+from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
+from unipinrec.runtime.bundle.catalogue import as_ids
+from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
-from unipinrec.runtime.grouping import Padding, grouped
-from unipinrec.runtime.histories import Found, HistoryEncoder
-from unipinrec.runtime.kv_cache import KvCache
-from unipinrec.runtime.kv_options import CacheOptions
-from unipinrec.runtime.kv_pages import KvGeometry
-from unipinrec.runtime.manifest import ModelSpec, Order
+from unipinrec.runtime.graphs.backend import Device
+from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
+from unipinrec.runtime.graphs.grouping import Padding, grouped
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.histories import Found, HistoryEncoder
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
 from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
-from unipinrec.runtime.request_input import EventLike, as_events, check_types
 from unipinrec.runtime.requests import (
+    EventLike,
+    Order,
     RecommendOptions,
     Request,
     ResolvedRequest,
-    item_row,
-    resolve_request,
+    as_events,
+    check_types,
 )
-from unipinrec.runtime.retrieval import Candidates, Retriever, Search
+from unipinrec.runtime.resolve import item_row, resolve_request
+from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
 MAX_BATCH = 32
@@ -96,7 +99,7 @@ class Recommender:
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         model = bundle.manifest.model
         _check_slack(window_slack, model)
-        engine = Engine.open(bundle, device, **rules)
+        engine = open_engine(bundle, device, **rules)
         with ExitStack() as unless_served:
             unless_served.callback(engine.close)
             if verify:
@@ -229,13 +232,12 @@ class Recommender:
 
     def _answer(self, group: Sequence[Found]) -> list[Slate]:
         asked, start = [found.asked for found in group], time.perf_counter()
-        encoded = self.encoder.encode(group)
-        encode_end = time.perf_counter()
-        queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
-        candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
-        retrieve_end = time.perf_counter()
-        ranked = self._rank(encoded, candidates, asked)
-        self.encoder.keep(group, encoded)
+        with self.encoder.encoding(group) as encoded:
+            encode_end = time.perf_counter()
+            queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
+            candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
+            retrieve_end = time.perf_counter()
+            ranked = self._rank(encoded, candidates, asked)
         stages = _stages(start, encode_end, retrieve_end, time.perf_counter())
         return [self._slate(*parts, stages) for parts in zip(group, candidates, ranked, strict=True)]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from unipinrec.runtime.manifest import Order
-from unipinrec.runtime.quality import SampleQuality
+from unipinrec.runtime.bundle.quality import SampleQuality
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, RecommendOptions, Request
+from unipinrec.runtime.requests import Event, Order, RecommendOptions, Request
 
 USERS = 200
 TOP = 10

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from unipinrec.runtime.manifest import Order
+from unipinrec.runtime.requests import Order
 
 
 class SlateItem(msgspec.Struct, frozen=True, kw_only=True):

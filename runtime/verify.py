@@ -9,12 +9,13 @@ from typing import Unpack
 
 from unipinrec.errors import BundleError
 from unipinrec.runtime.agreement import measure_agreement
-from unipinrec.runtime.bundle import read_manifest
-from unipinrec.runtime.bundle_files import file_problems
-from unipinrec.runtime.device import Device, DeviceRules, require_device
+from unipinrec.runtime.bundle.bundle import read_manifest
+from unipinrec.runtime.bundle.files import file_problems
+from unipinrec.runtime.bundle.manifest import Agreement
+from unipinrec.runtime.bundle.quality import SampleQuality
+from unipinrec.runtime.device import DeviceRules, require_device
 from unipinrec.runtime.golden_check import TOLERANCE, GoldenCheck, compare_golden
-from unipinrec.runtime.manifest import Agreement
-from unipinrec.runtime.quality import SampleQuality
+from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.sample import sample_quality
 

@@ -15,9 +15,10 @@ DATA_ROOT = Path(os.environ.get("UNIPINREC_DATA", Path(__file__).resolve().paren
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small simulated data set with its oracle."""
-    from unipinrec.models.data_schema import write_dataset
-    from unipinrec.models.simulator import SimulatorConfig, simulate
-    from unipinrec.models.simulator_oracle import write_oracle
+    from unipinrec.models.data.schema import write_dataset
+    from unipinrec.models.simulator.oracle import write_oracle
+    from unipinrec.models.simulator.simulator import simulate
+    from unipinrec.models.simulator.world import SimulatorConfig
 
     folder = tmp_path_factory.mktemp("prepared") / "data"
     data, oracle = simulate(SimulatorConfig(users=300, items=300, categories=6, seed=11))
@@ -30,9 +31,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the tiny size, trained for two epochs on it."""
     from unipinrec.models.config import TINY
-    from unipinrec.models.data_schema import read_dataset
-    from unipinrec.models.train import Trainer
-    from unipinrec.models.train_config import RunConfig, TrainConfig
+    from unipinrec.models.data.schema import read_dataset
+    from unipinrec.models.training.config import RunConfig, TrainConfig
+    from unipinrec.models.training.train import Trainer
 
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     train = TrainConfig(epochs=2, batch_size=32, precision="fp32", seed=3)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
-from unipinrec.runtime.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
 
 NOW_MS = 1_760_000_000_000

@@ -35,8 +35,8 @@ from unipinrec.export.protocol import ExportSource
 from unipinrec.models.config import SIZES
 from unipinrec.models.model import UniPinRec
 from unipinrec.runtime import CacheOptions, Recommender
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.tensorrt_api import import_tensorrt
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.trt.library import import_tensorrt
 from unipinrec.runtime.verify import verify_bundle
 
 ITEMS = 2000

@@ -26,6 +26,11 @@ A message names what was given, what is accepted, and what to do. What was given
 from collections.abc import Iterable
 from itertools import islice
 
+import msgspec
+
+MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 LONGEST_MESSAGE, LONGEST_VALUE = 4_000, 80
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from unipinrec.models.checkpoint import load_checkpoint
-from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.data.sequences import sequences_of
 from unipinrec.models.evaluate import held_out_requests
-from unipinrec.models.sequences import sequences_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

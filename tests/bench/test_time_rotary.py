@@ -11,9 +11,9 @@ from quality_runs import loaded, trained
 from time_rotary import TimeRotaryModel, TimeRotaryTrainer
 
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
-from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.data.schema import read_dataset
 from unipinrec.models.model import CandidateTokens, HistoryTokens
-from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.training.config import RunConfig, TrainConfig
 
 NOW, DAY = 1_700_000_000_000, 86_400_000
 

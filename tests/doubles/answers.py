@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.backend import Backend
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
-from unipinrec.runtime.retrieval import Candidates, Retriever, Search
-from unipinrec.runtime.session import Backend
+from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 
 STORED = Path(__file__).resolve().parents[1] / "fixtures" / "bundle_v1"
 NOW_MS = 1_760_000_000_000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from unipinrec.runtime.engine_record import BuildOptions, EngineKey, EngineRecord, Machine, Need, Verification
-from unipinrec.runtime.tensorrt_layers import LayerReport
+from unipinrec.runtime.trt.layers import LayerReport
+from unipinrec.runtime.trt.record import BuildOptions, EngineKey, EngineRecord, Machine, Need, Verification
 
 KEY = EngineKey(
     graph="ranker",

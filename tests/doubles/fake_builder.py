@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fake_tensorrt import make_plan
 
-from unipinrec.runtime.tensorrt_api import TensorRT
-from unipinrec.runtime.tensorrt_build import BuildTask, BuiltEngine
-from unipinrec.runtime.tensorrt_layers import LayerReport
+from unipinrec.runtime.trt.build import BuildTask, BuiltEngine
+from unipinrec.runtime.trt.layers import LayerReport
+from unipinrec.runtime.trt.library import TensorRT
 
 REPORT = LayerReport(layers=(), tensors={}, fallen={}, attention={})
 

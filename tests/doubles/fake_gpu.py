@@ -13,9 +13,14 @@ from fake_tensorrt import VERSIONS, fake_tensorrt, make_plan
 from host_cuda import HostRuntime, host_cuda
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.cuda import Cuda, GpuInfo
-from unipinrec.runtime.engine_record import (
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
+from unipinrec.runtime.trt.cuda import Cuda, GpuInfo
+from unipinrec.runtime.trt.layers import LayerReport
+from unipinrec.runtime.trt.library import Flavor, TensorRT
+from unipinrec.runtime.trt.load import Plan
+from unipinrec.runtime.trt.profiles import default_buckets, for_graph
+from unipinrec.runtime.trt.record import (
     BuildOptions,
     EngineKey,
     EngineRecord,
@@ -24,16 +29,11 @@ from unipinrec.runtime.engine_record import (
     needs_of,
     this_machine,
 )
-from unipinrec.runtime.engine_store import EngineStore
-from unipinrec.runtime.ort_cuda_session import OrtCudaBackend
-from unipinrec.runtime.profiles import default_buckets, for_graph
-from unipinrec.runtime.serving_engines import ServingEngines
-from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
-from unipinrec.runtime.tensorrt_layers import LayerReport
-from unipinrec.runtime.tensorrt_load import Plan
+from unipinrec.runtime.trt.serving import ServingEngines
+from unipinrec.runtime.trt.store import EngineStore
 
-KNOW_THE_DRIVER = ("device", "doctor", "ort_cuda_session")
-KNOW_TENSORRT = ("device", "doctor")
+KNOW_THE_DRIVER = ("device", "tools.doctor", "graphs.ort_cuda")
+KNOW_TENSORRT = ("device", "tools.doctor")
 NOTHING_SEEN = LayerReport(layers=(), tensors={}, fallen={}, attention={})
 
 
@@ -51,7 +51,7 @@ def put_gpu(patch: pytest.MonkeyPatch, memory: HostRuntime, flavors: Sequence[Fl
         patch.setattr(f"unipinrec.runtime.{module}.import_tensorrt", lambda flavor: imported(memory, flavor, flavors))
     patch.setattr(Cuda, "open", lambda device=0: host_cuda(memory))
     info = host_cuda(memory).info
-    patch.setattr("unipinrec.runtime.doctor.probe_gpu", lambda: info)
+    patch.setattr("unipinrec.runtime.tools.doctor.probe_gpu", lambda: info)
     return info
 
 

@@ -1,9 +1,9 @@
-"""TensorRT without a GPU: the part of its API that `runtime/tensorrt_session.py` uses, computed by ONNX Runtime.
+"""TensorRT without a GPU: the part of its API that `runtime/trt/session.py` uses, computed by ONNX Runtime.
 
 A plan is a JSON document that names an ONNX file. An execution context does what the real one does, on the memory of
 `host_cuda`: it reads its inputs and writes its outputs at the addresses it was given, when its stream gets to it. And
 it refuses what the real one refuses: shapes outside of its profile, addresses or shapes that were not set.
-`tests/runtime/test_tensorrt_contract.py` holds it to the signatures of NVIDIA's own bindings.
+`tests/runtime/trt/test_contract.py` holds it to the signatures of NVIDIA's own bindings.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import onnxruntime
 from host_cuda import HostRuntime, host_cuda
 from numpy.typing import NDArray
 
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.cuda import Cuda
-from unipinrec.runtime.profiles import Buckets, ProfileShapes, default_buckets, for_graph
-from unipinrec.runtime.sealed_files import GraphFile
-from unipinrec.runtime.tensorrt_api import Flavor, TensorRT
-from unipinrec.runtime.tensorrt_session import TensorRtBackend
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.sealed import GraphFile
+from unipinrec.runtime.trt.cuda import Cuda
+from unipinrec.runtime.trt.library import Flavor, TensorRT
+from unipinrec.runtime.trt.profiles import Buckets, ProfileShapes, default_buckets, for_graph
+from unipinrec.runtime.trt.session import TensorRtBackend
 
 VERSIONS: dict[Flavor, str] = {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}
 ACTIVATIONS = 4096  # bytes of the device that a context takes

@@ -1,4 +1,4 @@
-"""CUDA without a GPU: the part of `cuda.bindings.runtime` that `runtime/cuda.py` uses, over the host's memory.
+"""CUDA without a GPU: the part of `cuda.bindings.runtime` that `runtime/trt/cuda.py` uses, over the host's memory.
 
 Stricter than a GPU. What is put on a stream happens when the stream is synchronised and no sooner, so that whoever
 reads too early, or writes to what has yet to be copied, gets nonsense. Every address is looked up in what is allocated,
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.cuda import Cuda
+from unipinrec.runtime.trt.cuda import Cuda
 
 DEVICE = 1  # not the one that a thread has from the start, so that forgetting to choose it shows
 ALIGNMENT = 256

@@ -11,10 +11,10 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from unipinrec.runtime.kv_options import CacheOptions
+from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.popular import ColdStart
-from unipinrec.runtime.server_deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server_state import Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.deployments import Deployments
 
 
 @contextmanager

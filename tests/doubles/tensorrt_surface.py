@@ -1,6 +1,6 @@
 """All that our code uses of TensorRT's Python API, in one place.
 
-`tests/runtime/test_tensorrt_contract.py` compares it with three things: with our source, which may use nothing else and
+`tests/runtime/trt/test_contract.py` compares it with three things: with our source, which may use nothing else and
 must use all of it; with the bindings of NVIDIA's own wheels; and with the double, which must be no wider.
 """
 
@@ -183,8 +183,8 @@ RTX_ONLY = {
 
 # What parameters and attributes hold, by file and function, "*" for all of a file.
 SEEDS: dict[str, dict[str, dict[str, str]]] = {
-    "tensorrt_api.py": {"*": {"module": MODULE}},
-    "tensorrt_build.py": {
+    "library.py": {"*": {"module": MODULE}},
+    "build.py": {
         "*": {"module": MODULE},
         "_build": {"config": "IBuilderConfig"},
         "_config": {"builder": "Builder"},
@@ -194,19 +194,18 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
         "_let_fp32_attention_fall_apart": {"network": "INetworkDefinition"},
         "refit_engine": {"engine": "ICudaEngine"},
     },
-    "tensorrt_layers.py": {
+    "layers.py": {
         "*": {"module": MODULE},
         "products_of": {"network": "INetworkDefinition"},
         "network_type": {"tensor": "ITensor"},
         "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
     },
-    "tensorrt_progress.py": {"*": {"module": MODULE}},
-    "tensorrt_io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
-    "tensorrt_lane.py": {"*": {"context": "IExecutionContext"}},
-    "tensorrt_load.py": {
+    "io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
+    "lane.py": {"*": {"context": "IExecutionContext"}},
+    "load.py": {
         "*": {"module": MODULE, "engine": "ICudaEngine", "context": "IExecutionContext", "cache": "IRuntimeCache"},
     },
-    "tensorrt_session.py": {"*": {"cache": "IRuntimeCache"}},
+    "session.py": {"*": {"cache": "IRuntimeCache"}},
 }
 
 

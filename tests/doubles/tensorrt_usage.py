@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tensorrt_surface import MODULE, SEEDS, result_of
 
-RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
+RUNTIME = Path(__file__).resolve().parents[2] / "runtime" / "trt"
 Scope = dict[str, str]
 
 
@@ -51,7 +51,7 @@ class Usage:
 def usage(files: tuple[str, ...] = ()) -> Usage:
     """Uses in files of `runtime/`; in all of them unless some are named."""
     found = Usage()
-    for path in sorted(RUNTIME.glob("*.py")):
+    for path in sorted(RUNTIME.rglob("*.py")):
         if not files or path.name in files:
             read(path.read_text(), path.name, found)
     return found

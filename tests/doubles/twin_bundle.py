@@ -17,8 +17,8 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.engine import Engine, pad_histories
-from unipinrec.runtime.golden import read_golden
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
 GRAPHS = ("encoder", "extend", "retrieval", "ranker")
 
@@ -72,7 +72,7 @@ def _change_weights(path: Path, seed: int) -> None:
 
 def _write_golden(folder: Path) -> None:
     bundle = Bundle.open(folder)
-    engine, golden, names = Engine.open(bundle), read_golden(bundle), bundle.manifest.model.kv_names("present")
+    engine, golden, names = Engine.on_cpu(bundle), read_golden(bundle), bundle.manifest.model.kv_names("present")
     parts = list(zip(golden.histories, golden.prefixes.tolist(), strict=True))
     encoded = engine.encode(pad_histories(golden.histories))
     before = engine.encode(pad_histories([history.part(0, count) for history, count in parts]))

@@ -25,7 +25,7 @@ from unipinrec.errors import ExportError
 from unipinrec.export.bundle_writer import ExportOptions, _data_fingerprint, export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.data_histories import histories_from_data
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.bundle.manifest import Manifest
 
 GRAPHS = ["encoder", "extend", "item_embedder", "ranker", "retrieval"]
 EXPORT = """
@@ -254,7 +254,7 @@ def test_data_whose_surfaces_have_other_codes_is_refused(checkpoint: Path, datas
 
 def test_data_without_events_is_refused(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
     """Slates alone, as of a service that has shown much and logged nothing yet."""
-    from unipinrec.models.data_schema import read_dataset, write_dataset
+    from unipinrec.models.data.schema import read_dataset, write_dataset
 
     data = read_dataset(dataset)
     write_dataset(replace(data, events=data.events.clear()), tmp_path / "silent")
@@ -263,8 +263,9 @@ def test_data_without_events_is_refused(checkpoint: Path, dataset: Path, tmp_pat
 
 
 def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    from unipinrec.models.data_schema import write_dataset
-    from unipinrec.models.simulator import SimulatorConfig, simulate
+    from unipinrec.models.data.schema import write_dataset
+    from unipinrec.models.simulator.simulator import simulate
+    from unipinrec.models.simulator.world import SimulatorConfig
 
     write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
     with pytest.raises(ExportError, match="is not the data that the checkpoint was trained on"):

@@ -15,7 +15,7 @@ from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
 from unipinrec.models.checkpoint import Catalogue
 from unipinrec.models.config import TINY, AttentionForm, Vocabulary
-from unipinrec.models.item_features import ItemFeatures
+from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
 from unipinrec.runtime import Recommender, RecommendOptions
 

@@ -19,8 +19,8 @@ from unipinrec.errors import ExportError, ParityError
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
-from unipinrec.runtime.bundle import Bundle
-from unipinrec.runtime.manifest import Manifest, ModelSpec
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 
 ITEMS, ACTIONS, DIM = 40, 3, 8
 SEALS = ("manifest.json", "manifest.sha256")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from unipinrec.models.config import ModelConfig, Vocabulary
-from unipinrec.models.data_schema import (
+from unipinrec.models.data.schema import (
     FORMAT_VERSION,
     Dataset,
     DatasetSpec,

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from quality_runs import popularity_scores
 
 from unipinrec.models.baselines import DAY_MS, baselines_of, training_popularity
-from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import Requests, Split, held_out_requests, metrics_of, rank_catalogue, request_times_ms
-from unipinrec.models.sequences import Sequences, sequences_of
 
 MakeData = Callable[..., Dataset]
 ACTIONS = ("click", "like", "hide")

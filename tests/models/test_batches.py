@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.models.batches import Batch, Batches, BatchOptions, Window, pad_rows, training_windows
-from unipinrec.models.data_schema import Dataset
-from unipinrec.models.sequences import Sequences, sequences_of
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of
 
 Make = Callable[..., Dataset]
 POSITIVE = np.array([True, True, False])

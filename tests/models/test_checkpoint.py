@@ -18,9 +18,9 @@ from unipinrec.models.checkpoint import (
     write_model,
     write_tensors,
 )
-from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import sequences_of, vocabulary_of
 from unipinrec.models.model import UniPinRec
-from unipinrec.models.sequences import sequences_of, vocabulary_of
 
 FILES = ["catalogue.json", "catalogue.safetensors", "config.json", "model.safetensors"]
 

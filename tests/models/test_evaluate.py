@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from quality_runs import popularity_scores
 
-from unipinrec.models.data_schema import Dataset
+from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.evaluate import (
     Requests,
     Scores,
@@ -27,7 +28,6 @@ from unipinrec.models.evaluate import (
     shown_items,
 )
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.sequences import Sequences, sequences_of, vocabulary_of
 
 MakeData = Callable[..., Dataset]
 MakeModel = Callable[..., UniPinRec]

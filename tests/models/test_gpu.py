@@ -9,11 +9,11 @@ import torch
 
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY
-from unipinrec.models.data_schema import read_dataset
+from unipinrec.models.data.schema import read_dataset
 from unipinrec.models.evaluate import held_out_requests
 from unipinrec.models.model import CandidateTokens, HistoryTokens
-from unipinrec.models.train import EpochReport, Trainer
-from unipinrec.models.train_config import RunConfig, TrainConfig
+from unipinrec.models.training.config import RunConfig, TrainConfig
+from unipinrec.models.training.train import EpochReport, Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -33,10 +34,12 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("METADATA"))
-    expected = {f"unipinrec/{path.name}" for path in (ROOT / "src/unipinrec").glob("*.py")} | {"unipinrec/py.typed"}
-    expected |= {"unipinrec/runtime/server_page.html"}
+    sources = ROOT / "src/unipinrec"
+    expected = {f"unipinrec/{path.relative_to(sources)}" for path in [*sources.glob("*.py"), *sources.glob("cli/*.py")]}
+    expected |= {"unipinrec/py.typed", "unipinrec/runtime/server/page.html"}
     for folder in FOLDERS:
-        expected |= {f"unipinrec/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        expected |= {f"unipinrec/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
+    assert len(expected) > 150
     assert names == expected
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
     assert sorted(required) == ["click", "hnswlib", "ml_dtypes", "msgspec", "numpy", "rich", "safetensors"]
@@ -62,10 +65,17 @@ def test_links_of_the_documents_lead_somewhere() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_every_module_has_its_line_in_the_documents() -> None:
-    architecture, readme = (ROOT / "docs/architecture.md").read_text(), (ROOT / "README.md").read_text()
-    for folder in FOLDERS:
-        for path in (ROOT / folder).glob("*.py"):
-            if path.name != "__init__.py":
-                assert f"`{path.name}`" in architecture, path.name
-                assert f"  {path.name} " in readme, path.name
+def rooms() -> list[Path]:
+    """Every package, as a folder."""
+    inits = [path for folder in (*FOLDERS, "src/unipinrec/cli") for path in (ROOT / folder).rglob("__init__.py")]
+    return [path.parent for path in inits]
+
+
+def test_every_room_lists_its_files_and_stands_in_the_architecture() -> None:
+    architecture = (ROOT / "docs/architecture.md").read_text()
+    assert len(rooms()) > 15
+    for room in rooms():
+        said = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+        listed = set(re.findall(r"^(\w+\.py) ", said, re.MULTILINE))
+        assert listed == {path.name for path in room.glob("*.py")} - {"__init__.py"}, room
+        assert f"`{room.relative_to(ROOT)}/`" in architecture, room

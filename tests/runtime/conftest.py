@@ -20,13 +20,12 @@ from host_cuda import HostRuntime
 from twin_bundle import twin, with_shares
 
 from unipinrec.runtime import Bundle, Recommender
-from unipinrec.runtime.cpu import has_bf16
-from unipinrec.runtime.cuda import driver_problem
-from unipinrec.runtime.engine import Engine
-from unipinrec.runtime.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
-from unipinrec.runtime.ort_cuda_session import provider_problem
-from unipinrec.runtime.ort_session import OrtBackend, import_onnxruntime
-from unipinrec.runtime.tensorrt_session import TensorRtBackend
+from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend, import_onnxruntime
+from unipinrec.runtime.graphs.ort_cuda import provider_problem
+from unipinrec.runtime.machine import driver_problem, has_bf16
+from unipinrec.runtime.trt.session import TensorRtBackend
 
 CUDA = "CUDAExecutionProvider"
 Reseal = Callable[..., None]

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BundleError
 from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.agreement import measure_agreement
-from unipinrec.runtime.device import Device
-from unipinrec.runtime.engine import Encoded, Engine, HistoryBatch
-from unipinrec.runtime.manifest import Agreement, PrecisionSpec
+from unipinrec.runtime.bundle.manifest import Agreement, PrecisionSpec
+from unipinrec.runtime.graphs.backend import Device
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
 
 Reseal = Callable[..., None]
 GOLDEN_REQUESTS, USERS = 4, 48
@@ -51,7 +51,7 @@ class Forgetful(Engine):
 
 @pytest.fixture
 def rounded(bundle: Path) -> Rounded:
-    engine = Rounded.open(Bundle.open(bundle))
+    engine = Rounded.on_cpu(Bundle.open(bundle))
     assert isinstance(engine, Rounded)
     return engine
 
@@ -131,7 +131,7 @@ def test_queries_that_turn_a_little_fail_by_what_they_retrieve(rounded: Rounded,
 
 
 def test_extension_is_compared_too(bundle: Path) -> None:
-    found = measure_agreement(Forgetful.open(Bundle.open(bundle)), Bundle.open(bundle))
+    found = measure_agreement(Forgetful.on_cpu(Bundle.open(bundle)), Bundle.open(bundle))
     assert found.problem is not None
 
 

@@ -17,12 +17,12 @@ from host_cuda import HostRuntime
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime import Bundle, Recommender, RecommendOptions, verify_bundle
-from unipinrec.runtime.cuda import GpuInfo, driver_problem
-from unipinrec.runtime.device import DEVICES, candidates
-from unipinrec.runtime.engine import Engine
-from unipinrec.runtime.engine_record import this_machine
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.device import DEVICES, candidates, open_engine
 from unipinrec.runtime.golden_check import require_golden
-from unipinrec.runtime.manifest import Manifest
+from unipinrec.runtime.machine import driver_problem
+from unipinrec.runtime.trt.cuda import GpuInfo
+from unipinrec.runtime.trt.record import this_machine
 
 Reseal = Callable[..., None]
 NO_DRIVER = "there is no NVIDIA driver here"
@@ -84,7 +84,7 @@ def test_candidates(manifest: Manifest, wanted: str, precisions: tuple[str, ...]
 
 
 def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
-    for call in (lambda: Engine.open(Bundle.open(STORED), "tpu"), lambda: verify_bundle(tmp_path, "tpu")):
+    for call in (lambda: open_engine(Bundle.open(STORED), "tpu"), lambda: verify_bundle(tmp_path, "tpu")):
         with pytest.raises(BackendError, match=f"unknown device 'tpu'; use one of {', '.join(DEVICES)}"):
             call()
 
@@ -97,7 +97,7 @@ def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
 def test_auto_says_what_else_there_is(bf16: bool, others: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     monkeypatch.setattr("unipinrec.runtime.device.has_bf16", lambda: bf16)
-    auto = Engine.open(Bundle.open(STORED), "auto").device
+    auto = open_engine(Bundle.open(STORED), "auto").device
     assert (auto.name, auto.reason) == ("cpu", f"auto: ONNX Runtime on the CPU; {others}")
 
 
@@ -105,14 +105,14 @@ def test_auto_says_what_else_there_is(bf16: bool, others: str, monkeypatch: pyte
 def test_without_openvino_auto_says_so_and_the_others_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     stored = Bundle.open(STORED)
-    assert Engine.open(stored, "auto").device.reason == "auto: ONNX Runtime on the CPU; openvino is not installed"
+    assert open_engine(stored, "auto").device.reason == "auto: ONNX Runtime on the CPU; openvino is not installed"
     for wanted in ("openvino", "openvino-bf16"):
         with pytest.raises(
             BackendError,
             match=r"bundle_v1 does not run on openvino(-bf16)?: (OpenVINO is not installed; run pip install 'unipin"
             r"rec\[cpu,openvino|this CPU has no)",
         ):
-            Engine.open(stored, wanted)
+            open_engine(stored, wanted)
 
 
 @without_driver
@@ -147,7 +147,7 @@ def test_a_fallback_is_loud(wanted: str, refused: int, caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("wanted", ["tensorrt-bf16", "tensorrt-fp16", "tensorrt-fp8", "cuda-bf16", "cuda-fp16"])
 def test_a_precision_that_the_bundle_lacks(wanted: str) -> None:
-    device = Engine.open(Bundle.open(STORED), wanted).device
+    device = open_engine(Bundle.open(STORED), wanted).device
     precision = wanted.partition("-")[2]
     assert device.refused[0] == (
         f"{wanted}: the bundle has graphs in fp32, not in {precision}; export it again with --precision {precision}"
@@ -187,14 +187,14 @@ def test_without_an_engine_the_command_is_given_and_the_next_device_serves(
         "tensorrt-fp32: no engine of encoder in fp32 was compiled; "
         f"run unipinrec compile {STORED} --precision fp32 (3 more graphs have none either)"
     )
-    device = Engine.open(Bundle.open(STORED), "tensorrt-fp32").device
+    device = open_engine(Bundle.open(STORED), "tensorrt-fp32").device
     assert (device.name, device.refused[0]) == ("cpu", missing)
     assert "CUDAExecutionProvider" in device.refused[1]
     with pytest.raises(BackendError, match=re.escape(missing)):
         Recommender.load(STORED, strict=True)
     cuda_on_cpu(monkeypatch)
     caplog.clear()
-    auto = Engine.open(Bundle.open(STORED), "auto").device
+    auto = open_engine(Bundle.open(STORED), "auto").device
     assert (auto.name, auto.reason, auto.refused) == ("cuda", "auto: ONNX Runtime on the GPU", (missing,))
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings == [f"not used: {missing}", "auto was wanted, cuda serves"]
@@ -204,17 +204,17 @@ def test_either_tensorrt_serves(memory: HostRuntime, tmp_path: Path, monkeypatch
     monkeypatch.setenv("UNIPINREC_CACHE", str(tmp_path / "cache"))
     gpu = put_gpu(monkeypatch, memory, ("tensorrt", "tensorrt_rtx"))
     stored = Bundle.open(STORED)
-    device = Engine.open(stored, "tensorrt").device
+    device = open_engine(stored, "tensorrt").device
     assert device.refused[0].count("no engine of encoder in fp32 was compiled") == 2
     install_engines(stored, gpu)
-    engine = Engine.open(stored, "tensorrt")
+    engine = open_engine(stored, "tensorrt")
     assert engine.device.name == "tensorrt-fp32"
     engine.close()
 
 
 def test_without_tensorrt_all_of_it_is_named(memory: HostRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     put_gpu(monkeypatch, memory, ())
-    device = Engine.open(Bundle.open(STORED), "tensorrt").device
+    device = open_engine(Bundle.open(STORED), "tensorrt").device
     assert device.refused[0] == "tensorrt-fp32: tensorrt is not installed; tensorrt_rtx is not installed"
 
 
@@ -223,7 +223,7 @@ def test_an_engine_of_another_machine_is_refused(gpu: GpuInfo) -> None:
     other = this_machine("Other GPU", gpu.architecture, gpu.driver_version)
     install_engines(stored, gpu, machine=other)
     with pytest.raises(BackendError, match=r"was built on a Other GPU, here is a .*; run unipinrec compile .*fp32"):
-        Engine.open(stored, "tensorrt", strict=True)
+        open_engine(stored, "tensorrt", strict=True)
 
 
 def test_an_altered_plan_is_refused(gpu: GpuInfo) -> None:
@@ -235,7 +235,7 @@ def test_an_altered_plan_is_refused(gpu: GpuInfo) -> None:
         plan.chmod(0o600)
         plan.write_bytes(content)
     with pytest.raises(BackendError, match=r"engine\.plan is altered"):
-        Engine.open(stored, "tensorrt", strict=True)
+        open_engine(stored, "tensorrt", strict=True)
 
 
 @pytest.fixture
@@ -286,13 +286,13 @@ def test_engines_that_travel_must_fit(carrying: Path, reseal: Reseal, change: di
     ]
     reseal(carrying, engines=engines)
     with pytest.raises(BackendError, match="no engine of encoder in fp32 was compiled"):
-        Engine.open(Bundle.open(carrying), "tensorrt", strict=True, allow_bundle_engines=True)
+        open_engine(Bundle.open(carrying), "tensorrt", strict=True, allow_bundle_engines=True)
 
 
 def test_an_engine_that_is_swapped_after_the_check_is_not_what_runs(carrying: Path) -> None:
     opened = Bundle.open(carrying)
     (carrying / "ranker.engine").write_bytes(b"something else")
-    require_golden(Engine.open(opened, "tensorrt", strict=True, allow_bundle_engines=True), opened)
+    require_golden(open_engine(opened, "tensorrt", strict=True, allow_bundle_engines=True), opened)
 
 
 def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(gpu: GpuInfo, memory: HostRuntime, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, verify_bundle
-from unipinrec.runtime.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
 
 TOLERANCE = 1e-4

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from unipinrec.runtime.manifest import Order
 from unipinrec.runtime.ranking import Scoring, by_retrieval, rank, sigmoid
-from unipinrec.runtime.requests import History, ResolvedRequest
-from unipinrec.runtime.retrieval import Candidates
+from unipinrec.runtime.requests import History, Order, ResolvedRequest
+from unipinrec.runtime.retrieval.retriever import Candidates
 
 SCORING = Scoring(positive=np.array([1.0, 1.0]), retrieval_scale=20.0, retrieval_weight=0.05)
 NOTHING = History(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
-from unipinrec.runtime.engine import Encoded
-from unipinrec.runtime.histories import Found
-from unipinrec.runtime.manifest import Order
+from unipinrec.runtime.graphs.engine import Encoded
+from unipinrec.runtime.kv.histories import Found
+from unipinrec.runtime.requests import Order
 
 Reseal = Callable[..., None]
 T = 1_760_000_000_000
@@ -193,14 +194,14 @@ def test_what_one_request_spoils_is_its_own(recommender: Recommender, monkeypatc
     requests = [Request(history=history(recommender, row), k=5, options=NOW) for row in (3, 1, 4)]
     expected = recommender.recommend_many(requests)
     asked = [recommender.resolve(request) for request in requests]
-    encode = recommender.encoder.encode
+    encoding = recommender.encoder.encoding
 
-    def spoilt(group: Sequence[Found]) -> Encoded:
+    def spoilt(group: Sequence[Found]) -> AbstractContextManager[Encoded]:
         if any(found.asked is asked[1] for found in group):
             raise BackendError("a key of the second does not fit")
-        return encode(group)
+        return encoding(group)
 
-    monkeypatch.setattr(recommender.encoder, "encode", spoilt)
+    monkeypatch.setattr(recommender.encoder, "encoding", spoilt)
     first, second, third = recommender.answer(asked)
     assert isinstance(second, BackendError)
     for slate, alone in ((first, expected[0]), (third, expected[2])):

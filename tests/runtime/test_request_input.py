@@ -6,7 +6,7 @@ import pytest
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, parse_events
-from unipinrec.runtime.request_input import as_events, check_types
+from unipinrec.runtime.requests import as_events, check_types
 
 
 def event(item: str | int = "a", **fields: Any) -> Event:

@@ -10,15 +10,10 @@ import pytest
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime import Event, RecommendOptions, Request
-from unipinrec.runtime.catalogue import Catalogue
-from unipinrec.runtime.manifest import Manifest
-from unipinrec.runtime.requests import (
-    History,
-    ResolvedRequest,
-    read_history,
-    resolve_request,
-)
-from unipinrec.runtime.windows import default_slack, window_start
+from unipinrec.runtime.bundle.catalogue import Catalogue
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.requests import History, ResolvedRequest
+from unipinrec.runtime.resolve import default_slack, read_history, resolve_request, window_start
 
 ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "7": 4}
 CATALOGUE = Catalogue(

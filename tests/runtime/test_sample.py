@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unipinrec.runtime import Recommender, RecommendOptions
-from unipinrec.runtime.manifest import Order
+from unipinrec.runtime.requests import Order
 from unipinrec.runtime.sample import sample_quality
 
 

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, verify_bundle
-from unipinrec.runtime.bundle import GOLDEN
-from unipinrec.runtime.bundle_files import fingerprint
-from unipinrec.runtime.cuda import driver_problem
-from unipinrec.runtime.engine import Engine
+from unipinrec.runtime.bundle.bundle import GOLDEN
+from unipinrec.runtime.bundle.files import fingerprint
+from unipinrec.runtime.bundle.sealed import SealedFiles
 from unipinrec.runtime.golden_check import TOLERANCE, compare_golden
-from unipinrec.runtime.sealed_files import SealedFiles
+from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.machine import driver_problem
 
 Reseal = Callable[..., None]
 

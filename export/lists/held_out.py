@@ -1,0 +1,48 @@
+"""How well the last events of real users are predicted from the events before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.requests import History
+
+LAST_EVENTS = 4
+
+
+def held_out_logits(engine: Engine, history: History) -> NDArray[np.float32]:
+    """Logits [LAST_EVENTS, C] of a history's last events, each from those before it; it has more than LAST_EVENTS.
+
+    It is encoded once, without the last event: what an event leaves does not depend on later ones.
+    """
+    encoded, logits = engine.encode(pad_histories([history.part(0, -1)])), []
+    for place in range(len(history) - LAST_EVENTS, len(history)):
+        before = replace(
+            encoded, lengths=np.array([place]), last_timestamps_ms=history.timestamps_ms[place - 1 : place]
+        )
+        shown = history.part(place, place + 1)
+        logits.append(engine.rank(before, shown.item_rows[None], shown.surfaces, shown.timestamps_ms)[0])
+    return np.concatenate(logits)
+
+
+def auc_by_action(
+    actions: Sequence[str], histories: Sequence[History], logits: Sequence[NDArray[np.float32]]
+) -> dict[str, float]:
+    """AUC of each action over the last events of all histories; without those that were always or never taken.
+
+    Args:
+        actions: Names of the C actions.
+        histories: H histories of more than LAST_EVENTS events.
+        logits: Those of their last events, H times [LAST_EVENTS, C]; they rank as probabilities do.
+    """
+    from unipinrec.models.metrics import action_metrics  # noqa: PLC0415 - needs the data library, as real users do
+
+    labels = np.concatenate([history.actions[-LAST_EVENTS:] for history in histories]).astype(np.uint8)
+    owners = np.repeat(np.arange(len(histories)), LAST_EVENTS)
+    scores = np.concatenate(logits).astype(np.float64)
+    measured = {name: action_metrics(owners, labels[:, i], scores[:, i]).auc for i, name in enumerate(actions)}
+    return {name: auc for name, auc in measured.items() if auc is not None}

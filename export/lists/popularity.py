@@ -1,0 +1,49 @@
+"""How popular each item is now, for users of whom nothing is known."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import ExportError
+from unipinrec.models.config import Vocabulary
+from unipinrec.models.data.sequences import Sequences
+
+RECENT_MS = 7 * 86_400_000
+PRIOR_EVENTS = 100  # what is known on a wider scale counts as much as so many events
+UNIFORM_EVENTS = 1  # so does the same chance for every item: enough that none has a chance of 0
+
+
+def item_shares(data: Sequences, vocabulary: Vocabulary) -> NDArray[np.float32]:
+    """The estimated chance [S, N] that a positive event on a surface is of an item; row 0 is for all surfaces together.
+
+    It counts the positive events of the last `RECENT_MS` before the newest event, all events where none has a time. A
+    surface is shrunk towards all surfaces together, these towards all of the time, and that towards equal chances. All
+    parts of the split count: what is exported will serve later users.
+
+    Raises:
+        ExportError: No event is positive.
+    """
+    positive = [vocabulary.actions.index(name) for name in vocabulary.positive_actions]
+    liked = data.actions[:, positive].any(axis=1)
+    if not liked.any():
+        raise ExportError(
+            f"no event of the data has a positive action ({', '.join(vocabulary.positive_actions)}), so nothing is "
+            "popular; export without data, or declare other positive_actions"
+        )
+    items, surfaces = data.num_items, len(vocabulary.surfaces)
+    latest = data.timestamps_ms.max()
+    recent = liked & ((data.timestamps_ms > latest - RECENT_MS) if latest >= 0 else True)
+    cells = np.bincount(data.surfaces[recent] * items + data.rows[recent], minlength=surfaces * items)
+    counts = cells.reshape(surfaces, items)
+    all_time = _shrunk(np.bincount(data.rows[liked], minlength=items), np.full(items, 1 / items), UNIFORM_EVENTS)
+    together = _shrunk(counts.sum(axis=0), all_time, PRIOR_EVENTS)
+    shares = _shrunk(counts, together, PRIOR_EVENTS)
+    shares[0] = together
+    return shares.astype(np.float32)
+
+
+def _shrunk(counts: NDArray[np.int64], towards: NDArray[np.float64], events: float) -> NDArray[np.float64]:
+    """Shares of counts [..., N], to which as many events are added as `towards` [N] would have them."""
+    shares: NDArray[np.float64] = (counts + events * towards) / (counts.sum(axis=-1, keepdims=True) + events)
+    return shares

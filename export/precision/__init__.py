@@ -1,0 +1,6 @@
+"""The same graphs in less precision, and what that costs.
+
+check.py  further precisions: written, measured, refused if they stray
+fp8.py    linear layers in E4M3, calibrated
+typed.py  graphs in bf16 and fp16, and their emulation
+"""

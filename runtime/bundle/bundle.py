@@ -1,0 +1,365 @@
+"""A bundle on disk: proof that it is whole, and what of it is not a graph.
+
+Every file that the manifest lists is checked before it is read; a file that it does not list is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError
+from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
+from unipinrec.runtime.bundle.files import MANIFEST, MANIFEST_HASH
+from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
+from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
+from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets
+from unipinrec.runtime.requests import Event, History
+
+T = TypeVar("T", bound=Sized)
+
+ITEMS, ITEM_IDS, ITEM_TITLES, RETIRED = "items.safetensors", "item_ids.json", "item_titles.json", "retired.json"
+INDEX, GOLDEN, WEIGHTS = "index.hnsw", "golden.safetensors", "weights.bin"
+POPULAR, SHARE = "popular.safetensors", "share"
+USERS, USER_IDS = "users.safetensors", "user_ids.json"
+REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN, WEIGHTS)
+READ_WHILE_SERVING = (ITEMS, GOLDEN, USERS, USER_IDS)
+ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
+CHECK_ROWS = 65_536
+UNIT_TOLERANCE = 1e-3
+
+
+class _Format(msgspec.Struct):
+    format_version: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bundle:
+    """An opened, unaltered bundle.
+
+    Attributes:
+        path: Its folder; what becomes of it makes no difference to what is held of it.
+        files: Its files, as they were when it was opened; a `Recommender` that opens a bundle lets go of most.
+        hash: sha256 of its manifest, which covers every file: the bundle's identity.
+        manifest: What it declares.
+        item_vectors: [N, E] f32, mapped from sealed memory; unit length.
+        item_ids: External ids in row order.
+        titles: Titles in row order, for people; None where there is none.
+        catalogue: The items as a request names them.
+        popularity: [S, N] f32, the estimated chance that a positive event on a surface is of an item; row 0 is for all
+            surfaces together. None where the bundle stores none.
+    """
+
+    path: Path
+    files: SealedFiles
+    hash: str
+    manifest: Manifest
+    item_vectors: NDArray[np.float32]
+    item_ids: tuple[str, ...]
+    titles: tuple[str | None, ...]
+    catalogue: Catalogue
+    popularity: NDArray[np.float32] | None
+
+    @classmethod
+    def open(cls, path: Path | str, shared: Path | None = None) -> Bundle:
+        """Open a bundle, holding all its files in memory and checking their sha256 there.
+
+        Args:
+            path: Its folder.
+            shared: See `SealedFiles`.
+
+        Raises:
+            BundleCorruptError: A file is missing, truncated or altered.
+            BackendError: There is no memory for it.
+            BundleVersionError: The bundle's format is newer than this version reads.
+            BundleError: The bundle contradicts itself.
+        """
+        folder = Path(path)
+        manifest, digest = read_manifest(folder)
+        files = SealedFiles(folder, manifest.files, shared)
+        count = manifest.num_items
+        item_ids = _read_list(files[ITEM_IDS], tuple[str, ...], count)
+        titles: tuple[str | None, ...] = (None,) * count
+        if ITEM_TITLES in manifest.files:
+            titles = _read_list(files[ITEM_TITLES], tuple[str | None, ...], count)
+        return cls(
+            path=folder,
+            files=files,
+            hash=digest,
+            manifest=manifest,
+            item_vectors=_item_vectors(files[ITEMS], count, manifest.model.item_dim),
+            item_ids=item_ids,
+            titles=titles,
+            catalogue=_catalogue(files, manifest, item_ids),
+            popularity=_popularity(files[POPULAR], manifest) if POPULAR in manifest.files else None,
+        )
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Catalogue row of each external id."""
+        return self.catalogue.rows
+
+    @property
+    def kv_namespace(self) -> str:
+        """Bundles that share it compute the same keys and values of a history of the same `kv_item_keys`."""
+        given = self.manifest.kv_namespace
+        return self.hash if given is None or self.manifest.kv_rows is None else given
+
+    @property
+    def kv_rows(self) -> int:
+        """The rows that all bundles of this `kv_namespace` have in common."""
+        return self.manifest.num_items if self.manifest.kv_rows is None else self.manifest.kv_rows
+
+    @cached_property
+    def kv_item_keys(self) -> NDArray[np.int64]:
+        """What stands for the item of each row in the cache, [N]: the row, where all updates have the same item there.
+
+        Of a row that an update added it is a hash of the item's vector, which is all that keys and values know of it.
+        """
+        keys = np.arange(self.manifest.num_items)
+        for row in range(self.kv_rows, len(keys)):
+            digest = hashlib.blake2b(self.item_vectors[row].tobytes(), digest_size=8).digest()
+            keys[row] = -1 - (int.from_bytes(digest) >> 1)  # negative: no row
+        return keys
+
+    def graph_files(self, precision: str = "fp32") -> dict[str, GraphFile]:
+        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
+        return {name: self.files.graph(graph.file) for name, graph in self.manifest.graphs_in(precision).items()}
+
+    def golden(self) -> dict[str, NDArray[Any]]:
+        """The golden requests with every output that PyTorch gave for them."""
+        return _read_tensors(self.files[GOLDEN])
+
+    def user_events(self, user: str) -> tuple[Event, ...]:
+        """The history of one of the sample users that the bundle carries.
+
+        Raises:
+            RequestError: The bundle carries no such user.
+            BundleError: What it carries is none.
+        """
+        users = self._user_ids()
+        if user not in users:
+            raise RequestError(
+                f"user {user!r} is not among the {len(users)} sample users of this bundle, such as "
+                f"{', '.join(users[:3]) or 'none'}; pass the user's events instead (--history EVENTS.json)"
+            )
+        return self.events_of(self.sample_histories(len(users))[users.index(user)])
+
+    def events_of(self, history: History) -> tuple[Event, ...]:
+        """A history as a client would send it."""
+        manifest = self.manifest
+        columns = (history.item_rows, history.actions, history.surfaces, history.timestamps_ms)
+        return tuple(
+            Event(
+                item=self.item_ids[row],
+                actions=tuple(itertools.compress(manifest.actions, actions)),
+                surface=manifest.surfaces[surface],
+                timestamp_ms=None if time_ms == manifest.missing_timestamp_ms else int(time_ms),
+            )
+            for row, actions, surface, time_ms in zip(*columns, strict=True)
+        )
+
+    def sample_users(self, limit: int) -> list[tuple[str, int]]:
+        """The first sample users that the bundle carries, if any, and how many events each has."""
+        users = self._user_ids()
+        counts = np.diff(self._user_tensors(users)["offsets"]).tolist() if users else []
+        return list(zip(users, counts, strict=True))[:limit]
+
+    def sample_histories(self, limit: int) -> list[History]:
+        """The histories of the first sample users that the bundle carries, if any."""
+        users = self._user_ids()
+        if not users:
+            return []
+        tensors = self._user_tensors(users)
+        events = History(
+            item_rows=tensors["item_rows"],
+            actions=tensors["actions"].astype(np.float32),
+            surfaces=tensors["surfaces"],
+            timestamps_ms=tensors["timestamps_ms"],
+        )
+        offsets = tensors["offsets"][: limit + 1].tolist()
+        return [events.part(*window) for window in itertools.pairwise(offsets)]
+
+    def _user_ids(self) -> tuple[str, ...]:
+        carried = USERS in self.manifest.files and USER_IDS in self.manifest.files
+        users = _read_list(self.files[USER_IDS], tuple[str, ...]) if carried else ()
+        if len(set(users)) != len(users):
+            raise BundleError(f"{self.path / USER_IDS}: user ids occur twice; export the bundle again")
+        return users
+
+    def _user_tensors(self, users: Sequence[str]) -> dict[str, NDArray[Any]]:
+        tensors = _read_tensors(self.files[USERS])
+        check_users(self.path / USERS, tensors, self.manifest, len(users))
+        return tensors
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """Read a bundle's manifest and its sha256.
+
+    Raises:
+        BundleCorruptError: It is missing or altered.
+        BundleVersionError: Its format is newer than this version reads.
+        BundleError: It does not describe a bundle.
+    """
+    path = folder / MANIFEST
+    try:
+        for file in (path, folder / MANIFEST_HASH):
+            if file.exists() and not file.is_file():
+                raise OSError(f"{file.name} is no plain file")
+        content = path.read_bytes()
+        expected = (folder / MANIFEST_HASH).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleCorruptError(f"{folder} is not a bundle ({error}); `unipinrec export` writes one") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != expected:
+        raise BundleCorruptError(
+            f"{path} is altered: its sha256 is {digest}, manifest.sha256 says {expected!r}; {REMEDY}"
+        )
+    return _decode_manifest(path, content), digest
+
+
+def _decode_manifest(path: Path, content: bytes) -> Manifest:
+    try:
+        # Before the strict decoding: a newer format may have fields that this version does not know.
+        version = msgspec.json.decode(content, type=_Format).format_version
+        if version != FORMAT_VERSION:
+            raise BundleVersionError(
+                f"{path.parent}: bundle format {version}, this version reads {FORMAT_VERSION}; "
+                "use the unipinrec that wrote it, or export the checkpoint again with this one"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except MALFORMED as error:
+        raise BundleError(f"{path}: {error}; export the bundle again") from error
+    problem = _contradiction(manifest)
+    if problem:
+        raise BundleError(f"{path}: {problem}; export the bundle again")
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What the manifest says that cannot be, if anything."""
+    for name in manifest.files:
+        if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+            return f"lists the file {name!r}; a file of a bundle has a plain name inside its folder"
+    absent = sorted(set(REQUIRED_GRAPHS) - set(manifest.graphs))
+    if absent:
+        return f"lacks the graphs {', '.join(absent)}"
+    needed = {*REQUIRED_FILES, *(graph.file for graph in manifest.graphs.values())}
+    needed |= {graph.file for spec in manifest.precisions.values() for graph in spec.graphs.values()}
+    needed |= {f"weights_{precision}.bin" for precision in manifest.precisions}
+    needed |= {engine.file for engine in manifest.engines}
+    needed |= {RETIRED} if manifest.num_retired else set()
+    unlisted = sorted(needed - set(manifest.files))
+    if unlisted:
+        return f"does not list {', '.join(unlisted)}"
+    if not set(manifest.positive_actions) <= set(manifest.actions):
+        return f"positive_actions {list(manifest.positive_actions)} are not all among {list(manifest.actions)}"
+    return _index_contradiction(manifest)
+
+
+def _index_contradiction(manifest: Manifest) -> str | None:
+    index, count, retired = manifest.index, manifest.num_items, manifest.num_retired
+    if not 0 <= retired < count:
+        return f"{retired} of {count} items are retired"
+    if not 0 < index.ef_search < 1 << 31:
+        return f"the index is searched with ef_search={index.ef_search}"
+    want = ("ip", manifest.model.item_dim, count)
+    # Retired items are marked in an index that was grown, and absent from one that was built anew.
+    if (index.space, index.dim) != want[:2] or not count - retired <= index.count <= count:
+        return (
+            f"the index does not match the items: it has (space, dim, count) = "
+            f"{(index.space, index.dim, index.count)}, the items need {want}"
+        )
+    return None
+
+
+def _catalogue(files: SealedFiles, manifest: Manifest, item_ids: Sequence[str]) -> Catalogue:
+    count, retired = manifest.num_items, NO_ROWS
+    if manifest.num_retired:
+        listed = _read_list(files[RETIRED], tuple[int, ...])
+        distinct = len(set(listed)) == len(listed) == manifest.num_retired
+        if not distinct or not 0 <= min(listed) <= max(listed) < count:
+            raise BundleError(f"{files[RETIRED]}: not {manifest.num_retired} distinct rows; export the bundle again")
+        retired = np.array(listed, np.int64)
+    rows = dict(zip(item_ids, range(count), strict=True))  # of an id that occurs again, the last row
+    if len(rows) != count:
+        live = np.flatnonzero(mask_without(count, retired)).tolist()
+        twice = sum(rows[item_ids[row]] != row for row in live)
+        if twice:
+            raise BundleError(f"{files[ITEM_IDS]}: {twice} item ids occur twice; export the bundle again")
+    return Catalogue(
+        rows=rows,
+        num_rows=count,
+        retired=retired,
+        words=manifest.categories,
+        codes=_category_codes(files[ITEMS], count, manifest.categories),
+    )
+
+
+def _read_list(file: SealedFile, kind: type[T], count: int | None = None) -> T:
+    try:
+        values = msgspec.json.decode(file.read_bytes(), type=kind)
+    except (OSError, *MALFORMED) as error:
+        raise BundleError(f"{file}: {error}; {REMEDY}") from error
+    if count is not None and len(values) != count:
+        raise BundleError(f"{file}: {len(values)} entries for {count} items; export the bundle again")
+    return values
+
+
+def _read_tensors(file: SealedFile) -> dict[str, NDArray[Any]]:
+    try:
+        return load_file(os.fspath(file))
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{file}: {error}; {REMEDY}") from error
+
+
+def _item_vectors(file: SealedFile, count: int, dim: int) -> NDArray[np.float32]:
+    """Map the item table [count, dim] f32 and check it."""
+    vectors: NDArray[np.float32] = map_tensor(file, ITEM_VECTORS, "F32", (count, dim))
+    for start in range(0, count, CHECK_ROWS):
+        wrong = off_unit(vectors[start : start + CHECK_ROWS])
+        if len(wrong):
+            raise BundleError(
+                f"{file}: the vector of item row {start + wrong[0]} is not finite or not of unit length; "
+                "export the bundle again"
+            )
+    return vectors
+
+
+def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Rows of vectors [N, E] that are not finite or not of unit length."""
+    lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
+    return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
+
+
+def _popularity(file: SealedFile, manifest: Manifest) -> NDArray[np.float32]:
+    """Load the shares [surfaces, items] f32 and check them."""
+    given, shape = _read_tensors(file).get(SHARE), (len(manifest.surfaces), manifest.num_items)
+    if given is None or given.dtype != np.float32 or given.shape != shape:
+        found = "is missing" if given is None else f"is {given.dtype} {given.shape}"
+        raise BundleError(f"{file}: {SHARE} {found}, expected float32 {shape}; export the bundle again")
+    if not (np.isfinite(given).all() and (given > 0).all()):
+        raise BundleError(f"{file}: {SHARE} is not finite and more than 0 everywhere; export the bundle again")
+    return given
+
+
+def _category_codes(file: SealedFile, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:
+    """Map the category codes [count, features] i32 and check them; None where the file lacks them."""
+    if not words or CATEGORIES not in tensor_offsets(file):
+        return None
+    codes: NDArray[np.int32] = map_tensor(file, CATEGORIES, "I32", (count, len(words)))
+    if (codes < 0).any() or (codes > [len(known) for known in words.values()]).any():
+        raise BundleError(f"{file}: a category code is not that of a word; export the bundle again")
+    return codes

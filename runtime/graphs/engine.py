@@ -1,0 +1,286 @@
+"""The four graphs as four methods over arrays and device tensors.
+
+Knows how histories are padded and which tensor goes where; refuses to know external ids, indexes and requests.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.graphs.backend import CPU, Backend, Device
+from unipinrec.runtime.graphs.buffer import KvBuffer, on_host, row_of
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.requests import History
+
+LANE_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond; less is not worth a thread
+Scalar = TypeVar("Scalar", bound=np.generic)
+Inputs = dict[str, NDArray[Any] | Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryBatch:
+    """B histories, right-padded to n events.
+
+    item_rows, surfaces, timestamps_ms [B, n] i64, actions [B, n, C] f32, lengths [B] i64, each at least 1.
+    """
+
+    item_rows: NDArray[np.int64]
+    actions: NDArray[np.float32]
+    surfaces: NDArray[np.int64]
+    timestamps_ms: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """n."""
+        return int(self.item_rows.shape[1])
+
+    def part(self, start: int, stop: int) -> HistoryBatch:
+        """Events `start` up to `stop` of histories of equal length."""
+        window = slice(start, stop)
+        return HistoryBatch(
+            item_rows=self.item_rows[:, window],
+            actions=self.actions[:, window],
+            surfaces=self.surfaces[:, window],
+            timestamps_ms=self.timestamps_ms[:, window],
+            lengths=np.minimum(self.lengths, stop) - start,
+        )
+
+    def last_timestamps_ms(self) -> NDArray[np.int64]:
+        """Time of each row's last event, [B]."""
+        last: NDArray[np.int64] = self.timestamps_ms[np.arange(len(self.lengths)), self.lengths - 1]
+        return last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What an encoded batch leaves on the device, for retrieval, ranking and extension.
+
+    Attributes:
+        key_values: Per-layer key and value [B, H_kv, slots, D] in layer order, right-padded, prefix slots included.
+        lengths: [B] i64, events per row.
+        last_timestamps_ms: [B] i64, time of each row's last event.
+        last_hidden_state: [B, d].
+    """
+
+    key_values: tuple[Tensor, ...]
+    lengths: NDArray[np.int64]
+    last_timestamps_ms: NDArray[np.int64]
+    last_hidden_state: Tensor
+
+    def over(self, buffer: KvBuffer) -> Encoded:
+        """The same histories with their keys and values in a buffer."""
+        return replace(self, key_values=buffer.tensors())
+
+
+def pad_histories(histories: Sequence[History]) -> HistoryBatch:
+    """Right-pad histories into one batch."""
+    return HistoryBatch(
+        item_rows=pad_rows([history.item_rows for history in histories]),
+        actions=pad_rows([history.actions for history in histories]),
+        surfaces=pad_rows([history.surfaces for history in histories]),
+        timestamps_ms=pad_rows([history.timestamps_ms for history in histories]),
+        lengths=np.array([len(history) for history in histories], np.int64),
+    )
+
+
+def pad_rows(rows: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
+    """Right-pad arrays [n_i, ...] with zeros into [B, max n_i, ...]."""
+    padded = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
+
+
+class Engine:
+    """Runs a model's graphs on a backend over one item table; safe to call from several threads.
+
+    Attributes:
+        device: What the backend runs on, and why.
+    """
+
+    def __init__(
+        self, backend: Backend, model: ModelSpec, item_vectors: NDArray[np.float32], device: Device = CPU
+    ) -> None:
+        self.backend, self.model, self.item_vectors, self.device = backend, model, item_vectors, device
+        self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
+        self._lock, self._batches = threading.Lock(), 0
+        self._process, self._closed = os.getpid(), False
+
+    @classmethod
+    def on_cpu(cls, bundle: Bundle) -> Engine:
+        """Load a bundle's fp32 graphs in ONNX Runtime on the CPU.
+
+        Raises:
+            BackendError: It is missing, or does not load a graph.
+        """
+        return cls(OrtBackend(bundle.graph_files()), bundle.manifest.model, bundle.item_vectors)
+
+    def close(self) -> None:
+        """Release the graphs and the memory that they take; requests that are under way, and later ones, fail."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.backend.close()
+
+    def require_process(self) -> None:
+        """Refuse to run in a fork, which has none of the threads that it would wait for.
+
+        Raises:
+            BackendError: This process is not the one that opened the graphs.
+        """
+        if os.getpid() != self._process:
+            raise BackendError(
+                f"the bundle was loaded by process {self._process}; this one, {os.getpid()}, is a fork without its "
+                "threads; load the bundle after the fork, in each process"
+            )
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Hold while a batch is computed: batches that are computed at the same time share the threads of ranking."""
+        with self._lock:
+            self._batches += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._batches -= 1
+
+    def encode(self, batch: HistoryBatch) -> Encoded:
+        """Encode histories from their first event."""
+        outputs = self.backend.run("encoder", self._event_inputs(batch))
+        return Encoded(
+            key_values=tuple(outputs[name] for name in self.model.kv_names("present")),
+            lengths=batch.lengths,
+            last_timestamps_ms=batch.last_timestamps_ms(),
+            last_hidden_state=outputs["last_hidden_state"],
+        )
+
+    def prefill(self, batch: HistoryBatch) -> Encoded:
+        """Encode histories as `encode` does; a single long one in chunks, each of which sees what came before it.
+
+        A graph's causal attention computes all n x n scores and hides half of them; chunks leave most of those out.
+        """
+        events, chunk = len(batch), self.backend.prefill_chunk
+        if chunk is None or events <= chunk or len(batch.lengths) > 1:
+            return self.encode(batch)
+        size = -(-events // -(-events // chunk))  # chunks of nearly equal size
+        done = self.encode(batch.part(0, size))
+        buffer = KvBuffer(self.model, 1, events + self.model.kv_prefix_slots)
+        buffer.put(0, 0, row_of(on_host(done.key_values), 0, size + self.model.kv_prefix_slots))
+        for start in range(size, events, size):
+            part, slots = batch.part(start, start + size), start + self.model.kv_prefix_slots
+            added, last = self.encode_new(replace(done, key_values=buffer.beginning(slots)), part)
+            buffer.put(0, slots, row_of(on_host(added), 0, len(part)))
+            done = Encoded(
+                key_values=buffer.tensors(),
+                lengths=done.lengths + part.lengths,
+                last_timestamps_ms=part.last_timestamps_ms(),
+                last_hidden_state=last,
+            )
+        return done
+
+    def extend(self, past: Encoded, batch: HistoryBatch) -> Encoded:
+        """Encode the events that follow an encoded past; the result equals encoding both at once."""
+        prefix = self.model.kv_prefix_slots
+        buffer = KvBuffer(self.model, len(past.lengths), int((past.lengths + batch.lengths).max()) + prefix)
+        key_values = on_host(past.key_values)
+        for row, slots in enumerate(past.lengths + prefix):
+            buffer.put(row, 0, row_of(key_values, row, slots))
+            buffer.clear_from(row, slots)
+        return self.extend_in_place(buffer, past.over(buffer), batch)
+
+    def extend_in_place(self, buffer: KvBuffer, past: Encoded, batch: HistoryBatch) -> Encoded:
+        """Encode the events that follow a past, and put their keys and values behind it.
+
+        Args:
+            buffer: What the past's keys and values lie in; its other slots are zero, and enough for the new events.
+            past: See `Encoded.over`.
+            batch: The new events.
+        """
+        new, last_hidden_state = self.encode_new(past, batch)
+        added = on_host(new)
+        for row, (length, count) in enumerate(zip(past.lengths, batch.lengths, strict=True)):
+            buffer.put(row, length + self.model.kv_prefix_slots, row_of(added, row, count))
+        return Encoded(
+            key_values=buffer.tensors(),
+            lengths=past.lengths + batch.lengths,
+            last_timestamps_ms=batch.last_timestamps_ms(),
+            last_hidden_state=last_hidden_state,
+        )
+
+    def encode_new(self, past: Encoded, batch: HistoryBatch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The extend graph itself: the new events' keys/values [B, H_kv, m, D], and the last hidden state [B, d]."""
+        outputs = self.backend.run("extend", {**self._event_inputs(batch), **self._past_inputs(past)})
+        return tuple(outputs[name] for name in self.model.kv_names("present")), outputs["last_hidden_state"]
+
+    def retrieve(self, encoded: Encoded, outcomes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Query vectors [B, Q, E]; `outcomes` [B, C] is read only by models that are conditioned on it."""
+        inputs: Inputs = {"last_hidden_state": encoded.last_hidden_state}
+        if self.model.outcome_conditioned:
+            inputs["outcomes"] = outcomes
+        return self.backend.run("retrieval", inputs)["queries"].numpy()
+
+    def rank(
+        self,
+        encoded: Encoded,
+        candidates: NDArray[np.int64],
+        surfaces: NDArray[np.int64],
+        now_ms: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Action logits [B, k, C] of candidate rows [B, k], shown at `surfaces` [B] and `now_ms` [B].
+
+        Raises:
+            BackendError: The run failed or gave values that are not finite.
+        """
+        request: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
+        work = candidates.size * self.model.num_layers * self.model.hidden_size**2
+        lanes = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // LANE_WORK))
+        mine, *others = np.array_split(candidates, lanes, axis=1)
+        try:
+            running = [self._threads.submit(self._logits, request, part) for part in others]
+            logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)
+        except (RuntimeError, CancelledError) as error:
+            if not self._closed:
+                raise
+            raise BackendError("the graphs were closed while they ran; load the bundle again") from error
+        if not np.isfinite(logits).all():
+            raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
+        return logits
+
+    def _logits(self, request: Inputs, candidates: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of candidates [B, k], in runs of no more than a chunk; `request` holds the ranker's other inputs."""
+        count = candidates.shape[1]
+        parts = np.array_split(candidates, -(-count // (self.backend.rank_chunk or count)), axis=1)
+        runs = [
+            self.backend.run("ranker", {**request, "candidate_vectors": self.item_vectors[part]})["logits"].numpy()
+            for part in parts
+        ]
+        return np.concatenate(runs, axis=1)
+
+    def _event_inputs(self, batch: HistoryBatch) -> Inputs:
+        return {
+            "item_vectors": self.item_vectors[batch.item_rows],
+            "actions": batch.actions,
+            "surfaces": batch.surfaces,
+            "timestamps_ms": batch.timestamps_ms,
+            "lengths": batch.lengths,
+        }
+
+    def _past_inputs(self, past: Encoded) -> Inputs:
+        return {
+            **dict(zip(self.model.kv_names("past_key_values"), past.key_values, strict=True)),
+            "past_lengths": past.lengths,
+            "past_timestamps_ms": past.last_timestamps_ms,
+        }

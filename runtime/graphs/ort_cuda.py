@@ -1,0 +1,177 @@
+"""ONNX Runtime on an NVIDIA GPU.
+
+ONNX Runtime falls back to the CPU without a word: where the GPU's libraries are missing, and for single operators that
+the GPU has no kernel for. Neither is let through. What it puts on the CPU by intention are sizes of tensors and what is
+computed of them, which every graph has; its own switch against the CPU (`session.disable_cpu_ep_fallback`) refuses a
+graph for those, so each graph's placement is read from the session instead (`misplaced`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.manifest import GraphSpec
+from unipinrec.runtime.bundle.sealed import GraphFile
+from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
+from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
+from unipinrec.runtime.machine import driver_problem
+
+CUDA = "CUDAExecutionProvider"
+WHEELS = ("onnxruntime", "onnxruntime-gpu")
+INSTALL = "run pip uninstall onnxruntime onnxruntime-gpu, then pip install 'unipinrec[gpu]'"
+# What sizes of tensors are computed with. A float cannot be on the CPU for one of these alone: its source is not.
+SIZES = {
+    *("Add", "Cast", "Concat", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod", "Mul", "Range"),
+    *("ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+}
+log = logging.getLogger(__name__)
+
+
+class OrtCudaBackend:
+    """The graphs of a bundle in ONNX Runtime on an NVIDIA GPU; see `Backend`. Outputs stay in its memory.
+
+    Products are computed in the graph's own precision: NVIDIA's shorter format for them (TF32) is switched off. A graph
+    has a memory pool of its own, which grows by what is asked for and is kept until `close`.
+    """
+
+    prefill_chunk: int | None = None
+    rank_chunk: int | None = None
+    rank_runs: int = 1
+
+    _provider: ClassVar[str] = CUDA
+    _memory: ClassVar[str] = "cuda"
+    _settings: ClassVar[Mapping[str, str]] = {
+        "device_id": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",
+    }
+
+    def __init__(self, graphs: Mapping[str, GraphFile], specs: Mapping[str, GraphSpec], threads: int = 1) -> None:
+        """Load graphs.
+
+        Args:
+            graphs: Each graph by name.
+            specs: What the manifest says of them.
+            threads: Threads of a run for what is computed of sizes on the CPU.
+
+        Raises:
+            BackendError: ONNX Runtime, its CUDA provider or the GPU is missing, or does not run all of a graph.
+        """
+        self._ort = import_onnxruntime()
+        self.version: str = self._ort.__version__
+        problem = (driver_problem() if self._memory == "cuda" else None) or provider_problem(self._ort, self._provider)
+        if problem:
+            raise BackendError(problem)
+        missing = preload(self._ort)
+        self._hint = f" ({missing})" if missing else ""
+        self._specs = {name: specs[name] for name in graphs}
+        self._sessions = {name: self._load(graph, threads) for name, graph in graphs.items()}
+        log.info("ONNX Runtime %s on %s", self.version, self._provider)
+
+    def _load(self, graph: GraphFile, threads: int) -> Any:
+        options = session_options(self._ort, threads)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        try:
+            session = load_session(self._ort, graph, options, self._provider, self._settings)
+        except BackendError as error:
+            raise BackendError(f"{error}{self._hint}") from error
+        elsewhere = misplaced(session, self._provider)
+        if elsewhere:
+            raise BackendError(
+                f"{graph.name}: ONNX Runtime {self.version} would run {_counted(elsewhere)} on the CPU; install a "
+                "newer one (pip install --upgrade onnxruntime-gpu), or use device cpu"
+            )
+        return session
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
+        """See `Backend.run`."""
+        session, spec = opened(self._sessions, graph), self._specs[graph]
+        check_inputs(graph, spec.inputs, inputs)
+        try:
+            binding = session.io_binding()
+            for tensor in spec.inputs:
+                binding.bind_ortvalue_input(tensor.name, ort_value(self._ort, inputs[tensor.name], tensor.dtype))
+            for tensor in spec.outputs:
+                binding.bind_output(tensor.name, self._memory)
+            session.run_with_iobinding(binding)
+            outputs = binding.get_outputs()
+        except Exception as error:  # its exceptions share no base class
+            raise BackendError(f"{graph}: ONNX Runtime failed: {error}") from error
+        return {
+            tensor.name: OrtTensor(value=value, owner=session)
+            for tensor, value in zip(spec.outputs, outputs, strict=True)
+        }
+
+    def close(self) -> None:
+        """See `Backend.close`. The memory of outputs that are still held goes with the last of them."""
+        self._sessions = {}
+
+
+def provider_problem(ort: Any, provider: str) -> str | None:
+    """Why this installation has no such provider, and what to do; None if it has one."""
+    broken = overwritten()
+    if broken:
+        return broken
+    if provider in ort.get_available_providers():
+        return None
+    wheels = ", ".join(installed_wheels()) or "not installed by pip"
+    others = ", ".join(ort.get_available_providers())
+    return f"ONNX Runtime {ort.__version__} ({wheels}) has no {provider}, only {others}; {INSTALL}"
+
+
+def installed_wheels() -> list[str]:
+    """The wheels of ONNX Runtime that are installed, with their versions."""
+    return [f"{wheel.name} {wheel.version}" for wheel in _wheels()]
+
+
+def overwritten() -> str | None:
+    """That two wheels were installed into one folder, where one overwrote the other, and what to do."""
+    folders = Counter(str(wheel.locate_file("")) for wheel in _wheels())
+    both = any(count > 1 for count in folders.values())
+    return f"{' and '.join(installed_wheels())} are installed and overwrite each other; {INSTALL}" if both else None
+
+
+def _wheels() -> list[Distribution]:
+    found = []
+    for name in WHEELS:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(distribution(name))
+    return found
+
+
+def preload(ort: Any) -> str | None:
+    """Load CUDA's libraries from where pip puts them; returns what is missing, and what to do."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):  # it prints, where a command may be printing JSON
+            ort.preload_dlls()
+    except Exception as error:  # an older version, or a broken installation: the session tells
+        said.write(str(error))
+    lines = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
+    return f"{'; '.join(lines)}; run pip install 'onnxruntime-gpu[cuda,cudnn]'" if lines else None
+
+
+def misplaced(session: Any, provider: str) -> Counter[str]:
+    """Operators that a session runs elsewhere, beside those that compute sizes of tensors.
+
+    Args:
+        session: Loaded with `session.record_ep_graph_assignment_info`.
+        provider: Where they belong.
+    """
+    parts = session.get_provider_graph_assignment_info()
+    elsewhere = [node for part in parts if part.ep_name != provider for node in part.get_nodes()]
+    return Counter(node.op_type for node in elsewhere if node.op_type not in SIZES)
+
+
+def _counted(operators: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in operators.most_common())

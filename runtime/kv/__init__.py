@@ -1,0 +1,8 @@
+"""Keys and values of users, from request to request.
+
+cache.py      who is cached, in use, and next to make room
+histories.py  from requests to encoded histories, through the cache
+keys.py       which cached history serves which request
+options.py    how much is cached, and what the cache has done
+pages.py      memory of cached keys and values, in four precisions
+"""

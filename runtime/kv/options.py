@@ -1,0 +1,67 @@
+"""How much the cache may keep, and what it has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unipinrec.errors import ConfigError
+from unipinrec.runtime.kv.pages import PAGE_SLOTS, KvDtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How much to cache, and how.
+
+    Attributes:
+        budget_bytes: Bytes to allocate, rounded down to whole pages.
+        dtype: Precision that keys and values are stored in; int8 is the smallest that keeps the ten best items of real
+            users (`bench/kv_precision.py`).
+        ttl_s: Drop entries that were not used for so many seconds; None = never.
+        page_slots: Events of a page; a user's last page is half empty on average.
+        threads: How many copy pages; None = as many as this process may use.
+    """
+
+    budget_bytes: int = 1 << 30
+    dtype: KvDtype = "int8"
+    ttl_s: float | None = None
+    page_slots: int = PAGE_SLOTS
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("budget_bytes", "page_slots"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ConfigError(f"{name}={value!r} must be an integer")
+        if self.ttl_s is not None and not (isinstance(self.ttl_s, int | float) and self.ttl_s > 0):
+            raise ConfigError(f"ttl_s={self.ttl_s!r} must be more than 0, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStatistics:
+    """What the cache holds and has done since it was made.
+
+    Attributes:
+        entries: Users with an entry.
+        pinned: Entries in use at this moment.
+        bytes_budget: What was allocated.
+        bytes_used: Pages in use.
+        bytes_high_water: The most that was ever in use.
+        bytes_beside: Held beside the budget: events and last hidden states of the entries.
+        hits, extended: Lookups that found all, or a beginning.
+        misses: Other lookups, by reason.
+        evictions: Entries that made room.
+        unstored: Answers that were not kept: all pages were in use, another request was writing the same user or had
+            just stored as much, or the user was invalidated meanwhile.
+    """
+
+    entries: int
+    pinned: int
+    bytes_budget: int
+    bytes_used: int
+    bytes_high_water: int
+    bytes_beside: int
+    hits: int
+    extended: int
+    misses: dict[str, int]
+    evictions: int
+    unstored: int

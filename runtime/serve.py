@@ -1,0 +1,336 @@
+"""From the options of `unipinrec serve` to a running server."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from starlette.routing import BaseRoute
+
+from unipinrec import __version__
+from unipinrec.errors import ConfigError, UnipinrecError
+from unipinrec.runtime.batching import BatchOptions
+from unipinrec.runtime.bundle.bundle import read_manifest
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KvDtype
+from unipinrec.runtime.machine import available_threads
+from unipinrec.runtime.popular import ColdStart
+from unipinrec.runtime.retrieval.sampling import RecallSampler
+from unipinrec.runtime.server import handlers
+from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
+from unipinrec.runtime.server.api import Limits
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.context import Handler, Server, ServerOptions
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.events.sqlite import SqliteEventStore
+from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits
+from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
+from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
+from unipinrec.runtime.server.observe.metrics_together import metrics_together_route
+from unipinrec.runtime.server.observe.served_log import ServedLog, ServedLogOptions
+from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_route
+from unipinrec.runtime.server.openapi import openapi_route
+from unipinrec.runtime.server.page import page_routes
+from unipinrec.runtime.server.process.end import ending_with_its_threads
+from unipinrec.runtime.server.process.peers import Peers
+from unipinrec.runtime.server.process.run import Place, RunOptions, run
+from unipinrec.runtime.server.process.workers import serve_together
+from unipinrec.runtime.server.v2.routes import oip_routes
+
+KEPT_HISTORIES = 2
+BATCH_OF_A_THREAD = 16  # a request waits for a batch, and is computed in another
+MEBIBYTE = 1 << 20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How to serve; the options of `unipinrec serve`, whose help says more of each.
+
+    Attributes:
+        host, port, drain_delay_s, drain_s, hung_s: See `RunOptions`.
+        processes: How many serve together; they share `threads`, `cache_mib` and `state`.
+        threads: That a process computes with; None = its share of what may be used.
+        device, strict, allow_bundle_engines, cold_start: See `Recommender.load`.
+        state: A folder or URL for users' events; None = memory. See `open_store`.
+        max_users, events_mib, kept_events: How many users' events are kept, and how many of each; None = twice the
+            longest history of the model.
+        cache_mib, cache_dtype, cache_ttl_s: See `CacheOptions`; 0 MiB = no cache.
+        max_batch, batches, max_wait_ms: See `BatchOptions`; None = as the threads allow.
+        queue, deadline_ms, max_deadline_ms: See `ServerOptions`.
+        bundles: The folder of all bundles; None = that of the bundle.
+        watch: Swap to what `current.json` names.
+        admin_token_file, admin_token_env: Where the token of /admin is found; None = there is no /admin.
+        page: Whether there is a page at /.
+        log_format, log_level, log_users: See `LogOptions`.
+        log_served, log_served_mib: Folder of the log of served lists, and how large it may be.
+        recall_share: Share of the index's searches that are compared with a scan.
+        traces, otel: Whether requests are traced, and spans sent.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    processes: int = 1
+    threads: int | None = None
+    device: str = "auto"
+    strict: bool = False
+    allow_bundle_engines: bool = False
+    cold_start: ColdStart = "popular"
+    state: str | None = None
+    max_users: int = 100_000
+    events_mib: int = 512
+    kept_events: int | None = None
+    cache_mib: int = 1024
+    cache_dtype: KvDtype = "int8"
+    cache_ttl_s: float | None = None
+    max_batch: int | None = None
+    batches: int | None = None
+    max_wait_ms: float = 0.0
+    queue: int = 256
+    deadline_ms: float = 2000.0
+    max_deadline_ms: float = 30_000.0
+    drain_delay_s: float = 1.0
+    drain_s: float = 30.0
+    hung_s: float = 30.0
+    bundles: Path | None = None
+    watch: bool = False
+    admin_token_file: Path | None = None
+    admin_token_env: str | None = None
+    page: bool = True
+    log_format: Literal["json", "human"] = "json"
+    log_level: str = "info"
+    log_users: bool = False
+    log_served: Path | None = None
+    log_served_mib: int = 1024
+    recall_share: float = 0.001
+    traces: bool = False
+    otel: bool = False
+
+
+def serve_bundle(bundle: Path, options: ServeOptions | None = None) -> None:
+    """Serve until a signal ends it, with one process or several.
+
+    Raises:
+        UnipinrecError: An option cannot be had, or the bundle cannot be served.
+    """
+    options = options or ServeOptions()
+    count = options.processes
+    _end_on_hangup()
+    if count == 1:
+        serve_here(bundle, options)
+        return
+    if options.state is None:
+        raise ConfigError(f"{count} processes need a --state, for all of them must read the same events of a user")
+    if options.admin_token_file or options.admin_token_env:
+        raise ConfigError(
+            f"{count} processes are swapped by --watch, not by /admin: one that is started again must find in "
+            f"{CURRENT} what the others serve; leave the admin token out"
+        )
+    configure_logs(_logs(options, None))
+    with _last_words():
+        serve_together(count, partial(serve_here, bundle, options), _run_options(options))
+
+
+def _end_on_hangup() -> None:
+    """A terminal that is closed ends the server as SIGTERM does, unless it was started to survive that (nohup)."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """What ends a process is said in its log, in the form of all that it says."""
+    try:
+        yield
+    except UnipinrecError as error:
+        log.error("%s", error)
+        sys.exit(1)
+
+
+def serve_here(bundle: Path, options: ServeOptions, place: Place | None = None) -> None:
+    """Serve with this process, which may be one of several.
+
+    An option that cannot be had, or a bundle that cannot be served, ends it with exit code 1.
+    """
+    logs = _logs(options, place)
+    configure_logs(logs)
+    with ending_with_its_threads(), _last_words():
+        _serve(_chosen(bundle, options, place), options, logs, place)
+
+
+def _chosen(bundle: Path, options: ServeOptions, place: Place | None) -> Path:
+    """What to begin with: the bundle that was named, unless `current.json` or an earlier death says otherwise."""
+    folder = _folder(bundle, options)
+    last = place.last_served() if place is not None and place.again else None
+    if last is not None:
+        log.error("what was to be served did not come up; %s, which served last, does", last)
+        return last
+    if options.watch and (folder / CURRENT).exists():
+        named = read_current(folder)
+        if named.absolute() != bundle.absolute():
+            log.warning("%s names %s, which is served instead of %s", folder / CURRENT, named.name, bundle)
+        return named
+    return bundle
+
+
+def _folder(bundle: Path, options: ServeOptions) -> Path:
+    """Where all bundles lie."""
+    return options.bundles or bundle.absolute().parent
+
+
+def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, place: Place | None) -> None:
+    folder = _folder(bundle, options)
+    manifest, _ = read_manifest(bundle)
+    peers = Peers(place=place) if place else None
+    with ExitStack() as parts:
+        sampler = RecallSampler(options.recall_share) if options.recall_share else None
+        if sampler is not None:
+            parts.callback(sampler.close)
+        deployment = _deployment(options, sampler, place)
+        server = _server(options, manifest.model.max_history)
+        routes = _observed(server, options, sampler, peers, parts)
+        routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
+        routes += page_routes(server) if options.page else []
+        server.observers.append(RequestLog(logs).observe)
+        if options.admin_token_file or options.admin_token_env:
+            token = read_token(file=options.admin_token_file, variable=options.admin_token_env)
+            routes += admin_routes(server, AdminOptions(folder=folder, token=token))
+
+        def load() -> Deployments:
+            deployments = Deployments(Deployment.open(bundle, deployment))
+            if place is not None:
+                _require_cpu(deployments, place)
+                place.note(deployments.current.path)
+            if options.watch:
+                watcher = CurrentWatcher(deployments, folder, swapped=place.note if place else lambda _: None)
+                parts.callback(watcher.stop)
+                watcher.start()
+            return deployments
+
+        recommend: Handler = handlers.recommend
+        forget: Handler = handlers.forget_user
+        if peers is not None:
+            recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
+        app = make_app(server, routes, recommend=recommend, forget=forget)
+        run(server, app, load, _run_options(options), place)
+
+
+def _logs(options: ServeOptions, place: Place | None) -> LogOptions:
+    return LogOptions(
+        format=options.log_format,
+        level=options.log_level,
+        users=options.log_users,
+        process=place.index if place else None,
+    )
+
+
+def _run_options(options: ServeOptions) -> RunOptions:
+    return RunOptions(
+        host=options.host,
+        port=options.port,
+        drain_delay_s=options.drain_delay_s,
+        drain_s=options.drain_s,
+        hung_s=options.hung_s,
+    )
+
+
+def _require_cpu(deployments: Deployments, place: Place) -> None:
+    device = deployments.current.recommender.device.name
+    if not device.startswith(("cpu", "openvino")):
+        deployments.close()
+        raise ConfigError(
+            f"{place.count} processes would load what serves into the GPU's memory as often; {device} needs one, "
+            "processes are for --device cpu and openvino"
+        )
+
+
+def _observed(
+    server: Server, options: ServeOptions, sampler: RecallSampler | None, peers: Peers | None, parts: ExitStack
+) -> list[BaseRoute]:
+    """Let metrics, the log of recommendations, traces and spans see every request; returns their routes."""
+    metrics = Metrics(server, sampler)
+    server.observers.append(metrics.observe)
+    scrape = metrics_together_route(server, metrics, peers) if peers else metrics_route(server, metrics)
+    routes: list[BaseRoute] = [scrape]
+    if options.log_served is not None:
+        total_bytes = options.log_served_mib * MEBIBYTE
+        served = ServedLog(ServedLogOptions(folder=options.log_served, total_bytes=total_bytes))
+        parts.callback(served.close)
+        server.observers.append(served.observe)
+        metrics.registry.register(served)
+    if options.traces:
+        traces = Traces()
+        server.observers.append(traces.observe)
+        routes.append(trace_route(server, traces, peers.anywhere if peers else None))
+    if options.otel:
+        spans = OtelSpans.open()
+        parts.callback(spans.close)
+        server.observers.append(spans.observe)
+    return routes
+
+
+def _deployment(options: ServeOptions, sampler: RecallSampler | None, place: Place | None) -> DeploymentOptions:
+    """How bundles are opened; processes that serve together share memory and threads evenly."""
+    share = place.count if place else 1
+    budget_bytes = options.cache_mib * MEBIBYTE // share
+    threads = options.threads or max(1, available_threads() // share)
+    cache = CacheOptions(
+        budget_bytes=budget_bytes, dtype=options.cache_dtype, ttl_s=options.cache_ttl_s, threads=threads
+    )
+    return DeploymentOptions(
+        device=options.device,
+        strict=options.strict,
+        allow_bundle_engines=options.allow_bundle_engines,
+        threads=threads,
+        cache=cache if budget_bytes else None,
+        cold_start=options.cold_start,
+        batching=BatchOptions(
+            max_batch=options.max_batch or BATCH_OF_A_THREAD * min(2, threads),
+            max_wait_ms=options.max_wait_ms,
+            workers=options.batches or min(2, threads),
+        ),
+        sampler=sampler,
+        shared=place.folder if place else None,
+    )
+
+
+def _server(options: ServeOptions, max_history: int) -> Server:
+    treatment = ServerOptions(
+        limits=Limits(batch=min(Limits.batch, options.queue)),
+        queue=options.queue,
+        deadline_ms=options.deadline_ms,
+        max_deadline_ms=options.max_deadline_ms,
+    )
+    kept = options.kept_events or KEPT_HISTORIES * max_history
+    memory_bytes = options.events_mib * MEBIBYTE
+    limits = StoreLimits(events=kept, users=options.max_users, memory_bytes=memory_bytes)
+    store = open_store(options.state, limits)
+    log.info("users' events are kept in %s", store.description)
+    return make_server(treatment, store=store)
+
+
+def open_store(state: str | None, limits: StoreLimits) -> EventStore:
+    """The store that an operator asks for.
+
+    Args:
+        state: A folder, made if it is not there, or a URL of a Redis or Valkey server; None = this process's memory.
+        limits: How much it keeps; of a Redis server the number of users is its own affair (`maxmemory`).
+
+    Raises:
+        BackendError: It cannot be opened.
+    """
+    if state is None:
+        return MemoryEventStore(limits)
+    if "://" in state:
+        from unipinrec.runtime.server.events.redis import RedisEventStore  # noqa: PLC0415 - an extra
+
+        return RedisEventStore(state, limits)
+    return SqliteEventStore(Path(state), limits)

@@ -1,0 +1,16 @@
+"""The HTTP server: routes, what they do, and the bundle in service.
+
+admin.py             swaps from outside: by token, or by a watched file
+admission.py         who may wait, and for how long
+api.py               what clients send and get, and how much of it at once
+app.py               the table of routes; every answer leaves through one place
+context.py           what handlers share; deadlines, and clients that leave
+deployment.py        one bundle in service
+deployments.py       what serves, and how it is replaced while it serves
+handlers.py          what each of the routes does
+openapi.py           what the server's paths take and answer, as OpenAPI
+openapi_examples.py  the requests in it, which tests send
+operations.py        what a path of the server takes and answers, beside its handler
+page.py              the page at /, which is page.html, and its sample users
+similar.py           items like other items
+"""

@@ -1,0 +1,259 @@
+"""Which bundle serves, changed from outside: by HTTP under a token, or by a file that a deployment tool renames.
+
+Bundles are named, never pathed: all of them lie in one folder that was fixed at the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import msgspec
+from starlette.responses import Response
+from starlette.routing import Route
+
+from unipinrec.errors import MALFORMED, BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
+from unipinrec.runtime.bundle.bundle import read_manifest
+from unipinrec.runtime.server.api import Refusal
+from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.context import Call, Handler, Server
+from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
+from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.operations import ADMIN, Operation
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME_RULE = "a name is a letter or digit, then up to 127 letters, digits, dots, dashes or underscores"
+CURRENT = "current.json"
+SHORTEST_TOKEN = 16
+BODY_BYTES = 4096
+log = logging.getLogger(__name__)
+
+
+class Current(msgspec.Struct, frozen=True, kw_only=True):
+    """What `current.json` and the body of a reload say; what else a deployment tool notes there is not read."""
+
+    bundle: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdminOptions:
+    """Who may swap, and between what.
+
+    Attributes:
+        folder: Where all bundles lie.
+        token: What a caller must present as `Authorization: Bearer TOKEN`.
+    """
+
+    folder: Path
+    token: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.token) < SHORTEST_TOKEN or not self.token.isascii() or not self.token.isprintable():
+            raise ConfigError(
+                f"an admin token must be at least {SHORTEST_TOKEN} printable ASCII characters, such as "
+                "`openssl rand -hex 32` prints"
+            )
+
+
+def read_token(*, file: Path | None = None, variable: str | None = None) -> str:
+    """The token from a file, whose last line break does not count, or else from an environment variable.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the admin token cannot be read from {file}: {error}") from error
+    token = os.environ.get(variable or "", "")
+    if not token:
+        raise ConfigError(f"the environment variable {variable} holds no admin token; set it, or name a file")
+    return token
+
+
+def bundle_folder(folder: Path, name: str) -> Path:
+    """The bundle of a name; it need not exist.
+
+    Raises:
+        BundleError: It is not a plain name.
+    """
+    if not NAME.fullmatch(name):
+        raise BundleError(f"{name[:40]!r} does not name a bundle: {NAME_RULE}")
+    return folder / name
+
+
+def read_current(folder: Path) -> Path:
+    """The bundle that a folder's `current.json` names.
+
+    Raises:
+        BundleError: There is no such file, or it does not name one.
+    """
+    path = folder / CURRENT
+    try:
+        return bundle_folder(folder, msgspec.json.decode(path.read_bytes(), type=Current).bundle)
+    except (OSError, *MALFORMED) as error:
+        raise BundleError(f'{path} must be a file such as {{"bundle": "NAME"}}: {error}') from error
+
+
+RELOAD = Operation(
+    method="POST",
+    path="/admin/reload",
+    summary="Serve another bundle",
+    body=Current,
+    answer=DeploymentStatus,
+    statuses=(*ADMIN, 404, 408, 409, 413, 422),
+)
+ROLLBACK = Operation(
+    method="POST",
+    path="/admin/rollback",
+    summary="Serve the bundle before this one",
+    answer=DeploymentStatus,
+    statuses=(*ADMIN, 409, 422),
+)
+STATUS = Operation(
+    method="GET",
+    path="/admin/status",
+    summary="What serves, and what was swapped",
+    answer=DeploymentStatus,
+    statuses=ADMIN,
+)
+
+
+def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
+    """POST /admin/reload and /admin/rollback, GET /admin/status. Without them there is no other way in."""
+
+    async def reload(_server: Server, call: Call) -> Response:
+        wanted = _decode(await call.body(BODY_BYTES))
+        try:
+            folder = bundle_folder(options.folder, wanted.bundle)
+        except BundleError as error:
+            raise Refusal(400, "invalid_request", str(error)) from error
+        if not folder.is_dir():
+            raise Refusal(404, "no_such_bundle", f"there is no bundle {wanted.bundle!r} to swap to")
+        return await _swapped(server, lambda deployments: deployments.swap(folder))
+
+    async def rollback(_server: Server, _call: Call) -> Response:
+        return await _swapped(server, lambda deployments: deployments.rollback())
+
+    async def status(_server: Server, _call: Call) -> Response:
+        return as_json(_deployments(server).status())
+
+    digest = hashlib.sha256(options.token.encode()).digest()
+    table: list[tuple[Operation, Handler]] = [(RELOAD, reload), (ROLLBACK, rollback), (STATUS, status)]
+    return [route(server, operation, _guarded(handler, digest)) for operation, handler in table]
+
+
+def _guarded(handler: Handler, token_sha256: bytes) -> Handler:
+    async def guarded(server: Server, call: Call) -> Response:
+        scheme, _, given = call.request.headers.get("authorization", "").partition(" ")
+        # Digests are of equal length, so that the time to compare them says nothing about the token.
+        right = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), token_sha256)
+        if not right or scheme.lower() != "bearer":
+            raise Refusal(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+        return await handler(server, call)
+
+    return guarded
+
+
+def _decode(body: bytes) -> Current:
+    try:
+        return msgspec.json.decode(body, type=Current)
+    except MALFORMED as error:
+        raise Refusal(400, "invalid_request", f'the body must be {{"bundle": "NAME"}}: {error}') from error
+
+
+def _deployments(server: Server) -> Deployments:
+    if server.deployments is None:
+        raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
+    return server.deployments
+
+
+async def _swapped(server: Server, swap: Callable[[Deployments], Any]) -> Response:
+    """Swap in a thread. It goes on even if whoever asked for it leaves; the status tells how it ended."""
+    deployments = _deployments(server)
+    try:
+        await anyio.to_thread.run_sync(swap, deployments)
+    except SwapError as error:
+        raise Refusal(409, "not_swapped", str(error)) from error
+    except UnipinrecError as error:
+        raise Refusal(422, "bundle_refused", f"{error}; what served before serves on") from error
+    return as_json(deployments.status())
+
+
+class CurrentWatcher:
+    """Swaps to what a folder's `current.json` names whenever that file is replaced.
+
+    A bundle that was refused is not tried again until the file is replaced once more.
+    """
+
+    def __init__(
+        self,
+        deployments: Deployments,
+        folder: Path,
+        every_s: float = 1.0,
+        swapped: Callable[[Path], object] = lambda _: None,
+    ) -> None:
+        """Look so often, and tell `swapped` of each bundle that has taken over.
+
+        Raises:
+            ConfigError: That is no time.
+        """
+        if not every_s > 0:
+            raise ConfigError(f"current.json cannot be looked at every {every_s} s; it must be more than 0")
+        self._deployments, self._folder, self._every_s = deployments, folder, every_s
+        self._swapped = swapped
+        self._seen: tuple[int, int, int] | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="unipinrec-current", daemon=True)
+
+    def start(self) -> None:
+        """Look from now on, in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more; a swap under way goes on."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Look once, and swap if the file is another than before and names a bundle that does not serve."""
+        try:
+            status = (self._folder / CURRENT).stat()
+        except OSError:
+            return
+        seen = status.st_ino, status.st_size, status.st_mtime_ns
+        if seen == self._seen:
+            return
+        try:
+            folder, version = self._named()
+            if version != self._deployments.current.version:
+                self._swapped(self._deployments.swap(folder).path)
+        except SwapBusyError:
+            return  # by hand, at this moment: next time
+        except UnipinrecError as error:
+            log.warning("%s changed, but nothing was swapped: %s", self._folder / CURRENT, error)
+        except Exception:
+            log.exception("%s changed, but nothing was swapped", self._folder / CURRENT)
+        self._seen = seen
+
+    def _named(self) -> tuple[Path, str]:
+        """The bundle that the file names, and its version; that there is none counts as a swap that was refused."""
+        try:
+            folder = read_current(self._folder)
+            return folder, read_manifest(folder)[1]
+        except UnipinrecError as error:
+            self._deployments.refuse(self._folder / CURRENT, error)
+            raise
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            self.check()

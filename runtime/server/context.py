@@ -1,0 +1,318 @@
+"""What the handlers share, and what is known of one HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from unipinrec.errors import BackendError, ConfigError
+from unipinrec.runtime.batching import Answer
+from unipinrec.runtime.server.admission import Admission
+from unipinrec.runtime.server.api import Limits, RecommendBody, Refusal
+from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.events.store import EventStore
+from unipinrec.runtime.slate import Slate
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+Phase = Literal["loading", "ready", "draining"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How the server treats requests.
+
+    Attributes:
+        limits: What one of them may ask for.
+        queue: Most requests that are admitted and not yet answered; of a list each counts.
+        deadline_ms: How long a request may take from its arrival on, unless it says otherwise (X-Deadline-Ms).
+        max_deadline_ms: The most that it may say; more is lowered to it.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    queue: int = 256
+    deadline_ms: float = 2_000.0
+    max_deadline_ms: float = 30_000.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline_ms <= self.max_deadline_ms:
+            raise ConfigError(
+                f"deadline_ms={self.deadline_ms} must be more than 0 and at most max_deadline_ms={self.max_deadline_ms}"
+            )
+        if self.queue < self.limits.batch:
+            raise ConfigError(f"queue={self.queue} must hold a list of {self.limits.batch} requests")
+
+
+@dataclass(kw_only=True, eq=False)
+class Call:
+    """One HTTP request, and what became of it: what observers are told.
+
+    Attributes:
+        request: As it came.
+        id: Of the request: the client's, or made here.
+        route: The path of the route that answers, without what varies.
+        began: When it arrived, by `time.perf_counter`.
+        deadline: When it must be answered, by the same clock.
+        slates: What was recommended.
+        answers: How each of the slates was batched.
+        asked: The request of each of the slates, by an id of its own: that of the call, in a list with its place.
+        users: Whom it is about; logged only where the operator wants it.
+        content: The body, once it was read.
+        answered_elsewhere: Another process has answered it, and told its own observers.
+        headers: Further headers of the answer; an observer may add some.
+        status: Of the answer; 499 = the client left first.
+        code: Of the error, if it is one.
+        codes_in_list: Of the errors among the answers of a list.
+        seconds: From arrival to the answer, which was then sent.
+    """
+
+    request: Request
+    id: str
+    route: str
+    began: float
+    deadline: float
+    slates: list[Slate] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    asked: dict[str, RecommendBody] = field(default_factory=dict)
+    users: list[str] = field(default_factory=list)
+    content: bytes | None = None
+    answered_elsewhere: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    status: int = 0
+    code: str | None = None
+    codes_in_list: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.perf_counter()
+
+    @property
+    def from_peer(self) -> bool:
+        """Whether it came from another process of this server, over a socket without a port."""
+        server = self.request.scope.get("server")
+        return server is not None and server[1] is None
+
+    async def body(self, limit: int) -> bytes:
+        """All bytes that the client sends; they are read once.
+
+        Raises:
+            Refusal: 400, they are compressed; 413, more than `limit`; 408, they did not come before the deadline.
+            ClientDisconnect: The client left.
+        """
+        if self.content is None:
+            self.content = await self._read(limit)
+        return self.content
+
+    async def _read(self, limit: int) -> bytes:
+        coding = self.request.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            message = f"Content-Encoding: {coding[:20]!r} is not supported; send the body as it is"
+            raise Refusal(400, "invalid_request", message)
+        declared = self.request.headers.get("content-length", "0")
+        parts: list[bytes] = []
+        left = limit
+        too_large = Refusal(413, "too_large", f"the body is larger than {limit} bytes; send fewer requests at a time")
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self.left_s):
+                async for part in self.request.stream():
+                    left -= len(part)
+                    if left < 0:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refusal(408, "body_timeout", "the body did not arrive before the deadline") from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def wait(self, futures: Sequence[Future[Any] | asyncio.Future[Any]]) -> None:
+        """Wait until all are done; those that are not when the deadline passes or the client leaves are cancelled.
+
+        Raises:
+            Refusal: 504, the deadline has passed.
+            ClientDisconnect: The client left.
+        """
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[_End] = loop.create_future()
+        _when_all_done(futures, loop, end)
+        late = loop.call_later(max(0.0, self.left_s), _first, end, "late")
+        gone = loop.create_task(self._gone(end))
+        try:
+            if await end == "gone":
+                raise ClientDisconnect
+            if end.result() == "late":
+                limit_ms = (self.deadline - self.began) * 1e3
+                raise Refusal(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
+        finally:
+            late.cancel()
+            gone.cancel()
+            for future in futures:
+                future.cancel()
+
+    async def _gone(self, end: asyncio.Future[_End]) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        _first(end, "gone")
+
+
+_End = Literal["done", "late", "gone"]
+
+
+def _first(end: asyncio.Future[_End], how: _End) -> None:
+    if not end.done():
+        end.set_result(how)
+
+
+def _when_all_done(
+    futures: Sequence[Future[Any] | asyncio.Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]
+) -> None:
+    """It ends when all are done, whatever came of them."""
+    left = len(futures)
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            _first(end, "done")
+
+    def one_done(_: Future[Any] | asyncio.Future[Any]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(count)
+
+    for future in futures:
+        future.add_done_callback(one_done)
+    if not futures:
+        count()
+
+
+class UsersInFlight:
+    """Which users are being answered, so that forgetting one can wait for what was begun before."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, set[asyncio.Future[None]]] = {}
+
+    def enter(self, user: str | None) -> Callable[[], None]:
+        """From now on a request of this user is under way; call what is returned, in the loop's thread, at its end."""
+        if user is None:
+            return _nothing
+        token = asyncio.get_running_loop().create_future()
+        calls = self._calls.setdefault(user, set())
+        calls.add(token)
+
+        def leave() -> None:
+            if not token.done():
+                token.set_result(None)
+                calls.discard(token)
+                if not calls and self._calls.get(user) is calls:
+                    del self._calls[user]
+
+        return leave
+
+    def of(self, user: str) -> set[asyncio.Future[None]]:
+        """What is under way for a user at this moment."""
+        return set(self._calls.get(user, ()))
+
+
+def _nothing() -> None:
+    pass
+
+
+Observer = Callable[[Call], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Server:
+    """What the handlers share; all of it is used in the event loop's thread.
+
+    Attributes:
+        options: How requests are treated.
+        store: The events of users.
+        deployments: What serves; None until it is loaded.
+        admission: Of requests for the device.
+        writes: Of requests for the store.
+        handed_over: Of requests that another process may have to answer.
+        users: Who is being answered.
+        threads: For what neither the event loop nor a batch is to wait for.
+        observers: Called with every request when its answer is ready.
+        phase: How far its life has come.
+    """
+
+    options: ServerOptions
+    store: EventStore
+    deployments: Deployments | None = None
+    admission: Admission = field(init=False)
+    writes: Admission = field(init=False)
+    handed_over: Admission = field(init=False)
+    users: UsersInFlight = field(default_factory=UsersInFlight)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "unipinrec-server"))
+    observers: list[Observer] = field(default_factory=list)
+    phase: Phase = "loading"
+
+    def __post_init__(self) -> None:
+        self.admission, self.writes, self.handed_over = (Admission(self.options.queue) for _ in range(3))
+
+    def open(self, deployments: Deployments) -> None:
+        """Answer with these from now on."""
+        self.deployments = deployments
+        if self.phase == "loading":
+            self.phase = "ready"
+
+    @contextmanager
+    def acquire(self) -> Iterator[Deployment]:
+        """What serves now, which stays open until it is released.
+
+        Raises:
+            Refusal: 503, the server is still loading, or is shutting down.
+        """
+        if self.deployments is None:
+            raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
+        held = self.deployments.acquire()
+        try:
+            deployment = held.__enter__()
+        except BackendError as error:
+            raise Refusal(503, "shutting_down", str(error), {"retry-after": "1"}) from error
+        try:
+            yield deployment
+        finally:
+            held.__exit__(None, None, None)
+
+    def call(self, request: Request, route: str) -> Call:
+        """Begin with a request."""
+        began = time.perf_counter()
+        given = request.headers.get("x-request-id", "")
+        return Call(
+            request=request,
+            id=given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}",
+            route=route,
+            began=began,
+            deadline=began + self.options.deadline_ms / 1e3,
+        )
+
+    def set_deadline(self, call: Call) -> None:
+        """Read the deadline that the client asks for.
+
+        Raises:
+            Refusal: 400, it is not a number of milliseconds.
+        """
+        wanted = call.request.headers.get("x-deadline-ms")
+        if wanted is None:
+            return
+        if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 12 or not int(wanted):
+            raise Refusal(
+                400, "invalid_request", f"X-Deadline-Ms: {wanted[:40]!r} must be an integer number of ms, from 1 on"
+            )
+        call.deadline = call.began + min(int(wanted), self.options.max_deadline_ms) / 1e3
+
+
+Handler = Callable[[Server, Call], Coroutine[Any, Any, Response]]

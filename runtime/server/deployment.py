@@ -1,0 +1,127 @@
+"""One bundle in service: opened, proved, warmed up, with the batcher through which requests reach it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+from pathlib import Path
+
+from unipinrec.runtime.batching import Batcher, BatchOptions
+from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KvGeometry
+from unipinrec.runtime.popular import ColdStart
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.requests import RecommendOptions, Request
+from unipinrec.runtime.retrieval.sampling import RecallSampler
+
+WARM_UP_BATCH = 8  # more takes time from requests, and finds nothing that fewer do not
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploymentOptions:
+    """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`.
+
+    `sampler` compares a share of the index's searches with exact ones; None = none. `shared` is the folder in which
+    processes that serve together find each other's files; None = there are no others.
+    """
+
+    device: str = "auto"
+    strict: bool = False
+    allow_bundle_engines: bool = False
+    threads: int | None = None
+    cache: CacheOptions | None = None
+    window_slack: int | None = None
+    cold_start: ColdStart = "popular"
+    batching: BatchOptions = field(default_factory=BatchOptions)
+    sampler: RecallSampler | None = None
+    shared: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Deployment:
+    """One bundle in service.
+
+    Attributes:
+        recommender: What answers.
+        batcher: Through which concurrent requests reach it.
+        version: The bundle's hash.
+        path: The bundle's folder.
+        options: How it was opened; the next one is opened in the same way.
+    """
+
+    recommender: Recommender
+    batcher: Batcher
+    version: str
+    path: Path
+    options: DeploymentOptions = field(default_factory=DeploymentOptions)
+
+    @classmethod
+    def open(
+        cls, path: Path | str, options: DeploymentOptions | None = None, *, cache: KvCache | None = None
+    ) -> Deployment:
+        """Open a bundle, verify that it computes here what PyTorch computed, and warm it up.
+
+        Args:
+            path: The bundle's folder.
+            options: How to open it.
+            cache: Of the deployment that this one replaces. It is used where keys and values of this model fit its
+                pages, and none of what is in it is lost; else a new one is made as the options say.
+
+        Raises:
+            BundleError: See `Recommender.load`.
+            BackendError: See `Recommender.load`.
+            ConfigError: See `Recommender.load`.
+        """
+        options, folder = options or DeploymentOptions(), Path(path).absolute()
+        bundle = Bundle.open(folder, options.shared)
+        recommender = Recommender.load(
+            bundle,
+            options.device,
+            cache=cache if cache is not None and _fits(cache, bundle) else options.cache,
+            window_slack=options.window_slack,
+            cold_start=options.cold_start,
+            strict=options.strict,
+            allow_bundle_engines=options.allow_bundle_engines,
+            threads=options.threads,
+        )
+        with ExitStack() as unless_ready:
+            unless_ready.callback(recommender.close)
+            bundle.files.let_go(READ_WHILE_SERVING)
+            warm_up(recommender, min(WARM_UP_BATCH, options.batching.max_batch))
+            unless_ready.pop_all()
+        if options.sampler is not None:
+            recommender = replace(recommender, retriever=options.sampler.watch(recommender.retriever))
+        batcher = Batcher(recommender, options.batching)
+        version = recommender.bundle.hash
+        return cls(recommender=recommender, batcher=batcher, version=version, path=folder, options=options)
+
+    def close(self) -> None:
+        """Answer what is queued, then release graphs and memory; the cache stays with whoever else holds it."""
+        self.batcher.close()
+        self.recommender.close()
+
+
+def warm_up(recommender: Recommender, together: int) -> None:
+    """Answer golden requests alone and `together`, so that the first real ones find memory and pages in place.
+
+    Raises:
+        BackendError: They cannot be answered.
+    """
+    bundle = recommender.bundle
+    # Under no user, so that no cache keeps them.
+    requests = [
+        Request(history=bundle.events_of(history), k=1, options=RecommendOptions(exclude_seen=False))
+        for history in read_golden(bundle).histories
+    ]
+    for request in requests:
+        recommender.recommend_many([request])
+    recommender.recommend_many(list(islice(cycle(requests), together)))
+
+
+def _fits(cache: KvCache, bundle: Bundle) -> bool:
+    """Whether keys and values of a bundle's model lie in the cache's pages as they are."""
+    return KvGeometry.of(bundle.manifest.model, cache.geometry.dtype, cache.geometry.page_slots) == cache.geometry

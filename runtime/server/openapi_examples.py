@@ -1,0 +1,108 @@
+"""Requests for the OpenAPI document, made of the items and actions of the bundle in service, to be sent as they are.
+
+Whether they get the status that is written beside them is tested. No sample user is among them: those may be people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from unipinrec.runtime.bundle.bundle import Bundle
+
+TIME_MS = 1_760_000_000_000
+MINUTE_MS = 60_000
+EXAMPLE_USER = "example-user"
+HISTORY_EVENTS, MOST_K = 3, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A body, and the status of the answer to it."""
+
+    summary: str
+    value: Any
+    status: int = 200
+
+
+Examples = dict[str, Example]
+
+
+def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
+    """Examples of bodies by path; `cold_start` says whether a user without events is answered."""
+    live = bundle.catalogue.live
+    ids = islice((item for row, item in enumerate(bundle.item_ids) if live is None or live[row]), HISTORY_EVENTS + 1)
+    *items, other = ids
+    return {
+        "/v1/recommend": _recommend(bundle, items, other, 200 if cold_start else 422),
+        "/v1/events": _events(bundle, items),
+        "/v1/items/similar": _similar(bundle, items),
+        "/v2/models/{model}/infer": _inference(bundle),
+        "/admin/reload": {
+            "absent": Example(summary="A bundle that is not there", value={"bundle": "none"}, status=404)
+        },
+    }
+
+
+def _recommend(bundle: Bundle, items: list[str], other: str, unknown_user: int) -> Examples:
+    k = max(1, min(MOST_K, bundle.catalogue.num_live - len(items) - 1))
+    history = [_event(bundle, item, place) for place, item in enumerate(items)]
+    asked = {"history": history, "k": k, "now_ms": TIME_MS + 5 * MINUTE_MS}
+    weights = dict.fromkeys(bundle.manifest.actions, 1.0)
+    unknown = {**asked, "history": [*history, {"item": "\u2205", "actions": []}]}
+    return {
+        "history": Example(summary="After a history", value=asked),
+        "options": Example(
+            summary="With options",
+            value={**asked, "exclude": [other], "weights": weights, "candidates": 50, "exact": True},
+        ),
+        "list": Example(summary="Several at once; what is wrong with one is said in its place", value=[asked, unknown]),
+        "unknown_item": Example(summary="With an item that the bundle does not have", value=unknown, status=400),
+        "unknown_user": Example(
+            summary="For a user of whom no events are known", value={"user": "nobody", "k": k}, status=unknown_user
+        ),
+    }
+
+
+def _events(bundle: Bundle, items: list[str]) -> Examples:
+    event = {**_event(bundle, items[0], 0), "id": "e-1"}
+    posted = {"user": EXAMPLE_USER, "events": [event]}
+    late = {"user": EXAMPLE_USER, "events": [{**event, "timestamp_ms": 10**14}]}
+    return {
+        "one": Example(summary="What a user just did", value=posted),
+        "list": Example(summary="What several users did", value=[posted, {**posted, "user": f"{EXAMPLE_USER}-2"}]),
+        "future": Example(summary="With a time that is yet to come", value=late, status=400),
+    }
+
+
+def _similar(bundle: Bundle, items: list[str]) -> Examples:
+    k = max(1, min(MOST_K, bundle.catalogue.num_live - 1))
+    return {
+        "one": Example(summary="Items like one", value={"items": items[:1], "k": k}),
+        "none": Example(summary="Items like none", value={"items": []}, status=400),
+    }
+
+
+def _inference(bundle: Bundle) -> Examples:
+    """For the retrieval graph, whose path is the example of the path."""
+    sizes = {"batch": 1}
+    inputs = []
+    for spec in bundle.manifest.graphs["retrieval"].inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        data = [1.0] * (shape[0] * shape[1])
+        inputs.append({"name": spec.name, "shape": shape, "datatype": "FP32", "data": data})
+    short = [{**inputs[0], "shape": [1, 1], "data": [1.0]}, *inputs[1:]]
+    return {
+        "retrieval": Example(summary="A query vector", value={"id": "1", "inputs": inputs}),
+        "short": Example(summary="With a tensor of another shape", value={"inputs": short}, status=400),
+    }
+
+
+def _event(bundle: Bundle, item: str, place: int) -> dict[str, Any]:
+    return {
+        "item": item,
+        "actions": [bundle.manifest.actions[place % len(bundle.manifest.actions)]],
+        "surface": bundle.manifest.surfaces[-1],
+        "timestamp_ms": TIME_MS + place * MINUTE_MS,
+    }

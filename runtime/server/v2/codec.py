@@ -1,0 +1,293 @@
+"""The bodies of the Open Inference Protocol v2, with its binary tensor extension: bytes to arrays, arrays to bytes.
+
+Knows the protocol and refuses to know the graphs; every refusal is a `RequestError` that was made for the client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import MALFORMED, RequestError
+from unipinrec.runtime.server.api import ErrorDetail
+
+INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+# Floating-point numbers of less precision travel as FP32 (`Tensor.numpy`, `Backend.run`).
+DATATYPES = {"float32": "FP32", "float16": "FP32", "bfloat16": "FP32", "int64": "INT64"}
+WIRE: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+# JSON of a tensor, flat or nested as its shape is, by type and depth.
+JSON_TYPES: dict[str, list[Any]] = {
+    "FP32": [list[float], list[list[float]], list[list[list[float]]], list[list[list[list[float]]]]],
+    "INT64": [list[INT64], list[list[INT64]], list[list[list[INT64]]], list[list[list[list[INT64]]]]],
+}
+MAX_RANK = 4
+JSON_VALUES = 1 << 20  # of one request: to read them holds up everybody else, by a tenth of a second
+ELSEWHERE = ("shared_memory_region", "classification")  # parameters of extensions that are not spoken here
+HEADER_LENGTH = "Inference-Header-Content-Length"
+Parameters = dict[str, bool | int | float | str | None]
+
+
+class RequestInput(msgspec.Struct, frozen=True, kw_only=True):
+    """An input tensor; its numbers are in `data`, flat or nested, or follow the JSON if `binary_data_size` is given."""
+
+    name: str
+    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1)], ...], msgspec.Meta(max_length=MAX_RANK)]
+    datatype: str
+    parameters: Parameters = {}
+    data: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array"})] = msgspec.field(
+        default_factory=msgspec.Raw
+    )
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """A wanted output; `binary_data` true lets its numbers follow the JSON."""
+
+    name: str
+    parameters: Parameters = {}
+
+
+class InferRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """An inference request; without `outputs` all are wanted. Unknown members are ignored, as the protocol demands."""
+
+    inputs: tuple[RequestInput, ...]
+    id: str | None = None
+    parameters: Parameters = {}
+    outputs: tuple[RequestOutput, ...] | None = None
+
+
+class TensorMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor of a model; -1 is a size that the client chooses."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ModelMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph of the bundle; its version is the bundle's hash."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+
+
+class ServerMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """The server and what it speaks beyond the protocol itself."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class ServerLive(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the server answers."""
+
+    live: bool
+
+
+class ServerReady(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether all models are ready."""
+
+    ready: bool
+
+
+class ModelReady(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a model is ready."""
+
+    name: str
+    ready: bool
+
+
+class ResponseOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An output tensor; without `data` its numbers follow the JSON, `binary_data_size` bytes of them."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    parameters: Parameters = {}
+    data: list[float | int] | None = None
+
+
+class InferResponse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    outputs: tuple[ResponseOutput, ...]
+    id: str | None = None
+
+
+class InferError(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong: the protocol's shape of an error."""
+
+    error: str
+
+    @classmethod
+    def of(cls, detail: ErrorDetail) -> InferError:
+        """An error as a body."""
+        return cls(error=detail.message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A body and the headers that belong to it."""
+
+    body: bytes
+    headers: dict[str, str]
+
+
+def decode_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, dict[str, NDArray[Any]]]:
+    """Read an inference request.
+
+    Args:
+        body: JSON, and behind it the binary tensors in the order of the inputs.
+        header_length: `Inference-Header-Content-Length`, the bytes of the JSON; None = all.
+
+    Returns:
+        The request, and its inputs by name: aligned arrays in the machine's byte order, not to be written to.
+
+    Raises:
+        RequestError: The body is not such a request.
+    """
+    json_bytes = _json_bytes(header_length, len(body))
+    if body.count(b",", 0, json_bytes) > JSON_VALUES:
+        raise RequestError(f"the JSON has more than {JSON_VALUES} values; send large tensors as binary behind it")
+    try:
+        request = msgspec.json.decode(memoryview(body)[:json_bytes], type=InferRequest)
+    except MALFORMED as error:
+        raise RequestError(f"the inference request is not valid: {error or 'nested too deeply'}") from error
+    arrays: dict[str, NDArray[Any]] = {}
+    place = json_bytes
+    for given in request.inputs:
+        if given.name in arrays:
+            raise RequestError(f"input {given.name!r} is given twice; send each input once")
+        _refuse_extensions(given.name, given.parameters)
+        size = given.parameters.get("binary_data_size")
+        arrays[given.name] = _from_json(given) if size is None else _from_bytes(given, size, body, place)
+        place += 0 if size is None else arrays[given.name].nbytes
+    if place != len(body):
+        raise RequestError(
+            f"{len(body) - place} bytes follow the inputs; {HEADER_LENGTH} must be the length of the JSON, "
+            "and binary_data_size the length of each binary input"
+        )
+    return request, arrays
+
+
+def encode_infer(request: InferRequest, model: str, version: str, outputs: Mapping[str, NDArray[Any]]) -> Encoded:
+    """Write the answer: the wanted outputs in the wanted order, each as JSON or binary as it was asked for.
+
+    Raises:
+        RequestError: An output is wanted that there is not, or twice.
+    """
+    wanted = wanted_outputs(request, tuple(outputs))
+    everything = request.parameters.get("binary_data_output") is True
+    described, binary = [], []
+    for output in wanted:
+        array = np.ascontiguousarray(outputs[output.name])
+        datatype = DATATYPES[array.dtype.name]
+        size: Parameters = {}
+        if output.parameters.get("binary_data", everything) is True:
+            binary.append(array.astype(WIRE[datatype], copy=False).tobytes())
+            size = {"binary_data_size": len(binary[-1])}
+        data = None if size else array.ravel().tolist()
+        described.append(
+            ResponseOutput(name=output.name, datatype=datatype, shape=array.shape, parameters=size, data=data)
+        )
+    response = InferResponse(id=request.id, model_name=model, model_version=version, outputs=tuple(described))
+    json = msgspec.json.encode(response)
+    if not binary:
+        return Encoded(body=json, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(json))}
+    return Encoded(body=b"".join((json, *binary)), headers=headers)
+
+
+def wanted_outputs(request: InferRequest, known: Sequence[str]) -> tuple[RequestOutput, ...]:
+    """What a request wants of a model's outputs, in the order in which it is to be answered.
+
+    Raises:
+        RequestError: It names an output that there is not, or one twice.
+    """
+    wanted = request.outputs or tuple(RequestOutput(name=name) for name in known)
+    names = [output.name for output in wanted]
+    for output in wanted:
+        if output.name not in known:
+            raise RequestError(f"there is no output {output.name!r}; this model gives {', '.join(known)}")
+        if names.count(output.name) > 1:
+            raise RequestError(f"output {output.name!r} is asked for twice; ask for each output once")
+        _refuse_extensions(output.name, output.parameters)
+    return wanted
+
+
+def _json_bytes(header_length: str | None, body_length: int) -> int:
+    if header_length is None:
+        return body_length
+    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 20):
+        raise RequestError(f"{HEADER_LENGTH}={header_length!r} must be the length of the JSON in bytes")
+    if int(header_length) > body_length:
+        raise RequestError(f"{HEADER_LENGTH}={header_length} is more than the {body_length} bytes of the body")
+    return int(header_length)
+
+
+def _refuse_extensions(name: str, parameters: Parameters) -> None:
+    for extension in ELSEWHERE:
+        if extension in parameters:
+            raise RequestError(f"{name}: {extension} is not supported; send tensors as JSON, or binary behind the JSON")
+
+
+def _wire_type(given: RequestInput) -> np.dtype[Any]:
+    if given.datatype not in WIRE:
+        raise RequestError(f"input {given.name!r} is {given.datatype!r}; send {' or '.join(WIRE)}")
+    return WIRE[given.datatype]
+
+
+def _from_bytes(given: RequestInput, size: Any, body: bytes, place: int) -> NDArray[Any]:
+    wire = _wire_type(given)
+    need = math.prod(given.shape) * wire.itemsize
+    if given.data != msgspec.Raw():
+        raise RequestError(f"input {given.name!r} has both data and binary_data_size; send one of them")
+    if type(size) is not int or size != need:
+        raise RequestError(
+            f"input {given.name!r}: binary_data_size={size!r}, but {given.datatype} {list(given.shape)} takes {need}"
+        )
+    if place + need > len(body):
+        raise RequestError(
+            f"input {given.name!r} needs {need} bytes behind the JSON, {len(body) - place} are left; "
+            f"{HEADER_LENGTH} must be the length of the JSON"
+        )
+    flat = np.frombuffer(body, wire, math.prod(given.shape), place)
+    # A graph reads numbers where a number of that type may lie, and in this machine's byte order.
+    return np.require(flat, wire.newbyteorder("="), ["ALIGNED"]).reshape(given.shape)
+
+
+def _from_json(given: RequestInput) -> NDArray[Any]:
+    wire = _wire_type(given)
+    if given.data == msgspec.Raw():
+        raise RequestError(f"input {given.name!r} has neither data nor binary_data_size; send one of them")
+    raw = memoryview(given.data)
+    nested = _depth(raw) > 1
+    depth = max(1, len(given.shape)) if nested else 1
+    try:
+        values = msgspec.json.decode(raw, type=JSON_TYPES[given.datatype][depth - 1])
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which no graph takes
+            array = np.array(values, wire.newbyteorder("="))
+    except (*MALFORMED, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"input {given.name!r}: data is not {given.datatype} {list(given.shape)}, flat or nested: {error}"
+        ) from error
+    if array.size != math.prod(given.shape) or (nested and array.shape != given.shape):
+        raise RequestError(f"input {given.name!r}: data is {list(array.shape)}, its shape is {list(given.shape)}")
+    return array.reshape(given.shape)
+
+
+def _depth(raw: memoryview) -> int:
+    """How many lists a JSON value opens with, at most two."""
+    opening = bytes(raw[:256]).translate(None, b" \t\r\n")
+    return 2 if opening.startswith(b"[[") else 1

@@ -1,0 +1,143 @@
+"""The graphs of a bundle as models of the Open Inference Protocol: what they take, within which bounds, and a run.
+
+A graph trusts its inputs: lengths and ids index memory. What comes from outside is checked here value by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import BackendError, RequestError
+from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec
+from unipinrec.runtime.bundle.tensors import check_inputs
+from unipinrec.runtime.graphs.grouping import MAX_ROWS
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.requests import YEAR_10000_MS
+from unipinrec.runtime.server.v2.codec import DATATYPES, ModelMetadata, TensorMetadata
+
+PLATFORMS = {"tensorrt": "tensorrt_plan", "openvino": "openvino_onnx"}
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphLimits:
+    """The largest inputs of one inference.
+
+    Attributes:
+        batch: Rows.
+        candidates: Items to rank, per row.
+        scores: Attention scores per head: rows x queries x keys. The default is a batch of 8 histories of 1,024 events.
+        body_bytes: Of one HTTP request; keys and values of long histories take tens of megabytes.
+        pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds the memory that they take.
+    """
+
+    batch: int = MAX_ROWS
+    candidates: int = 4096
+    scores: int = 1 << 23
+    body_bytes: int = 128 << 20
+    pending: int = 4
+
+
+def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMetadata:
+    """Inputs and outputs of a graph as a client sees them."""
+    device = recommender.device
+    inputs, outputs = _specs(name, recommender.bundle.manifest, device.precision)
+    return ModelMetadata(
+        name=name,
+        versions=(version,),
+        platform=PLATFORMS.get(device.name.partition("-")[0], "onnxruntime_onnx"),
+        inputs=tuple(map(_metadata, inputs)),
+        outputs=tuple(map(_metadata, outputs)),
+    )
+
+
+def output_names(name: str, recommender: Recommender) -> tuple[str, ...]:
+    """Outputs of a graph, in order."""
+    return tuple(spec.name for spec in _specs(name, recommender.bundle.manifest, recommender.device.precision)[1])
+
+
+def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limits: GraphLimits) -> None:
+    """Check everything that a graph relies on.
+
+    Raises:
+        RequestError: An input is missing, foreign, too large, of the wrong type or shape, or holds a value that is not
+            finite or indexes something that there is not.
+    """
+    manifest = recommender.bundle.manifest
+    specs, _ = _specs(name, manifest, recommender.device.precision)
+    try:
+        check_inputs(name, specs, inputs)
+    except BackendError as error:
+        raise RequestError(str(error)) from error
+    sizes = {
+        dimension: size
+        for spec in specs
+        for dimension, size in zip(spec.shape, inputs[spec.name].shape, strict=True)
+        if isinstance(dimension, str)
+    }
+    _check_sizes(name, sizes, manifest, limits)
+    _check_values(name, inputs, sizes, manifest)
+
+
+def run_graph(name: str, recommender: Recommender, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    """Run a graph over checked inputs; its outputs on the host, in order.
+
+    Raises:
+        BackendError: The run failed.
+        RequestError: Its outputs are not finite, as those of enormous inputs are.
+    """
+    outputs = recommender.engine.backend.run(name, inputs)
+    arrays = {output: outputs[output].numpy() for output in output_names(name, recommender)}
+    for output, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise RequestError(f"{name}: {output} is not finite; send inputs of ordinary size")
+    return arrays
+
+
+def _specs(name: str, manifest: Manifest, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    graph = manifest.graphs_in(precision)[name]
+    return graph.inputs, graph.outputs
+
+
+def _metadata(spec: TensorSpec) -> TensorMetadata:
+    shape = tuple(size if isinstance(size, int) else -1 for size in spec.shape)
+    return TensorMetadata(name=spec.name, datatype=DATATYPES[spec.dtype], shape=shape)
+
+
+def _check_sizes(name: str, sizes: Mapping[str, int], manifest: Manifest, limits: GraphLimits) -> None:
+    prefix, most = manifest.model.kv_prefix_slots, manifest.model.max_history
+    past, events = sizes.get("past", prefix) - prefix, sizes.get("history", sizes.get("new", 0))
+    candidates = sizes.get("candidates", 0)
+    bounds = (("batch", sizes["batch"], limits.batch), ("events", past + events, most))
+    for what, size, limit in (*bounds, ("candidates", candidates, limits.candidates)):
+        if size > limit:
+            raise RequestError(f"{name}: {size} {what} were sent; at most {limit} are accepted")
+    scores = sizes["batch"] * max(events, candidates) * (past + events + prefix)
+    if scores > limits.scores:
+        raise RequestError(f"{name}: this batch takes {scores} attention scores; at most {limits.scores} are accepted")
+    if past < 0 or ("past" in sizes and past == 0):
+        raise RequestError(
+            f"{name}: past_key_values hold {sizes['past']} slots; the keys and values of a history of n events "
+            f"have n + {prefix}"
+        )
+
+
+def _check_values(name: str, inputs: Arrays, sizes: Mapping[str, int], manifest: Manifest) -> None:
+    time = (manifest.missing_timestamp_ms, YEAR_10000_MS - 1)
+    past = sizes.get("past", 0) - manifest.model.kv_prefix_slots
+    bounds = {
+        "lengths": (1, sizes.get("history", sizes.get("new", 0))),
+        "past_lengths": (1, past),
+        "surfaces": (0, len(manifest.surfaces) - 1),
+        "timestamps_ms": time,
+        "past_timestamps_ms": time,
+    }
+    for given, (least, most) in bounds.items():
+        if given in inputs and not (inputs[given].min() >= least and inputs[given].max() <= most):
+            found = f"{inputs[given].min()} to {inputs[given].max()}"
+            raise RequestError(f"{name}: {given} holds {found}; its values must be from {least} to {most}")

@@ -1,0 +1,205 @@
+"""What this machine can serve on, and why not on more: each probe gives a value or a reason, and none ends the process.
+
+A TensorRT `Runtime`, which dies without a driver, is made only where a bundle is really loaded on a GPU.
+"""
+
+from __future__ import annotations
+
+import platform
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+from unipinrec import __version__
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.graphs.backend import Device
+from unipinrec.runtime.graphs.openvino_cpu import NO_BF16, import_openvino
+from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
+from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem
+from unipinrec.runtime.machine import driver_problem, has_bf16, this_cpu, this_memory
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, Engine, EngineCache, Gpu, Library, OnnxRuntime
+from unipinrec.runtime.tools.engines import ListedEngine, list_engines
+from unipinrec.runtime.trt.cuda import GpuInfo, probe_gpu
+from unipinrec.runtime.trt.library import FLAVORS, NAMES, Flavor, TensorRT, import_tensorrt
+from unipinrec.runtime.trt.record import Refusal, this_machine
+from unipinrec.runtime.trt.store import EngineStore
+
+T = TypeVar("T")
+AUTO = ("tensorrt", "cuda", "cpu")
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+CUDA_PACKAGES = ("cuda-bindings", "nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13")
+
+
+class Reason(str):
+    """Why a probe found nothing."""
+
+
+def examine(bundle: Path | None = None) -> Diagnosis:
+    """Look at this machine, and at what serves a bundle on it. Whatever is wrong is in the result; raises nothing."""
+    gpu, ort, store = _gpu(), _onnxruntime(), _probed(EngineStore)
+    found = {flavor: _probed(partial(import_tensorrt, flavor)) for flavor in FLAVORS}
+    tensorrt = tuple(
+        _library(NAMES[flavor], trt if isinstance(trt, Reason) else trt.version) for flavor, trt in found.items()
+    )
+    openvino = _library("OpenVINO", _probed(lambda: str(import_openvino().__version__)))
+    devices = _devices(gpu, ort, tensorrt, openvino)
+    installed = {flavor: trt for flavor, trt in found.items() if not isinstance(trt, Reason)}
+    engines = _probed(partial(_engines, bundle, store, gpu.info, installed)) if bundle else ()
+    return Diagnosis(
+        unipinrec=__version__,
+        python=platform.python_version(),
+        system=platform.platform(),
+        cpu=this_cpu(),
+        memory=this_memory(),
+        gpu=gpu,
+        onnxruntime=ort,
+        tensorrt=tensorrt,
+        openvino=openvino,
+        cache=_cache(store),
+        devices=devices,
+        bundle=None if bundle is None else str(bundle),
+        engines=() if isinstance(engines, Reason) else engines,
+        engines_problem=str(engines) if isinstance(engines, Reason) else None,
+        auto=_tried(bundle) if bundle else _expected(devices),
+    )
+
+
+def _probed(probe: Callable[[], T]) -> T | Reason:
+    """What a probe finds, or why it finds nothing."""
+    try:
+        return probe()
+    except Exception as error:  # whatever a broken installation comes up with is the answer
+        return Reason(str(error) or type(error).__name__)
+
+
+def _gpu() -> Gpu:
+    info = probe_gpu()
+    return Gpu(
+        driver=_driver_version(),
+        packages={name: found for name in CUDA_PACKAGES if (found := _installed(name))},
+        info=None if isinstance(info, str) else info,
+        problem=info if isinstance(info, str) else None,
+    )
+
+
+def _driver_version(path: Path = DRIVER_VERSION) -> str | None:
+    """Such as "580.65.06", from "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  ..."."""
+    try:
+        words = path.read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[0].isdecimal() and "." in word), None)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _onnxruntime() -> OnnxRuntime:
+    found = _probed(lambda: (str(import_onnxruntime().__version__), import_onnxruntime().get_available_providers()))
+    name, providers = (None, ()) if isinstance(found, Reason) else found
+    return OnnxRuntime(
+        name="ONNX Runtime",
+        version=name,
+        problem=str(found) if isinstance(found, Reason) else overwritten(),
+        wheels=tuple(installed_wheels()),
+        providers=tuple(providers),
+    )
+
+
+def _library(name: str, found: str | Reason) -> Library:
+    missing = isinstance(found, Reason)
+    return Library(name=name, version=None if missing else found, problem=str(found) if missing else None)
+
+
+def _devices(gpu: Gpu, ort: OnnxRuntime, tensorrt: Sequence[Library], openvino: Library) -> dict[str, str | None]:
+    """By device, why it cannot run whatever the bundle."""
+    driver, missing = driver_problem(), ort.problem if ort.version is None else None
+    absent = None if any(one.version for one in tensorrt) else "; ".join(str(one.problem) for one in tensorrt)
+    return {
+        "tensorrt": driver or gpu.problem or absent,
+        "cuda": driver or missing or provider_problem(import_onnxruntime(), CUDA) or preload(import_onnxruntime()),
+        "cpu": missing,
+        "openvino": openvino.problem,
+        "openvino-bf16": openvino.problem or (None if has_bf16() else NO_BF16),
+    }
+
+
+def _cache(store: EngineStore | Reason) -> EngineCache:
+    """The cache as it is; nothing is made or changed."""
+    if isinstance(store, Reason):
+        return EngineCache(path=None, mode=None, entries=0, size_bytes=0, problem=str(store))
+    entries = _probed(store.entries)
+    broken = entries if isinstance(entries, Reason) else None
+    if not isinstance(entries, Reason) and isinstance(entries.get(""), Refusal):  # the folder itself cannot be trusted
+        entries, broken = {}, Reason(str(entries[""]))
+    status = _probed(store.root.stat)
+    sizes = _probed(lambda: sum(path.lstat().st_size for path in store.root.rglob("*") if path.is_file()))
+    return EngineCache(
+        path=str(store.root),
+        mode=None if isinstance(status, Reason) else f"{stat.S_IMODE(status.st_mode):o}",
+        entries=0 if isinstance(entries, Reason) else len(entries),
+        size_bytes=0 if isinstance(sizes, Reason) else sizes,
+        problem=broken and str(broken),
+    )
+
+
+def _engines(
+    path: Path, store: EngineStore | Reason, gpu: GpuInfo | None, installed: Mapping[Flavor, TensorRT]
+) -> tuple[Engine, ...]:
+    if isinstance(store, Reason):
+        raise BackendError(store)
+    machine = this_machine(gpu.name, gpu.architecture, gpu.driver_version) if gpu else this_machine()
+    return tuple(map(_engine, list_engines(Bundle.open(path), store, machine, installed)))
+
+
+def _engine(listed: ListedEngine) -> Engine:
+    if listed.record is None:
+        return Engine(id=listed.id, source=listed.source, problem=listed.problem)
+    record, key = listed.record, listed.record.key
+    return Engine(
+        id=listed.id,
+        source=listed.source,
+        problem=listed.problem,
+        graph=key.graph,
+        precision=key.precision,
+        library=f"{NAMES[key.flavor]} {key.version}",
+        target=key.target,
+        gpu=record.machine.gpu,
+        created=record.created,
+        size_bytes=record.size_bytes,
+    )
+
+
+def _expected(devices: Mapping[str, str | None]) -> Choice:
+    """What "auto" serves on if the bundle has engines here."""
+    refused: list[str] = []
+    for name in AUTO:
+        problem = devices[name]
+        if problem is None:
+            reason = f"auto, once its engines are compiled; {AUTO[1]} until then" if name == AUTO[0] else "auto"
+            fell_back = bool(refused) and driver_problem() is None
+            device = Device(name=name, reason=reason, refused=tuple(refused), fell_back=fell_back)
+            return Choice(device=device, problem=None)
+        refused.append(f"{name}: {problem}")
+    return Choice(device=None, problem="; ".join(refused))
+
+
+def _tried(bundle: Path) -> Choice:
+    """What really serves a bundle: it is loaded as a server loads it, the golden requests included."""
+    problems: list[str] = []
+    for wanted in ("auto", "cpu"):
+        loaded = _probed(partial(Recommender.load, bundle, wanted))
+        if not isinstance(loaded, Reason):
+            loaded.close()
+            return Choice(device=loaded.device, problem="; ".join(problems) or None)
+        problems.append(str(loaded))
+    return Choice(device=None, problem="; ".join(dict.fromkeys(problems)))

@@ -1,0 +1,176 @@
+"""Items that arrive after export: the input format, its checks, and their vectors from the item embedder graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec.errors import MALFORMED, BundleError, DataError
+from unipinrec.runtime.bundle.bundle import Bundle, off_unit
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+
+EMBED_CHUNK = 65_536
+ITEM_FORMAT = (
+    'an item is {"item": "id", "title": "name", "dense": {"feature": [0.5]}, "categories": {"feature": "word"}}; '
+    "title may be left out, and a category too: it is then unknown"
+)
+
+
+class NewItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An item to add.
+
+    Attributes:
+        item: External id; an integer stands for its decimal string.
+        title: What people are shown; None = its category words.
+        dense: Values of every dense feature that the model declares.
+        categories: Word of each categorical feature; one that is left out, or whose word the model does not know, is
+            unknown.
+    """
+
+    item: str | int
+    title: str | None = None
+    dense: dict[str, tuple[float, ...]] = {}
+    categories: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ItemRows:
+    """A new items in row order: ids, titles, dense [A, F] f32, codes [A, features] i32; how many words were unknown."""
+
+    ids: tuple[str, ...]
+    titles: tuple[str | None, ...]
+    dense: NDArray[np.float32]
+    codes: NDArray[np.int32]
+    unknown_words: dict[str, int]
+
+
+def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
+    """Read a JSON list of items or one item per line; the keys say where each was, for messages.
+
+    Raises:
+        DataError: Something is not JSON, or not an item; an unknown key is an error.
+    """
+    listed = content.lstrip().startswith(b"[")
+    try:
+        parts = msgspec.json.decode(content, type=list[msgspec.Raw]) if listed else content.splitlines()
+    except MALFORMED as error:
+        raise DataError(f"{source}: {error}; {ITEM_FORMAT}") from error
+    items = {}
+    for place, part in enumerate(parts):
+        where = f"{source}[{place}]" if listed else f"{source} line {place + 1}"
+        try:
+            if listed or bytes(part).strip():
+                items[where] = msgspec.json.decode(part, type=NewItem)
+        except MALFORMED as error:
+            raise DataError(f"{where}: {error}; {ITEM_FORMAT}") from error
+    return items
+
+
+def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Container[str]) -> ItemRows:
+    """Check items against what the model declares; `taken` holds the ids that are not free.
+
+    Raises:
+        BundleError: The model declares no item features, so that it has no vector for a new item.
+        DataError: An id is empty, has a line break, occurs twice or is taken;
+            a feature is unknown, missing, of the wrong width or not finite.
+    """
+    if items and "item_embedder" not in manifest.graphs:
+        raise BundleError(
+            "this model knows items by their id alone: it has no vector for a new one; "
+            "train with the new items and export again, or declare item features (dense_*, category_*) when training"
+        )
+    first: dict[str, str] = {}
+    unknown: Counter[str] = Counter()
+    dense = np.zeros((len(items), sum(manifest.dense.values())), np.float32)
+    codes = np.zeros((len(items), len(manifest.categories)), np.int32)
+    known = [{word: code for code, word in enumerate(words, 1)} for words in manifest.categories.values()]
+    for row, (where, item) in enumerate(items.items()):
+        identity = str(item.item)
+        if not identity.strip() or "\n" in identity or "\r" in identity:
+            raise DataError(
+                f"{where}: item {identity!r}: an id is not empty and has no line break, as in a list of ids"
+            )
+        if identity in first:
+            raise DataError(f"{where}: item {identity!r} was given before, at {first[identity]}; give each item once")
+        if identity in taken:
+            raise DataError(
+                f"{where}: item {identity!r} is already in the catalogue; retire it at the same time to replace it"
+            )
+        first[identity] = where
+        dense[row] = _dense(item, manifest.dense, where)
+        _check_names(item.categories, manifest.categories, "categorical", where)
+        for column, feature in enumerate(manifest.categories):
+            if feature in item.categories:
+                codes[row, column] = known[column].get(item.categories[feature], 0)
+                unknown[feature] += not codes[row, column]
+    return ItemRows(
+        ids=tuple(first),
+        titles=tuple(_title(*parts, manifest) for parts in zip(items.values(), codes.tolist(), strict=True)),
+        dense=dense,
+        codes=codes,
+        unknown_words={feature: count for feature, count in unknown.items() if count},
+    )
+
+
+def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
+    """Vectors [A, E] of unit length for items that training did not know.
+
+    Raises:
+        BackendError: The graph does not run.
+        DataError: An item has no such vector, as its values are beyond what the model can take.
+    """
+    if not rows.ids:
+        return np.zeros((0, bundle.manifest.model.item_dim), np.float32)
+    backend = OrtBackend({"item_embedder": bundle.files.graph(bundle.manifest.graphs["item_embedder"].file)})
+    inputs: dict[str, NDArray[Any]] = {}
+    if bundle.manifest.dense:
+        inputs["dense"] = rows.dense
+    if bundle.manifest.categories:
+        inputs["categories"] = rows.codes.astype(np.int64)
+    parts = []
+    for start in range(0, len(rows.ids), EMBED_CHUNK):
+        chunk = {name: values[start : start + EMBED_CHUNK] for name, values in inputs.items()}
+        parts.append(backend.run("item_embedder", chunk)["item_vectors"].numpy())
+    vectors = np.concatenate(parts)
+    wrong = off_unit(vectors)
+    if len(wrong):
+        raise DataError(
+            f"item {rows.ids[wrong[0]]!r}: its vector is not finite or not of unit length; the largest of its dense "
+            f"values is {np.abs(rows.dense[wrong[0]]).max(initial=0.0):g}: give values such as the model was trained on"
+        )
+    return vectors
+
+
+def _dense(item: NewItem, declared: Mapping[str, int], where: str) -> list[float]:
+    """The values of all dense features side by side, in declared order."""
+    _check_names(item.dense, declared, "dense", where)
+    values: list[float] = []
+    for feature, width in declared.items():
+        given = item.dense.get(feature)
+        if given is None or len(given) != width:
+            count = "is missing" if given is None else f"has {len(given)} values"
+            raise DataError(f"{where}: dense feature {feature!r} {count}; the model needs {width}")
+        values += given
+    largest = float(np.finfo(np.float32).max)
+    if not all(-largest <= value <= largest for value in values):
+        raise DataError(f"{where}: a dense value of {list(item.dense.values())} is not a finite 32-bit number")
+    return values
+
+
+def _check_names(given: Mapping[str, object], declared: Mapping[str, object], kind: str, where: str) -> None:
+    for feature in given:
+        if feature not in declared:
+            listed = ", ".join(declared) or "none"
+            raise DataError(f"{where}: unknown {kind} feature {feature!r}; the model's {kind} features: {listed}")
+
+
+def _title(item: NewItem, codes: list[int], manifest: Manifest) -> str | None:
+    words = zip(manifest.categories.items(), codes, strict=True)
+    return item.title or ", ".join(f"{name} {known[code - 1]}" for (name, known), code in words if code) or None

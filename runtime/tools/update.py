@@ -1,0 +1,232 @@
+"""Items added and retired without another export: `update_bundle` writes a new bundle beside the old one.
+
+Rows of existing items never move and their vectors never change, so cached keys and values stay valid. A retired item
+keeps its row, since histories refer to it, but is never found again; added again, it gets a new row.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from unipinrec import __version__
+from unipinrec.errors import DataError
+from unipinrec.runtime.bundle.bundle import (
+    CATEGORIES,
+    INDEX,
+    ITEM_IDS,
+    ITEM_TITLES,
+    ITEM_VECTORS,
+    ITEMS,
+    POPULAR,
+    RETIRED,
+    SHARE,
+    Bundle,
+)
+from unipinrec.runtime.bundle.catalogue import as_known
+from unipinrec.runtime.bundle.files import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest
+from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.retrieval.index import HnswIndex
+from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
+from unipinrec.runtime.sample import sample_quality
+from unipinrec.runtime.tools.new_items import ItemRows, NewItem, check_items, embed_items
+
+QUERY_USERS = 100
+BATCH = 16
+Way = Literal["incremental", "rebuilt"]
+log = logging.getLogger(__name__)
+
+
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an update did.
+
+    Attributes:
+        bundle, parent: Hashes of the new bundle and of the one that it was made from.
+        items_before, items_after: Items that can be retrieved.
+        added, retired: Items.
+        already_retired: Ids to retire that were so before, or that were given twice.
+        unknown_words: By feature, how many words of added items the model does not know.
+        index: The new index, with its measured recall.
+        way: Whether the old index was grown or a new one was built.
+    """
+
+    bundle: str
+    parent: str
+    items_before: int
+    items_after: int
+    added: int
+    retired: int
+    already_retired: int
+    unknown_words: dict[str, int]
+    index: IndexSpec
+    way: Way
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Update:
+    """A checked update.
+
+    `table` [N + A, E] holds the old vectors and behind them those of the A items to add; `retired` holds all rows that
+    are retired after it.
+    """
+
+    parent: Bundle
+    added: ItemRows
+    table: NDArray[np.float32]
+    retired: NDArray[np.int64]
+
+
+def update_bundle(
+    bundle: Path,
+    out: Path,
+    *,
+    add: Mapping[str, NewItem],
+    retire: Mapping[str, str],
+    recall: float | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> UpdateReport:
+    """Write a bundle with more or fewer items; all or nothing, and the old one stays as it is.
+
+    Args:
+        bundle: The bundle to start from.
+        out: Folder to create; it must not exist.
+        add: Items by where they were given, as `parse_items` returns them.
+        retire: External ids by where they were given, as `parse_ids` returns them. Done first, so that one update can
+            replace an item.
+        recall: Recall@100 that the index is to reach; None = what the old one aimed at.
+        progress: Called with the name of each stage as it begins.
+
+    Raises:
+        BundleError: The old bundle is damaged, or its model has no vectors for new items.
+        DataError: An item or id cannot be taken as given.
+        BackendError: The item embedder does not run.
+        ExportError: The new bundle cannot be written, the disk being full included; nothing was left behind.
+    """
+    with written_whole(out) as folder:
+        progress("old bundle")
+        parent = Bundle.open(bundle)
+        HnswIndex.open(parent)
+        retired, repeated = _retired_rows(parent, retire)
+        gone = set(retired.tolist())
+        taken = {item for item, row in parent.rows.items() if row not in gone}
+        added = check_items(add, parent.manifest, taken)
+        if not len(taken) + len(added.ids):
+            raise DataError(f"all {parent.catalogue.num_live} items would be retired; keep at least one")
+        progress("item vectors")
+        table = np.concatenate([parent.item_vectors, embed_items(added, parent)])
+        update = _Update(parent=parent, added=added, table=table, retired=retired)
+        progress("index")
+        index, way = _write_index(update, recall, folder)
+        progress("files")
+        manifest = _write(update, index, folder)
+        with Recommender.load(folder, "cpu") as recommender:
+            sample = sample_quality(recommender) if manifest.sample else None
+        digest = seal(folder, msgspec.structs.replace(manifest, sample=sample))
+    return UpdateReport(
+        bundle=digest,
+        parent=parent.hash,
+        items_before=parent.catalogue.num_live,
+        items_after=len(taken) + len(added.ids),
+        added=len(added.ids),
+        retired=len(retired) - len(parent.catalogue.retired),
+        already_retired=repeated,
+        unknown_words=added.unknown_words,
+        index=index,
+        way=way,
+    )
+
+
+def _retired_rows(parent: Bundle, retire: Mapping[str, str]) -> tuple[NDArray[np.int64], int]:
+    """All rows that are retired after an update, sorted, and how many ids were so already."""
+    rows, repeated = set(parent.catalogue.retired.tolist()), 0
+    for where, item in retire.items():
+        row = parent.rows.get(as_known(item, parent.rows))
+        if row is None:
+            raise DataError(f"{where}: item {item!r} is not among the {len(parent.rows)} items of this bundle")
+        repeated += row in rows
+        rows.add(row)
+    return np.array(sorted(rows), np.int64), repeated
+
+
+def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[IndexSpec, Way]:
+    parent = update.parent
+    old, path = parent.manifest.index, folder / INDEX
+    target = old.recall_target if recall is None else recall
+    task = IndexTask(vectors=update.table, queries=_queries(parent), target=target, retired=update.retired)
+    grown = grow_index(task, parent.files[INDEX], old, parent.catalogue.retired, path)
+    if grown is not None:
+        return grown, "incremental"
+    log.info("the grown index misses a recall of %s, or is mostly retired items: it is built anew", target)
+    return build_index(task, path), "rebuilt"
+
+
+def _queries(parent: Bundle) -> NDArray[np.float32]:
+    """Queries [R, E] to measure recall with: of the bundle's sample users, else of its golden requests."""
+    histories = parent.sample_histories(QUERY_USERS)
+    if not histories:
+        golden: NDArray[np.float32] = parent.golden()["retrieval.queries"]
+        return golden.reshape(-1, golden.shape[-1])
+    engine, manifest = Engine.on_cpu(parent), parent.manifest
+    wanted = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
+    queries = []
+    for start in range(0, len(histories), BATCH):
+        batch = histories[start : start + BATCH]
+        encoded = engine.encode(pad_histories(batch))
+        queries.append(engine.retrieve(encoded, np.repeat(wanted, len(batch), axis=0)))
+    return np.concatenate(queries).reshape(-1, manifest.model.item_dim)
+
+
+def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
+    """Write what changed beside the index, copy what did not, and seal the bundle."""
+    parent, added = update.parent, update.added
+    if added.ids:
+        tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: update.table}
+        if parent.catalogue.codes is not None:
+            tensors[CATEGORIES] = np.concatenate([parent.catalogue.codes, added.codes])
+        write_arrays(folder / ITEMS, tensors)
+        (folder / ITEM_IDS).write_bytes(msgspec.json.encode(parent.item_ids + added.ids))
+        titles = parent.titles + added.titles
+        if any(titles):
+            (folder / ITEM_TITLES).write_bytes(msgspec.json.encode(titles))
+        if parent.popularity is not None:
+            write_arrays(folder / POPULAR, {SHARE: _with_added(parent.popularity, len(added.ids))})
+    if len(update.retired):
+        (folder / RETIRED).write_bytes(msgspec.json.encode(update.retired.tolist()))
+    files = {path.name: fingerprint(path) for path in folder.iterdir()}
+    for name, spec in parent.manifest.files.items():
+        if name not in files:
+            shutil.copyfile(parent.files[name], folder / name)
+            files[name] = spec
+    manifest = msgspec.structs.replace(
+        parent.manifest,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        num_items=len(update.table),
+        num_retired=len(update.retired),
+        files=dict(sorted(files.items())),
+        index=index,
+        tools=parent.manifest.tools | {"unipinrec": __version__},
+        parent=parent.hash,
+        kv_namespace=parent.kv_namespace,
+        kv_rows=parent.kv_rows,
+    )
+    seal(folder, manifest)
+    return manifest
+
+
+def _with_added(shares: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Shares [S, N + count]: an added item is as popular as the least popular one; each row sums to 1 as before."""
+    least = shares.min(axis=1, keepdims=True)
+    grown = np.concatenate([shares, np.repeat(least, count, axis=1)], axis=1, dtype=np.float64)
+    summed: NDArray[np.float32] = (grown / grown.sum(axis=1, keepdims=True)).astype(np.float32)
+    return summed

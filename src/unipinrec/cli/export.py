@@ -1,0 +1,157 @@
+"""`unipinrec export`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from unipinrec.cli.common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli.evaluate import print_evaluation
+from unipinrec.cli.index import recall_option, warn_of_low_recall
+
+if TYPE_CHECKING:
+    from unipinrec.runtime.bundle.manifest import Manifest
+
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
+
+
+@click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="The prepared data: for real golden requests, users, and what is popular.",
+)
+@click.option(
+    "--users",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Histories of how many users go into the bundle, for `recommend --user`; 0 = none. They are personal data; "
+    "with --data golden.safetensors holds up to four real histories in any case, without user ids.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="Write the graphs in this precision too, for GPUs; may be repeated. fp32 is always written. Each is measured: "
+    "it has to recommend what fp32 recommends, or nothing is written. fp8 is for linear layers, with bf16 around them, "
+    "and needs --data.",
+)
+@click.option(
+    "--accept-loss",
+    is_flag=True,
+    help="Write a precision although it recommends something else than fp32, as fp8 may; the report and the manifest "
+    "say how far it goes.",
+)
+@click.option(
+    "--evaluate",
+    "evaluated",
+    type=click.IntRange(0),
+    default=2000,
+    show_default=True,
+    help="With --data, measure the lists that the bundle serves on so many test requests; 0 = none.",
+)
+@recall_option
+@json_option
+@command
+def export(
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    data: Path | None,
+    users: int,
+    precisions: tuple[str, ...],
+    accept_loss: bool,
+    evaluated: int,
+    recall: float | None,
+    as_json: bool,
+) -> None:
+    """Write a trained checkpoint as a bundle, and prove that its graphs compute what PyTorch computes."""
+    with stderr.status("loading"):
+        from unipinrec.export.bundle_writer import ExportOptions, export_bundle
+        from unipinrec.export.checkpoint_source import source_from_checkpoint
+        from unipinrec.export.data_histories import histories_from_data
+        from unipinrec.runtime.retrieval.index_build import RECALL_TARGET
+
+        source = source_from_checkpoint(checkpoint, data)
+        histories = histories_from_data(data, source, max(users, SAMPLED_USERS)) if data else None
+    began = time.monotonic()
+    with stderr.status("exporting") as status:
+        manifest = export_bundle(
+            source,
+            bundle,
+            histories=histories,
+            precisions=[name for name in PRECISIONS[1:] if name in precisions],
+            options=ExportOptions(
+                users=users,
+                recall=RECALL_TARGET if recall is None else recall,
+                accept_loss=accept_loss,
+                data=data,
+                evaluated=evaluated,
+            ),
+            progress=lambda stage: status.update(f"exporting: {stage}"),
+        )
+    warn_of_low_recall(manifest.index)
+    if as_json:
+        names = ("parity", "precisions", "index", "order", "evaluation", "files")
+        reported = {name: getattr(manifest, name) for name in names}
+        print_json({"bundle": str(bundle), **reported})
+    else:
+        _print_report(bundle, manifest, time.monotonic() - began)
+
+
+def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
+    table = Table(
+        "graph", "checks", "largest difference from PyTorch", title=f"parity, allowed {manifest.parity.tolerance:g}"
+    )
+    for name in manifest.graphs:
+        checks = [check for check in manifest.parity.checks if check.graph == name]
+        largest = max(check.max_abs_diff or 0.0 for check in checks)
+        table.add_row(name, f"{len(checks)} passed", f"{largest:.1e}")
+    stdout.print(table)
+    if manifest.evaluation:
+        print_evaluation(manifest.evaluation)
+    if manifest.order:
+        stdout.print(
+            f"slates are ordered by {manifest.order.by}: {manifest.order.reason}", markup=False, soft_wrap=True
+        )
+    if manifest.precisions:
+        stdout.print(_precision_table(manifest))
+    for name, spec in manifest.precisions.items():
+        if spec.agreement.problem:
+            stdout.print(f"{name} does not recommend what fp32 recommends: {spec.agreement.problem} (--accept-loss)")
+    size = sum(file.size_bytes for file in manifest.files.values()) / 2**20
+    index = manifest.index
+    stdout.print(
+        f"{bundle}: {manifest.num_items} items, {size:.1f} MiB, index recall@{index.recall_k} {index.recall:.4f} "
+        f"at ef={index.ef_search}, {seconds:.0f} s",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _precision_table(manifest: Manifest) -> Table:
+    table = Table(
+        *("precision", "logit error", "best ten ranked", "retrieved", "lowest cosine", "largest AUC change"),
+        title="agreement with fp32",
+    )
+    for name, spec in manifest.precisions.items():
+        agreement = spec.agreement
+        change = max(spec.auc_change.items(), key=lambda item: abs(item[1]), default=None)
+        table.add_row(
+            name,
+            f"{agreement.max_logit_diff:.1e}",
+            f"{agreement.ranked_overlap:.4f}",
+            f"{agreement.retrieved_overlap:.4f}",
+            f"{agreement.min_query_cosine:.6f}",
+            f"{change[1]:+.4f} {change[0]}" if change else "needs --data",
+        )
+    return table

@@ -1,0 +1,231 @@
+"""`unipinrec plan`: memory, hit rate and machines for a load."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unipinrec.cli.common import FiniteRange, command, json_option, print_json, stderr
+from unipinrec.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from unipinrec.runtime.tools.arrivals import ArrivalModel
+    from unipinrec.runtime.tools.capacity import Deployment, Footprint, Histories, StageCosts
+
+EXAMPLES = """\b
+Examples:
+  unipinrec plan --users 1000000 --qps 200 --bundle bundle/ --events 200
+  unipinrec plan --users 1000000 --qps 200 --size small --events 200 --memory-gib 64 \\
+      --encode-ms 60 --extend-ms 5 --retrieve-ms 2 --rank-ms 11
+  unipinrec plan --users 80000 --qps 30 --layers 12 --dim 768 --heads 12 --dtype bf16 \\
+      --events-file lengths.csv --arrivals requests.csv --budget-gib 40 --json"""
+
+COSTS = ("encode_ms", "extend_ms", "retrieve_ms", "rank_ms")
+OWN_SHAPE = ("layers", "dim", "heads")
+positive = FiniteRange(0, min_open=True)
+existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@click.command(epilog=EXAMPLES)
+@click.option("--users", type=click.IntRange(1), required=True, help="Distinct users of a month.")
+@click.option("--qps", type=positive, required=True, help="Requests per second to be served, at peak.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Take the model's shape from this bundle.")
+@click.option("--size", type=click.Choice(["tiny", "small", "paper"]), help="Or from a named size.")
+@click.option("--layers", type=click.IntRange(1), help="Or from these: layers, ...")
+@click.option("--dim", type=click.IntRange(1), help="... hidden width, ...")
+@click.option("--heads", type=click.IntRange(1), help="... attention heads, ...")
+@click.option("--kv-heads", type=click.IntRange(1), help="... key/value heads.  [default: as many as heads]")
+@click.option("--max-history", type=click.IntRange(1), help="Longest history in events.  [default: the model's; none]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    default="int8",
+    show_default=True,
+    help="Type of the cached keys and values.",
+)
+@click.option("--page-slots", type=click.IntRange(1), help="Events of a page.  [default: the cache's own]")
+@click.option("--events", type=positive, help="Mean history length over users, spread as in KuaiRand-Pure.")
+@click.option("--events-file", type=existing_file, help="Or the lengths themselves: CSV with a column `events`.")
+@click.option("--budget-gib", type=positive, help="Memory of the cache, all machines together.")
+@click.option("--memory-gib", type=positive, help="Or memory of the cache on each machine; needs the stage times.")
+@click.option("--ttl-hours", type=positive, help="Entries unused for so long are not served.  [default: no limit]")
+@click.option("--arrivals", type=existing_file, help="Your log of requests: CSV with columns `user,timestamp_ms`.")
+@click.option(
+    "--pattern",
+    type=click.Choice(["slate", "exposure"]),
+    help="Without a log, the pattern of KuaiRand-Pure: requests that begin a slate, or every exposure.  "
+    "[default: slate]",
+)
+@click.option(
+    "--requests-per-user-day",
+    type=positive,
+    help="Pace of a user; with a TTL it matters.  [default: the log's, else --qps over --users]",
+)
+@click.option("--new-share", type=FiniteRange(0, 1, max_open=True), help="Share of requests from new users.")
+@click.option(
+    "--unchanged-share",
+    type=FiniteRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of the found requests that bring no new event.",
+)
+@click.option("--encode-ms", type=positive, help="Machine time per request to encode a whole history, ...")
+@click.option("--extend-ms", type=positive, help="... to encode its new events, ...")
+@click.option("--retrieve-ms", type=positive, help="... to retrieve, ...")
+@click.option("--rank-ms", type=positive, help="... and to rank. All four, measured on your machine, or none.")
+@click.option(
+    "--utilisation",
+    type=FiniteRange(0, 1, min_open=True),
+    default=0.7,
+    show_default=True,
+    help="Share of a machine's time to plan with.",
+)
+@json_option
+@command
+def plan(as_json: bool, budget_gib: float | None, memory_gib: float | None, **options: Any) -> None:
+    """Plan a key/value cache: bytes per user, expected hit rate for a memory, and machines for a load.
+
+    Times are never guessed: without the four stage times all but the machines is planned.
+    """
+    _check(budget_gib, memory_gib, options)
+    from unipinrec.cli.plan_report import document_of, print_document
+
+    with stderr.status("planning"):
+        try:
+            document = document_of(_deployment(options), budget_gib, memory_gib, options)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except OverflowError as error:
+            raise click.UsageError(f"a number is too large to plan with ({error}); give a smaller one") from error
+    if as_json:
+        print_json(document)
+    else:
+        print_document(document)
+
+
+def _check(budget_gib: float | None, memory_gib: float | None, options: dict[str, Any]) -> None:
+    own = [name for name in OWN_SHAPE if options[name] is not None]
+    given = [name for name in ("bundle", "size") if options[name] is not None]
+    if len(given) + bool(own) != 1 or 0 < len(own) < len(OWN_SHAPE):
+        raise click.UsageError("give the model's shape: one of --bundle, --size, or --layers with --dim and --heads")
+    if options["kv_heads"] and not own:
+        raise click.UsageError(f"--kv-heads belongs to --layers, --dim and --heads; --{given[0]} has its own")
+    if (options["events"] is None) == (options["events_file"] is None):
+        raise click.UsageError("give exactly one of --events and --events-file")
+    if budget_gib is not None and memory_gib is not None:
+        raise click.UsageError("give --budget-gib (all machines together) or --memory-gib (each), not both")
+    if options["arrivals"] is not None and options["pattern"] is not None:
+        raise click.UsageError("give --arrivals or --pattern, not both")
+    missing = [name for name in COSTS if options[name] is None]
+    if missing and len(missing) < len(COSTS):
+        named = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise click.UsageError(f"stage times go together: {named} is missing")
+    if memory_gib is not None and missing:
+        raise click.UsageError("--memory-gib plans machines and needs all four stage times; --budget-gib needs none")
+
+
+def _deployment(options: dict[str, Any]) -> Deployment:
+    from unipinrec.runtime.tools.arrivals import FOREVER
+    from unipinrec.runtime.tools.capacity import Deployment
+
+    return Deployment(
+        footprint=_footprint(options),
+        histories=_histories(options),
+        users=options["users"],
+        qps=options["qps"],
+        arrivals=_arrivals(options),
+        ttl_hours=options["ttl_hours"] or FOREVER,
+        unchanged_share=options["unchanged_share"],
+        costs=_costs(options),
+        utilisation=options["utilisation"],
+    )
+
+
+def _footprint(options: dict[str, Any]) -> Footprint:
+    from unipinrec.runtime.tools.capacity import Footprint
+
+    if options["bundle"] is not None:
+        from unipinrec.runtime.bundle.bundle import read_manifest
+
+        footprint = Footprint.of(read_manifest(options["bundle"])[0].model, options["dtype"], _page_slots(options))
+    else:
+        footprint = _footprint_of_sizes(options)
+    longest = options["max_history"] or footprint.max_history
+    if longest > footprint.max_history:
+        raise click.UsageError(f"--max-history {longest} must be at most the model's own, {footprint.max_history}")
+    return dataclasses.replace(footprint, max_history=longest)
+
+
+def _footprint_of_sizes(options: dict[str, Any]) -> Footprint:
+    from unipinrec.models.config import SIZES
+    from unipinrec.runtime.kv.pages import KvGeometry
+    from unipinrec.runtime.tools.capacity import NO_LIMIT, Footprint
+
+    if options["size"] is not None:
+        config = SIZES[options["size"]]
+        layers, kv_heads, head_dim = config.num_layers, config.num_kv_heads, config.head_dim
+        prefix, longest = config.kv_prefix_slots, config.max_history
+    else:
+        if options["dim"] % options["heads"]:
+            raise click.UsageError(f"--dim {options['dim']} is not a multiple of --heads {options['heads']}")
+        layers, kv_heads = options["layers"], options["kv_heads"] or options["heads"]
+        head_dim, prefix, longest = options["dim"] // options["heads"], 1, NO_LIMIT
+    geometry = KvGeometry(
+        tensors=2 * layers,
+        heads=kv_heads,
+        head_dim=head_dim,
+        dtype=options["dtype"],
+        page_slots=_page_slots(options),
+    )
+    return Footprint(geometry=geometry, prefix_slots=prefix, max_history=longest)
+
+
+def _page_slots(options: dict[str, Any]) -> int:
+    from unipinrec.runtime.kv.pages import PAGE_SLOTS
+
+    return options["page_slots"] or PAGE_SLOTS
+
+
+def _histories(options: dict[str, Any]) -> Histories:
+    from unipinrec.runtime.tools.capacity import Histories, histories_of_mean
+
+    if options["events"] is not None:
+        return histories_of_mean(options["events"])
+    return Histories(events=tuple(_read_lengths(options["events_file"])))
+
+
+def _read_lengths(path: Path) -> list[float]:
+    lengths = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                lengths.append(float(row["events"]))
+    except KeyError as error:
+        raise DataError(f"{path}: no column 'events'; one row per user, its history's length in that column") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: line {len(lengths) + 2}: events is a number of events: {error}") from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as CSV: {error}") from error
+    return lengths
+
+
+def _arrivals(options: dict[str, Any]) -> ArrivalModel:
+    from unipinrec.runtime.tools.arrivals import KUAIRAND, fit_arrivals, pauses_of, read_log
+
+    if options["arrivals"] is not None:
+        model = fit_arrivals(pauses_of(*read_log(options["arrivals"])), f"{options['arrivals']}, fitted")
+        rate = options["requests_per_user_day"] or model.requests_per_user_day
+    else:
+        model = KUAIRAND[options["pattern"] or "slate"]
+        rate = options["requests_per_user_day"] or options["qps"] * 86_400 / options["users"]
+    return model.at_rate(rate, options["new_share"])
+
+
+def _costs(options: dict[str, Any]) -> StageCosts | None:
+    from unipinrec.runtime.tools.capacity import StageCosts
+
+    return None if options["encode_ms"] is None else StageCosts(**{name: options[name] for name in COSTS})

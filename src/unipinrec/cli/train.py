@@ -1,0 +1,134 @@
+"""`unipinrec train`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from unipinrec.cli.common import command, json_option, print_json, progress, stderr, stdout, warn
+
+if TYPE_CHECKING:
+    from unipinrec.models.training.config import RunConfig
+    from unipinrec.models.training.log import StepReport
+    from unipinrec.models.training.train import EpochReport, Trainer
+
+
+@click.command(epilog="Example: unipinrec train --data data/ --config tiny --out checkpoint/ --epochs 10")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
+@click.option("--config", default="tiny", show_default=True, help="tiny, small, paper, or a TOML file.")
+@click.option("--out", type=click.Path(path_type=Path), help="The checkpoint folder to write.")
+@click.option("--dry-run", is_flag=True, help="Print parameters, FLOPs and memory; train and write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with the run that --out holds.")
+@click.option("--epochs", type=int, help="Overrides the configuration, as do the next four.")
+@click.option("--batch-size", type=int)
+@click.option("--learning-rate", type=float)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
+@click.option("--seed", type=int)
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events beside log.csv.")
+@json_option
+@command
+def train(
+    *,
+    data: Path,
+    config: str,
+    out: Path | None,
+    dry_run: bool,
+    resume: bool,
+    tensorboard: bool,
+    as_json: bool,
+    **overrides: Any,
+) -> None:
+    """Train a model; Ctrl-C stops after the current step and leaves a state to resume from.
+
+    The checkpoint folder holds log.csv (a row per ten steps) and metrics.json (an entry per epoch).
+    For several GPUs: torchrun --nproc-per-node 4 -m unipinrec train ...
+    """
+    from unipinrec.models.data.schema import read_dataset
+    from unipinrec.models.training.config import load_run_config
+    from unipinrec.models.training.train import Trainer
+
+    run_config = load_run_config(config, overrides)
+    if dry_run:
+        _print_cost(data, run_config, as_json)
+        return
+    if out is None:
+        raise click.UsageError("give --out, the checkpoint folder to write, or --dry-run")
+    trainer = Trainer(read_dataset(data), run_config, out, resume=resume, tensorboard=tensorboard)
+    for warning in trainer.warnings if trainer.accelerator.is_main_process and not trainer.finished else []:
+        warn(warning)
+    previous = signal.signal(signal.SIGINT, lambda *_: _request_stop(trainer, previous))
+    try:
+        last = _follow(trainer)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if as_json and trainer.accelerator.is_main_process:
+        print_json({"checkpoint": str(out), "epochs": trainer.reports})
+    elif last is not None:
+        stderr.print(f"checkpoint: {out}")
+
+
+def _print_cost(data: Path, config: RunConfig, as_json: bool) -> None:
+    from unipinrec.models.data.schema import read_dataset
+    from unipinrec.models.training.cost import training_cost
+
+    cost = training_cost(read_dataset(data), config)
+    for warning in cost.warnings:
+        warn(warning)
+    if as_json:
+        print_json(cost)
+        return
+    table = Table("training would take", "")
+    for part, count in cost.parameters.items():
+        table.add_row(f"parameters, {part}", f"{count:,}")
+    table.add_row("windows", f"{cost.windows:,}, {cost.events_per_window:.1f} events each on average")
+    table.add_row("steps per epoch", f"{cost.steps_per_epoch:,}, {cost.padding:.1%} of the event slots padded")
+    example = f"{cost.example_events} events, {cost.example_candidates} candidates"
+    table.add_row(f"FLOPs per example ({example})", f"{cost.flops_per_example / 1e9:.3g} G")
+    table.add_row("memory: weights, gradients, AdamW", f"{cost.state_bytes / 2**20:,.1f} MiB")
+    table.add_row("memory: activations per example", f"{cost.activation_bytes_per_example / 2**20:,.1f} MiB")
+    table.add_row("memory of a step", f"{cost.step_bytes / 2**20:,.1f} MiB")
+    stdout.print(table)
+
+
+def _request_stop(trainer: Trainer, previous: Any) -> None:
+    """First Ctrl-C: stop after the step. Second: whatever Ctrl-C did before."""
+    trainer.stop_requested = True
+    signal.signal(signal.SIGINT, previous)
+    stderr.print("stopping after this step ...")
+
+
+def _follow(trainer: Trainer) -> EpochReport | None:
+    from unipinrec.models.training.train import EpochReport
+
+    last = None
+    if trainer.finished and trainer.accelerator.is_main_process:
+        stderr.print(f"already finished: {trainer.position.epoch} epochs are done", highlight=False)
+    with progress() as bar:
+        bar.disable = not trainer.accelerator.is_main_process or trainer.finished
+        task = bar.add_task("train", total=trainer.total_steps, note="")
+        for report in trainer.run():
+            if isinstance(report, EpochReport):
+                last = report
+                if not bar.disable:
+                    bar.console.print(_epoch_line(report), highlight=False, soft_wrap=True)
+            else:
+                bar.update(task, completed=report.step, note=_step_note(report))
+    return last
+
+
+def _step_note(report: StepReport) -> str:
+    return f"epoch {report.epoch + 1} loss {report.losses['loss']:.3f}"
+
+
+def _epoch_line(report: EpochReport) -> str:
+    parts = [f"epoch {report.epoch + 1}", f"{report.seconds:.0f} s", f"loss {report.losses['loss']:.3f}"]
+    if report.metrics.retrieval:
+        parts.append(f"HR@10 {report.metrics.retrieval.hit_rate[10]:.4f}")
+    measured = {name: m.auc for name, m in (report.metrics.ranking or {}).items() if m.auc is not None}
+    if measured:
+        parts.append("AUC " + " ".join(f"{name} {auc:.3f}" for name, auc in measured.items()))
+    return "  ".join([*parts, "best" if report.best else ""]).rstrip()

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import hnswlib
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from unipinrec.errors import BackendError, BundleError
+from unipinrec.runtime.bundle.manifest import IndexSpec
+from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, recall
+
+SPEC = IndexSpec(space="ip", dim=8, count=500, m=16, ef_construction=100, ef_search=50, seed=1, recall=1.0, recall_k=10)
+
+
+def unit(rng: np.random.Generator, rows: int, dim: int = 8) -> NDArray[np.float32]:
+    vectors = rng.normal(size=(rows, dim)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def write_index(path: Path, vectors: NDArray[np.float32]) -> Path:
+    index: Any = hnswlib.Index(space="ip", dim=vectors.shape[1])
+    index.init_index(len(vectors), M=16, ef_construction=100, random_seed=1)
+    index.add_items(vectors, np.arange(len(vectors)), num_threads=1)
+    index.save_index(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vectors() -> NDArray[np.float32]:
+    return unit(np.random.default_rng(5), 500)
+
+
+@pytest.fixture(scope="module")
+def path(vectors: NDArray[np.float32], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_index(tmp_path_factory.mktemp("index") / "index.hnsw", vectors)
+
+
+def test_both_indexes_find_the_same_items_and_similarity(path: Path, vectors: NDArray[np.float32]) -> None:
+    queries = unit(np.random.default_rng(6), 4)
+    rows, similarity = HnswIndex(path, SPEC, vectors).search(queries, 10)
+    exact_rows, exact_similarity = ExactIndex(vectors).search(queries, 10)
+    expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    np.testing.assert_array_equal(exact_rows, expected)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(similarity, exact_similarity, atol=1e-6)
+
+
+def test_more_neighbours_than_ef_are_found_in_full(path: Path, vectors: NDArray[np.float32]) -> None:
+    rows, similarity = HnswIndex(path, SPEC, vectors).search(vectors[:1], 400)
+    assert len(np.unique(rows)) == 400
+    assert (np.diff(similarity[0]) <= 0).all()
+    expected, _ = ExactIndex(vectors).search(vectors[:1], 400)
+    assert len(np.intersect1d(rows, expected)) > 395
+
+
+def test_the_scan_leaves_out_excluded_rows_and_orders_ties_by_row() -> None:
+    table = np.array([[1, 0], [0, 1], [1, 0], [0.6, 0.8]], np.float32)
+    rows, similarity = ExactIndex(table).search(np.array([[1, 0]], np.float32), 3)
+    assert rows.tolist() == [[0, 2, 3]]
+    np.testing.assert_allclose(similarity, [[1, 1, 0.6]])
+    rows, _ = ExactIndex(table).search(np.array([[1, 0]], np.float32), 2, np.array([False, True, True, False]))
+    assert rows.tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.2, 0.02])
+def test_a_scan_finds_the_same_by_mask_and_by_gathering(vectors: NDArray[np.float32], share: float) -> None:
+    rng = np.random.default_rng(11)
+    table = np.concatenate([vectors, vectors[::-1]])  # every item twice, at places that the product rounds differently
+    eligible = rng.random(len(table)) < share
+    eligible[:3] = True
+    queries = unit(rng, 30)
+    rows, similarity = ExactIndex(table).search(queries, 3, eligible)
+    for query, found, values in zip(queries, rows, similarity, strict=True):
+        alone = np.array([np.einsum("e,e", row, query) for row in table])
+        alone[~eligible] = -np.inf
+        expected = np.lexsort((np.arange(len(table)), -alone))[:3]
+        assert found.tolist() == expected.tolist()
+        np.testing.assert_array_equal(values, alone[expected])
+
+
+def test_no_near_tie_is_lost_to_the_rounding_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, einsum, reversed_at = np.random.default_rng(2), np.einsum, []
+    table = np.repeat(unit(rng, 1, 64), 400, axis=0) + rng.normal(scale=1e-8, size=(400, 64)).astype(np.float32)
+    queries, eligible = unit(rng, 20, 64), np.arange(400) % 2 == 0
+
+    def summed_backwards(how: str, left: Any, right: Any) -> Any:
+        if how == "me,me->m":
+            return einsum(how, left, right)
+        reversed_at.append(how)
+        return einsum(how, left[..., ::-1].copy(), right[:, ::-1].copy())
+
+    expected = ExactIndex(table).search(queries, 3, eligible)
+    similarity = np.array([[np.einsum("e,e", row, query) for row in table] for query in queries])
+    similarity[:, ~eligible] = -np.inf
+    np.testing.assert_array_equal(expected[0], np.argsort(-similarity, axis=1, kind="stable")[:, :3])
+    monkeypatch.setattr(np, "einsum", summed_backwards)
+    for cost in (4.0, 0.0):  # by mask, by gathering
+        for given, found in zip(ExactIndex(table, cost).search(queries, 3, eligible), expected, strict=True):
+            np.testing.assert_array_equal(given, found)
+    assert set(reversed_at) == {"se,ne->sn", "e,ne->n"}
+
+
+def test_recall_counts_what_is_as_near_as_the_last() -> None:
+    true = np.array([[0.9, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32)
+    assert recall(np.array([[0.5, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32), true) == 1.0
+    assert recall(np.array([[0.9, 0.5, 0.4], [0.7, 0.6, 0.5]], np.float32), true) == 0.5
+
+
+def test_retired_items_are_marked_or_absent(vectors: NDArray[np.float32], tmp_path: Path) -> None:
+    retired = np.array([0, 17, 499])
+    kept = np.setdiff1d(np.arange(500), retired)
+    index: Any = hnswlib.Index(space="ip", dim=8)
+    index.init_index(497, M=16, ef_construction=100, random_seed=1)
+    index.add_items(vectors[kept], kept, num_threads=1)
+    index.save_index(str(tmp_path / "index.hnsw"))
+    absent = HnswIndex(tmp_path / "index.hnsw", msgspec.structs.replace(SPEC, count=497), vectors, retired)
+    rows, _ = absent.search(vectors[17:18], 497)
+    assert sorted(rows[0].tolist()) == kept.tolist()
+    with pytest.raises(BundleError, match=r"the index does not match the items: it lacks some"):
+        HnswIndex(tmp_path / "index.hnsw", msgspec.structs.replace(SPEC, count=497), vectors)
+
+
+def test_a_query_that_is_not_finite_is_refused(path: Path, vectors: NDArray[np.float32]) -> None:
+    query = np.full((1, 8), np.nan, np.float32)
+    for index in (HnswIndex(path, SPEC, vectors), ExactIndex(vectors)):
+        with pytest.raises(BackendError, match="a query vector is not finite"):
+            index.search(query, 3)
+
+
+def test_more_neighbours_than_items_cannot_be_found(path: Path, vectors: NDArray[np.float32]) -> None:
+    with pytest.raises(BackendError, match="hnswlib found fewer than k=501 items"):
+        HnswIndex(path, SPEC, vectors).search(vectors[:1], 501)
+
+
+@pytest.mark.parametrize("changes", [{"dim": 16}, {"dim": 4}, {"count": 499}])
+def test_an_index_of_another_shape_is_not_loaded(
+    path: Path, vectors: NDArray[np.float32], changes: dict[str, int]
+) -> None:
+    with pytest.raises(BundleError, match=r"the index does not match the items: it has \(dim, count\) = \(8, 500\)"):
+        HnswIndex(path, msgspec.structs.replace(SPEC, **changes), vectors)
+
+
+def test_an_index_of_other_vectors_is_not_used(path: Path) -> None:
+    with pytest.raises(BundleError, match="the index does not match the items: it was built of other vectors"):
+        HnswIndex(path, SPEC, unit(np.random.default_rng(7), 500))
+
+
+@pytest.mark.parametrize("kept", [0, 20, 200])
+def test_what_is_no_index_is_not_loaded(path: Path, vectors: NDArray[np.float32], tmp_path: Path, kept: int) -> None:
+    (tmp_path / "part.hnsw").write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BundleError, match=r"part\.hnsw: .*export the bundle again"):
+        HnswIndex(tmp_path / "part.hnsw", SPEC, vectors)
+
+
+def test_scans_of_concurrent_threads_do_not_fight() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((10_000, 64)).astype(np.float32)
+    scan, query = ExactIndex(vectors), vectors[:1]
+
+    def scans(count: int) -> None:
+        for _ in range(count):
+            scan.search(query, 100)
+
+    def seconds(threads: int, count: int) -> float:
+        workers = [threading.Thread(target=scans, args=(count,)) for _ in range(threads)]
+        began = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - began
+
+    scans(50)
+    # With the threads of BLAS it was thirty times as long.
+    assert min(seconds(16, 50) for _ in range(3)) < 5 * min(seconds(1, 800) for _ in range(3))

@@ -1,0 +1,188 @@
+"""Real server processes: they load, are killed, drain, and end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served_process import HISTORY, started
+
+from unipinrec.errors import ConfigError
+from unipinrec.runtime.server.process.run import RunOptions, listen
+
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n"
+
+
+def event(name: str, at: int) -> dict[str, Any]:
+    return {"item": f"item-{at % 24}", "actions": ["click"], "timestamp_ms": at, "id": name}
+
+
+def test_events_that_were_acknowledged_survive_kill_9(tmp_path: Path) -> None:
+    words = ("--state", tmp_path / "state", "--kept-events", "10000")
+    acknowledged: list[str] = []
+    with started(*words) as running:
+        running.ready()
+
+        def write(writer: int) -> None:
+            for at in range(10_000):
+                name = f"{writer}.{at}"
+                try:
+                    running.ask("POST", "/v1/events", {"user": f"u{writer % 2}", "events": [event(name, at)]})
+                except (OSError, http.client.HTTPException):
+                    return
+                acknowledged.append(name)
+
+        writers = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
+        for writer in writers:
+            writer.start()
+        while len(acknowledged) < 50:
+            time.sleep(0.005)
+        os.kill(running.process.pid, signal.SIGKILL)
+        for writer in writers:
+            writer.join(20)
+    with started(*words) as again:
+        again.ready()
+        known = [one["id"] for user in ("u0", "u1") for one in again.ask("GET", f"/v1/users/{user}")[1]["events"]]
+        assert set(acknowledged) <= set(known)
+        assert len(known) == len(set(known)) <= len(acknowledged) + len(writers)
+        status, answer = again.ask("POST", "/v1/recommend", {"user": "u0", "k": 1})
+        assert (status, answer["kv"]) == (200, "miss")
+
+
+@pytest.mark.parametrize(("drain_delay_s", "processes"), [(0, 1), (0.3, 1), (0.3, 2)])
+def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, processes: int, tmp_path: Path) -> None:
+    outcomes: list[int | str] = []
+    together = ("--processes", str(processes), "--state", tmp_path)
+    with started("--drain-delay-s", str(drain_delay_s), "--max-wait-ms", "20", *together) as running:
+        running.ready()
+        ended = threading.Event()
+
+        def ask() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+            while not ended.is_set():
+                try:
+                    connection.connect()
+                except ConnectionRefusedError:  # clearly not accepted
+                    return
+                connection.auto_open = 0
+                try:
+                    while connection.sock is not None:
+                        connection.request("POST", "/v1/recommend", json.dumps({"history": HISTORY, "k": 1}))
+                        answer = connection.getresponse()
+                        answer.read()
+                        outcomes.append(answer.status)
+                except (OSError, http.client.HTTPException) as error:
+                    outcomes.append(repr(error))
+                connection.close()
+
+        clients = [threading.Thread(target=ask) for _ in range(8)]
+        for client in clients:
+            client.start()
+        while len(outcomes) < 50:
+            time.sleep(0.01)
+        before = len(outcomes)
+        running.process.send_signal(signal.SIGTERM)
+        exit_code = running.process.wait(20)
+        ended.set()
+        for client in clients:
+            client.join(20)
+    assert exit_code == 0, "".join(running.lines)[-8000:]
+    assert len(outcomes) > before
+    assert set(outcomes) == {200}
+    assert "is drained and closed" in "".join(running.lines)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("loading_s", [0.1, 0.2, 0.3])
+def test_sigterm_while_it_loads_ends_it_properly(processes: int, loading_s: float, tmp_path: Path) -> None:
+    with started("--processes", str(processes), "--state", tmp_path) as running:
+        time.sleep(loading_s + 0.6 * (processes > 1))  # these have an interpreter to start first
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) in (0, -signal.SIGTERM), "".join(running.lines)
+    assert not running.found("terminate"), "".join(running.lines)
+
+
+def test_a_request_that_was_accepted_is_answered_before_the_end() -> None:
+    with started("--drain-delay-s", "0", "--max-wait-ms", "700") as running:
+        running.ready()
+        answers: list[int] = []
+        body = {"history": HISTORY, "k": 1}
+        asking = threading.Thread(target=lambda: answers.append(running.ask("POST", "/v1/recommend", body)[0]))
+        asking.start()
+        time.sleep(0.2)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+        asking.join(20)
+    assert answers == [200]
+
+
+def test_what_is_late_is_cut_off_after_the_limit() -> None:
+    with started("--drain-delay-s", "0", "--drain-s", "1") as running:
+        running.ready()
+        with socket.create_connection(("127.0.0.1", running.port)) as slow:
+            slow.sendall(HEAD + b"Content-Length: 100\r\nX-Deadline-Ms: 30000\r\n\r\n{")
+            time.sleep(0.2)
+            began = time.monotonic()
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(20) == 0
+            assert 0.8 < time.monotonic() - began < 6
+
+
+def test_while_it_drains_it_is_not_ready_and_ctrl_c_hastens_it() -> None:
+    with started("--drain-delay-s", "60") as running:
+        running.ready()
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        status, answer = running.ask("GET", "/health/ready")
+        assert (status, answer["status"]) == (503, "draining")
+        assert running.ask("POST", "/v1/recommend", {"history": HISTORY, "k": 1})[0] == 200
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(20) == 0
+
+
+def test_large_or_missing_heads_end_their_connection() -> None:
+    pytest.importorskip("httptools")
+    with started() as running:
+        running.ready()
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n")
+            for _ in range(17):
+                client.sendall(b"X-More: " + b"x" * 4000 + b"\r\n")
+            assert client.recv(12) == b"HTTP/1.1 400"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-More: " + b"x" * 30_000 + b"\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+            client.sendall(HEAD + b"Content-Length: 9000000\r\n\r\n" + b" " * 300_000)
+            assert client.recv(12) == b"HTTP/1.1 413"
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*choose another --host or --port"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid:80"):
+        listen("no.such.host.invalid", 80)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="drain_s=0 at least 1"):
+        RunOptions(drain_s=0)
+
+
+@pytest.mark.parametrize(("option", "status"), [((), 200), (("--cold-start", "refuse"), 422)])
+def test_a_user_without_events_is_answered_or_refused(popular: Path, option: tuple[str, ...], status: int) -> None:
+    with started(*option, bundle=popular) as server:
+        server.ready()
+        answered, body = server.ask("POST", "/v1/recommend", {"user": "nobody", "k": 1})
+        assert answered == status
+        assert (body["items"][0]["item"] if status == 200 else body["error"]["code"]) in ("item-5", "cold_start")

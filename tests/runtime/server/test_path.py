@@ -1,0 +1,47 @@
+"""How much of the house one request passes through: every file is one that a reader has to open."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from answers import STORED
+
+TRACE = """
+import sys, threading
+from pathlib import Path
+from starlette.testclient import TestClient
+import unipinrec
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.deployments import Deployments
+
+home, entered = str(Path(unipinrec.__file__).parent), set()
+
+def note(frame, event, _):
+    if event == "call" and frame.f_code.co_filename.startswith(home):
+        entered.add(frame.f_code.co_filename.removeprefix(home))
+
+threading.setprofile(note)  # before the threads that answer are started
+sys.setprofile(note)
+options = DeploymentOptions(device="cpu", cache=CacheOptions(budget_bytes=8 << 20))
+deployments = Deployments(Deployment.open(sys.argv[1], options))
+with TestClient(make_app(make_server(deployments=deployments))) as client:
+    body = {"user": "ann", "history": [{"item": "item-1", "actions": ["click"]}], "k": 3}
+    client.post("/v1/recommend", json=body)
+    entered.clear()
+    assert client.post("/v1/recommend", json=body | {"user": "bob"}).status_code == 200
+    print(*sorted(entered))
+sys.setprofile(None)
+deployments.close()
+"""
+
+
+def test_one_recommendation_passes_few_files() -> None:
+    command = [sys.executable, "-c", TRACE, str(STORED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entered = done.stdout.split()
+    assert "/runtime/recommender.py" in entered
+    assert len(entered) <= 28, done.stdout
