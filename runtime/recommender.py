@@ -43,7 +43,6 @@ from unipinrec.runtime.resolve import item_row, resolve_request
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
 from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
-MAX_BATCH = 32
 DEFAULT_OPTIONS = RecommendOptions()
 log = logging.getLogger(__name__)
 
