@@ -23,9 +23,8 @@ from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
-from unipinrec.runtime.graphs.grouping import Padding, grouped
 from unipinrec.runtime.kv.cache import KvCache
-from unipinrec.runtime.kv.histories import Found, HistoryEncoder
+from unipinrec.runtime.kv.histories import Found, HistoryEncoder, Padding, grouped
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal

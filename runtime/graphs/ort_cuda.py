@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
 from unipinrec.runtime.machine import driver_problem

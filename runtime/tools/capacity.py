@@ -1,6 +1,6 @@
 """How much memory a key/value cache takes, what it finds, and how many machines a load needs. Arithmetic alone.
 
-Bytes follow from the geometry of the cache itself (`kv_pages.py`) and are exact; the share of requests that the cache
+Bytes follow from the geometry of the cache itself (`kv/pages.py`) and are exact; the share of requests that the cache
 serves follows from an arrival model (`arrivals.py`) and is an estimate; times are the caller's, measured elsewhere.
 """
 

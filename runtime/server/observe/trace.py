@@ -16,8 +16,7 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Handler, Server
-from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.context import Call, Handler, Server, as_json
 from unipinrec.runtime.server.operations import EVERY, Operation, in_path
 from unipinrec.runtime.slate import Slate
 

@@ -17,8 +17,7 @@ from starlette.responses import Response
 
 from unipinrec.errors import MALFORMED
 from unipinrec.runtime.server.api import ForgetAnswer, Refusal
-from unipinrec.runtime.server.context import Call, Handler, Server
-from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.context import Call, Handler, Server, as_json
 from unipinrec.runtime.server.process.run import Place
 
 PASSED_ON = ("authorization", "content-type", "traceparent", "tracestate", "x-trace")

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
-from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.bundle.tensors import Tensor
-from unipinrec.runtime.graphs.backend import Backend
-from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer
-from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
+from unipinrec.runtime.graphs.backend import Backend, HostTensor
+from unipinrec.runtime.graphs.engine import Engine, KvBuffer
 from unipinrec.runtime.kv.histories import HistoryEncoder
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvPages
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.server.admin import AdminOptions, admin_routes
-from unipinrec.runtime.server.app import documented, make_app, make_server, operations_of
+from unipinrec.runtime.server.app import make_app, make_server, operations_of
 from unipinrec.runtime.server.context import Server
 from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
 from unipinrec.runtime.server.observe.trace import Traces, trace_route
@@ -59,7 +59,7 @@ def validator(document: dict[str, Any], schema: dict[str, Any]) -> Any:
 
 def test_every_route_is_described_and_nothing_else(client: TestClient, document: dict[str, Any]) -> None:
     routes = operations_of(cast(Starlette, client.app).routes)
-    there = {(one.method.lower(), documented(one.path)) for one in routes}
+    there = {(one.method.lower(), one.documented) for one in routes}
     assert {(method, path) for method, path, _ in operations(document)} == there - UNDOCUMENTED
     assert len({one["operationId"] for _, _, one in operations(document)}) == len(operations(document))
     assert (document["openapi"], document["info"]["version"]) == ("3.1.0", "1.2.3")

@@ -13,7 +13,7 @@ from live_server import deployed, listening
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.golden import read_golden
-from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.server.app import make_app, make_server
