@@ -18,6 +18,7 @@ verify.py        files, golden requests and sample users of a bundle, checked
 
 from unipinrec.runtime.batching import Batcher, BatchOptions
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.graphs.mock import MockBackend
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
@@ -32,6 +33,7 @@ __all__ = [
     "CacheOptions",
     "Event",
     "KvCache",
+    "MockBackend",
     "RecommendOptions",
     "Recommender",
     "Request",

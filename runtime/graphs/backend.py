@@ -68,7 +68,7 @@ class Device:
     """What really runs.
 
     Attributes:
-        name: One of `runtime.device.DEVICES`, never "auto".
+        name: One of `runtime.device.DEVICES`, never "auto"; of a backend that was passed in its class.
         reason: Why it was chosen.
         precision: What it computes in.
         refused: What was preferred to it, each with the reason why it does not run.
