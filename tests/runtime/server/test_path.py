@@ -12,10 +12,7 @@ import sys, threading
 from pathlib import Path
 from starlette.testclient import TestClient
 import unipinrec
-from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.serve import ServeOptions, assembled
 
 home, entered = str(Path(unipinrec.__file__).parent), set()
 
@@ -25,16 +22,16 @@ def note(frame, event, _):
 
 threading.setprofile(note)  # before the threads that answer are started
 sys.setprofile(note)
-options = DeploymentOptions(device="cpu", cache=CacheOptions(budget_bytes=8 << 20))
-deployments = Deployments(Deployment.open(sys.argv[1], options))
-with TestClient(make_app(make_server(deployments=deployments))) as client:
+options = ServeOptions(device="cpu", cache_mib=8, recall_share=0)
+with assembled(Path(sys.argv[1]), options) as (server, app, load), TestClient(app) as client:
+    server.open(load())
     body = {"user": "ann", "history": [{"item": "item-1", "actions": ["click"]}], "k": 3}
     client.post("/v1/recommend", json=body)
     entered.clear()
     assert client.post("/v1/recommend", json=body | {"user": "bob"}).status_code == 200
     print(*sorted(entered))
-sys.setprofile(None)
-deployments.close()
+    sys.setprofile(None)
+    server.deployments.close()
 """
 
 
