@@ -35,12 +35,14 @@ from unipinrec.runtime.requests import (
     RecommendOptions,
     Request,
     ResolvedRequest,
+    Slate,
+    SlateItem,
+    StageTimes,
     as_events,
     check_types,
 )
-from unipinrec.runtime.resolve import item_row, resolve_request
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
-from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
+from unipinrec.runtime.validation import item_row, resolve_request
 
 DEFAULT_OPTIONS = RecommendOptions()
 log = logging.getLogger(__name__)

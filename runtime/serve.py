@@ -28,7 +28,7 @@ from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
 from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Handler, Server, ServerOptions
+from unipinrec.runtime.server.call import Handler, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
@@ -41,9 +41,9 @@ from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_rout
 from unipinrec.runtime.server.openapi import openapi_route
 from unipinrec.runtime.server.page import page_routes
 from unipinrec.runtime.server.process.end import ending_with_its_threads
+from unipinrec.runtime.server.process.lifecycle import Place, RunOptions, run
 from unipinrec.runtime.server.process.peers import Peers
-from unipinrec.runtime.server.process.run import Place, RunOptions, run
-from unipinrec.runtime.server.process.workers import serve_together
+from unipinrec.runtime.server.process.supervisor import serve_together
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 KEPT_HISTORIES = 2

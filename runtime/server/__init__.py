@@ -4,7 +4,7 @@ admin.py             swaps from outside: by token, or by a watched file
 admission.py         who may wait, and for how long; who is being answered
 api.py               what clients send and get, and how much of it at once
 app.py               the table of routes
-context.py           one request from arrival to answer: deadline, errors, clients that leave; what handlers share
+call.py              one request from arrival to answer: deadline, errors, clients that leave; what handlers share
 deployment.py        one bundle in service
 deployments.py       what serves, and how it is replaced while it serves
 handlers.py          what each of the routes does

@@ -25,7 +25,7 @@ from unipinrec.errors import MALFORMED, BundleError, ConfigError, SwapBusyError,
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Handler, Server, as_json
+from unipinrec.runtime.server.call import Call, Handler, Server, as_json
 from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
 from unipinrec.runtime.server.operations import ADMIN, Operation
 

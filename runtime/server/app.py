@@ -25,7 +25,7 @@ from unipinrec.runtime.server.api import (
     SimilarBody,
     UserAnswer,
 )
-from unipinrec.runtime.server.context import Endpoint, Handler, Observer, Server, ServerOptions, as_json
+from unipinrec.runtime.server.call import Endpoint, Handler, Observer, Server, ServerOptions, as_json
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, Receipt, StoreLimits
 from unipinrec.runtime.server.openapi_examples import EXAMPLE_USER

@@ -17,8 +17,7 @@ from starlette.responses import Response
 from unipinrec.errors import BackendError, ColdStartError, RequestError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
-from unipinrec.runtime.resolve import check_event
+from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event, Slate
 from unipinrec.runtime.server.api import (
     ErrorAnswer,
     EventsBody,
@@ -33,11 +32,11 @@ from unipinrec.runtime.server.api import (
     decode_recommend,
     decode_similar,
 )
-from unipinrec.runtime.server.context import Call, Server, as_json, invalid, refusal_of
+from unipinrec.runtime.server.call import Call, Server, as_json, invalid, refusal_of
 from unipinrec.runtime.server.deployments import Deployment
 from unipinrec.runtime.server.events.store import Append, StoredEvent
 from unipinrec.runtime.server.similar import similar_items
-from unipinrec.runtime.slate import Slate
+from unipinrec.runtime.validation import check_event
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

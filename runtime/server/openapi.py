@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unipinrec.runtime.server.app import operations_of, route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.openapi_examples import Example, Examples, examples
 from unipinrec.runtime.server.operations import AnyOf, Operation, in_header
 

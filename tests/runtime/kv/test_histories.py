@@ -19,8 +19,8 @@ from unipinrec.runtime.graphs.engine import Engine, KvBuffer
 from unipinrec.runtime.graphs.mock import Arrays, Handler, MockBackend
 from unipinrec.runtime.kv.histories import HistoryEncoder
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvPages
+from unipinrec.runtime.requests import SlateItem
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
-from unipinrec.runtime.slate import SlateItem
 
 T = 1_760_000_000_000
 OPTIONS = RecommendOptions(now_ms=T + 10**9, candidates=300)  # all, so that no near tie decides who is ranked

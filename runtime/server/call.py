@@ -20,12 +20,12 @@ from starlette.types import Receive, Scope, Send
 
 from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
+from unipinrec.runtime.requests import Slate
 from unipinrec.runtime.server.admission import Admission, UsersInFlight
 from unipinrec.runtime.server.api import Limits, RecommendBody, Refusal
 from unipinrec.runtime.server.deployments import Deployment, Deployments
 from unipinrec.runtime.server.events.store import EventStore
 from unipinrec.runtime.server.operations import Operation
-from unipinrec.runtime.slate import Slate
 
 CLIENT_LEFT = 499
 _ENCODER = msgspec.json.Encoder()
