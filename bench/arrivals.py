@@ -41,9 +41,9 @@ from unipinrec.models.data.validate import build_dataset
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.tools.arrivals import FOREVER, ArrivalModel, fit_arrivals, pauses_of
 from unipinrec.runtime.tools.capacity import (
-    Deployment,
+    CapacityInput,
     Footprint,
-    Histories,
+    HistoryLengths,
     histories_of_mean,
     memory_of_all,
     outcome,
@@ -156,7 +156,7 @@ def by_users(log: Log, model: ArrivalModel) -> list[dict[str, Any]]:
     return rows
 
 
-def by_memory(log: Log, model: ArrivalModel, histories: Histories) -> list[dict[str, Any]]:
+def by_memory(log: Log, model: ArrivalModel, histories: HistoryLengths) -> list[dict[str, Any]]:
     """The same over shares of the pages that all histories take, without a time to live."""
     lengths = log.history_lengths(MIDDLE_MS)
     users = np.unique(log.users[log.times_ms < END_MS])
@@ -165,7 +165,7 @@ def by_memory(log: Log, model: ArrivalModel, histories: Histories) -> list[dict[
         time: SMALL_FP32.pages(log.history_lengths(time).astype(np.float64))
         for time in range(FIT_MS, END_MS, 86_400_000)
     }
-    deployment = Deployment(footprint=SMALL_FP32, histories=histories, users=len(users), qps=1.0, arrivals=model)
+    deployment = CapacityInput(footprint=SMALL_FP32, histories=histories, users=len(users), qps=1.0, arrivals=model)
     rows = []
     for share in SHARES:
 

@@ -51,12 +51,12 @@ def ranks_of(
 ) -> NDArray[np.float64]:
     """0-based rank of each target among the items that its user has not seen, equal scores counted half."""
     ranks = np.empty(len(requests))
-    for place, (user, end) in enumerate(zip(requests.users.tolist(), requests.ends.tolist(), strict=True)):
+    for index, (user, end) in enumerate(zip(requests.users.tolist(), requests.ends.tolist(), strict=True)):
         rows = history_rows(data, user, end)
         liked = np.unique(rows[wanted[data.event_start[user] : end]])
         scores = weight[liked].sum(0)
-        target, wins = requests.targets[place], np.delete(scores, rows[rows != requests.targets[place]])
-        ranks[place] = (wins > scores[target]).sum() + ((wins == scores[target]).sum() - 1) / 2
+        target, wins = requests.targets[index], np.delete(scores, rows[rows != requests.targets[index]])
+        ranks[index] = (wins > scores[target]).sum() + ((wins == scores[target]).sum() - 1) / 2
     return ranks
 
 

@@ -66,11 +66,11 @@ def slate_table(data: Sequences, dataset: Dataset) -> pl.DataFrame:
     }
     for name in ("video_type", "upload_type", "music_type"):
         table[name] = data.features.categories[data.slate_rows, categories.index(name)]
-    for place, name in enumerate(("log_duration", "age_days")):
-        table[name] = data.features.dense[data.slate_rows, place]
-    for place, action in enumerate(dataset.spec.actions):
+    for position, name in enumerate(("log_duration", "age_days")):
+        table[name] = data.features.dense[data.slate_rows, position]
+    for position, action in enumerate(dataset.spec.actions):
         if action in ACTIONS:
-            table[f"label_{action}"] = data.slate_actions[:, place].astype(np.float64)
+            table[f"label_{action}"] = data.slate_actions[:, position].astype(np.float64)
     return pl.DataFrame(table)
 
 

@@ -77,10 +77,10 @@ def ranks_of(
     best = min(int(known.sum()), max(CUTOFFS) + max(len(set(rows.tolist())) for rows in seen))
     context = interactions(owners, np.concatenate(histories))
     found = model.recommend(asked, context, k=best, filter_viewed=False, on_unsupported_targets="ignore")
-    for place, items in found.groupby("user_id", sort=False)["item_id"]:
-        left = items.to_numpy()[~np.isin(items.to_numpy(), seen[place])]
-        hits = np.flatnonzero(left == requests.targets[place])
-        ranks[place] = hits[0] if len(hits) else data.num_items
+    for index, items in found.groupby("user_id", sort=False)["item_id"]:
+        left = items.to_numpy()[~np.isin(items.to_numpy(), seen[index])]
+        hits = np.flatnonzero(left == requests.targets[index])
+        ranks[index] = hits[0] if len(hits) else data.num_items
     return ranks
 
 

@@ -48,13 +48,13 @@ def load(answer: Callable[[Request], object], requests: list[Request], clients: 
     end = time.perf_counter() + seconds
 
     def client(first: int) -> None:
-        place = first
+        index = first
         while (began := time.perf_counter()) < end:
-            answer(requests[place % len(requests)])
+            answer(requests[index % len(requests)])
             took.append((time.perf_counter() - began) * 1e3)
-            place += clients
+            index += clients
 
-    threads = [threading.Thread(target=client, args=(place,)) for place in range(clients)]
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -29,7 +29,7 @@ from common import card, finish, spread
 
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.kv.cache import CacheKey, KvCache
-from unipinrec.runtime.kv.histories import event_records
+from unipinrec.runtime.kv.encoder import event_records
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.requests import History
 

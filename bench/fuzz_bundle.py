@@ -230,13 +230,13 @@ def _edited(name: str, data: bytes) -> bytes:
 
 def _bytes_edited(content: bytes, choose: _Choices) -> bytes:
     """Another number at some place, or an end that comes sooner."""
-    place = choose.number(max(1, len(content)))
+    index = choose.number(max(1, len(content)))
     width = (1, 4, 8)[choose.number(3)]
     number = (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, choose.number(2**16))[choose.number(7)]
     if choose.number(8) == 7:
-        return content[:place]
-    place -= place % width
-    changed: bytes = content[:place] + (number % 2 ** (8 * width)).to_bytes(width, "little") + content[place + width :]
+        return content[:index]
+    index -= index % width
+    changed: bytes = content[:index] + (number % 2 ** (8 * width)).to_bytes(width, "little") + content[index + width :]
     return changed
 
 
@@ -271,9 +271,9 @@ def _with_another_value(document: Any, choose: _Choices) -> Any:
 
 
 def _seeds() -> list[bytes]:
-    whole = [bytes([place, 0]) + ORIGINAL.get(name, b"[1, 2]") for place, name in enumerate(FILES)]
-    edits = [bytes([place, way]) + bytes(range(way, way + 24)) for place in range(len(FILES)) for way in (1, 2, 3)]
-    struck = [bytes([0, 6, *(part for fault in range(7) for part in (place, 0, fault, 0))]) for place in range(14)]
+    whole = [bytes([index, 0]) + ORIGINAL.get(name, b"[1, 2]") for index, name in enumerate(FILES)]
+    edits = [bytes([index, way]) + bytes(range(way, way + 24)) for index in range(len(FILES)) for way in (1, 2, 3)]
+    struck = [bytes([0, 6, *(part for fault in range(7) for part in (index, 0, fault, 0))]) for index in range(14)]
     return [*whole, *edits, *struck]
 
 

@@ -98,7 +98,7 @@ class Case:
     ending: str = ".csv"
     gap: bool = False
     damage: str = "none"
-    place: int = 0
+    index: int = 0
 
     def times_ms(self) -> list[int]:
         """What the file can hold of the times."""
@@ -107,7 +107,7 @@ class Case:
 
     def values(self) -> list[Any]:
         """The column of the action."""
-        gaps = [self.gap and place > 0 for place in range(len(self.rows))]
+        gaps = [self.gap and index > 0 for index in range(len(self.rows))]
         return [None if gap else self.flags[not had] for gap, (*_, had) in zip(gaps, self.rows, strict=True)]
 
     def meant(self) -> list[tuple[str, str, int, bool]]:
@@ -202,7 +202,7 @@ def _write(table: pl.DataFrame, path: Path) -> None:
 
 
 def _damaged(path: Path, case: Case) -> Path:
-    data, link, at = path.read_bytes(), path.with_name(f"link{case.ending}"), case.place
+    data, link, at = path.read_bytes(), path.with_name(f"link{case.ending}"), case.index
     if case.damage.startswith("link"):
         target = {"link": path, "link to a folder": path.parent, "link to itself": link}[case.damage]
         link.symlink_to(target)
@@ -219,8 +219,8 @@ def _damaged(path: Path, case: Case) -> Path:
     if case.damage == "cut":
         data = data[: at % max(1, len(data))]
     elif case.damage == "altered":
-        place = at % len(data)
-        data = data[:place] + bytes([data[place] ^ (1 + at // 7 % 255)]) + data[place + 1 :]
+        index = at % len(data)
+        data = data[:index] + bytes([data[index] ^ (1 + at // 7 % 255)]) + data[index + 1 :]
     elif case.damage in lines and text:
         data = lines[case.damage]()
     path.write_bytes(data)
@@ -276,7 +276,7 @@ def _case(data: bytes) -> Case:
     stored, said, flags = choose.one_of(*STORED), choose.one_of("right", "right", *SAID), choose.one_of(*FLAGS)
     rule, name, ending = choose.one_of("flag", *RULES), choose.one_of(*NAMES), choose.one_of(*ENDINGS)
     gap, damage = bool(choose.number(2)), choose.one_of("none", "none", *DAMAGE)
-    place = choose.number(256) * 256 + choose.number(256)
+    index = choose.number(256) * 256 + choose.number(256)
     rows: dict[str, tuple[str, str, int, bool]] = {}
     for _ in range(1 + choose.number(5)):
         item, time_ms = choose.one_of(*IDS), S * 1000 + choose.number(256) * 86_399_997
@@ -291,7 +291,7 @@ def _case(data: bytes) -> Case:
         ending=ending,
         gap=gap,
         damage=damage,
-        place=place,
+        index=index,
     )
 
 

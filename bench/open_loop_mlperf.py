@@ -65,8 +65,8 @@ def _traced(path: Path, answers: Sequence[tuple[int, list[Answer]]]) -> list[Sam
     for line in path.read_text().splitlines():
         found = SAMPLE.search(line)
         if found is not None:
-            number, place, late_ns, latency_ns = map(int, found.groups())
+            number, position, late_ns, latency_ns = map(int, found.groups())
             index, got = answers[number]
-            assert index == place, f"LoadGen's sample {number} is {place}, ours {index}"
-            samples.append(Sample(place, late_ns / 1e6, latency_ns / 1e6, got[0]))
+            assert index == position, f"LoadGen's sample {number} is {position}, ours {index}"
+            samples.append(Sample(position, late_ns / 1e6, latency_ns / 1e6, got[0]))
     return samples

@@ -88,8 +88,8 @@ def replay(
     warm, times, slates = len(requests) // 2, [], []
     for request in requests[:warm]:
         cached.recommend_many([request])
-    for place, request in enumerate(requests[warm:]):
-        order = (cached, baseline) if place % 2 else (baseline, cached)
+    for index, request in enumerate(requests[warm:]):
+        order = (cached, baseline) if index % 2 else (baseline, cached)
         answers = {id(side): answered(side, request) for side in order}
         times.append((answers[id(baseline)][0], answers[id(cached)][0]))
         slates.append(answers[id(cached)][1])
@@ -99,8 +99,8 @@ def replay(
 def summary(times: list[tuple[float, float]], slates: list[Slate]) -> dict[str, Any]:
     two, one = np.array(times).T
     kinds: dict[str, list[int]] = defaultdict(list)
-    for place, slate in enumerate(slates):
-        kinds[slate.kv if slate.kv != "miss" else f"miss: {slate.kv_reason}"].append(place)
+    for index, slate in enumerate(slates):
+        kinds[slate.kv if slate.kv != "miss" else f"miss: {slate.kv_reason}"].append(index)
     encode = [slate.stages_ms.encode for slate in slates]
     return {
         "throughput_ratio": round(float(two.sum() / one.sum()), 3),
@@ -112,11 +112,11 @@ def summary(times: list[tuple[float, float]], slates: list[Slate]) -> dict[str, 
         "hit_rate": round(sum(slate.kv != "miss" for slate in slates) / len(slates), 4),
         "by_kind": {
             kind: {
-                "share": round(len(places) / len(slates), 4),
-                "ms": spread(one[places].tolist()),
-                "two_models_ms": spread(two[places].tolist()),
+                "share": round(len(indices) / len(slates), 4),
+                "ms": spread(one[indices].tolist()),
+                "two_models_ms": spread(two[indices].tolist()),
             }
-            for kind, places in sorted(kinds.items())
+            for kind, indices in sorted(kinds.items())
         },
     }
 

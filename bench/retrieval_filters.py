@@ -67,8 +67,8 @@ class Catalogue:
         """A share of the items: any, or whole topics and a part of one."""
         if kind == "random":
             return self.rng.random(len(self.vectors)) < share
-        place = self.rng.permutation(CENTRES)[self.topic] + self.rng.random(len(self.vectors))
-        return np.asarray(place <= np.quantile(place, share))
+        index = self.rng.permutation(CENTRES)[self.topic] + self.rng.random(len(self.vectors))
+        return np.asarray(index <= np.quantile(index, share))
 
     def ways(self) -> dict[str, tuple[Retriever, bool]]:
         """Retrievers that are bound to one way, and whether they are to scan."""

@@ -83,9 +83,9 @@ class World:
         events = self.histories.get(moment["user_id"], [])
         return [event for event in events if (event.timestamp_ms or 0) < moment["timestamp_ms"]]
 
-    def value(self, place: int, items: Sequence[str]) -> float:
+    def value(self, index: int, items: Sequence[str]) -> float:
         """Mean true chance of a click at a moment."""
-        return float(self.chances[place, [self.rows[item] for item in items]].mean())
+        return float(self.chances[index, [self.rows[item] for item in items]].mean())
 
 
 def world_of(loop: Loop) -> World:
@@ -148,12 +148,12 @@ def serve_the_week(loop: Loop, world: World, bundle: Path) -> tuple[Path, dict[i
     options = ("--log-served", log, "--threads", "1", "--deadline-ms", "30000")
     with _stopped(Served.of(bundle, loop.out, *options)) as server:
         for together in _visits(world.moments):
-            known = [place for place in together if world.before(world.moments[place])]
+            known = [index for index in together if world.before(world.moments[index])]
             for start in range(0, len(known), TOGETHER):
                 part = known[start : start + TOGETHER]
-                for place, items in zip(part, _recommended(server.port, world, part), strict=True):
-                    lists[place] = items
-                    _click(world, place, items, rng)
+                for index, items in zip(part, _recommended(server.port, world, part), strict=True):
+                    lists[index] = items
+                    _click(world, index, items, rng)
     return log, lists
 
 
@@ -161,13 +161,13 @@ def _visits(moments: Sequence[Moment]) -> Iterator[list[int]]:
     """Places of moments, the first of every user, then the second of every user, and so on: users are independent."""
     visits: dict[str, int] = {}
     rounds: dict[int, list[int]] = {}
-    for place, moment in enumerate(moments):
+    for index, moment in enumerate(moments):
         visits[moment["user_id"]] = visits.get(moment["user_id"], 0) + 1
-        rounds.setdefault(visits[moment["user_id"]], []).append(place)
+        rounds.setdefault(visits[moment["user_id"]], []).append(index)
     yield from rounds.values()
 
 
-def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[str]]:
+def _recommended(port: int, world: World, indices: Sequence[int]) -> list[list[str]]:
     """The items that the server recommends at these moments."""
     asked = [
         {
@@ -177,7 +177,7 @@ def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[st
             "now_ms": moment["timestamp_ms"],
             "surface": moment["surface"],
         }
-        for moment in (world.moments[place] for place in places)
+        for moment in (world.moments[index] for index in indices)
     ]
     (answer,) = ask(port, [post("/v1/recommend", msgspec.json.encode(asked))])
     if answer.status != 200 or b'"error"' in answer.content:
@@ -185,10 +185,10 @@ def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[st
     return [[item["item"] for item in one["items"]] for one in msgspec.json.decode(answer.content)]
 
 
-def _click(world: World, place: int, items: Sequence[str], rng: np.random.Generator) -> None:
+def _click(world: World, index: int, items: Sequence[str], rng: np.random.Generator) -> None:
     """Let a user look at a list and click; clicks become events."""
-    moment = world.moments[place]
-    chance = examination(K) * world.chances[place, [world.rows[item] for item in items]]
+    moment = world.moments[index]
+    chance = examination(K) * world.chances[index, [world.rows[item] for item in items]]
     for position in np.flatnonzero(rng.random(K) < chance).tolist():
         clicked = Event(
             item=items[position],
@@ -215,24 +215,24 @@ def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequenc
         raise SystemExit(f"the second bundle is ordered by {recommender.order}: its ranker was taught nothing")
     names = ("as_served_now", "by_value", "by_retrieval", "best_of_candidates", "served")
     values: dict[str, list[float]] = {name: [] for name in names}
-    for place, moment in enumerate(world.moments):
-        if place not in lists or moment["timestamp_ms"] < held_out:
+    for index, moment in enumerate(world.moments):
+        if index not in lists or moment["timestamp_ms"] < held_out:
             continue
         options = RecommendOptions(
             surface=moment["surface"], now_ms=moment["timestamp_ms"], candidates=CANDIDATES, exact=True, order="value"
         )
         items = recommender.recommend(world.before(moment), CANDIDATES, options).items
         now = recommender.recommend(world.before(moment), K, msgspec.structs.replace(options, order=None)).items
-        values["as_served_now"].append(world.value(place, [item.item for item in now]))
+        values["as_served_now"].append(world.value(index, [item.item for item in now]))
         orders = {
             "by_value": [item.score for item in items],
             "by_retrieval": [item.retrieval_score or 0.0 for item in items],
-            "best_of_candidates": [float(world.chances[place, world.rows[item.item]]) for item in items],
+            "best_of_candidates": [float(world.chances[index, world.rows[item.item]]) for item in items],
         }
         for name, scores in orders.items():
             top = np.argsort(-np.array(scores), kind="stable")[:K]
-            values[name].append(world.value(place, [items[one].item for one in top]))
-        values["served"].append(world.value(place, lists[place]))
+            values[name].append(world.value(index, [items[one].item for one in top]))
+        values["served"].append(world.value(index, lists[index]))
     return values
 
 

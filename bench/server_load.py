@@ -89,7 +89,7 @@ class Users:
         sampled = [bundle.user_events(name) for name, events in bundle.sample_users(most) if events]
         if not sampled:
             raise SystemExit(f"{bundle.path} carries no sample users; export it with --data")
-        names = [f"user-{place}" for place in range(most)]
+        names = [f"user-{index}" for index in range(most)]
         header = f"x-deadline-ms: {deadline_ms:g}"
         return cls(
             names=names,
@@ -108,22 +108,22 @@ class Judge:
         self.wrong: list[str] = []
 
     def see(self, samples: Sequence[Sample]) -> None:
-        for place, sample in enumerate(samples):
+        for index, sample in enumerate(samples):
             status, head, _ = sample.answer
             self.statuses[status] += 1
             if status not in DECLARED:
                 self.wrong.append(f"status {status}: {sample.answer.content[:200]!r}")
             if status == 429 and b"\r\nretry-after: " not in head.lower():
                 self.wrong.append("429 without Retry-After")
-            if status == 200 and place % self.check == 0:
+            if status == 200 and index % self.check == 0:
                 self._compare(sample)
 
     def _compare(self, sample: Sample) -> None:
-        got, history = answered(sample.answer), self.users.histories[sample.place]
+        got, history = answered(sample.answer), self.users.histories[sample.position]
         expected = fresh(self.recommender, history, NOW_MS)
         found = difference(got, expected, TOLERANCE)
         if found or got.bundle != expected.bundle or got.events != len(history):
-            self.wrong.append(f"{self.users.names[sample.place]}: {found}, {got.events} events")
+            self.wrong.append(f"{self.users.names[sample.position]}: {found}, {got.events} events")
         self.compared += 1
         self.kinds[got.kv] += 1
 

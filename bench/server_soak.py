@@ -210,11 +210,11 @@ class Soak:
             Event(
                 item=self.rng.choice(self.items),
                 actions=tuple(name for name in self.actions if self.rng.random() < 0.3),
-                timestamp_ms=START_MS + (made + place) * 60_000,
+                timestamp_ms=START_MS + (made + index) * 60_000,
             )
-            for place in range(count)
+            for index in range(count)
         )
-        return events, tuple(f"e{made + place}" for place in range(count))
+        return events, tuple(f"e{made + index}" for index in range(count))
 
     def run(self) -> list[list[float]]:
         """Load, swaps and kills; resident MiB once a second, up to each kill and after the last."""

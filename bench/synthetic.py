@@ -11,7 +11,7 @@ import torch
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
-from unipinrec.models.checkpoint import Catalogue
+from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.config import SMALL, AttentionForm, ModelConfig, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
@@ -28,7 +28,7 @@ def random_source(form: AttentionForm, items: int, size: ModelConfig = SMALL) ->
         num_items=items, actions=ACTIONS, positive_actions=("save",), surfaces=("unknown",), dense={}, categories={}
     )
     torch.manual_seed(0)
-    catalogue = Catalogue(item_ids=[str(i) for i in range(items)], titles=[None] * items)
+    catalogue = ItemList(item_ids=[str(i) for i in range(items)], titles=[None] * items)
     nothing = ItemFeatures(dense=np.zeros((items, 0), np.float32), categories=np.zeros((items, 0), np.int64))
     return source_from_model(UniPinRec(config, vocabulary), catalogue, nothing)
 

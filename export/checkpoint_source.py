@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unipinrec.errors import DataError
 from unipinrec.export.lists.served_order import served_order
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
-from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
+from unipinrec.models.checkpoint import ItemList, load_checkpoint, read_json
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.data.schema import Dataset, read_dataset
@@ -117,7 +117,7 @@ def _facts_of(dataset: Dataset, config: RunConfig, vocabulary: Vocabulary, folde
     return training_facts(sequences_of(dataset), positive, actions, fit_validation=config.train.fit_validation)
 
 
-def source_from_model(model: UniPinRec, catalogue: Catalogue, features: ItemFeatures) -> ExportSource:
+def source_from_model(model: UniPinRec, catalogue: ItemList, features: ItemFeatures) -> ExportSource:
     """A model in memory as something to export; it is put in eval mode, and slates are ordered by value."""
     config, vocabulary = model.config, model.vocabulary
     return ExportSource(
@@ -145,7 +145,7 @@ def source_from_model(model: UniPinRec, catalogue: Catalogue, features: ItemFeat
     )
 
 
-def _labels(catalogue: Catalogue, features: ItemFeatures, vocabulary: Vocabulary) -> list[str | None]:
+def _labels(catalogue: ItemList, features: ItemFeatures, vocabulary: Vocabulary) -> list[str | None]:
     """What people are shown of each item: its title, else its known category words, else nothing."""
     words = list(vocabulary.categories.items())
     labels: list[str | None] = []

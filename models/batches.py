@@ -65,7 +65,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions:
+class TrainBatchOptions:
     """How batches are made: rows per batch, window length, candidates per row, MAM's p, random negatives, the seed.
 
     With `fit_validation` the validation part is trained on as well. `history_candidates` events of each window are
@@ -139,7 +139,7 @@ def _counts_by_user(data: Sequences, flags: NDArray[np.bool_]) -> NDArray[np.int
 class Batches:
     """All training batches of a data set, epoch by epoch."""
 
-    def __init__(self, data: Sequences, positive: NDArray[np.bool_], options: BatchOptions) -> None:
+    def __init__(self, data: Sequences, positive: NDArray[np.bool_], options: TrainBatchOptions) -> None:
         """Prepare windows; `positive` [C] says which actions make an event a retrieval target."""
         self.data, self.options = data, options
         self.windows = training_windows(data, options.max_history, fit_validation=options.fit_validation)

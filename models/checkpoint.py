@@ -45,7 +45,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     format_version: int
 
 
-class Catalogue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ItemList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `catalogue.json` holds: one entry per catalogue row; titles are for people and may be null."""
 
     item_ids: list[str]
@@ -57,11 +57,11 @@ class Checkpoint:
     """A loaded checkpoint: the model in eval mode, and its catalogue with raw features."""
 
     model: UniPinRec
-    catalogue: Catalogue
+    catalogue: ItemList
     features: ItemFeatures
 
 
-def write_catalogue(folder: Path, catalogue: Catalogue, features: ItemFeatures) -> None:
+def write_catalogue(folder: Path, catalogue: ItemList, features: ItemFeatures) -> None:
     """Write the two catalogue files."""
     write_atomically(folder / "catalogue.json", msgspec.json.encode(catalogue))
     arrays = {"dense": torch.from_numpy(features.dense), "categories": torch.from_numpy(features.categories)}
@@ -133,12 +133,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         features = ItemFeatures(dense=arrays["dense"], categories=arrays["categories"])
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder}: weights or catalogue do not load: {error}") from error
-    catalogue = read_json(folder / "catalogue.json", Catalogue)
+    catalogue = read_json(folder / "catalogue.json", ItemList)
     _check(folder, config.vocabulary, catalogue, features)
     return Checkpoint(model=model.eval(), catalogue=catalogue, features=features)
 
 
-def _check(folder: Path, vocabulary: Vocabulary, catalogue: Catalogue, features: ItemFeatures) -> None:
+def _check(folder: Path, vocabulary: Vocabulary, catalogue: ItemList, features: ItemFeatures) -> None:
     items = vocabulary.num_items
     expected: dict[str, tuple[int, ...]] = {
         "item_ids": (items,),

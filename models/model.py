@@ -144,9 +144,9 @@ class UniPinRec(nn.Module):
             x = block.finish(x, attend_history(self.config.attention, query, *cache[-1]))
         # Of what follows the last layer's keys and values, only the last event's share is ever used.
         cache.append(final.with_prefix(*final.key_value(x, rotation)))
-        x, place = _pick(x, history.lengths - 1)
+        x, position = _pick(x, history.lengths - 1)
         # Its place tells how many slots it sees: all before its own, and where there is no sink its own.
-        attended = attend_valid(final.query(x, self.rotary(place)), *cache[-1], history.lengths)
+        attended = attend_valid(final.query(x, self.rotary(position)), *cache[-1], history.lengths)
         return cache, self.final_norm(final.finish(x, attended)[:, 0])
 
     def extend(
@@ -175,9 +175,9 @@ class UniPinRec(nn.Module):
             added.append((key, value))
             x = block.finish(x, attend_extension(query, cached, (key, value), visible))
         added.append(final.key_value(x, rotation))
-        x, place = _pick(x, history.lengths - 1)
-        visible = extension_mask(form, place, slots, *sizes)
-        query = final.query(x, self.rotary(place + past_lengths[:, None]))
+        x, position = _pick(x, history.lengths - 1)
+        visible = extension_mask(form, position, slots, *sizes)
+        query = final.query(x, self.rotary(position + past_lengths[:, None]))
         attended = attend_extension(query, past[-1], added[-1], visible)
         return added, self.final_norm(final.finish(x, attended)[:, 0])
 

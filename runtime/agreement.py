@@ -149,7 +149,7 @@ def _users(bundle: Bundle) -> list[History]:
     return histories[: int((events <= MAX_EVENTS).sum())]
 
 
-def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np.float32]) -> _Case:
+def _user_case(exact: Engine, index: int, history: History, positive: NDArray[np.float32]) -> _Case:
     """What fp32 answers to a user soon after the last event; every other user is to be extended half-way."""
     encoded = exact.encode(pad_histories([history]))
     queries = exact.retrieve(encoded, positive[None])[0]
@@ -158,7 +158,7 @@ def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np
     now_ms = last if last < 0 else last + SOON_MS
     return _Case(
         history=history,
-        split=len(history) // 2 if place % 2 and len(history) > 1 else None,
+        split=len(history) // 2 if index % 2 and len(history) > 1 else None,
         candidates=candidates,
         surface=0,
         now_ms=now_ms,

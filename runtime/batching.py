@@ -100,8 +100,8 @@ class Batcher:
         self._closed = False
         self._statistics = BatchStatistics()
         self._workers = [
-            threading.Thread(target=self._work, name=f"unipinrec-batch-{place}", daemon=True)
-            for place in range(self.options.workers)
+            threading.Thread(target=self._work, name=f"unipinrec-batch-{index}", daemon=True)
+            for index in range(self.options.workers)
         ]
         # Else a worker that comes back from native code would find no interpreter, which C++ answers with SIGABRT.
         atexit.register(self._end)

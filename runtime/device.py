@@ -18,10 +18,10 @@ from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
 from unipinrec.runtime.machine import driver_problem, has_bf16
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 from unipinrec.runtime.trt.library import FLAVORS, Flavor, TensorRT, import_tensorrt
 from unipinrec.runtime.trt.serving import ServingEngines
-from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore
 
 OPENVINO_DEVICES = ("openvino", "openvino-bf16")

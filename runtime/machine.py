@@ -164,9 +164,9 @@ def group_limits(controller: str, files: tuple[str, ...], cgroup: Path, own: Pat
         own: Which group of each this process is in. Inside a container it may name one that is not seen there.
     """
     group, limits = _own_group(controller, own), []
-    for place in (group, *group.parents):
+    for ancestor in (group, *group.parents):
         try:
-            words = [word for name in files for word in (cgroup / controller / place / name).read_text().split()]
+            words = [word for name in files for word in (cgroup / controller / ancestor / name).read_text().split()]
         except OSError:
             continue
         if words and all(word.isdecimal() for word in words):  # neither "max" nor "-1"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.requests import ResolvedRequest
-from unipinrec.runtime.retrieval.retriever import Candidates
+from unipinrec.runtime.retrieval.retriever import CandidateSet
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +30,7 @@ class Ranked:
     probabilities: NDArray[np.float64] | None
 
 
-def by_retrieval(candidates: Sequence[Candidates], asked: Sequence[ResolvedRequest]) -> list[Ranked]:
+def by_retrieval(candidates: Sequence[CandidateSet], asked: Sequence[ResolvedRequest]) -> list[Ranked]:
     """The k candidates that are most similar to each request's queries, as retrieval orders them."""
     return [
         Ranked(
@@ -99,7 +99,7 @@ class Scoring:
 
 
 def rank(
-    candidates: Sequence[Candidates],
+    candidates: Sequence[CandidateSet],
     logits: NDArray[np.float32],
     asked: Sequence[ResolvedRequest],
     scoring: Scoring | None,
@@ -115,21 +115,21 @@ def rank(
     probabilities, weights = sigmoid(logits), np.stack([one.weights for one in asked])
     values = np.einsum("bnc,bc->bn", probabilities, weights)
     scores, rows = np.full(values.shape, -np.inf), np.full(values.shape, np.iinfo(np.int64).max)
-    for place, (found, one) in enumerate(zip(candidates, asked, strict=True)):
-        own = (place, slice(len(found.rows)))
+    for index, (found, one) in enumerate(zip(candidates, asked, strict=True)):
+        own = (index, slice(len(found.rows)))
         rows[own], scores[own] = found.rows, values[own]
         if scoring is not None and one.order == "blend":
             scores[own] = scoring.blend(values[own], found.similarity)
         elif scoring is not None and one.order == "product":
-            scores[own] = scoring.product(logits[own], weights[place], found.similarity)
+            scores[own] = scoring.product(logits[own], weights[index], found.similarity)
     # Far from 0 probabilities no longer differ where logits do.
     saturated = np.einsum("bnc,bc->bn", logits.astype(np.float64), weights)
     order = np.lexsort((rows, -saturated, -scores), axis=-1)
     return [
         Ranked(
-            order=best, scores=scores[place, best], values=values[place, best], probabilities=probabilities[place, best]
+            order=best, scores=scores[index, best], values=values[index, best], probabilities=probabilities[index, best]
         )
-        for place, best in enumerate(order[place, : one.k] for place, one in enumerate(asked))
+        for index, best in enumerate(order[index, : one.k] for index, one in enumerate(asked))
     ]
 
 

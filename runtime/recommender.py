@@ -24,7 +24,7 @@ from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.backend import Backend, Device
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
 from unipinrec.runtime.kv.cache import KvCache
-from unipinrec.runtime.kv.histories import Found, HistoryEncoder, Padding, grouped
+from unipinrec.runtime.kv.encoder import Found, HistoryEncoder, Padding, grouped
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
@@ -41,7 +41,7 @@ from unipinrec.runtime.requests import (
     as_events,
     check_types,
 )
-from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
+from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 from unipinrec.runtime.validation import item_row, resolve_request
 
 DEFAULT_OPTIONS = RecommendOptions()
@@ -210,26 +210,26 @@ class Recommender:
         """Answer valid requests; those without a history take no part in what the model computes for the others."""
         answers: dict[int, Slate | Exception] = {}
         if self.popular is not None:
-            answers = {place: self.popular.slate(one) for place, one in enumerate(asked) if not len(one.history)}
-        modelled = [place for place in range(len(asked)) if place not in answers]
+            answers = {index: self.popular.slate(one) for index, one in enumerate(asked) if not len(one.history)}
+        modelled = [index for index in range(len(asked)) if index not in answers]
         if modelled:
-            answers.update(zip(modelled, self._by_model([asked[place] for place in modelled]), strict=True))
-        return [answers[place] for place in range(len(asked))]
+            answers.update(zip(modelled, self._by_model([asked[index] for index in modelled]), strict=True))
+        return [answers[index] for index in range(len(asked))]
 
     def _by_model(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
         """Answer requests in groups; those of a group that fails are answered one by one."""
         answers: dict[int, Slate | Exception] = {}
         failed: list[int] = []
         with self.engine.under_way(), self.encoder.find(asked) as found:
-            for places in grouped([self.encoder.work(one) for one in found], self.engine.backend.prefill_chunk):
+            for indices in grouped([self.encoder.work(one) for one in found], self.engine.backend.prefill_chunk):
                 try:
-                    answers.update(zip(places, self._answer([found[place] for place in places]), strict=True))
+                    answers.update(zip(indices, self._answer([found[index] for index in indices]), strict=True))
                 except Exception as error:  # it belongs to those who asked, not to the other groups
-                    answers.update(dict.fromkeys(places, error))
-                    failed += places if len(places) > 1 else []
-        for place in failed:  # one of them may have spoilt it for the others
-            answers[place] = self._by_model([asked[place]])[0]
-        return [answers[place] for place in range(len(asked))]
+                    answers.update(dict.fromkeys(indices, error))
+                    failed += indices if len(indices) > 1 else []
+        for index in failed:  # one of them may have spoilt it for the others
+            answers[index] = self._by_model([asked[index]])[0]
+        return [answers[index] for index in range(len(asked))]
 
     def _answer(self, group: Sequence[Found]) -> list[Slate]:
         asked, start = [found.asked for found in group], time.perf_counter()
@@ -243,7 +243,7 @@ class Recommender:
         return [self._slate(*parts, stages) for parts in zip(group, candidates, ranked, strict=True)]
 
     def _rank(
-        self, encoded: Encoded, candidates: Sequence[Candidates], asked: Sequence[ResolvedRequest]
+        self, encoded: Encoded, candidates: Sequence[CandidateSet], asked: Sequence[ResolvedRequest]
     ) -> list[Ranked]:
         """Requests of one group are all ordered by retrieval, or none is."""
         if asked[0].order == "retrieval":
@@ -253,7 +253,7 @@ class Recommender:
         self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
         return rank(candidates, logits, asked, self.scoring)
 
-    def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
+    def _slate(self, request: Found, found: CandidateSet, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions
         values: Iterable[float | None] = repeat(None) if ranked.values is None else ranked.values.tolist()
         chances: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()

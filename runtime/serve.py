@@ -26,22 +26,22 @@ from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
-from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Handler, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits
 from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
-from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
+from unipinrec.runtime.server.observe.metrics import ServerMetrics, metrics_route
 from unipinrec.runtime.server.observe.metrics_together import metrics_together_route
 from unipinrec.runtime.server.observe.served_log import ServedLog, ServedLogOptions
 from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_route
 from unipinrec.runtime.server.openapi import openapi_route
 from unipinrec.runtime.server.page import page_routes
 from unipinrec.runtime.server.process.end import ending_with_its_threads
-from unipinrec.runtime.server.process.lifecycle import Place, RunOptions, run
+from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, run
 from unipinrec.runtime.server.process.peers import Peers
 from unipinrec.runtime.server.process.supervisor import serve_together
 from unipinrec.runtime.server.v2.routes import oip_routes
@@ -156,21 +156,21 @@ def _last_words() -> Iterator[None]:
         sys.exit(1)
 
 
-def serve_here(bundle: Path, options: ServeOptions, place: Place | None = None) -> None:
+def serve_here(bundle: Path, options: ServeOptions, worker: Worker | None = None) -> None:
     """Serve with this process, which may be one of several.
 
     An option that cannot be had, or a bundle that cannot be served, ends it with exit code 1.
     """
-    logs = _logs(options, place)
+    logs = _logs(options, worker)
     configure_logs(logs)
     with ending_with_its_threads(), _last_words():
-        _serve(_chosen(bundle, options, place), options, logs, place)
+        _serve(_chosen(bundle, options, worker), options, logs, worker)
 
 
-def _chosen(bundle: Path, options: ServeOptions, place: Place | None) -> Path:
+def _chosen(bundle: Path, options: ServeOptions, worker: Worker | None) -> Path:
     """What to begin with: the bundle that was named, unless `current.json` or an earlier death says otherwise."""
     folder = _folder(bundle, options)
-    last = place.last_served() if place is not None and place.again else None
+    last = worker.last_served() if worker is not None and worker.again else None
     if last is not None:
         log.error("what was to be served did not come up; %s, which served last, does", last)
         return last
@@ -187,15 +187,15 @@ def _folder(bundle: Path, options: ServeOptions) -> Path:
     return options.bundles or bundle.absolute().parent
 
 
-def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, place: Place | None) -> None:
-    with assembled(bundle, options, place) as (server, app, load):
+def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, worker: Worker | None) -> None:
+    with assembled(bundle, options, worker) as (server, app, load):
         server.observers.append(RequestLog(logs).observe)
-        run(server, app, load, _run_options(options), place)
+        run(server, app, load, _run_options(options), worker)
 
 
 @contextmanager
 def assembled(
-    bundle: Path, options: ServeOptions, place: Place | None = None
+    bundle: Path, options: ServeOptions, worker: Worker | None = None
 ) -> Iterator[tuple[Server, Starlette, Callable[[], Deployments]]]:
     """The server of a bundle, its application, and what loads the bundle for `Server.open`; all but its log and socket.
 
@@ -204,12 +204,12 @@ def assembled(
     """
     folder = _folder(bundle, options)
     manifest, _ = read_manifest(bundle)
-    peers = Peers(place=place) if place else None
+    peers = Peers(worker=worker) if worker else None
     with ExitStack() as parts:
         sampler = RecallSampler(options.recall_share) if options.recall_share else None
         if sampler is not None:
             parts.callback(sampler.close)
-        deployment = _deployment(options, sampler, place)
+        deployment = _deployment(options, sampler, worker)
         server = _server(options, manifest.model.max_history)
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
@@ -220,11 +220,11 @@ def assembled(
 
         def load() -> Deployments:
             deployments = Deployments(Deployment.open(bundle, deployment))
-            if place is not None:
-                _require_cpu(deployments, place)
-                place.note(deployments.current.path)
+            if worker is not None:
+                _require_cpu(deployments, worker)
+                worker.note(deployments.current.path)
             if options.watch:
-                watcher = CurrentWatcher(deployments, folder, swapped=place.note if place else lambda _: None)
+                watcher = CurrentWatcher(deployments, folder, swapped=worker.note if worker else lambda _: None)
                 parts.callback(watcher.stop)
                 watcher.start()
             return deployments
@@ -236,12 +236,12 @@ def assembled(
         yield server, make_app(server, routes, recommend=recommend, forget=forget), load
 
 
-def _logs(options: ServeOptions, place: Place | None) -> LogOptions:
+def _logs(options: ServeOptions, worker: Worker | None) -> LogOptions:
     return LogOptions(
         format=options.log_format,
         level=options.log_level,
         users=options.log_users,
-        process=place.index if place else None,
+        process=worker.index if worker else None,
     )
 
 
@@ -255,12 +255,12 @@ def _run_options(options: ServeOptions) -> RunOptions:
     )
 
 
-def _require_cpu(deployments: Deployments, place: Place) -> None:
+def _require_cpu(deployments: Deployments, worker: Worker) -> None:
     device = deployments.current.recommender.device.name
     if not device.startswith(("cpu", "openvino")):
         deployments.close()
         raise ConfigError(
-            f"{place.count} processes would load what serves into the GPU's memory as often; {device} needs one, "
+            f"{worker.count} processes would load what serves into the GPU's memory as often; {device} needs one, "
             "processes are for --device cpu and openvino"
         )
 
@@ -269,7 +269,7 @@ def _observed(
     server: Server, options: ServeOptions, sampler: RecallSampler | None, peers: Peers | None, parts: ExitStack
 ) -> list[BaseRoute]:
     """Let metrics, the log of recommendations, traces and spans see every request; returns their routes."""
-    metrics = Metrics(server, sampler)
+    metrics = ServerMetrics(server, sampler)
     server.observers.append(metrics.observe)
     scrape = metrics_together_route(server, metrics, peers) if peers else metrics_route(server, metrics)
     routes: list[BaseRoute] = [scrape]
@@ -290,9 +290,9 @@ def _observed(
     return routes
 
 
-def _deployment(options: ServeOptions, sampler: RecallSampler | None, place: Place | None) -> DeploymentOptions:
+def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Worker | None) -> DeploymentOptions:
     """How bundles are opened; processes that serve together share memory and threads evenly."""
-    share = place.count if place else 1
+    share = worker.count if worker else 1
     budget_bytes = options.cache_mib * MEBIBYTE // share
     threads = options.threads or max(1, available_threads() // share)
     cache = CacheOptions(
@@ -311,7 +311,7 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, place: Pla
             workers=options.batches or min(2, threads),
         ),
         sampler=sampler,
-        shared=place.folder if place else None,
+        shared=worker.folder if worker else None,
     )
 
 

@@ -107,14 +107,14 @@ def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str,
     actions, surfaces, missing = _actions(manifest), _surfaces(manifest), manifest.missing_timestamp_ms
     bits = np.zeros((len(events), len(actions)), np.float32)
     try:
-        for place, event in enumerate(events):
+        for index, event in enumerate(events):
             for action in event.actions:
-                bits[place, actions[action]] = 1.0
+                bits[index, actions[action]] = 1.0
         item_rows = np.array([rows[str(event.item)] for event in events], np.int64)
         surface_ids = np.array([surfaces[event.surface] for event in events], np.int64)
     except KeyError:
-        for place, event in enumerate(events, first):
-            _check_names(event, actions, surfaces, rows, f"history[{place}]")
+        for index, event in enumerate(events, first):
+            _check_names(event, actions, surfaces, rows, f"history[{index}]")
         raise
     return History(
         item_rows=item_rows, actions=bits, surfaces=surface_ids, timestamps_ms=_times(events, missing, first)
@@ -151,11 +151,11 @@ def _times(events: Sequence[Event], missing: int, first: int) -> NDArray[np.int6
         in_order = len(known) < 2 or (np.diff(known) >= 0).all()
         if None not in given[len(given) - len(known) :] and in_order and not _any_in_seconds(known):
             return times
-    for place, time_ms in enumerate(given):
-        where = f"history[{first + place}]"
-        times[place] = missing if time_ms is None else _milliseconds(time_ms, f"{where}.timestamp_ms")
-        if place:
-            _check_order(int(times[place - 1]), int(times[place]), missing, where)
+    for index, time_ms in enumerate(given):
+        where = f"history[{first + index}]"
+        times[index] = missing if time_ms is None else _milliseconds(time_ms, f"{where}.timestamp_ms")
+        if index:
+            _check_order(int(times[index - 1]), int(times[index]), missing, where)
     return times
 
 
@@ -190,14 +190,14 @@ def _surfaces(manifest: Manifest) -> Mapping[str, int]:
 @lru_cache(maxsize=32)
 def _places(names: tuple[str, ...], *first: str) -> Mapping[str, int]:
     """Place of each name, 0 of `first`; kept, since every event of every request is looked up there."""
-    return {name: place for place, name in enumerate(names)} | dict.fromkeys(first, 0)
+    return {name: index for index, name in enumerate(names)} | dict.fromkeys(first, 0)
 
 
 def _look_up(given: str, known: Mapping[str, int], kind: str, where: str) -> int:
-    place = known.get(given)
-    if place is None:
+    index = known.get(given)
+    if index is None:
         raise RequestError(f"{where}: unknown {kind} {given!r}; this bundle knows {', '.join(known)}")
-    return place
+    return index
 
 
 def _milliseconds(given: Any, name: str) -> int:

@@ -50,9 +50,9 @@ def random_history(rng: np.random.Generator, engine: Engine, actions: int, event
 def cases(engine: Engine, actions: int, shape: Shape) -> Iterator[tuple[list[History], NDArray[np.int64]]]:
     """Batches of histories with candidates for each; the first is a single one at the full shape."""
     rng = np.random.default_rng(0)
-    for place in range(shape.cases):
-        lengths = [shape.events] if place == 0 else rng.integers(1, shape.events + 1, rng.integers(1, 5)).tolist()
-        count = shape.candidates if place == 0 else int(rng.integers(1, shape.candidates + 1))
+    for index in range(shape.cases):
+        lengths = [shape.events] if index == 0 else rng.integers(1, shape.events + 1, rng.integers(1, 5)).tolist()
+        count = shape.candidates if index == 0 else int(rng.integers(1, shape.candidates + 1))
         histories = [random_history(rng, engine, actions, length) for length in lengths]
         yield histories, rng.integers(0, len(engine.item_vectors), (len(lengths), count))
 

@@ -43,14 +43,14 @@ def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
         held = replace(held, requests=client.answerable(held.requests))
     except NothingHeldOutError:
         return None
-    places = _telling_slates(held)
-    if len(places) < FEWEST_SLATES:
+    indices = _telling_slates(held)
+    if len(indices) < FEWEST_SLATES:
         return None
-    places = places[np.linspace(0, len(places) - 1, min(MOST_SLATES, len(places))).astype(np.int64)]
-    agreements = _agreements(client, held, places, spec.retrieval_scale)
+    indices = indices[np.linspace(0, len(indices) - 1, min(MOST_SLATES, len(indices))).astype(np.int64)]
+    agreements = _agreements(client, held, indices, spec.retrieval_scale)
     by_value, retrieved = agreements[:, 0].mean(), agreements[:, -1].mean()
     best = int(agreements[:, :-1].mean(axis=0).argmax())
-    pairs = f"of the pairs within {len(places)} validation slates are in the right order"
+    pairs = f"of the pairs within {len(indices)} validation slates are in the right order"
     ahead = agreements[:, -1] - agreements[:, best]
     if ahead.mean() > SURE * ahead.std() / len(ahead) ** 0.5:
         reason = f"by retrieval {retrieved:.4f} {pairs}, by value {by_value:.4f}: the ranker learned too little"
@@ -80,10 +80,10 @@ def _worth(held: HeldOut) -> NDArray[np.int64]:
     return worth
 
 
-def _agreements(client: Client, held: HeldOut, places: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
+def _agreements(client: Client, held: HeldOut, indices: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
     """[slates, weights + 1] share of the pairs of different worth that each weight, and retrieval, orders rightly."""
     worth, start, found = _worth(held), held.data.slate_start, []
-    some = held.requests.take(places)
+    some = held.requests.take(indices)
     judged = [items for part in held.chunks(BATCH, some) for items in client.shown(part)]
     for slate, items in zip(some.slates, judged, strict=True):
         own = worth[start[slate] : start[slate + 1]]

@@ -185,8 +185,8 @@ def _actions(client: Client, held: HeldOut) -> dict[str, ActionQuality]:
     probabilities = np.array([[item.actions[name] for name in names] for items in judged for item in items])
     slates = np.searchsorted(data.slate_start, shown, side="right") - 1
     measured = {}
-    for place, name in enumerate(names):
-        labels, chances = data.slate_actions[shown, place], probabilities[:, place]
+    for index, name in enumerate(names):
+        labels, chances = data.slate_actions[shown, index], probabilities[:, index]
         by_user = action_metrics(data.slate_user[slates], labels, chances)
         measured[name] = ActionQuality(
             auc=by_user.auc,

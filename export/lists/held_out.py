@@ -20,11 +20,11 @@ def held_out_logits(engine: Engine, history: History) -> NDArray[np.float32]:
     It is encoded once, without the last event: what an event leaves does not depend on later ones.
     """
     encoded, logits = engine.encode(pad_histories([history.part(0, -1)])), []
-    for place in range(len(history) - LAST_EVENTS, len(history)):
+    for index in range(len(history) - LAST_EVENTS, len(history)):
         before = replace(
-            encoded, lengths=np.array([place]), last_timestamps_ms=history.timestamps_ms[place - 1 : place]
+            encoded, lengths=np.array([index]), last_timestamps_ms=history.timestamps_ms[index - 1 : index]
         )
-        shown = history.part(place, place + 1)
+        shown = history.part(index, index + 1)
         logits.append(engine.rank(before, shown.item_rows[None], shown.surfaces, shown.timestamps_ms)[0])
     return np.concatenate(logits)
 

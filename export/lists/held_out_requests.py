@@ -85,11 +85,11 @@ class HeldOut:
         """How many positive actions each of the T targets has; None where slates hold them, or all are alike."""
         if len(self.data.slate_ids):
             return None
-        values = np.array([self._value(int(place)) for place in np.flatnonzero(self.has_target)], np.float64)
+        values = np.array([self._value(int(index)) for index in np.flatnonzero(self.has_target)], np.float64)
         return values if len(set(values.tolist())) > 1 else None
 
-    def _value(self, place: int) -> int:
-        target, event = self.requests.targets[place], self.requests.ends[place]
+    def _value(self, index: int) -> int:
+        target, event = self.requests.targets[index], self.requests.ends[index]
         while self.data.rows[event] != target:  # of events at one time, it may not be the first
             event += 1
         return int(self.data.actions[event][self.positive].sum())
@@ -141,10 +141,10 @@ class Answers:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     scores["by_product"] = self.retrieval_scale * self.similarity + np.log(self.values / self.positive)
         missing = self.rows == MISSING
-        places = {name: np.argsort(np.where(missing, np.inf, -score), kind="stable") for name, score in scores.items()}
+        indices = {name: np.argsort(np.where(missing, np.inf, -score), kind="stable") for name, score in scores.items()}
         return {
             "served": self.rows,
-            **{name: np.take_along_axis(self.rows, place, axis=1) for name, place in places.items()},
+            **{name: np.take_along_axis(self.rows, index, axis=1) for name, index in indices.items()},
         }
 
 

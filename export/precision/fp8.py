@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from unipinrec.errors import ExportError
-from unipinrec.export.precision.typed import CHEAP, MOVES, PRODUCTS, Plan
+from unipinrec.export.precision.typed import CHEAP, MOVES, PRODUCTS, PrecisionPlan
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.backend import Backend, host_array
@@ -48,8 +48,8 @@ class Quantizer:
             model: An fp32 graph with its weights inside and distinct names of nodes; not modified.
         """
         self.graph = _with_folded_weights(model)
-        self.plan = Plan(self.graph, "bf16")
-        self.layers = [self.plan.nodes[place] for place in _inner_layers(self.plan)]
+        self.plan = PrecisionPlan(self.graph, "bf16")
+        self.layers = [self.plan.nodes[index] for index in _inner_layers(self.plan)]
         self.calibrator = _calibrator(self.graph) if self.layers else None
 
     def watch(self, inputs: Inputs) -> None:
@@ -212,7 +212,7 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _inner_layers(plan: Plan) -> Iterator[int]:
+def _inner_layers(plan: PrecisionPlan) -> Iterator[int]:
     """Places of products with a weight that have a norm or attention before them and a product behind them."""
     computed: set[str] = set()  # by products, and what was made of it
     normed: set[str] = set()  # by whatever is neither a product nor cheap
@@ -222,16 +222,16 @@ def _inner_layers(plan: Plan) -> Iterator[int]:
             if node.op_type == "Attention" or node.op_type not in PRODUCTS | CHEAP or normed.intersection(node.input):
                 normed.update(node.output)
     wanted: set[str] = set()  # by products
-    for place in reversed(range(len(plan.nodes))):
-        node = plan.nodes[place]
+    for index in reversed(range(len(plan.nodes))):
+        node = plan.nodes[index]
         behind = bool(wanted.intersection(node.output))
         if behind or node.op_type in PRODUCTS:
             wanted.update(node.input)
-        if behind and plan.low[place] and _is_linear(plan, node) and node.input[0] in normed:
-            yield place
+        if behind and plan.low[index] and _is_linear(plan, node) and node.input[0] in normed:
+            yield index
 
 
-def _is_linear(plan: Plan, node: onnx.NodeProto) -> bool:
+def _is_linear(plan: PrecisionPlan, node: onnx.NodeProto) -> bool:
     if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in plan.weights:
         return False
     sizes = plan.weights[node.input[1]].dims

@@ -53,7 +53,7 @@ def typed_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
     Raises:
         ExportError: A weight does not fit the type, or the graph has control flow.
     """
-    return rewritten(Plan(model, precision), emulate=False)
+    return rewritten(PrecisionPlan(model, precision), emulate=False)
 
 
 def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
@@ -62,10 +62,10 @@ def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProt
     Raises:
         ExportError: As `typed_graph`.
     """
-    return rewritten(Plan(model, precision), emulate=True)
+    return rewritten(PrecisionPlan(model, precision), emulate=True)
 
 
-def rewritten(plan: Plan, *, emulate: bool) -> onnx.ModelProto:
+def rewritten(plan: PrecisionPlan, *, emulate: bool) -> onnx.ModelProto:
     """What `typed_graph` and `emulated_graph` make of a plan.
 
     Raises:
@@ -74,7 +74,7 @@ def rewritten(plan: Plan, *, emulate: bool) -> onnx.ModelProto:
     return _Writer(plan, emulate=emulate).write()
 
 
-class Plan:
+class PrecisionPlan:
     """An fp32 graph, and which of its nodes are to compute in less precision.
 
     Attributes:
@@ -90,9 +90,9 @@ class Plan:
         self._require_flat()
         self.floats = _float_values(model)
         self.readers: dict[str, list[int]] = {}
-        for place, node in enumerate(self.nodes):
+        for index, node in enumerate(self.nodes):
             for name in set(node.input) & self.floats if node.op_type not in BLIND else ():
-                self.readers.setdefault(name, []).append(place)
+                self.readers.setdefault(name, []).append(index)
         self.outputs = {value.name for value in model.graph.output} & self.floats
         self.low = [False] * len(self.nodes)
         self._follow_inputs()
@@ -135,7 +135,7 @@ class Plan:
         """Products are low, and cheap operators on what they give, up to the next operator that must be exact."""
         states: dict[str, State] = dict.fromkeys(self.floats, "plain")
         states |= {v.name: "low" for v in self.model.graph.input if v.name in self.floats and self.at_border(v.name)}
-        for place, node in enumerate(self.nodes):
+        for index, node in enumerate(self.nodes):
             given = {states[name] for name in node.input if name in self.floats}
             if node.op_type in PRODUCTS | CONVERSIONS:
                 state: State = "low"
@@ -143,28 +143,28 @@ class Plan:
                 state = "low" if "low" in given else "plain"
             else:
                 state = "careful" if given - {"plain"} else "plain"
-            self.low[place] = state == "low"
+            self.low[index] = state == "low"
             states |= {name: state for name in node.output if name in self.floats}
 
     def _follow_readers(self) -> None:
         """Cheap operators that only exact ones read are exact, and values are moved in the type that is read."""
         final = [False] * len(self.nodes)
-        for place in reversed(range(len(self.nodes))):
-            node = self.nodes[place]
+        for index in reversed(range(len(self.nodes))):
+            node = self.nodes[index]
             outputs = [name for name in node.output if name in self.floats]
             readers = [reader for name in outputs for reader in self.readers.get(name, [])]
             wanted = {self.low[reader] for reader in readers}
             wanted |= {self.at_border(name) for name in outputs if name in self.outputs}
             # Nothing but cheap operators between here and the outputs: they stay fp32 to the last product.
-            final[place] = (
+            final[index] = (
                 node.op_type in CHEAP | {"Gemm", "MatMul"}
                 and wanted == {False}
                 and all(final[reader] and self.nodes[reader].op_type in CHEAP for reader in readers)
             )
-            if final[place] or (node.op_type in CHEAP and wanted == {False}):
-                self.low[place] = False
+            if final[index] or (node.op_type in CHEAP and wanted == {False}):
+                self.low[index] = False
             elif node.op_type in MOVES - {"Concat"} and wanted == {True}:
-                self.low[place] = True
+                self.low[index] = True
 
     def _misfit(self, node: NodeProto) -> bool:
         """Whether it reads a constant that the low type cannot hold, such as a mask's -1e9."""
@@ -209,7 +209,7 @@ def _float_values(model: onnx.ModelProto) -> set[str]:
 class _Writer:
     """Writes a graph anew, with conversions where types meet, each value converted once."""
 
-    def __init__(self, graph: Plan, *, emulate: bool) -> None:
+    def __init__(self, graph: PrecisionPlan, *, emulate: bool) -> None:
         self.graph, self.emulate = graph, emulate
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, TensorProto] = {}
@@ -243,12 +243,12 @@ class _Writer:
     def _add(self, node: NodeProto, low: bool) -> None:
         written = NodeProto()
         written.CopyFrom(node)
-        for place, name in enumerate(node.input):
-            written.input[place] = self._read(name, self.low.get(name, False) if node.op_type in BLIND else low)
+        for index, name in enumerate(node.input):
+            written.input[index] = self._read(name, self.low.get(name, False) if node.op_type in BLIND else low)
         self.nodes.append(written)
-        for place, name in enumerate(node.output):
+        for index, name in enumerate(node.output):
             if name in self.graph.floats:
-                written.output[place] = self._computed(node, name, low)
+                written.output[index] = self._computed(node, name, low)
 
     def _computed(self, node: NodeProto, name: str, low: bool) -> str:
         """Note what a node computes; returns what the node itself is to call it."""

@@ -275,8 +275,8 @@ def _slates(folder: Path, columns: ColumnMap, events: pl.DataFrame, rules: Mappi
         slates = slates.with_columns(time.min().over("slate_id"))
     else:
         return pl.DataFrame()
-    place = [] if "position" in slates.columns else [pl.lit(None, pl.Int32).alias("position")]
-    return slates.with_columns(place).drop("order", strict=False)
+    position = [] if "position" in slates.columns else [pl.lit(None, pl.Int32).alias("position")]
+    return slates.with_columns(position).drop("order", strict=False)
 
 
 def _action(column: pl.Series, rule: ActionRule, name: str) -> pl.Series:

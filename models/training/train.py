@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
-from unipinrec.models.batches import Batch, Batches, BatchOptions
-from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
+from unipinrec.models.batches import Batch, Batches, TrainBatchOptions
+from unipinrec.models.checkpoint import ItemList, read_json, write_atomically, write_catalogue, write_model
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
@@ -130,7 +130,7 @@ class Trainer:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"--out {self.out} cannot be made a folder: {error}; choose another") from error
-            catalogue = Catalogue(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
+            catalogue = ItemList(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
             write_catalogue(self.out, catalogue, self.data.features)
 
     def _write_best(self) -> None:
@@ -306,10 +306,10 @@ def _standardise(model: UniPinRec, data: Sequences) -> None:
         model.item_embedder.dense_std.copy_(torch.from_numpy(spread))
 
 
-def batch_options(config: RunConfig) -> BatchOptions:
+def batch_options(config: RunConfig) -> TrainBatchOptions:
     """How batches of a run are made."""
     train = config.train
-    return BatchOptions(
+    return TrainBatchOptions(
         batch_size=train.batch_size,
         max_history=config.model.max_history,
         max_candidates=train.max_candidates,

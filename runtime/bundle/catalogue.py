@@ -112,8 +112,8 @@ class Catalogue:
                 "export it again"
             )
         made = {}
-        for place, (feature, words) in enumerate(self.words.items()):
-            codes = np.ascontiguousarray(self.codes[:, place])
+        for index, (feature, words) in enumerate(self.words.items()):
+            codes = np.ascontiguousarray(self.codes[:, index])
             order = np.argsort(codes, kind="stable")
             made[feature] = order.astype(np.int32), np.searchsorted(codes[order], np.arange(len(words) + 2))
         return made
@@ -148,7 +148,7 @@ def parse_ids(content: bytes, source: str) -> dict[str, str]:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: {error}; write one item id per line, in UTF-8") from error
-    return {f"{source} line {place}": line.strip("\r") for place, line in enumerate(lines, 1) if line.strip()}
+    return {f"{source} line {index}": line.strip("\r") for index, line in enumerate(lines, 1) if line.strip()}
 
 
 def as_known(written: str, known: Container[str]) -> str:

@@ -287,7 +287,7 @@ def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, 
 def _description(given: NDArray[Any] | Tensor) -> tuple[str, Sequence[int]]:
     """Type, as numpy names it, and shape."""
     if not isinstance(given, np.ndarray):
-        return given.dtype, given.shape()
+        return given.dtype, given.shape
     return given.dtype.name if given.dtype.isnative else str(given.dtype), given.shape
 
 
@@ -314,7 +314,8 @@ class Tensor(Protocol):
         """Type of its elements on the device, as numpy names it ("bfloat16" included)."""
         ...
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """Its dimensions."""
         ...
 

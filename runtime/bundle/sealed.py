@@ -34,7 +34,7 @@ OWN_FILES = Path("/proc/self/fd")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
 NOTE, WAIT_S = ".sealed", 30.0
 REMEDY = "copy the bundle again, or export it again"
-Places = dict[str, list[str]]
+Offers = dict[str, list[str]]
 log = logging.getLogger(__name__)
 
 
@@ -130,7 +130,7 @@ class SealedFiles:
         named = {other: self[other] for other in self._specs if other != name and other.encode() in content}
         return GraphFile(name=name, content=content, weights=named)
 
-    def _sealed(self, names: Collection[str], offered: Places) -> dict[str, SealedFile]:
+    def _sealed(self, names: Collection[str], offered: Offers) -> dict[str, SealedFile]:
         def seal(name: str) -> SealedFile | str:
             path, spec = self._folder / name, self._specs[name]
             return _taken_over(path, spec, offered) or _copied(path, spec)
@@ -144,9 +144,9 @@ class SealedFiles:
 
     def _offer(self, shared: Path) -> None:
         note = shared / f"{os.getpid()}-{id(self)}{NOTE}"
-        places = {self._specs[name].sha256: file.descriptor for name, file in self._files.items()}
+        offers = {self._specs[name].sha256: file.descriptor for name, file in self._files.items()}
         with contextlib.suppress(OSError):  # without room for it the others make copies of their own
-            note.write_bytes(msgspec.json.encode(places))
+            note.write_bytes(msgspec.json.encode(offers))
             weakref.finalize(self, _withdraw, note, os.getpid())
 
 
@@ -177,9 +177,9 @@ def _locked(lock: int) -> bool:
     return False
 
 
-def _offered(shared: Path) -> Places:
+def _offered(shared: Path) -> Offers:
     """Where processes hold files, by sha256; some may be gone, and in their place is anything."""
-    places: Places = {}
+    offers: Offers = {}
     for note in shared.glob(f"*{NOTE}"):
         process = Path("/proc", note.name.partition("-")[0])
         with contextlib.suppress(OSError, *MALFORMED):
@@ -187,15 +187,15 @@ def _offered(shared: Path) -> Places:
                 note.unlink()
                 continue
             for digest, number in msgspec.json.decode(note.read_bytes(), type=dict[str, int]).items():
-                places.setdefault(digest, []).append(str(process / "fd" / str(number)))
-    return places
+                offers.setdefault(digest, []).append(str(process / "fd" / str(number)))
+    return offers
 
 
-def _taken_over(path: Path, spec: FileSpec, offered: Places) -> SealedFile | None:
+def _taken_over(path: Path, spec: FileSpec, offered: Offers) -> SealedFile | None:
     """A file that a process has sealed."""
-    for place in offered.get(spec.sha256, ()):
+    for path_of_fd in offered.get(spec.sha256, ()):
         with contextlib.suppress(OSError):  # gone, or no memfd
-            file = SealedFile(path, os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            file = SealedFile(path, os.open(path_of_fd, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
             if fcntl.fcntl(file.descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS and file_problem(file, spec) is None:
                 return file
     return None

@@ -111,9 +111,10 @@ class HostTensor:
         """See `Tensor.dtype`."""
         return self.values.dtype.name
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """See `Tensor.shape`."""
-        return list(self.values.shape)
+        return self.values.shape
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`."""

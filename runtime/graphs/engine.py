@@ -23,7 +23,7 @@ from unipinrec.runtime.graphs.backend import CPU, Backend, Device, HostTensor, o
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
-LANE_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond; less is not worth a thread
+THREAD_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond; less is not worth a thread
 Scalar = TypeVar("Scalar", bound=np.generic)
 Inputs = dict[str, NDArray[Any] | Tensor]
 
@@ -97,8 +97,8 @@ def pad_histories(histories: Sequence[History]) -> HistoryBatch:
 def pad_rows(rows: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
     """Right-pad arrays [n_i, ...] with zeros into [B, max n_i, ...]."""
     padded = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
+    for slot, row in zip(padded, rows, strict=True):
+        slot[: len(row)] = row
     return padded
 
 
@@ -244,11 +244,11 @@ class Engine:
         """
         request: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
-        lanes = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // LANE_WORK))
-        mine, *others = np.array_split(candidates, lanes, axis=1)
+        parts = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // THREAD_WORK))
+        mine, *others = np.array_split(candidates, parts, axis=1)
         try:
             running = [self._threads.submit(self._logits, request, part) for part in others]
-            logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)
+            logits = np.concatenate([self._logits(request, mine), *(run.result() for run in running)], axis=1)
         except (RuntimeError, CancelledError) as error:
             if not self._closed:
                 raise
@@ -310,8 +310,8 @@ class KvBuffer:
 
     def put(self, row: int, first: int, key_values: Sequence[NDArray[np.float32]]) -> None:
         """Put each tensor's slots [H_kv, m, D] into slots `first` up to `first + m` of a row."""
-        for place, given in zip(self.values, key_values, strict=True):
-            place[row, :, first : first + given.shape[1]] = given
+        for slot, given in zip(self.values, key_values, strict=True):
+            slot[row, :, first : first + given.shape[1]] = given
 
     def clear_from(self, row: int, slots: int) -> None:
         """Zero all slots from `slots` on: attention skips them, but not if they hold something that is no number."""

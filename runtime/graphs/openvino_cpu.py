@@ -46,9 +46,10 @@ class OpenVinoTensor:
         """See `Tensor.dtype`."""
         return str(self.value.data.dtype)
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """See `Tensor.shape`."""
-        return list(self.value.shape)
+        return tuple(self.value.shape)
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`."""

@@ -57,16 +57,16 @@ class OrtTensor:
         """See `Tensor.dtype`."""
         return _type_name(self.value.data_type())
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """See `Tensor.shape`."""
-        sizes: list[int] = self.value.shape()
-        return sizes
+        return tuple(self.value.shape())
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`."""
         if self.dtype != "bfloat16":
             return widened(self.value.numpy())
-        host = np.empty(self.shape(), REDUCED["bfloat16"])  # ONNX Runtime makes no array of this type by itself
+        host = np.empty(self.shape, REDUCED["bfloat16"])  # ONNX Runtime makes no array of this type by itself
         bf16_value(type(self.value), host).update_inplace(self.value)
         return widened(host)
 

@@ -89,8 +89,8 @@ class KvPages:
             ConfigError: The machine has not enough memory.
         """
         self.geometry, self.count = geometry, count
-        self._lanes = thread_count(threads)
-        self._threads = ThreadPoolExecutor(max(1, self._lanes - 1), "unipinrec-pages")
+        self._parallel = thread_count(threads)
+        self._threads = ThreadPoolExecutor(max(1, self._parallel - 1), "unipinrec-pages")
         shape = (count, geometry.tensors, geometry.heads, geometry.page_slots)
         try:
             self._values: NDArray[Any] = np.empty((*shape, geometry.head_dim), STORED[geometry.dtype])
@@ -153,15 +153,15 @@ class KvPages:
 
     def _in_parallel(self, work: Callable[[T], None], items: Sequence[T], pages: int) -> None:
         """Do all items, on several threads where there are pages enough to be worth it."""
-        lanes = self._lanes if pages >= PARALLEL_PAGES else 1
+        threads = self._parallel if pages >= PARALLEL_PAGES else 1
 
-        def lane(start: int) -> None:
-            for item in items[start::lanes]:
+        def share(start: int) -> None:
+            for item in items[start::threads]:
                 work(item)
 
-        others = [self._threads.submit(lane, start) for start in range(1, lanes)]
+        others = [self._threads.submit(share, start) for start in range(1, threads)]
         try:
-            lane(0)
+            share(0)
         finally:
             wait(others)  # none may go on reading and writing behind the caller's back
         for other in others:
@@ -171,9 +171,9 @@ class KvPages:
         """(page, slots inside it, slots of the given run) for slots `first` up to `first + count` of a history."""
         size, spans, done = self.geometry.page_slots, [], 0
         while done < count:
-            place, start = divmod(first + done, size)
+            index, start = divmod(first + done, size)
             step = min(size - start, count - done)
-            spans.append((pages[place], slice(start, start + step), slice(done, done + step)))
+            spans.append((pages[index], slice(start, start + step), slice(done, done + step)))
             done += step
         return spans
 

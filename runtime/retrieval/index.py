@@ -141,19 +141,19 @@ class ExactIndex:
 
     def _near(self, queries: NDArray[np.float32], k: int, eligible: Sequence[Eligible]) -> list[NDArray[np.int64]]:
         gathered = [self._gathered(one) for one in eligible]
-        scanned = [place for place, rows in enumerate(gathered) if rows is None]
+        scanned = [index for index, rows in enumerate(gathered) if rows is None]
         found: dict[int, NDArray[np.int64]] = {}
         if scanned:
             # Not `@`: the threads of BLAS spin and fight where several requests scan at once.
             scores = np.einsum("se,ne->sn", queries[scanned], self._vectors)
-            for row, place in zip(scores, scanned, strict=True):
-                eligible[place].lower(row)
+            for row, index in zip(scores, scanned, strict=True):
+                eligible[index].lower(row)
             found.update(zip(scanned, self._best(scores, k), strict=True))
-        for place, rows in enumerate(gathered):
+        for index, rows in enumerate(gathered):
             if rows is not None:
-                scores = np.einsum("e,ne->n", queries[place], self._vectors[rows])
-                found[place] = rows[self._best(scores[None], k)[0]]
-        return [found[place] for place in range(len(queries))]
+                scores = np.einsum("e,ne->n", queries[index], self._vectors[rows])
+                found[index] = rows[self._best(scores[None], k)[0]]
+        return [found[index] for index in range(len(queries))]
 
     def _gathered(self, eligible: Eligible) -> NDArray[np.int64] | None:
         """The eligible rows, where they are so few that gathering them is faster than reading past the others."""

@@ -23,7 +23,7 @@ FILTER_RISK = 5  # a filter that goes with the vectors leaves too few in most se
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates:
+class CandidateSet:
     """Distinct item rows [k] i64 and their similarity [k] f32, best first, ties in row order.
 
     `exact` says why all eligible items were scanned; None = the index found them.
@@ -82,7 +82,7 @@ class Retriever:
         index = HnswIndex.open(bundle)
         return cls(index=index, scan=ExactIndex(vectors), item_vectors=vectors, live=bundle.catalogue.live)
 
-    def retrieve(self, searches: Sequence[Search]) -> list[Candidates]:
+    def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         """Find what each search wants, scans in one pass over the items. Each finds what it would find alone.
 
         Args:
@@ -95,20 +95,20 @@ class Retriever:
         found = [self._ask_index(search, one) for search, one in zip(searches, eligible, strict=True)]
         rows = [rows for rows, _ in found]
         scans: dict[int, list[int]] = defaultdict(list)
-        for place, (_, reason) in enumerate(found):
+        for index, (_, reason) in enumerate(found):
             if reason is not None:
-                scans[searches[place].wanted].append(place)
-        for wanted, places in scans.items():
-            queries = [searches[place].queries for place in places]
-            repeated = [eligible[place] for place, several in zip(places, queries, strict=True) for _ in several]
+                scans[searches[index].wanted].append(index)
+        for wanted, indices in scans.items():
+            queries = [searches[index].queries for index in indices]
+            repeated = [eligible[index] for index, several in zip(indices, queries, strict=True) for _ in several]
             near = iter(self.scan.near(np.concatenate(queries), wanted, repeated))
-            for place, several in zip(places, queries, strict=True):
-                rows[place] = reduce(np.union1d, islice(near, len(several)))
+            for index, several in zip(indices, queries, strict=True):
+                rows[index] = reduce(np.union1d, islice(near, len(several)))
         nearest = best(
             self.item_vectors, np.stack([one.queries for one in searches]), rows, [one.wanted for one in searches]
         )
         return [
-            Candidates(rows=kept, similarity=similarity, exact=reason)
+            CandidateSet(rows=kept, similarity=similarity, exact=reason)
             for (kept, similarity), (_, reason) in zip(nearest, found, strict=True)
         ]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.retrieval.index import recall
-from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
+from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 
 NICENESS = 10
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class _Sampled:
 
     retriever: Retriever
     search: Search
-    found: Candidates
+    found: CandidateSet
 
     def recall(self) -> float:
         """Share of the true candidates that were found."""
@@ -116,7 +116,7 @@ class RecallSampler:
 class _WatchedRetriever(Retriever):
     sampler: RecallSampler
 
-    def retrieve(self, searches: Sequence[Search]) -> list[Candidates]:
+    def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         """See `Retriever.retrieve`."""
         found = super().retrieve(searches)
         for search, candidates in zip(searches, found, strict=True):

@@ -2,8 +2,8 @@
 
 admin.py             swaps from outside: by token, or by a watched file
 admission.py         who may wait, and for how long; who is being answered
-api.py               what clients send and get, and how much of it at once
 app.py               the table of routes
+bodies.py            what clients send and get, and how much of it at once
 call.py              one request from arrival to answer: deadline, errors, clients that leave; what handlers share
 deployment.py        one bundle in service
 deployments.py       what serves, and how it is replaced while it serves

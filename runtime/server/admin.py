@@ -23,8 +23,8 @@ from starlette.routing import Route
 
 from unipinrec.errors import MALFORMED, BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
 from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
 from unipinrec.runtime.server.operations import ADMIN, Operation
@@ -136,9 +136,9 @@ def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
         try:
             folder = bundle_folder(options.folder, wanted.bundle)
         except BundleError as error:
-            raise Refusal(400, "invalid_request", str(error)) from error
+            raise ApiError(400, "invalid_request", str(error)) from error
         if not folder.is_dir():
-            raise Refusal(404, "no_such_bundle", f"there is no bundle {wanted.bundle!r} to swap to")
+            raise ApiError(404, "no_such_bundle", f"there is no bundle {wanted.bundle!r} to swap to")
         return await _swapped(server, lambda deployments: deployments.swap(folder))
 
     async def rollback(_server: Server, _call: Call) -> Response:
@@ -158,7 +158,7 @@ def _guarded(handler: Handler, token_sha256: bytes) -> Handler:
         # Digests are of equal length, so that the time to compare them says nothing about the token.
         right = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), token_sha256)
         if not right or scheme.lower() != "bearer":
-            raise Refusal(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+            raise ApiError(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
         return await handler(server, call)
 
     return guarded
@@ -168,12 +168,12 @@ def _decode(body: bytes) -> Current:
     try:
         return msgspec.json.decode(body, type=Current)
     except MALFORMED as error:
-        raise Refusal(400, "invalid_request", f'the body must be {{"bundle": "NAME"}}: {error}') from error
+        raise ApiError(400, "invalid_request", f'the body must be {{"bundle": "NAME"}}: {error}') from error
 
 
 def _deployments(server: Server) -> Deployments:
     if server.deployments is None:
-        raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
+        raise ApiError(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
     return server.deployments
 
 
@@ -183,9 +183,9 @@ async def _swapped(server: Server, swap: Callable[[Deployments], Any]) -> Respon
     try:
         await anyio.to_thread.run_sync(swap, deployments)
     except SwapError as error:
-        raise Refusal(409, "not_swapped", str(error)) from error
+        raise ApiError(409, "not_swapped", str(error)) from error
     except UnipinrecError as error:
-        raise Refusal(422, "bundle_refused", f"{error}; what served before serves on") from error
+        raise ApiError(422, "bundle_refused", f"{error}; what served before serves on") from error
     return as_json(deployments.status())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server.api import Refusal, whole_seconds
+from unipinrec.runtime.server.bodies import ApiError, whole_seconds
 
 DEADLINE_EXCEEDED = 504
 CAUTION = 2.0  # deviations that an answer may take longer than the mean
@@ -41,40 +41,40 @@ class Admission:
         self._measured = 0
 
     @contextmanager
-    def admit(self, within_s: float, *, measured: bool = True, arriving: bool = False) -> Iterator[Place]:
+    def admit(self, within_s: float, *, measured: bool = True, arriving: bool = False) -> Iterator[Ticket]:
         """Hold a place until the request is answered.
 
         Args:
             within_s: How long that may take.
             measured: Whether how long it takes says something of those to come.
-            arriving: Whether the client has yet to send it; until `Place.begin` it takes room, but nobody's time.
+            arriving: Whether the client has yet to send it; until `Ticket.begin` it takes room, but nobody's time.
 
         Raises:
-            Refusal: 429, there is no place, or those ahead take longer than `within_s`.
+            ApiError: 429, there is no place, or those ahead take longer than `within_s`.
         """
-        place = Place(self, within_s)
-        place.add(1)
-        place.arriving = int(arriving)
-        self.arriving += place.arriving
+        ticket = Ticket(self, within_s)
+        ticket.add(1)
+        ticket.arriving = int(arriving)
+        self.arriving += ticket.arriving
         try:
-            yield place
-        except Refusal as refusal:
-            if measured and refusal.status == DEADLINE_EXCEEDED and place.seconds_each() > self.seconds_each:
-                self.learn(place.seconds_each())  # it took that long at least
+            yield ticket
+        except ApiError as refusal:
+            if measured and refusal.status == DEADLINE_EXCEEDED and ticket.seconds_each() > self.seconds_each:
+                self.learn(ticket.seconds_each())  # it took that long at least
             raise
         else:
             if measured:
-                self.learn(place.seconds_each())
+                self.learn(ticket.seconds_each())
         finally:
-            self.pending -= place.count
-            self.arriving -= place.arriving
+            self.pending -= ticket.count
+            self.arriving -= ticket.arriving
 
     def expected_s(self) -> float:
         """How long what is pending will take, by the latest measurements."""
         return (self.pending - self.arriving) * self.seconds_each
 
     def take(self, count: int, within_s: float) -> None:
-        """See `admit`; for `Place`."""
+        """See `admit`; for `Ticket`."""
         ahead = self.pending - self.arriving
         longest_s = ahead * (self.seconds_each + CAUTION * self.deviation)
         if self.pending + count > self.limit or longest_s > within_s:
@@ -82,7 +82,7 @@ class Admission:
             why = f"{self.pending} requests are waiting, of at most {self.limit}"
             if longest_s > within_s:
                 why = f"{ahead} requests are ahead, which may take {longest_s * 1e3:.0f} ms"
-            raise Refusal(
+            raise ApiError(
                 429,
                 "overloaded",
                 f"{why}; send the request again after Retry-After seconds",
@@ -103,7 +103,7 @@ class Admission:
         return self._clock()
 
 
-class Place:
+class Ticket:
     """The place of one HTTP request, which may carry several."""
 
     def __init__(self, admission: Admission, within_s: float) -> None:
@@ -114,7 +114,7 @@ class Place:
         """Take room for more requests.
 
         Raises:
-            Refusal: 429, there is none.
+            ApiError: 429, there is none.
         """
         self._admission.take(count, self._within_s)
         self.count += count

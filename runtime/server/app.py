@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from unipinrec.runtime.server import handlers
-from unipinrec.runtime.server.api import (
+from unipinrec.runtime.server.bodies import (
     ErrorAnswer,
     ErrorDetail,
     EventsBody,

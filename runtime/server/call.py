@@ -22,7 +22,7 @@ from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItem
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
 from unipinrec.runtime.server.admission import Admission, UsersInFlight
-from unipinrec.runtime.server.api import Limits, RecommendBody, Refusal
+from unipinrec.runtime.server.bodies import ApiError, Limits, RecommendBody
 from unipinrec.runtime.server.deployments import Deployment, Deployments
 from unipinrec.runtime.server.events.store import EventStore
 from unipinrec.runtime.server.operations import Operation
@@ -114,7 +114,7 @@ class Call:
         """All bytes that the client sends; they are read once.
 
         Raises:
-            Refusal: 400, they are compressed; 413, more than `limit`; 408, they did not come before the deadline.
+            ApiError: 400, they are compressed; 413, more than `limit`; 408, they did not come before the deadline.
             ClientDisconnect: The client left.
         """
         if self.content is None:
@@ -125,11 +125,11 @@ class Call:
         coding = self.request.headers.get("content-encoding", "identity")
         if coding != "identity":
             message = f"Content-Encoding: {coding[:20]!r} is not supported; send the body as it is"
-            raise Refusal(400, "invalid_request", message)
+            raise ApiError(400, "invalid_request", message)
         declared = self.request.headers.get("content-length", "0")
         parts: list[bytes] = []
         left = limit
-        too_large = Refusal(413, "too_large", f"the body is larger than {limit} bytes; send fewer requests at a time")
+        too_large = ApiError(413, "too_large", f"the body is larger than {limit} bytes; send fewer requests at a time")
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
         try:
@@ -140,14 +140,14 @@ class Call:
                         raise too_large
                     parts.append(part)
         except TimeoutError as error:
-            raise Refusal(408, "body_timeout", "the body did not arrive before the deadline") from error
+            raise ApiError(408, "body_timeout", "the body did not arrive before the deadline") from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def wait(self, futures: Sequence[Future[Any] | asyncio.Future[Any]]) -> None:
         """Wait until all are done; those that are not when the deadline passes or the client leaves are cancelled.
 
         Raises:
-            Refusal: 504, the deadline has passed.
+            ApiError: 504, the deadline has passed.
             ClientDisconnect: The client left.
         """
         loop = asyncio.get_running_loop()
@@ -160,7 +160,7 @@ class Call:
                 raise ClientDisconnect
             if end.result() == "late":
                 limit_ms = (self.deadline - self.began) * 1e3
-                raise Refusal(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
+                raise ApiError(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
         finally:
             late.cancel()
             gone.cancel()
@@ -248,15 +248,15 @@ class Server:
         """What serves now, which stays open until it is released.
 
         Raises:
-            Refusal: 503, the server is still loading, or is shutting down.
+            ApiError: 503, the server is still loading, or is shutting down.
         """
         if self.deployments is None:
-            raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
+            raise ApiError(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
         held = self.deployments.acquire()
         try:
             deployment = held.__enter__()
         except BackendError as error:
-            raise Refusal(503, "shutting_down", str(error), {"retry-after": "1"}) from error
+            raise ApiError(503, "shutting_down", str(error), {"retry-after": "1"}) from error
         try:
             yield deployment
         finally:
@@ -278,13 +278,13 @@ class Server:
         """Read the deadline that the client asks for.
 
         Raises:
-            Refusal: 400, it is not a number of milliseconds.
+            ApiError: 400, it is not a number of milliseconds.
         """
         wanted = call.request.headers.get("x-deadline-ms")
         if wanted is None:
             return
         if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 12 or not int(wanted):
-            raise Refusal(
+            raise ApiError(
                 400, "invalid_request", f"X-Deadline-Ms: {wanted[:40]!r} must be an integer number of ms, from 1 on"
             )
         call.deadline = call.began + min(int(wanted), self.options.max_deadline_ms) / 1e3
@@ -298,19 +298,19 @@ def as_json(answer: Any, status: int = 200) -> Response:
     return Response(_ENCODER.encode(answer), status, media_type="application/json")
 
 
-def refusal_of(error: Exception, call_id: str) -> Refusal:
+def refusal_of(error: Exception, call_id: str) -> ApiError:
     """What the client is told of an error; what was not made for it is logged, and said to be internal."""
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
         return invalid(error)
     log.error("request %s failed", call_id, exc_info=error)
-    return Refusal(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
+    return ApiError(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
 
 
-def invalid(error: RequestError) -> Refusal:
+def invalid(error: RequestError) -> ApiError:
     """What the client is told, without the frames that led to it: they would keep the bundle alive."""
-    return Refusal(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
+    return ApiError(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -341,7 +341,7 @@ class Endpoint:
         response.headers.update(call.headers)
         await response(scope, receive, send)
 
-    def _refused(self, refusal: Refusal, call: Call) -> Response:
+    def _refused(self, refusal: ApiError, call: Call) -> Response:
         call.code = refusal.detail.code
         response = as_json(self.operation.error.of(refusal.detail), refusal.status)
         response.headers.update(refusal.headers or {})

@@ -22,7 +22,7 @@ import msgspec
 from unipinrec.errors import BackendError, BundleError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.integrity import file_problems
-from unipinrec.runtime.kv.histories import Padding
+from unipinrec.runtime.kv.encoder import Padding
 from unipinrec.runtime.machine import give_back_memory
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 
@@ -32,7 +32,7 @@ __all__ = [
     "DeploymentStatus",
     "Deployments",
     "SwapRecord",
-    "Work",
+    "WorkTotals",
 ]
 
 SwapKind = Literal["swap", "rollback"]
@@ -91,7 +91,7 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class WorkTotals:
     """What all deployments did since the start, those that were replaced included.
 
     `padding` is by stage, see `Recommender.padding`.
@@ -126,7 +126,7 @@ class Deployments:
         self._previous: tuple[Path, str] | None = None
         self._swaps: deque[SwapRecord] = deque(maxlen=REMEMBERED_SWAPS)
         self._counts: Counter[tuple[str, SwapResult]] = Counter()
-        self._done = Work(requests=0, batches=0, padding={})
+        self._done = WorkTotals(requests=0, batches=0, padding={})
         self._opening: str | None = None
         self._closed = False
         self._one_at_a_time = threading.Lock()
@@ -207,7 +207,7 @@ class Deployments:
         with self._changed:
             return dict(self._counts)
 
-    def work(self) -> Work:
+    def work(self) -> WorkTotals:
         """What was done since the start, by all deployments together."""
         with self._changed:
             return _total(self._done, *(_work(held.deployment) for held in (self._current, *self._draining)))
@@ -343,17 +343,17 @@ def _result(problem: BaseException | None) -> SwapResult:
     return "refused" if isinstance(problem, UnipinrecError) else "failed"
 
 
-def _work(deployment: Deployment) -> Work:
+def _work(deployment: Deployment) -> WorkTotals:
     batches = deployment.batcher.statistics()
-    return Work(requests=batches.requests, batches=batches.batches, padding=deployment.recommender.padding())
+    return WorkTotals(requests=batches.requests, batches=batches.batches, padding=deployment.recommender.padding())
 
 
-def _total(*parts: Work) -> Work:
+def _total(*parts: WorkTotals) -> WorkTotals:
     padding: dict[str, Padding] = {}
     for part in parts:
         for stage, counted in part.padding.items():
             before = padding.get(stage, Padding(given=0, computed=0))
             padding[stage] = Padding(given=before.given + counted.given, computed=before.computed + counted.computed)
-    return Work(
+    return WorkTotals(
         requests=sum(part.requests for part in parts), batches=sum(part.batches for part in parts), padding=padding
     )

@@ -18,14 +18,14 @@ from unipinrec.errors import BackendError, ColdStartError, RequestError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event, Slate
-from unipinrec.runtime.server.api import (
+from unipinrec.runtime.server.bodies import (
+    ApiError,
     ErrorAnswer,
     EventsBody,
     ForgetAnswer,
     Readiness,
     RecommendAnswer,
     RecommendBody,
-    Refusal,
     SentEvent,
     UserAnswer,
     decode_events,
@@ -75,14 +75,14 @@ class _Started:
 
 async def recommend(server: Server, call: Call) -> Response:
     """POST /v1/recommend."""
-    with server.admission.admit(call.left_s, arriving=True) as place:
+    with server.admission.admit(call.left_s, arriving=True) as index:
         limits = server.options.limits
         asked = decode_recommend(await call.body(limits.body_bytes), limits)
         several = asked if isinstance(asked, tuple) else (asked,)
-        place.add(len(several) - 1)
-        place.begin()
+        index.add(len(several) - 1)
+        index.begin()
         outcomes = await _recommend(server, call, several)
-        ids = [f"{call.id}/{place}" for place in range(len(asked))] if isinstance(asked, tuple) else [call.id]
+        ids = [f"{call.id}/{index}" for index in range(len(asked))] if isinstance(asked, tuple) else [call.id]
         answered = zip(ids, several, outcomes, strict=True)
         call.asked = {id_: one for id_, one, outcome in answered if not isinstance(outcome, Exception)}
         if isinstance(asked, tuple):
@@ -111,8 +111,8 @@ async def _recommend(server: Server, call: Call, asked: Sequence[RecommendBody])
             started += [_start(deployment, one, events) for one, events in zip(asked, histories, strict=True)]
             await call.wait([one.answer for one in started if isinstance(one, _Started)])
     finally:
-        for place, release in enumerate(leave):
-            one = started[place] if place < len(started) else None
+        for index, release in enumerate(leave):
+            one = started[index] if index < len(started) else None
             _when_done(one.answer if isinstance(one, _Started) else None, release)
     return [_outcome(one, call) for one in started]
 
@@ -129,7 +129,7 @@ async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
     """What a store's future brings.
 
     Raises:
-        Refusal: 504, not before the deadline; 503, the store failed.
+        ApiError: 504, not before the deadline; 503, the store failed.
     """
     try:
         future = begin()
@@ -139,7 +139,7 @@ async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
     except BackendError as error:
         log.error("request %s: %s", call.id, error)
         message = "the events of users cannot be reached; send the request again, or with a history"
-        raise Refusal(503, "store_unavailable", message, {"retry-after": "1"}) from error
+        raise ApiError(503, "store_unavailable", message, {"retry-after": "1"}) from error
 
 
 def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]) -> _Started | Exception:
@@ -153,11 +153,11 @@ def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]
     return _Started(answer=answer, events=len(history), skipped=len(events) - len(history))
 
 
-def _cold_start(asked: RecommendBody, skipped: int, error: ColdStartError) -> Refusal:
+def _cold_start(asked: RecommendBody, skipped: int, error: ColdStartError) -> ApiError:
     if asked.history is not None:
-        return Refusal(422, "cold_start", str(error))
+        return ApiError(422, "cold_start", str(error))
     known = f"the bundle in service has none of the {skipped} items" if skipped else "no events are known"
-    return Refusal(422, "cold_start", f"user {asked.user!r}: {known}; {error}")
+    return ApiError(422, "cold_start", f"user {asked.user!r}: {known}; {error}")
 
 
 def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:
@@ -210,12 +210,12 @@ def _outcome(started: _Started | Exception, call: Call) -> RecommendAnswer | Exc
 
 async def append_events(server: Server, call: Call) -> Response:
     """POST /v1/events: of a list each element is refused or kept for itself; what is kept is kept in one step."""
-    with server.writes.admit(call.left_s, arriving=True) as place:
+    with server.writes.admit(call.left_s, arriving=True) as index:
         now_ms, limits = time.time_ns() // 1_000_000, server.options.limits
         posted = decode_events(await call.body(limits.body_bytes), limits, now_ms)
         posts = posted if isinstance(posted, tuple) else (posted,)
-        place.add(len(posts) - 1)
-        place.begin()
+        index.add(len(posts) - 1)
+        index.begin()
         checked = _all_checked(server, posts)
         if not isinstance(posted, tuple) and isinstance(checked[0], Exception):
             raise checked[0]
@@ -226,16 +226,16 @@ async def append_events(server: Server, call: Call) -> Response:
         return as_json(answers if isinstance(posted, tuple) else answers[0])
 
 
-def _all_checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | Refusal]:
+def _all_checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | ApiError]:
     with server.acquire() as deployment:
         return [_checked(post, deployment.recommender.bundle) for post in posts]
 
 
-def _checked(post: EventsBody, bundle: Bundle) -> Append | Refusal:
+def _checked(post: EventsBody, bundle: Bundle) -> Append | ApiError:
     """What to append, or why not: an event that is wrong keeps back those that were sent with it."""
     try:
-        for place, event in enumerate(post.events):
-            check_event(event, bundle.manifest, bundle.rows, f"events[{place}]")
+        for index, event in enumerate(post.events):
+            check_event(event, bundle.manifest, bundle.rows, f"events[{index}]")
     except RequestError as error:
         return invalid(error)
     events = (
@@ -264,7 +264,7 @@ async def user_events(server: Server, call: Call) -> Response:
         user = _user(call, server)
         (known,) = await settled(call, lambda: server.store.histories([user]))
         if not known:
-            raise Refusal(404, "unknown_user", f"no events are known of user {user!r}")
+            raise ApiError(404, "unknown_user", f"no events are known of user {user!r}")
         events = tuple(SentEvent(**msgspec.structs.asdict(event)) for event in known)
         return as_json(UserAnswer(user=user, events=events))
 
@@ -280,16 +280,16 @@ async def forget_user(server: Server, call: Call) -> Response:
             _, late = await asyncio.wait(under_way, timeout=max(0.0, call.left_s))
             cached |= cache is not None and cache.invalidate(user)
             if late:
-                raise Refusal(504, "deadline_exceeded", f"user {user!r} is still being answered; forget them again")
+                raise ApiError(504, "deadline_exceeded", f"user {user!r} is still being answered; forget them again")
         return as_json(ForgetAnswer(user=user, events=events, cached=cached))
 
 
 async def similar(server: Server, call: Call) -> Response:
     """POST /v1/items/similar."""
-    with server.admission.admit(call.left_s, measured=False, arriving=True) as place:
+    with server.admission.admit(call.left_s, measured=False, arriving=True) as index:
         limits = server.options.limits
         asked = decode_similar(await call.body(limits.body_bytes), limits)
-        place.begin()
+        index.begin()
         with server.acquire() as deployment:
             answer = server.threads.submit(similar_items, deployment.recommender, asked)
             await call.wait([answer])

@@ -47,7 +47,7 @@ def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
 
 def _recommend(bundle: Bundle, items: list[str], other: str, unknown_user: int) -> Examples:
     k = max(1, min(MOST_K, bundle.catalogue.num_live - len(items) - 1))
-    history = [_event(bundle, item, place) for place, item in enumerate(items)]
+    history = [_event(bundle, item, index) for index, item in enumerate(items)]
     asked = {"history": history, "k": k, "now_ms": TIME_MS + 5 * MINUTE_MS}
     weights = dict.fromkeys(bundle.manifest.actions, 1.0)
     unknown = {**asked, "history": [*history, {"item": "\u2205", "actions": []}]}
@@ -99,10 +99,10 @@ def _inference(bundle: Bundle) -> Examples:
     }
 
 
-def _event(bundle: Bundle, item: str, place: int) -> dict[str, Any]:
+def _event(bundle: Bundle, item: str, index: int) -> dict[str, Any]:
     return {
         "item": item,
-        "actions": [bundle.manifest.actions[place % len(bundle.manifest.actions)]],
+        "actions": [bundle.manifest.actions[index % len(bundle.manifest.actions)]],
         "surface": bundle.manifest.surfaces[-1],
-        "timestamp_ms": TIME_MS + place * MINUTE_MS,
+        "timestamp_ms": TIME_MS + index * MINUTE_MS,
     }

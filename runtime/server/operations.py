@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from unipinrec.runtime.server.api import ErrorAnswer
+from unipinrec.runtime.server.bodies import ErrorAnswer
 
 EVERY, READS = (400, 500), (400, 500, 503)
 POSTS, STORE, ADMIN = (*READS, 408, 413, 429, 504), (*READS, 429, 504), (*READS, 401)

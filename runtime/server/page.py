@@ -20,8 +20,8 @@ from unipinrec.errors import RequestError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Order
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Server, as_json
 from unipinrec.runtime.server.operations import READS, Operation
 
@@ -165,7 +165,7 @@ def _sample_history(bundle: Bundle, version: str, user: str) -> SampleHistory:
     try:
         events = bundle.user_events(user)
     except RequestError as error:
-        raise Refusal(404, "unknown_user", f"there is no sample user {user[:100]!r}") from error
+        raise ApiError(404, "unknown_user", f"there is no sample user {user[:100]!r}") from error
     titled = tuple(
         TitledEvent(
             item=str(event.item),

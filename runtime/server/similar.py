@@ -7,7 +7,7 @@ import numpy as np
 from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.retriever import Search
-from unipinrec.runtime.server.api import SimilarAnswer, SimilarBody, SimilarItem
+from unipinrec.runtime.server.bodies import SimilarAnswer, SimilarBody, SimilarItem
 from unipinrec.runtime.validation import item_row
 
 

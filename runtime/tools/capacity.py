@@ -64,7 +64,7 @@ class Footprint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Histories:
+class HistoryLengths:
     """How long the users' histories are: equally likely lengths in events, and how activity goes with them."""
 
     events: tuple[float, ...]
@@ -75,10 +75,10 @@ class Histories:
             raise ConfigError("history lengths must be numbers of events, 0 or more, and not all 0")
 
 
-def histories_of_mean(mean_events: float) -> Histories:
+def histories_of_mean(mean_events: float) -> HistoryLengths:
     """Lengths of this mean, spread as those of KuaiRand-Pure."""
     scale = mean_events / (sum(HISTORY_SHAPE) / len(HISTORY_SHAPE))
-    return Histories(events=tuple(scale * part for part in HISTORY_SHAPE))
+    return HistoryLengths(events=tuple(scale * part for part in HISTORY_SHAPE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class UserPages:
         return 2 * pages_per_user / (self.of_requests + math.sqrt(self.of_requests**2 - 4 * bend * pages_per_user))
 
 
-def user_pages(footprint: Footprint, histories: Histories) -> UserPages:
+def user_pages(footprint: Footprint, histories: HistoryLengths) -> UserPages:
     """Mean whole pages per user."""
     events = np.array(histories.events)
     pages = footprint.pages(events)
@@ -110,7 +110,7 @@ def user_pages(footprint: Footprint, histories: Histories) -> UserPages:
     return UserPages(of_users=of_users, of_requests=min(of_requests, 2 * of_users))
 
 
-def requests_at_limit(footprint: Footprint, histories: Histories) -> float:
+def requests_at_limit(footprint: Footprint, histories: HistoryLengths) -> float:
     """Share of the requests whose history is as long as the model allows, or longer."""
     events = np.array(histories.events)
     activity = events**histories.activity_exponent
@@ -119,7 +119,7 @@ def requests_at_limit(footprint: Footprint, histories: Histories) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
-    """EngineHost time of each stage in ms: how long one machine is busy with it for one request."""
+    """Machine time of each stage in ms: how long one machine is busy with it for one request."""
 
     encode_ms: float
     extend_ms: float
@@ -128,7 +128,7 @@ class StageCosts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment:
+class CapacityInput:
     """All that a plan is computed from.
 
     Attributes:
@@ -139,12 +139,12 @@ class Deployment:
         arrivals: When users come back.
         ttl_hours: An entry not used for so long is not served.
         unchanged_share: Share of the found requests without a new event, which need no `extend`.
-        costs: EngineHost time per stage, or None if unknown.
+        costs: Machine time per stage, or None if unknown.
         utilisation: Share of a machine's time to be planned with.
     """
 
     footprint: Footprint
-    histories: Histories
+    histories: HistoryLengths
     users: float
     qps: float
     arrivals: ArrivalModel
@@ -182,13 +182,13 @@ class Outcome:
         return self.hit + self.extend
 
 
-def memory_of_all(deployment: Deployment) -> int:
+def memory_of_all(deployment: CapacityInput) -> int:
     """Bytes that hold every user."""
     pages = user_pages(deployment.footprint, deployment.histories)
     return math.ceil(deployment.users * pages.of_users) * deployment.footprint.geometry.page_bytes
 
 
-def outcome(deployment: Deployment, memory_bytes: int) -> Outcome:
+def outcome(deployment: CapacityInput, memory_bytes: int) -> Outcome:
     """What a cache of this size, over all machines together, brings."""
     footprint, arrivals = deployment.footprint, deployment.arrivals
     pages_per_user = memory_bytes // footprint.geometry.page_bytes / deployment.users
@@ -215,7 +215,7 @@ def outcome(deployment: Deployment, memory_bytes: int) -> Outcome:
     )
 
 
-def smallest_fleet(deployment: Deployment, machine_bytes: int) -> Outcome:
+def smallest_fleet(deployment: CapacityInput, machine_bytes: int) -> Outcome:
     """The fewest machines that carry the load when each adds `machine_bytes` to the cache.
 
     More machines hold more users and so need less time per request; the fewest that suffice are found by bisection.

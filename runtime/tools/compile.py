@@ -21,13 +21,13 @@ from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.tools.compile_plan import CompileTask, graphs_of, keys_of, require_golden_covered
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.build import BuildTask, Progress, build_engine
 from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.layers import require_precision
 from unipinrec.runtime.trt.library import TensorRT
-from unipinrec.runtime.trt.load import Plan
+from unipinrec.runtime.trt.load import EnginePlan
 from unipinrec.runtime.trt.record import EngineKey, EngineRecord, Verification, engine_host, needs_of, unfit
-from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore
 
 GOLDEN = "golden requests"
@@ -116,7 +116,7 @@ def build_graph(
 
 
 def verify_engines(
-    bundle: Bundle, precision: str, trt: TensorRT, cuda: Cuda, plans: Mapping[str, Plan]
+    bundle: Bundle, precision: str, trt: TensorRT, cuda: Cuda, plans: Mapping[str, EnginePlan]
 ) -> tuple[Verification, dict[str, bytes]]:
     """Send the golden requests through engines: how they passed, and the kernels that were compiled for this GPU.
 
@@ -138,9 +138,9 @@ def verify_engines(
     return verified, kernels
 
 
-def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> Plan:
+def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> EnginePlan:
     """A plan and what it takes to load it."""
-    return Plan(
+    return EnginePlan(
         content=content,
         weights=_graph_file(bundle, key) if key.options.strip_weights else None,
         host_code=key.options.version_compatible,

@@ -68,7 +68,7 @@ class EngineCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class EngineReport:
     """A compiled engine of a bundle, or an entry of the cache that cannot be trusted: then all but `id` is unknown.
 
     Attributes:
@@ -125,6 +125,6 @@ class Diagnosis:
     cache: EngineCache
     devices: dict[str, str | None]
     bundle: str | None
-    engines: tuple[Engine, ...]
+    engines: tuple[EngineReport, ...]
     engines_problem: str | None
     auto: Choice

@@ -23,11 +23,11 @@ from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem
 from unipinrec.runtime.machine import has_bf16, this_cpu, this_memory
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, Engine, EngineCache, Gpu, Library, OnnxRuntime
+from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, EngineCache, EngineReport, Gpu, Library, OnnxRuntime
 from unipinrec.runtime.tools.engines import ListedEngine, list_engines
 from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import FLAVORS, NAMES, Flavor, TensorRT
-from unipinrec.runtime.trt.record import Refusal, engine_host
+from unipinrec.runtime.trt.record import EngineProblem, engine_host
 from unipinrec.runtime.trt.store import EngineStore
 
 T = TypeVar("T")
@@ -143,7 +143,9 @@ def _cache(store: EngineStore | Reason) -> EngineCache:
         return EngineCache(path=None, mode=None, entries=0, size_bytes=0, problem=str(store))
     entries = _probed(store.entries)
     broken = entries if isinstance(entries, Reason) else None
-    if not isinstance(entries, Reason) and isinstance(entries.get(""), Refusal):  # the folder itself cannot be trusted
+    if not isinstance(entries, Reason) and isinstance(
+        entries.get(""), EngineProblem
+    ):  # the folder itself cannot be trusted
         entries, broken = {}, Reason(str(entries[""]))
     status = _probed(store.root.stat)
     sizes = _probed(lambda: sum(path.lstat().st_size for path in store.root.rglob("*") if path.is_file()))
@@ -158,18 +160,18 @@ def _cache(store: EngineStore | Reason) -> EngineCache:
 
 def _engines(
     path: Path, store: EngineStore | Reason, gpu: GpuInfo | None, installed: Mapping[Flavor, TensorRT]
-) -> tuple[Engine, ...]:
+) -> tuple[EngineReport, ...]:
     if isinstance(store, Reason):
         raise BackendError(store)
     machine = engine_host(gpu.name, gpu.architecture, gpu.driver_version) if gpu else engine_host()
     return tuple(map(_engine, list_engines(Bundle.open(path), store, machine, installed)))
 
 
-def _engine(listed: ListedEngine) -> Engine:
+def _engine(listed: ListedEngine) -> EngineReport:
     if listed.record is None:
-        return Engine(id=listed.id, source=listed.source, problem=listed.problem)
+        return EngineReport(id=listed.id, source=listed.source, problem=listed.problem)
     record, key = listed.record, listed.record.key
-    return Engine(
+    return EngineReport(
         id=listed.id,
         source=listed.source,
         problem=listed.problem,

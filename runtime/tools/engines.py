@@ -9,7 +9,7 @@ import msgspec
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.tools.compile_ahead import carried_records
 from unipinrec.runtime.trt.library import NAMES, Flavor, TensorRT
-from unipinrec.runtime.trt.record import EngineHost, EngineRecord, Need, Refusal, graph_hash, unfit
+from unipinrec.runtime.trt.record import EngineHost, EngineProblem, EngineRecord, Need, graph_hash, unfit
 from unipinrec.runtime.trt.store import EngineStore
 
 CARRIED = "carried by the bundle; it runs with --allow-bundle-engines, after the golden requests"
@@ -55,7 +55,7 @@ def _cached(
         for graph in manifest.graphs_in(precision)
     }
     for name, entry in store.entries().items():
-        if isinstance(entry, Refusal):
+        if isinstance(entry, EngineProblem):
             yield ListedEngine(id=name, source="cache", record=None, problem=str(entry))
         elif hashes.get((entry.key.graph, entry.key.precision)) == entry.key.graph_sha256:
             yield ListedEngine(id=name, source="cache", record=entry, problem=_problem(entry, machine, installed))

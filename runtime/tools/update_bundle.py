@@ -40,7 +40,7 @@ from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index import HnswIndex
 from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
 from unipinrec.runtime.sample import sample_quality
-from unipinrec.runtime.tools.new_items import ItemRows, NewItem, check_items, embed_items
+from unipinrec.runtime.tools.item_input import ItemRows, NewItem, check_items, embed_items
 
 QUERY_USERS = 100
 BATCH = 16

@@ -148,7 +148,7 @@ class _Build:
         network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = module.OnnxParser(network, logger)  # holds the weights that the network refers to
         if not parser.parse_from_file(str(self._file)):
-            found = "; ".join(parser.get_error(place).desc() for place in range(parser.num_errors))
+            found = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
             raise self._failed("does not read it", found or self._lines.reason())
         _let_fp32_attention_fall_apart(module, network)
         products = products_of(module, network)
@@ -197,8 +197,8 @@ class _Build:
         capabilities = self._module.ComputeCapability
         names = ["CURRENT"] if self._task.targets is None else [t.replace("sm_", "SM") for t in self._task.targets]
         config.num_compute_capabilities = len(names)
-        for place, name in enumerate(names):
-            if not config.set_compute_capability(getattr(capabilities, name), place):
+        for index, name in enumerate(names):
+            if not config.set_compute_capability(getattr(capabilities, name), index):
                 raise self._failed(f"takes no target {name}", self._lines.reason())
 
     def _use_timings(self, config: Any) -> None:
@@ -236,8 +236,8 @@ class _Build:
 
 def _let_fp32_attention_fall_apart(module: Any, network: Any) -> None:
     """No kernel computes attention in fp32, nor, by itself, that of a single query; elsewhere one must."""
-    for place in range(network.num_layers):
-        layer = network.get_layer(place)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
         if layer.type == module.LayerType.ATTENTION_INPUT:
             query = layer.get_input(0)
             layer.__class__ = module.IAttentionInputLayer

@@ -20,8 +20,8 @@ def differences(module: Any, engine: Any, spec: GraphSpec) -> list[str]:
         spec: What the manifest says of the graph.
     """
     found = {}
-    for place in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(place)
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
         kind = "input" if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT else "output"
         dtype = engine.get_tensor_dtype(name).name
         where = "" if engine.get_tensor_location(name) == module.TensorLocation.DEVICE else " on the host"
@@ -55,8 +55,8 @@ def _described(kind: str, dtype: str, shape: tuple[int | str, ...]) -> str:
 def engine_profiles(engine: Any, spec: GraphSpec) -> tuple[ProfileShapes, ...]:
     """The shapes that an engine was built for, profile by profile."""
     return tuple(
-        {tensor.name: _three(engine.get_tensor_profile_shape(tensor.name, place)) for tensor in spec.inputs}
-        for place in range(engine.num_optimization_profiles)
+        {tensor.name: _three(engine.get_tensor_profile_shape(tensor.name, index)) for tensor in spec.inputs}
+        for index in range(engine.num_optimization_profiles)
     )
 
 

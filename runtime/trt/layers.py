@@ -85,8 +85,8 @@ class Products(msgspec.Struct, frozen=True, kw_only=True):
 def products_of(module: Any, network: Any) -> Products:
     """Read the products of a parsed network, before it is built."""
     kinds = module.LayerType
-    layers = [network.get_layer(place) for place in range(network.num_layers)]
-    producers = {layer.get_output(place).name: layer for layer in layers for place in range(layer.num_outputs)}
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
     matrices, attentions = {}, {}
     for layer in layers:
         if layer.type == kinds.MATRIX_MULTIPLY:

@@ -12,15 +12,15 @@ from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.build import refit_engine
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.io import differences, engine_profiles
-from unipinrec.runtime.trt.lane import Lane
 from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.trt.profiles import ProfileShapes
+from unipinrec.runtime.trt.runner import ProfileRunner
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EnginePlan:
     """A verified plan, and what else it takes to load it.
 
     Attributes:
@@ -40,20 +40,20 @@ class LoadedEngine:
 
     Attributes:
         profiles: Shapes of each optimisation profile, as the engine tells them.
-        lanes: What runs in each.
+        runners: What runs in each.
         engine: `ICudaEngine`.
         cache: `IRuntimeCache` of TensorRT-RTX.
     """
 
     profiles: tuple[ProfileShapes, ...]
-    lanes: tuple[Lane, ...]
+    runners: tuple[ProfileRunner, ...]
     engine: Any
     cache: Any | None
 
     def release(self) -> None:
         """Wait for runs that are under way and release everything; may be called again."""
-        for lane in self.lanes:
-            lane.release()
+        for runner in self.runners:
+            runner.release()
 
 
 class EngineLoader:
@@ -62,8 +62,8 @@ class EngineLoader:
     def __init__(self, trt: TensorRT, cuda: Cuda, graph: str, lines: LogLines) -> None:
         self._trt, self._cuda, self._graph, self._lines = trt, cuda, graph, lines
 
-    def load(self, plan: Plan, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
-        """Load it, and make a lane for each of its profiles.
+    def load(self, plan: EnginePlan, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
+        """Load it, and make a runner for each of its profiles.
 
         Raises:
             BackendError: It does not load, or is not one of this graph; nothing is left in memory.
@@ -89,15 +89,15 @@ class EngineLoader:
 
     def _with_lanes(self, engine: Any, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
         how, cache = self._context_options(engine, kernels)
-        lanes: list[Lane] = []
+        runners: list[ProfileRunner] = []
         try:
-            for place in range(engine.num_optimization_profiles):
-                lanes.append(self._lane(engine, how, place, spec))
+            for index in range(engine.num_optimization_profiles):
+                runners.append(self._runner(engine, how, index, spec))
         except BaseException:
-            for lane in lanes:
-                lane.release()
+            for runner in runners:
+                runner.release()
             raise
-        return LoadedEngine(profiles=engine_profiles(engine, spec), lanes=tuple(lanes), engine=engine, cache=cache)
+        return LoadedEngine(profiles=engine_profiles(engine, spec), runners=tuple(runners), engine=engine, cache=cache)
 
     def _context_options(self, engine: Any, kernels: bytes | None) -> tuple[Any, Any | None]:
         """What to make contexts with: memory for their own profile alone, and the kernels that are there already."""
@@ -111,19 +111,19 @@ class EngineLoader:
             log.info("%s: the stored kernels are not of this GPU, driver and %s; compiling", self._graph, self._trt)
         return config, cache if config.set_runtime_cache(cache) else None
 
-    def _lane(self, engine: Any, how: Any, place: int, spec: GraphSpec) -> Lane:
+    def _runner(self, engine: Any, how: Any, index: int, spec: GraphSpec) -> ProfileRunner:
         stream = self._cuda.stream()
         try:
             context = engine.create_execution_context(how)
-            if context is None or not context.set_optimization_profile_async(place, stream):
+            if context is None or not context.set_optimization_profile_async(index, stream):
                 free, total = self._cuda.memory_info()
-                raise self._failed(f"makes no context for profile {place}, {free:,} of {total:,} bytes are free")
+                raise self._failed(f"makes no context for profile {index}, {free:,} of {total:,} bytes are free")
             self._cuda.synchronize(stream)
         except BaseException:
             with suppressed("a stream may be lost"):
                 self._cuda.destroy(stream)
             raise
-        return Lane(self._graph, spec, context, self._cuda, stream, self._lines)
+        return ProfileRunner(self._graph, spec, context, self._cuda, stream, self._lines)
 
     def _failed(self, what: str, reason: str | None = None) -> BackendError:
         return BackendError(

@@ -28,11 +28,11 @@ def size_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
     """Aligned places of parts of `sizes` bytes in one block, and the size of the block."""
-    *places, total = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
-    return places, total
+    *offsets, total = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
+    return offsets, total
 
 
-class Block:
+class DeviceBlock:
     """Memory of a GPU, freed once nothing refers to it any more, or by `free`.
 
     What is done with it on other streams than its own has to be done by then.
@@ -64,7 +64,7 @@ class Staging:
     def __init__(self, cuda: Cuda, stream: int) -> None:
         self._cuda, self._stream = cuda, stream
         self._pinned: PinnedBuffer | None = None
-        self._block: Block | None = None
+        self._block: DeviceBlock | None = None
 
     def put(self, arrays: Mapping[str, NDArray[Any]], dtypes: Mapping[str, str]) -> dict[str, int]:
         """Send arrays to the GPU in one copy, and return their addresses there, by name.
@@ -76,20 +76,20 @@ class Staging:
         Raises:
             BackendError: There is not enough memory, or the copy failed.
         """
-        places, total = layout(size_bytes(dtypes[name], array.shape) for name, array in arrays.items())
+        offsets, total = layout(size_bytes(dtypes[name], array.shape) for name, array in arrays.items())
         if not arrays:
             return {}
         pinned, block = self._reserve(total)
-        for (name, array), place in zip(arrays.items(), places, strict=True):
-            np.copyto(_view(pinned, place, dtypes[name], array.shape), array, casting="unsafe")
+        for (name, array), offset in zip(arrays.items(), offsets, strict=True):
+            np.copyto(_view(pinned, offset, dtypes[name], array.shape), array, casting="unsafe")
         self._cuda.copy_in(block.address, pinned.address, total, self._stream)
-        return {name: block.address + place for name, place in zip(arrays, places, strict=True)}
+        return {name: block.address + offset for name, offset in zip(arrays, offsets, strict=True)}
 
-    def _reserve(self, nbytes: int) -> tuple[PinnedBuffer, Block]:
+    def _reserve(self, nbytes: int) -> tuple[PinnedBuffer, DeviceBlock]:
         if self._pinned is None or self._block is None or len(self._pinned) < nbytes:
             self.release()
             size = _grown(nbytes)
-            self._block = Block(self._cuda, size, self._stream)
+            self._block = DeviceBlock(self._cuda, size, self._stream)
             self._pinned = self._cuda.host_alloc(size)
         return self._pinned, self._block
 
@@ -110,7 +110,7 @@ class Reader:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         self._lock = threading.Lock()
-        self._idle: list[_Lane] = []
+        self._idle: list[_Staging] = []
         self._closed = False
 
     def read(self, address: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -120,43 +120,43 @@ class Reader:
             BackendError: The reader is closed, or the copy failed.
         """
         nbytes = size_bytes(dtype, shape)
-        lane = self._take()
+        staging = self._take()
         try:
-            pinned = lane.reserve(nbytes)
-            self.cuda.copy_out(pinned.address, address, nbytes, lane.stream)
-            self.cuda.synchronize(lane.stream)
+            pinned = staging.reserve(nbytes)
+            self.cuda.copy_out(pinned.address, address, nbytes, staging.stream)
+            self.cuda.synchronize(staging.stream)
             return _view(pinned, 0, dtype, shape).astype(np.float32 if dtype in REDUCED else TYPES[dtype])
         except BaseException:
             with suppressed("after a failed copy"):
-                self.cuda.synchronize(lane.stream)  # it writes to memory that the next copy uses
+                self.cuda.synchronize(staging.stream)  # it writes to memory that the next copy uses
             raise
         finally:
-            self._give_back(lane)
+            self._give_back(staging)
 
     def release(self) -> None:
         """Free everything; what is being read now is read to its end."""
         with self._lock:
-            self._closed, lanes, self._idle = True, self._idle, []
-        for lane in lanes:
-            lane.release()
+            self._closed, idle, self._idle = True, self._idle, []
+        for staging in idle:
+            staging.release()
 
-    def _take(self) -> _Lane:
+    def _take(self) -> _Staging:
         with self._lock:
             if self._closed:
                 raise BackendError("the graphs were closed, and what they gave cannot be read any more")
             if self._idle:
                 return self._idle.pop()
-        return _Lane(self.cuda)
+        return _Staging(self.cuda)
 
-    def _give_back(self, lane: _Lane) -> None:
+    def _give_back(self, staging: _Staging) -> None:
         with self._lock:
             if not self._closed:
-                self._idle.append(lane)
+                self._idle.append(staging)
                 return
-        lane.release()
+        staging.release()
 
 
-class _Lane:
+class _Staging:
     """A stream to copy on, and pinned memory to copy to."""
 
     def __init__(self, cuda: Cuda) -> None:
@@ -187,21 +187,17 @@ class DeviceTensor:
 
     Attributes:
         dtype: See `Tensor.dtype`.
-        sizes: Its dimensions.
+        shape: Its dimensions.
         address: Where it starts.
         block: What it lies in, together with the other tensors of its run.
         reader: Copies it to the host.
     """
 
     dtype: str
-    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
     address: int
-    block: Block
+    block: DeviceBlock
     reader: Reader
-
-    def shape(self) -> list[int]:
-        """See `Tensor.shape`."""
-        return list(self.sizes)
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`: a copy.
@@ -209,16 +205,16 @@ class DeviceTensor:
         Raises:
             BackendError: What made it is closed, or the copy failed.
         """
-        return self.reader.read(self.address, self.dtype, self.sizes)
+        return self.reader.read(self.address, self.dtype, self.shape)
 
     def lies_on(self, cuda: Cuda) -> bool:
         """Whether a GPU can read it where it is."""
         return self.reader.cuda is cuda
 
 
-def _view(pinned: PinnedBuffer, place: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def _view(pinned: PinnedBuffer, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Pinned memory from an aligned place on, as an array."""
-    return pinned.view[place : place + size_bytes(dtype, shape)].view(TYPES[dtype]).reshape(shape)
+    return pinned.view[offset : offset + size_bytes(dtype, shape)].view(TYPES[dtype]).reshape(shape)
 
 
 def _grown(nbytes: int) -> int:

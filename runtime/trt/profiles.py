@@ -123,7 +123,7 @@ def read_buckets(path: Path, model: ModelSpec) -> Buckets:
         ) from error
     if not given:
         raise ConfigError(f"{path}: the list is empty; leave the option out for the default buckets")
-    return tuple(_bucket(ranges, model, f"{path}: bucket {place}") for place, ranges in enumerate(given))
+    return tuple(_bucket(ranges, model, f"{path}: bucket {index}") for index, ranges in enumerate(given))
 
 
 def _bucket(ranges: Mapping[str, Range], model: ModelSpec, where: str) -> Bucket:
@@ -168,7 +168,7 @@ def covering(profiles: Sequence[ProfileShapes], shapes: Mapping[str, Sequence[in
         shapes: By input.
     """
     distances = {
-        place: _distance(profile, shapes) for place, profile in enumerate(profiles) if _covers(profile, shapes)
+        index: _distance(profile, shapes) for index, profile in enumerate(profiles) if _covers(profile, shapes)
     }
     return min(distances, key=distances.__getitem__, default=None)
 

@@ -118,7 +118,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels_sha256: str | None = None
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+class EngineProblem(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no engine to use, and what to do about it."""
 
     reason: str
@@ -173,10 +173,10 @@ def needs_of(bundle: Bundle, precision: str, trt: TensorRT) -> dict[str, Need]:
     }
 
 
-def unfit(record: EngineRecord, need: Need, machine: EngineHost) -> Refusal | None:
+def unfit(record: EngineRecord, need: Need, machine: EngineHost) -> EngineProblem | None:
     """Why an engine cannot serve a need on a machine; None where it can. Nothing is read."""
     mismatch = next(_mismatches(record, need, machine), None)
-    return Refusal(reason=f"the engine of {need.graph} in {need.precision} {mismatch}") if mismatch else None
+    return EngineProblem(reason=f"the engine of {need.graph} in {need.precision} {mismatch}") if mismatch else None
 
 
 def _mismatches(record: EngineRecord, need: Need, machine: EngineHost) -> Iterator[str]:

@@ -15,8 +15,8 @@ from unipinrec.runtime.bundle.manifest import EngineSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import TensorRT
-from unipinrec.runtime.trt.load import Plan
-from unipinrec.runtime.trt.record import COMPILE, EngineRecord, Need, Refusal, engine_host, needs_of, runs_on
+from unipinrec.runtime.trt.load import EnginePlan
+from unipinrec.runtime.trt.record import COMPILE, EngineProblem, EngineRecord, Need, engine_host, needs_of, runs_on
 from unipinrec.runtime.trt.store import EngineStore
 
 ALLOW = "allow it with --allow-bundle-engines (in Python allow_bundle_engines=True) if you trust who built it"
@@ -38,7 +38,7 @@ class ServingEngines:
     store: EngineStore
     allow_bundle_engines: bool
 
-    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
+    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, EnginePlan], dict[str, bytes]]:
         """The plans of all graphs, and the kernels that TensorRT-RTX compiled of some of them here earlier.
 
         Raises:
@@ -46,7 +46,7 @@ class ServingEngines:
         """
         machine = engine_host(self.gpu.name, self.gpu.architecture, self.gpu.driver_version)
         files, problems = bundle.graph_files(precision), []
-        plans: dict[str, Plan] = {}
+        plans: dict[str, EnginePlan] = {}
         kernels: dict[str, bytes] = {}
         for graph, need in needs_of(bundle, precision, self.trt).items():
             cached, carried = self.store.serving(need, machine), next(self._carried(bundle, need), None)
@@ -54,7 +54,7 @@ class ServingEngines:
                 plans[graph] = self._cached_plan(cached, files[graph])
                 kernels |= {graph: content} if (content := self.store.kernels(cached)) else {}
             elif carried and self.allow_bundle_engines:
-                plans[graph] = Plan(content=bundle.files[carried.file].read_bytes())
+                plans[graph] = EnginePlan(content=bundle.files[carried.file].read_bytes())
             else:
                 problems.append(_problem(bundle, need, cached, carried))
         if problems:
@@ -70,16 +70,16 @@ class ServingEngines:
             if fits and same == (need.graph, need.precision, need.flavor, need.version):
                 yield spec
 
-    def _cached_plan(self, record: EngineRecord, graph_file: GraphFile) -> Plan:
+    def _cached_plan(self, record: EngineRecord, graph_file: GraphFile) -> EnginePlan:
         options = record.key.options
-        return Plan(
+        return EnginePlan(
             content=self.store.plan(record),
             weights=graph_file if options.strip_weights else None,
             host_code=options.version_compatible,
         )
 
 
-def _problem(bundle: Bundle, need: Need, cached: Refusal, carried: EngineSpec | None) -> str:
+def _problem(bundle: Bundle, need: Need, cached: EngineProblem, carried: EngineSpec | None) -> str:
     """Why a graph has no engine to run, and what to do."""
     command = f"run unipinrec compile {bundle.path} --precision {need.precision}"
     if carried:

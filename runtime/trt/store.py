@@ -28,7 +28,7 @@ from unipinrec.runtime.trt.private_files import (
     sync_folder,
     write_files,
 )
-from unipinrec.runtime.trt.record import EngineHost, EngineKey, EngineRecord, Need, Refusal, unfit
+from unipinrec.runtime.trt.record import EngineHost, EngineKey, EngineProblem, EngineRecord, Need, unfit
 
 PLAN, RECORD, KERNELS = "engine.plan", "engine.json", "kernels.bin"
 PARTIAL = ".partial-"
@@ -116,31 +116,31 @@ class EngineStore:
                 f"{self.root}: the engine of {record.key.graph} cannot be kept: {reason}; nothing was left behind"
             ) from error
 
-    def find(self, key: EngineKey) -> EngineRecord | Refusal:
+    def find(self, key: EngineKey) -> EngineRecord | EngineProblem:
         """The entry of a key, its plan unread, or why there is none."""
         digest = key.digest()
-        return self._entries([digest]).get(digest) or Refusal(
+        return self._entries([digest]).get(digest) or EngineProblem(
             reason=f"no engine of {key.graph} in {key.precision} was compiled with these settings"
         )
 
-    def entries(self) -> dict[str, EngineRecord | Refusal]:
+    def entries(self) -> dict[str, EngineRecord | EngineProblem]:
         """All entries by the hash of their key; those that cannot be trusted with the reason."""
         return self._entries(None)
 
-    def serving(self, need: Need, machine: EngineHost) -> EngineRecord | Refusal:
+    def serving(self, need: Need, machine: EngineHost) -> EngineRecord | EngineProblem:
         """The newest engine that fits, or why none does."""
         entries = self.entries().values()
         records = [entry for entry in entries if isinstance(entry, EngineRecord)]
         records.sort(key=lambda r: (r.key.graph_sha256 == need.graph_sha256, r.created), reverse=True)
-        nearest: Refusal | None = None
+        nearest: EngineProblem | None = None
         for record in records:
             if (record.key.graph, record.key.precision) == (need.graph, need.precision):
                 refusal = unfit(record, need, machine)
                 if refusal is None:
                     return record
                 nearest = nearest or refusal
-        broken = [entry for entry in entries if isinstance(entry, Refusal)]
-        missing = Refusal(reason=f"no engine of {need.graph} in {need.precision} was compiled")
+        broken = [entry for entry in entries if isinstance(entry, EngineProblem)]
+        missing = EngineProblem(reason=f"no engine of {need.graph} in {need.precision} was compiled")
         return nearest or (broken[0] if broken else missing)
 
     def plan(self, record: EngineRecord) -> bytes:
@@ -162,7 +162,7 @@ class EngineStore:
     def sound(self, key: EngineKey) -> EngineRecord | None:
         """The entry of a key, if there is one and its plan is what its record lists."""
         there = self.find(key)
-        if isinstance(there, Refusal):
+        if isinstance(there, EngineProblem):
             return None
         try:
             self.plan(there)
@@ -183,7 +183,7 @@ class EngineStore:
         except OSError as error:
             raise BackendError(f"{self.root / digest} cannot be removed: {_reason(error)}") from error
 
-    def _entries(self, wanted: list[str] | None) -> dict[str, EngineRecord | Refusal]:
+    def _entries(self, wanted: list[str] | None) -> dict[str, EngineRecord | EngineProblem]:
         """Entries by hash, those that there are."""
         try:
             with open_private(self.root, FOLDER) as root:
@@ -193,14 +193,14 @@ class EngineStore:
         except FileNotFoundError:
             return {}
         except (OSError, UnsafeError) as error:
-            refusal = Refusal(reason=f"{self.root}: {_reason(error)}", remedy=REMOVE)
+            refusal = EngineProblem(reason=f"{self.root}: {_reason(error)}", remedy=REMOVE)
             return dict.fromkeys(wanted or [""], refusal)
 
-    def _entry(self, root: int, digest: str) -> EngineRecord | Refusal:
+    def _entry(self, root: int, digest: str) -> EngineRecord | EngineProblem:
         try:
             return _read_record(root, digest)
         except (OSError, UnsafeError) as error:
-            return Refusal(reason=f"{self.root / digest}: {_reason(error)}", remedy=REMOVE)
+            return EngineProblem(reason=f"{self.root / digest}: {_reason(error)}", remedy=REMOVE)
 
     def _read(self, record: EngineRecord, name: str, sha256: str) -> bytes:
         entry = self.root / record.key.digest()

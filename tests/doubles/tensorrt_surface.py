@@ -201,11 +201,11 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
         "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
     },
     "io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
-    "lane.py": {"*": {"context": "IExecutionContext"}},
+    "runner.py": {"*": {"context": "IExecutionContext"}},
     "load.py": {
         "*": {"module": MODULE, "engine": "ICudaEngine", "context": "IExecutionContext", "cache": "IRuntimeCache"},
     },
-    "session.py": {"*": {"cache": "IRuntimeCache"}},
+    "backend.py": {"*": {"cache": "IRuntimeCache"}},
 }
 
 

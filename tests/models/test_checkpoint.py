@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import CheckpointError
 from unipinrec.models.checkpoint import (
-    Catalogue,
+    ItemList,
     load_checkpoint,
     write_atomically,
     write_catalogue,
@@ -35,7 +35,7 @@ def model(random_dataset: Callable[..., Dataset], make_model: Callable[..., UniP
 def folder(tmp_path: Path, model: UniPinRec, random_dataset: Callable[..., Dataset]) -> Path:
     dataset = random_dataset(1, features=True)
     data = sequences_of(dataset)
-    write_catalogue(tmp_path, Catalogue(item_ids=data.item_ids, titles=dataset.items["title"].to_list()), data.features)
+    write_catalogue(tmp_path, ItemList(item_ids=data.item_ids, titles=dataset.items["title"].to_list()), data.features)
     write_model(tmp_path, model)
     return tmp_path
 

@@ -28,10 +28,10 @@ def recommender(bundle: Path) -> Recommender:
 def random_requests(recommender: Recommender, count: int, seed: int = 0) -> list[Request]:
     rng, items = np.random.default_rng(seed), recommender.bundle.item_ids
     requests = []
-    for place in range(count):
+    for index in range(count):
         rows = rng.integers(0, len(items), rng.integers(1, 65))
         events = tuple(Event(item=items[row], actions=("click",), timestamp_ms=NOW_MS) for row in rows)
-        user = None if place % 3 == 0 else f"user-{place % 7}"
+        user = None if index % 3 == 0 else f"user-{index % 7}"
         options = RecommendOptions(now_ms=NOW_MS + 1000, candidates=int(rng.integers(10, 60)))
         requests.append(Request(history=events, k=10, options=options, user=user))
     return requests

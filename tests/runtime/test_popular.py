@@ -122,12 +122,12 @@ def test_among_others_the_answer_is_that_of_the_request_alone(recommender: Recom
         queued = [answer.result() for answer in [batcher.submit(request) for request in requests]]
     for slates in (several, queued):
         assert [slate.source for slate in slates] == ["popular", "model", "popular", "model", "popular"]
-        assert [without_times(slates[place]) for place in (0, 2, 4)] == [alone] * 3
+        assert [without_times(slates[index]) for index in (0, 2, 4)] == [alone] * 3
     after = recommender.cache.statistics()
     assert sum(after.misses.values()) - sum(before.misses.values()) == 1
     assert (after.hits - before.hits, after.entries) == (1, 1)
     plain = Recommender.load(recommender.bundle.path).recommend_many(requests)
-    assert [without_times(plain[place]) for place in (0, 2, 4)] == [alone] * 3
+    assert [without_times(plain[index]) for index in (0, 2, 4)] == [alone] * 3
     assert names(plain[1]) == names(several[1])
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
 from unipinrec.runtime.graphs.engine import Encoded
-from unipinrec.runtime.kv.histories import Found
+from unipinrec.runtime.kv.encoder import Found
 from unipinrec.runtime.requests import Order
 
 Reseal = Callable[..., None]
@@ -27,7 +27,7 @@ NOW = RecommendOptions(now_ms=T + 1000)
 
 def history(recommender: Recommender, *rows: int) -> tuple[Event, ...]:
     ids, action = recommender.bundle.item_ids, recommender.bundle.manifest.actions[0]
-    return tuple(Event(item=ids[row], actions=(action,), timestamp_ms=T + place) for place, row in enumerate(rows))
+    return tuple(Event(item=ids[row], actions=(action,), timestamp_ms=T + index) for index, row in enumerate(rows))
 
 
 def names(slate: Slate) -> list[str]:

@@ -99,7 +99,7 @@ def test_errors_name_the_place_in_what_was_sent(manifest: Manifest) -> None:
 
 def test_a_long_history_is_cut_to_its_newest_events(manifest: Manifest) -> None:
     """The model takes four events and an eighth of that is less than one, so the window moves with every event."""
-    sent = [event("7", T), *(event(item, T + place) for place, item in enumerate("abcd"))]
+    sent = [event("7", T), *(event(item, T + index) for index, item in enumerate("abcd"))]
     request = resolve(manifest, *sent[1:], exclude_seen=False)
     assert (request.start, request.history.item_rows.tolist()) == (0, [0, 1, 2, 3])
     request = resolve(manifest, *sent, exclude_seen=False)
@@ -138,7 +138,7 @@ def test_the_slack_is_an_eighth_of_the_limit() -> None:
 
 
 def test_a_wider_slack_keeps_fewer_events(manifest: Manifest) -> None:
-    events = tuple(event(item, T + place) for place, item in enumerate("abcda"))
+    events = tuple(event(item, T + index) for index, item in enumerate("abcda"))
     request = resolve_request(Request(history=events, k=1), manifest, CATALOGUE, 3)
     assert (request.start, request.history.item_rows.tolist()) == (3, [3, 0])
 

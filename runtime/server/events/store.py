@@ -102,9 +102,9 @@ def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Even
         last_ms = events[-1].timestamp_ms if events else None
         if event.timestamp_ms is None and last_ms is not None:
             event = msgspec.structs.replace(event, timestamp_ms=max(now_ms, last_ms))  # noqa: PLW2901
-        place = bisect_right(events, _time(event), key=_time)
-        late += place < len(events)
-        events.insert(place, event)
+        index = bisect_right(events, _time(event), key=_time)
+        late += index < len(events)
+        events.insert(index, event)
         ids.add(event.id)
         appended += 1
     dropped = 0

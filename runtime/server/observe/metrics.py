@@ -55,7 +55,7 @@ class Tally:
         family.add_metric(labels, list(zip(names, accumulate(self.counts), strict=True)), self.total)
 
 
-class Metrics(Collector):
+class ServerMetrics(Collector):
     """The metrics of one server, in a registry of their own; used in the event loop's thread."""
 
     def __init__(self, server: Server, sampler: RecallSampler | None = None) -> None:
@@ -117,7 +117,7 @@ class Metrics(Collector):
         return encode(self.registry), content_type
 
 
-def metrics_route(server: Server, metrics: Metrics) -> Route:
+def metrics_route(server: Server, metrics: ServerMetrics) -> Route:
     """GET /metrics."""
 
     async def scrape(_server: Server, call: Call) -> Response:

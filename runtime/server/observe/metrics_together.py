@@ -15,11 +15,11 @@ from starlette.routing import Route
 
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.observe.metrics import METRICS, Metrics
+from unipinrec.runtime.server.observe.metrics import METRICS, ServerMetrics
 from unipinrec.runtime.server.process.peers import PeerAnswer, Peers
 
 
-def metrics_together_route(server: Server, metrics: Metrics, peers: Peers) -> Route:
+def metrics_together_route(server: Server, metrics: ServerMetrics, peers: Peers) -> Route:
     """GET /metrics of all processes; what another of them asks for is that of this one."""
 
     metrics.registry.register(_HandedOver(peers))
@@ -28,12 +28,12 @@ def metrics_together_route(server: Server, metrics: Metrics, peers: Peers) -> Ro
         own, content_type = metrics.render()
         if call.from_peer:
             return Response(own, headers={"content-type": content_type})
-        texts = {peers.place.index: own.decode()}
+        texts = {peers.worker.index: own.decode()}
         for index, answer in (await peers.ask_others(call)).items():
             if isinstance(answer, PeerAnswer) and answer.status == 200:
                 texts[index] = answer.content.decode()
         encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
-        body = await asyncio.to_thread(lambda: encode(_registry(_Together(texts, peers.place.count))))
+        body = await asyncio.to_thread(lambda: encode(_registry(_Together(texts, peers.worker.count))))
         return Response(body, headers={"content-type": content_type})
 
     return route(server, METRICS, scrape)

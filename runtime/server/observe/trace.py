@@ -15,8 +15,8 @@ from starlette.routing import Route
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
 from unipinrec.runtime.server.operations import EVERY, Operation, in_path
 
@@ -42,7 +42,7 @@ class Span:
     Attributes:
         name: What was done.
         start, end: When, by `time.perf_counter`.
-        lane: 0 = for the request as a whole, else for which of its slates.
+        track: 0 = for the request as a whole, else for which of its slates.
         depth: Within how many other spans it lies; its parent is the latest one before it that lies less deep.
         facts: What else is known.
     """
@@ -50,7 +50,7 @@ class Span:
     name: str
     start: float
     end: float
-    lane: int = 0
+    track: int = 0
     depth: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -59,21 +59,21 @@ def spans(call: Call) -> Iterator[Span]:
     """The parts of a request that was answered, outer ones first."""
     facts = {"request_id": call.id, "status": call.status}
     yield Span(name=call.route, start=call.began, end=call.began + call.seconds, facts=facts)
-    for lane, (slate, answer) in enumerate(zip(call.slates, call.answers, strict=True), 1):
-        yield from _slate_spans(slate, answer, lane)
+    for track, (slate, answer) in enumerate(zip(call.slates, call.answers, strict=True), 1):
+        yield from _slate_spans(slate, answer, track)
 
 
-def _slate_spans(slate: Slate, answer: Answer, lane: int) -> Iterator[Span]:
+def _slate_spans(slate: Slate, answer: Answer, track: int) -> Iterator[Span]:
     kv = {"kv": slate.kv, "kv_reason": slate.kv_reason}
     serving = {"bundle": slate.bundle, "device": slate.device, "batch": answer.batch}
-    yield Span(name="queue", start=answer.arrived, end=answer.started, lane=lane, depth=1)
-    yield Span(name="batch", start=answer.started, end=answer.finished, lane=lane, depth=1, facts=serving)
+    yield Span(name="queue", start=answer.arrived, end=answer.started, track=track, depth=1)
+    yield Span(name="batch", start=answer.started, end=answer.finished, track=track, depth=1, facts=serving)
     times = slate.stages_ms
     # A batch is computed in groups one after another, and which came first is not kept: the last group ends with it.
     at = answer.finished - times.total / 1e3
     for stage, facts in (("encode", kv), ("retrieve", {"exact": slate.exact}), ("rank", {"items": len(slate.items)})):
         end = at + getattr(times, stage) / 1e3
-        yield Span(name=stage, start=at, end=end, lane=lane, depth=2, facts=facts)
+        yield Span(name=stage, start=at, end=end, track=track, depth=2, facts=facts)
         at = end
 
 
@@ -86,13 +86,15 @@ def chrome_trace(call: Call) -> dict[str, Any]:
             "ts": round((span.start - call.began) * 1e6, 1),
             "dur": round((span.end - span.start) * 1e6, 1),
             "pid": 1,
-            "tid": span.lane,
+            "tid": span.track,
             "args": span.facts,
         }
         for span in spans(call)
     ]
-    lanes = [("request", 0), *((f"slate {lane}", lane) for lane in range(1, len(call.slates) + 1))]
-    named = [{"name": "thread_name", "ph": "M", "pid": 1, "tid": lane, "args": {"name": name}} for name, lane in lanes]
+    tracks = [("request", 0), *((f"slate {track}", track) for track in range(1, len(call.slates) + 1))]
+    named = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": {"name": name}} for name, track in tracks
+    ]
     return {"displayTimeUnit": "ms", "traceEvents": [*named, *events]}
 
 
@@ -125,7 +127,7 @@ def trace_route(server: Server, traces: Traces, everywhere: Callable[[Handler], 
     async def find(_server: Server, call: Call) -> Response:
         trace = traces.find(call.request.path_params["name"])
         if trace is None:
-            raise Refusal(
+            raise ApiError(
                 404, "no_such_trace", f"there is no such trace; the latest {traces.keep} that X-Trace: 1 asked for are"
             )
         return as_json(trace)

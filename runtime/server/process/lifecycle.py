@@ -66,7 +66,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Worker:
     """The place of one process among those that serve together.
 
     Attributes:
@@ -102,7 +102,7 @@ class Place:
 
 
 def run(
-    server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions, place: Place | None = None
+    server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions, worker: Worker | None = None
 ) -> None:
     """Serve until a signal ends it; then all that was accepted is answered, and everything is closed.
 
@@ -112,17 +112,17 @@ def run(
         load: Called in a thread of its own, while the server already says that it is not ready. Of processes that serve
             together one that loads accepts nothing, for others may be ready.
         options: Where to listen, and how to end.
-        place: Of this process among those that serve together; None = it serves alone.
+        worker: Of this process among those that serve together; None = it serves alone.
 
     Raises:
         ConfigError: The address cannot be had.
         UnipinrecError: What `load` raises.
     """
-    with place.listener if place else listen(options.host, options.port) as listener:
+    with worker.listener if worker else listen(options.host, options.port) as listener:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.set_threshold(*GC_THRESHOLDS)
         keep_memory_flat()
-        process = _Process(app, server, load, options, place)
+        process = _Process(app, server, load, options, worker)
         try:
             process.run(sockets=[listener])
         finally:
@@ -159,24 +159,24 @@ class _Process(uvicorn.Server):
         server: Server,
         load: Callable[[], Deployments],
         options: RunOptions,
-        place: Place | None,
+        worker: Worker | None,
     ) -> None:
         super().__init__(_config(app, options))
         self.failure: BaseException | None = None
-        self._server, self._load, self._options, self._place = server, load, options, place
+        self._server, self._load, self._options, self._worker = server, load, options, worker
         self._ends: float | None = None
         self._beating: asyncio.Task[None] | None = None  # a loop holds its tasks weakly
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._load_in, args=(loop,), name="unipinrec-load", daemon=True).start()
-        while self._place is not None and self._server.deployments is None and not self.should_exit:
+        while self._worker is not None and self._server.deployments is None and not self.should_exit:
             await asyncio.sleep(0.02)
         if self.should_exit:
             return
         await super().startup(sockets)
-        if self._place is not None:
-            path = self._place.socket_of(self._place.index)
+        if self._worker is not None:
+            path = self._worker.socket_of(self._worker.index)
             self.servers.append(await loop.create_unix_server(self._protocol, path))
             self._beating = loop.create_task(_beat(path))
 

@@ -16,9 +16,9 @@ import msgspec
 from starlette.responses import Response
 
 from unipinrec.errors import MALFORMED
-from unipinrec.runtime.server.api import ForgetAnswer, Refusal
+from unipinrec.runtime.server.bodies import ApiError, ForgetAnswer
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
-from unipinrec.runtime.server.process.lifecycle import Place
+from unipinrec.runtime.server.process.lifecycle import Worker
 
 PASSED_ON = ("authorization", "content-type", "traceparent", "tracestate", "x-trace")
 PASSED_BACK = ("content-type", "retry-after", "x-trace")
@@ -59,22 +59,22 @@ class Peers:
     """The other processes, as one of them sees them; used in the event loop's thread.
 
     Attributes:
-        place: Of this process.
+        worker: Of this process.
         handed_over: How many requests went to each process, by what became of them: answered or gone.
     """
 
-    place: Place
+    worker: Worker
     handed_over: Counter[tuple[int, str]] = field(default_factory=Counter)
     _idle: defaultdict[int, list[_Connection]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def others(self) -> Sequence[int]:
         """The indices of the other processes."""
-        return [index for index in range(self.place.count) if index != self.place.index]
+        return [index for index in range(self.worker.count) if index != self.worker.index]
 
     def owner(self, user: str) -> int:
         """The process that keeps what is cached of a user."""
-        return zlib.crc32(user.encode("utf-8", "surrogatepass")) % self.place.count
+        return zlib.crc32(user.encode("utf-8", "surrogatepass")) % self.worker.count
 
     async def ask(self, index: int, call: Call, content: bytes = b"") -> PeerAnswer:
         """Hand a request over as it came.
@@ -90,7 +90,7 @@ class Peers:
                 if connection[0].at_eof():
                     connection[1].transport.abort()
                     connection = None
-            connection = connection or await asyncio.open_unix_connection(self.place.socket_of(index))
+            connection = connection or await asyncio.open_unix_connection(self.worker.socket_of(index))
             reader, writer = connection
             writer.write(_message(call, content))
             answer = await _read(reader)
@@ -112,8 +112,8 @@ class Peers:
                 with server.handed_over.admit(call.left_s, measured=False):
                     content = await call.body(server.options.limits.body_bytes)
                     user = _user_of(content)
-                    index = self.place.index if user is None else self.owner(user)
-                    if index != self.place.index and (answer := await self._handed_over(index, call, content)):
+                    index = self.worker.index if user is None else self.owner(user)
+                    if index != self.worker.index and (answer := await self._handed_over(index, call, content)):
                         return answer
             return await handler(server, call)
 
@@ -142,7 +142,7 @@ class Peers:
             for answer in (await self.ask_others(call)).values():
                 if isinstance(answer, TimeoutError):
                     message = "one of the processes did not answer in time; forget them again"
-                    raise Refusal(504, "deadline_exceeded", message)
+                    raise ApiError(504, "deadline_exceeded", message)
                 if isinstance(answer, PeerAnswer):
                     if answer.status != 200:
                         return answer.response()

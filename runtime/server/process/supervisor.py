@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.server.process.lifecycle import Place, RunOptions, listen
+from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, listen
 
 LOOK_S = 0.2
 GRACE_S = 10.0  # beyond what draining may take
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class _Member:
     """A process, and how often in a row it died."""
 
-    place: Place
+    worker: Worker
     process: SpawnProcess
     began: float
     deaths: int = 0
@@ -47,7 +47,7 @@ class _Member:
     """For how long the parent has looked since and seen no other."""
 
 
-def serve_together(count: int, serve: Callable[[Place], None], options: RunOptions) -> None:
+def serve_together(count: int, serve: Callable[[Worker], None], options: RunOptions) -> None:
     """Let processes serve until a signal ends them; what was accepted is answered first.
 
     Args:
@@ -65,8 +65,8 @@ def serve_together(count: int, serve: Callable[[Place], None], options: RunOptio
         tempfile.TemporaryDirectory(prefix="unipinrec-") as folder,
     ):
         log.info("%d processes serve together", count)
-        places = [Place(index=i, count=count, folder=Path(folder), listener=listener) for i in range(count)]
-        _Parent(places, serve, options).run(signals)
+        workers = [Worker(index=i, count=count, folder=Path(folder), listener=listener) for i in range(count)]
+        _Parent(workers, serve, options).run(signals)
 
 
 @contextmanager
@@ -88,17 +88,19 @@ def _noted_signals() -> Iterator[list[int]]:
 class _Parent:
     """Starts, watches, and ends."""
 
-    def __init__(self, places: Sequence[Place], serve: Callable[[Place], None], options: RunOptions) -> None:
-        self._places, self._serve, self._options = places, serve, options
+    def __init__(self, workers: Sequence[Worker], serve: Callable[[Worker], None], options: RunOptions) -> None:
+        self._workers, self._serve, self._options = workers, serve, options
         self._context = multiprocessing.get_context("spawn")
         self._members: list[_Member] = []
         self._served = False
         self._looked = time.monotonic()
 
-    def _start(self, place: Place) -> _Member:
-        process = self._context.Process(target=_in_process, args=(self._serve, place), name=f"unipinrec-{place.index}")
+    def _start(self, worker: Worker) -> _Member:
+        process = self._context.Process(
+            target=_in_process, args=(self._serve, worker), name=f"unipinrec-{worker.index}"
+        )
         process.start()
-        return _Member(place=place, process=process, began=time.monotonic())
+        return _Member(worker=worker, process=process, began=time.monotonic())
 
     def run(self, signals: list[int]) -> None:
         """Until a signal ends all of them.
@@ -107,7 +109,7 @@ class _Parent:
             BackendError: See `serve_together`.
         """
         try:
-            self._members += [self._start(place) for place in self._places]
+            self._members += [self._start(worker) for worker in self._workers]
             while not signals:
                 wait([member.process.sentinel for member in self._members if member.again is None], LOOK_S)
                 if not signals:
@@ -123,10 +125,10 @@ class _Parent:
         """Kill what hangs, start again what died."""
         now = time.monotonic()
         seen_s, self._looked = min(now - self._looked, 2 * LOOK_S), now  # less if the parent itself stood still
-        self._served = self._served or any(one.place.socket_of(one.place.index).exists() for one in self._members)
+        self._served = self._served or any(one.worker.socket_of(one.worker.index).exists() for one in self._members)
         for at, member in enumerate(self._members):
             if member.again is not None and now >= member.again:
-                self._members[at] = self._start(member.place)
+                self._members[at] = self._start(member.worker)
                 self._members[at].deaths = member.deaths
             elif member.again is None and not member.process.is_alive():
                 self._died(member, now)
@@ -135,30 +137,30 @@ class _Parent:
 
     def _listen_to(self, member: _Member, seen_s: float) -> None:
         with suppress(FileNotFoundError):
-            beat_ns = member.place.socket_of(member.place.index).stat().st_mtime_ns
+            beat_ns = member.worker.socket_of(member.worker.index).stat().st_mtime_ns
             member.silent_s = member.silent_s + seen_s if beat_ns == member.beat_ns else 0.0
             member.beat_ns = beat_ns
         if member.silent_s > self._options.hung_s:
-            log.error("process %d has stood still for %.0f s; it is killed", member.place.index, member.silent_s)
+            log.error("process %d has stood still for %.0f s; it is killed", member.worker.index, member.silent_s)
             member.silent_s = 0.0
             member.process.kill()
 
     def _died(self, member: _Member, now: float) -> None:
         why = _ended(member.process.exitcode)
         if not self._served:
-            raise BackendError(f"process {member.place.index} {why} before it served; what it said is above")
+            raise BackendError(f"process {member.worker.index} {why} before it served; what it said is above")
         member.deaths = 0 if now - member.began > STABLE_S else member.deaths
         delay_s = RESTART_S[min(member.deaths, len(RESTART_S) - 1)]
         member.deaths, member.again = member.deaths + 1, now + delay_s
-        socket_path = member.place.socket_of(member.place.index)
-        member.place = replace(member.place, again=not socket_path.exists())
+        socket_path = member.worker.socket_of(member.worker.index)
+        member.worker = replace(member.worker, again=not socket_path.exists())
         socket_path.unlink(missing_ok=True)
-        log.error("process %d %s; it is started again in %g s", member.place.index, why, delay_s)
+        log.error("process %d %s; it is started again in %g s", member.worker.index, why, delay_s)
 
     def _end(self, signals: list[int]) -> None:
         """Hand signals on until all have ended."""
         running = [member for member in self._members if member.again is None]
-        self._places[0].listener.close()  # the last process that closes it answers what waits in it
+        self._workers[0].listener.close()  # the last process that closes it answers what waits in it
         limit = time.monotonic() + self._options.drain_delay_s + self._options.drain_s + GRACE_S
         while alive := [member.process for member in running if member.process.is_alive()]:
             for number in signals:
@@ -186,12 +188,12 @@ def _ended(exit_code: int | None) -> str:
     return f"ended with exit code {exit_code}"
 
 
-def _in_process(serve: Callable[[Place], None], place: Place) -> None:
+def _in_process(serve: Callable[[Worker], None], worker: Worker) -> None:
     """What a process runs."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.setpgrp()  # Ctrl-C reaches the parent alone, which hands it on
     threading.Thread(target=_end_with_parent, name="unipinrec-parent", daemon=True).start()
-    serve(place)
+    serve(worker)
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import MALFORMED, RequestError
-from unipinrec.runtime.server.api import ErrorDetail
+from unipinrec.runtime.server.bodies import ErrorDetail
 
 INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 # Floating-point numbers of less precision travel as FP32 (`Tensor.numpy`, `Backend.run`).
@@ -137,7 +137,7 @@ class InferError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedBody:
     """A body and the headers that belong to it."""
 
     body: bytes
@@ -165,23 +165,23 @@ def decode_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, 
     except MALFORMED as error:
         raise RequestError(f"the inference request is not valid: {error or 'nested too deeply'}") from error
     arrays: dict[str, NDArray[Any]] = {}
-    place = json_bytes
+    offset = json_bytes
     for given in request.inputs:
         if given.name in arrays:
             raise RequestError(f"input {given.name!r} is given twice; send each input once")
         _refuse_extensions(given.name, given.parameters)
         size = given.parameters.get("binary_data_size")
-        arrays[given.name] = _from_json(given) if size is None else _from_bytes(given, size, body, place)
-        place += 0 if size is None else arrays[given.name].nbytes
-    if place != len(body):
+        arrays[given.name] = _from_json(given) if size is None else _from_bytes(given, size, body, offset)
+        offset += 0 if size is None else arrays[given.name].nbytes
+    if offset != len(body):
         raise RequestError(
-            f"{len(body) - place} bytes follow the inputs; {HEADER_LENGTH} must be the length of the JSON, "
+            f"{len(body) - offset} bytes follow the inputs; {HEADER_LENGTH} must be the length of the JSON, "
             "and binary_data_size the length of each binary input"
         )
     return request, arrays
 
 
-def encode_infer(request: InferRequest, model: str, version: str, outputs: Mapping[str, NDArray[Any]]) -> Encoded:
+def encode_infer(request: InferRequest, model: str, version: str, outputs: Mapping[str, NDArray[Any]]) -> EncodedBody:
     """Write the answer: the wanted outputs in the wanted order, each as JSON or binary as it was asked for.
 
     Raises:
@@ -204,9 +204,9 @@ def encode_infer(request: InferRequest, model: str, version: str, outputs: Mappi
     response = InferResponse(id=request.id, model_name=model, model_version=version, outputs=tuple(described))
     json = msgspec.json.encode(response)
     if not binary:
-        return Encoded(body=json, headers={"Content-Type": "application/json"})
+        return EncodedBody(body=json, headers={"Content-Type": "application/json"})
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(json))}
-    return Encoded(body=b"".join((json, *binary)), headers=headers)
+    return EncodedBody(body=b"".join((json, *binary)), headers=headers)
 
 
 def wanted_outputs(request: InferRequest, known: Sequence[str]) -> tuple[RequestOutput, ...]:
@@ -248,7 +248,7 @@ def _wire_type(given: RequestInput) -> np.dtype[Any]:
     return WIRE[given.datatype]
 
 
-def _from_bytes(given: RequestInput, size: Any, body: bytes, place: int) -> NDArray[Any]:
+def _from_bytes(given: RequestInput, size: Any, body: bytes, offset: int) -> NDArray[Any]:
     wire = _wire_type(given)
     need = math.prod(given.shape) * wire.itemsize
     if given.data != msgspec.Raw():
@@ -257,12 +257,12 @@ def _from_bytes(given: RequestInput, size: Any, body: bytes, place: int) -> NDAr
         raise RequestError(
             f"input {given.name!r}: binary_data_size={size!r}, but {given.datatype} {list(given.shape)} takes {need}"
         )
-    if place + need > len(body):
+    if offset + need > len(body):
         raise RequestError(
-            f"input {given.name!r} needs {need} bytes behind the JSON, {len(body) - place} are left; "
+            f"input {given.name!r} needs {need} bytes behind the JSON, {len(body) - offset} are left; "
             f"{HEADER_LENGTH} must be the length of the JSON"
         )
-    flat = np.frombuffer(body, wire, math.prod(given.shape), place)
+    flat = np.frombuffer(body, wire, math.prod(given.shape), offset)
     # A graph reads numbers where a number of that type may lie, and in this machine's byte order.
     return np.require(flat, wire.newbyteorder("="), ["ALIGNED"]).reshape(given.shape)
 

@@ -18,14 +18,14 @@ from starlette.routing import Route
 
 from unipinrec.runtime.bundle.manifest import REQUIRED_GRAPHS
 from unipinrec.runtime.server.admission import Admission
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Server, as_json
 from unipinrec.runtime.server.deployments import Deployment
 from unipinrec.runtime.server.operations import EVERY, POSTS, READS, AnyOf, Operation, in_header, in_path
 from unipinrec.runtime.server.v2.codec import (
     HEADER_LENGTH,
-    Encoded,
+    EncodedBody,
     InferError,
     InferRequest,
     InferResponse,
@@ -167,7 +167,7 @@ class _Graphs:
             encoded = answer.result()
         return Response(encoded.body, headers=encoded.headers)
 
-    def _answer(self, server: Server, call: Call, body: bytes) -> Encoded:
+    def _answer(self, server: Server, call: Call, body: bytes) -> EncodedBody:
         """In the executor's thread, which holds the deployment: a client that leaves does not take it away."""
         model, version = _named(call)
         with server.acquire() as deployment:
@@ -189,9 +189,9 @@ def _named(call: Call) -> tuple[str, str | None]:
 def _check_named(model: str, version: str | None, deployment: Deployment) -> None:
     if model not in REQUIRED_GRAPHS:
         known = ", ".join(REQUIRED_GRAPHS)
-        raise Refusal(404, "unknown_model", f"there is no model {model[:100]!r}; this server has {known}")
+        raise ApiError(404, "unknown_model", f"there is no model {model[:100]!r}; this server has {known}")
     if version not in (None, deployment.version):
-        raise Refusal(
+        raise ApiError(
             404,
             "unknown_version",
             f"version {(version or '')[:100]!r} does not serve; what serves is {deployment.version}",

@@ -288,8 +288,8 @@ def print_compiled(done: Sequence[Compiled], where: dict[str, str], seconds: flo
         )
     for how in dict.fromkeys(one.record.verified.how for one in done):
         stdout.print(f"golden requests: {how}", highlight=False, soft_wrap=True)
-    place = where.get("out") or where.get("cache")
-    stdout.print(f"{place}: {len(done)} engines, {seconds:.0f} s", highlight=False, soft_wrap=True)
+    folder = where.get("out") or where.get("cache")
+    stdout.print(f"{folder}: {len(done)} engines, {seconds:.0f} s", highlight=False, soft_wrap=True)
 
 
 def listed_document(engine: ListedEngine) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from unipinrec.cli.common import command, json_option, machine, print_json, stde
 from unipinrec.errors import BackendError
 
 if TYPE_CHECKING:
-    from unipinrec.runtime.tools.diagnosis import Diagnosis, Engine, Gpu, Library
+    from unipinrec.runtime.tools.diagnosis import Diagnosis, EngineReport, Gpu, Library
 
 EXAMPLES = """\b
 Examples:
@@ -120,7 +120,7 @@ def _library(library: Library, more: str = "") -> Text:
     return Text(f"{library.version}{more}{problem}", style="red" if problem else "")
 
 
-def _engine(engine: Engine) -> Text:
+def _engine(engine: EngineReport) -> Text:
     what = "cannot be told"
     if engine.graph:
         size = (engine.size_bytes or 0) / MIB

@@ -52,7 +52,7 @@ def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall
     began = time.monotonic()
     with stderr.status("loading") as status:
         from unipinrec.runtime.bundle.catalogue import parse_ids
-        from unipinrec.runtime.tools.new_items import parse_items
+        from unipinrec.runtime.tools.item_input import parse_items
         from unipinrec.runtime.tools.update_bundle import update_bundle
 
         report = update_bundle(

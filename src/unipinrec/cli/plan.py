@@ -14,7 +14,7 @@ from unipinrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from unipinrec.runtime.tools.arrivals import ArrivalModel
-    from unipinrec.runtime.tools.capacity import Deployment, Footprint, Histories, StageCosts
+    from unipinrec.runtime.tools.capacity import CapacityInput, Footprint, HistoryLengths, StageCosts
 
 EXAMPLES = """\b
 Examples:
@@ -73,7 +73,7 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
     show_default=True,
     help="Share of the found requests that bring no new event.",
 )
-@click.option("--encode-ms", type=positive, help="EngineHost time per request to encode a whole history, ...")
+@click.option("--encode-ms", type=positive, help="Machine time per request to encode a whole history, ...")
 @click.option("--extend-ms", type=positive, help="... to encode its new events, ...")
 @click.option("--retrieve-ms", type=positive, help="... to retrieve, ...")
 @click.option("--rank-ms", type=positive, help="... and to rank. All four, measured on your machine, or none.")
@@ -128,11 +128,11 @@ def _check(budget_gib: float | None, memory_gib: float | None, options: dict[str
         raise click.UsageError("--memory-gib plans machines and needs all four stage times; --budget-gib needs none")
 
 
-def _deployment(options: dict[str, Any]) -> Deployment:
+def _deployment(options: dict[str, Any]) -> CapacityInput:
     from unipinrec.runtime.tools.arrivals import FOREVER
-    from unipinrec.runtime.tools.capacity import Deployment
+    from unipinrec.runtime.tools.capacity import CapacityInput
 
-    return Deployment(
+    return CapacityInput(
         footprint=_footprint(options),
         histories=_histories(options),
         users=options["users"],
@@ -190,12 +190,12 @@ def _page_slots(options: dict[str, Any]) -> int:
     return options["page_slots"] or PAGE_SLOTS
 
 
-def _histories(options: dict[str, Any]) -> Histories:
-    from unipinrec.runtime.tools.capacity import Histories, histories_of_mean
+def _histories(options: dict[str, Any]) -> HistoryLengths:
+    from unipinrec.runtime.tools.capacity import HistoryLengths, histories_of_mean
 
     if options["events"] is not None:
         return histories_of_mean(options["events"])
-    return Histories(events=tuple(_read_lengths(options["events_file"])))
+    return HistoryLengths(events=tuple(_read_lengths(options["events_file"])))
 
 
 def _read_lengths(path: Path) -> list[float]:

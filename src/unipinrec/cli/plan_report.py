@@ -15,7 +15,7 @@ from unipinrec.runtime.tools.capacity import (
     ACTIVITY_EXPONENT,
     GIB,
     NO_LIMIT,
-    Deployment,
+    CapacityInput,
     Outcome,
     memory_of_all,
     outcome,
@@ -30,7 +30,7 @@ COLUMNS = ("GiB", "users", "found", "hit", "extend", "new", "lost")
 
 
 def document_of(
-    deployment: Deployment, budget_gib: float | None, memory_gib: float | None, options: dict[str, Any]
+    deployment: CapacityInput, budget_gib: float | None, memory_gib: float | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that the command knows, for `--json`.
 
@@ -59,7 +59,7 @@ def document_of(
     }
 
 
-def _fleet(deployment: Deployment, machine_gib: float) -> dict[str, Any]:
+def _fleet(deployment: CapacityInput, machine_gib: float) -> dict[str, Any]:
     return _row(smallest_fleet(deployment, int(machine_gib * GIB))) | {"machine_gib": machine_gib}
 
 
@@ -67,7 +67,7 @@ def _row(result: Outcome) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "found": result.found, "machine_gib": None}
 
 
-def _memory(deployment: Deployment, everything: int) -> dict[str, Any]:
+def _memory(deployment: CapacityInput, everything: int) -> dict[str, Any]:
     footprint, events = deployment.footprint, deployment.histories.events
     geometry = footprint.geometry
     pages = user_pages(footprint, deployment.histories)
@@ -93,7 +93,7 @@ def _memory(deployment: Deployment, everything: int) -> dict[str, Any]:
     }
 
 
-def _basis(deployment: Deployment, options: dict[str, Any]) -> dict[str, list[str]]:
+def _basis(deployment: CapacityInput, options: dict[str, Any]) -> dict[str, list[str]]:
     """Where every figure comes from."""
     arrivals = deployment.arrivals
     measured = [f"pauses between requests: {arrivals.source}"]
@@ -117,7 +117,7 @@ def _basis(deployment: Deployment, options: dict[str, Any]) -> dict[str, list[st
     }
 
 
-def _computed(deployment: Deployment, options: dict[str, Any], pace: str) -> list[str]:
+def _computed(deployment: CapacityInput, options: dict[str, Any], pace: str) -> list[str]:
     computed = ["bytes: exact for the given lengths", "shares of requests: expected by the arrival model"]
     if options["requests_per_user_day"] is None and options["arrivals"] is None:
         computed.append(f"{pace} = qps over users; the pauses are stretched to it, which matters with a TTL only")
@@ -126,7 +126,7 @@ def _computed(deployment: Deployment, options: dict[str, Any], pace: str) -> lis
     return computed
 
 
-def _assumed(deployment: Deployment) -> list[str]:
+def _assumed(deployment: CapacityInput) -> list[str]:
     assumed = [
         "a user's requests reach the machine that holds the user; behind a balancer that spreads them at random the "
         "machines' memories do not add up: take one machine's as --budget-gib",

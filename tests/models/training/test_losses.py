@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unipinrec.models.batches import Batch, Batches, BatchOptions
+from unipinrec.models.batches import Batch, Batches, TrainBatchOptions
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
@@ -57,8 +57,8 @@ class Setup:
         return vectors, *self.model.joint(history, batch.masked, slate, dense_mask=True)
 
 
-def _options(num_negatives: int, mask_probability: float = 0.3) -> BatchOptions:
-    return BatchOptions(
+def _options(num_negatives: int, mask_probability: float = 0.3) -> TrainBatchOptions:
+    return TrainBatchOptions(
         batch_size=4,
         max_history=8,
         max_candidates=20,
@@ -200,9 +200,9 @@ def test_an_action_that_is_known_of_few_positions_is_averaged_over_those(setup: 
     expected = {}
     with torch.no_grad():
         _, *hidden = setup.hidden()
-        places = (batch.masked > 0).nonzero(), batch.candidate_valid.nonzero()
+        indices = (batch.masked > 0).nonzero(), batch.candidate_valid.nonzero()
         names, labels = ("history_actions", "candidate_actions"), (batch.history_actions, batch.candidate_actions)
-        for name, states, known, at, label in zip(names, hidden, (history, candidates), places, labels, strict=True):
+        for name, states, known, at, label in zip(names, hidden, (history, candidates), indices, labels, strict=True):
             few = at[:2].unbind(1)
             known[few] = 1.0
             assert len(at) > 3

@@ -275,7 +275,7 @@ def test_bf16_goes_in_rounded_and_comes_out_widened(tmp_path: Path, layout: str)
     again = backend.run("bf16", {"given": outputs["same"]})
     for tensors in (outputs, again):
         assert isinstance(tensors["same"], OrtTensor)
-        assert (tensors["same"].dtype, tensors["same"].shape()) == ("bfloat16", [3, 2])
+        assert (tensors["same"].dtype, tensors["same"].shape) == ("bfloat16", (3, 2))
         assert tensors["same"].numpy().dtype == np.float32
         for name in ("same", "wide"):
             np.testing.assert_array_equal(tensors[name].numpy(), rounded)

@@ -34,7 +34,7 @@ def key(events: str, user: str = "u", namespace: str = "one", start: int = 0) ->
 
 def slots_of(asked: CacheKey, first: int = 0) -> list[NDArray[np.float32]]:
     """What encoding gives for slots `first` and after: values that depend on all events up to theirs."""
-    beginnings = [asked.events[:place] for place in range(first, asked.count + 1)]
+    beginnings = [asked.events[:index] for index in range(first, asked.count + 1)]
     numbers = [zlib.crc32(events) % 10_000 for events in beginnings]
     values = np.repeat(np.array(numbers, np.float32), 2).reshape(1, -1, 2)
     return [values, -values]

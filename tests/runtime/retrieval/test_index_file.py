@@ -89,9 +89,9 @@ def upper(content: bytes) -> int:
 def test_numbers_that_lead_elsewhere(
     whole: Path, vectors: NDArray[np.float32], tmp_path: Path, change: tuple[int, str, float], message: str
 ) -> None:
-    place, form, value = change
+    index, form, value = change
     content = bytearray(whole.read_bytes())
-    at = place if place >= 0 else upper(bytes(content)) - place - 1
+    at = index if index >= 0 else upper(bytes(content)) - index - 1
     struct.pack_into(f"<{form}", content, at, value)
     (tmp_path / "index.hnsw").write_bytes(content)
     with pytest.raises(BundleError, match=message):

@@ -84,8 +84,8 @@ def test_a_share_is_compared(retriever: Retriever) -> None:
         sampler = RecallSampler(share, seed=1)
         sampler.observe = measured.append
         watched = sampler.watch(retriever)
-        for place in range(200):
-            retrieved(watched, VECTORS[place : place + 1], 5, NONE)
+        for index in range(200):
+            retrieved(watched, VECTORS[index : index + 1], 5, NONE)
             sampler.settle()
         sampler.close()
         assert fewest <= len(measured) <= most

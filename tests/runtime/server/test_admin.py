@@ -173,13 +173,13 @@ def test_swaps_by_http_while_clients_ask(deployments: Deployments, twins: tuple[
 
     def ask(port: int, first: int) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            place = first
+            index = first
             while not stop.is_set():
-                place = (place + 1) % len(events)
-                body = {"history": events[place], "user": f"u{place % 3}", "k": 5, "exclude_seen": False}
+                index = (index + 1) % len(events)
+                body = {"history": events[index], "user": f"u{index % 3}", "k": 5, "exclude_seen": False}
                 answer = client.post("/v1/recommend", json={**body, "now_ms": NOW_MS + 1000})
                 assert answer.status_code == 200, answer.text
-                served.append((place, answer.json()))
+                served.append((index, answer.json()))
 
     with listening(app) as port, ThreadPoolExecutor(3) as threads, httpx.Client(timeout=60) as admin:
         asking = [threads.submit(ask, port, first) for first in range(3)]
@@ -196,9 +196,9 @@ def test_swaps_by_http_while_clients_ask(deployments: Deployments, twins: tuple[
         for one in asking:
             one.result()
     assert {answer["bundle"] for _, answer in served} == set(expected)
-    for place, answer in served:
+    for index, answer in served:
         scores = [item["score"] for item in answer["items"]]
-        np.testing.assert_allclose(scores, expected[answer["bundle"]][place], atol=1e-5)
+        np.testing.assert_allclose(scores, expected[answer["bundle"]][index], atol=1e-5)
 
 
 def test_a_renamed_file_swaps(deployments: Deployments, folder: Path) -> None:

@@ -20,8 +20,8 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments

@@ -19,8 +19,8 @@ from starlette.testclient import TestClient
 
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
-from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
@@ -29,7 +29,7 @@ from unipinrec.runtime.server.handlers import usable
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 AT = 1_700_000_000_000
-HISTORY = [{"item": f"item-{place}", "actions": ["click"], "timestamp_ms": AT + place} for place in range(3)]
+HISTORY = [{"item": f"item-{index}", "actions": ["click"], "timestamp_ms": AT + index} for index in range(3)]
 EVENTS = tuple(msgspec.convert(HISTORY, type=tuple[Event, ...]))
 
 

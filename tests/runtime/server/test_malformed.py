@@ -14,7 +14,7 @@ from unipinrec.errors import BundleError, RequestError, UnipinrecError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.requests import parse_events
 from unipinrec.runtime.server.admin import read_current
-from unipinrec.runtime.server.api import Limits, decode_events, decode_recommend, decode_similar
+from unipinrec.runtime.server.bodies import Limits, decode_events, decode_recommend, decode_similar
 from unipinrec.runtime.server.v2.codec import decode_infer
 
 Reseal = Callable[..., None]

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, DataError, ExportError, RequestError
 from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, verify_bundle
-from unipinrec.runtime.tools.new_items import NewItem
+from unipinrec.runtime.tools.item_input import NewItem
 from unipinrec.runtime.tools.update_bundle import UpdateReport, update_bundle
 
 Reseal = Callable[..., None]
@@ -30,7 +30,7 @@ UPDATE = """
 import resource, sys
 from pathlib import Path
 from unipinrec.runtime.tools.update_bundle import update_bundle
-from unipinrec.runtime.tools.new_items import parse_items
+from unipinrec.runtime.tools.item_input import parse_items
 limit = int(sys.argv[4])
 def progress(stage):
     print(stage, flush=True)
@@ -51,8 +51,8 @@ def update(bundle: Path, out: Path, add: tuple[NewItem, ...] = (), retire: tuple
     return update_bundle(
         bundle,
         out,
-        add={f"items[{place}]": item for place, item in enumerate(add)},
-        retire={f"ids line {place}": item for place, item in enumerate(retire, 1)},
+        add={f"items[{index}]": item for index, item in enumerate(add)},
+        retire={f"ids line {index}": item for index, item in enumerate(retire, 1)},
     )
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.profiles import default_buckets, for_graph
-from unipinrec.runtime.trt.session import TensorRtBackend
 
 GOES_ON = CLEANING | {"cudaSetDevice"}  # cleaning up goes on without what cannot be freed
 

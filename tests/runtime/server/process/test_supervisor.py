@@ -25,7 +25,7 @@ from served_process import HISTORY, Running, started
 from twin_bundle import twin
 
 from unipinrec.cli import main
-from unipinrec.runtime.server.process.lifecycle import Place
+from unipinrec.runtime.server.process.lifecycle import Worker
 from unipinrec.runtime.server.process.peers import Peers
 
 COUNT, NOW_MS = 2, 1_000_000
@@ -92,7 +92,7 @@ def known_user(running: Running, name: str, events: int = 3) -> None:
 
 def owner(name: str, folder: Path = Path()) -> int:
     with socket.socket() as listener:
-        return Peers(place=Place(index=0, count=COUNT, folder=folder, listener=listener)).owner(name)
+        return Peers(worker=Worker(index=0, count=COUNT, folder=folder, listener=listener)).owner(name)
 
 
 def user_of(process: int, prefix: str) -> str:

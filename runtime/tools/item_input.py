@@ -63,8 +63,8 @@ def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
     except MALFORMED as error:
         raise DataError(f"{source}: {error}; {ITEM_FORMAT}") from error
     items = {}
-    for place, part in enumerate(parts):
-        where = f"{source}[{place}]" if listed else f"{source} line {place + 1}"
+    for index, part in enumerate(parts):
+        where = f"{source}[{index}]" if listed else f"{source} line {index + 1}"
         try:
             if listed or bytes(part).strip():
                 items[where] = msgspec.json.decode(part, type=NewItem)

@@ -7,7 +7,7 @@ import pytest
 
 from unipinrec.errors import BundleError, DataError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest
-from unipinrec.runtime.tools.new_items import ItemRows, NewItem, check_items, parse_items
+from unipinrec.runtime.tools.item_input import ItemRows, NewItem, check_items, parse_items
 
 EMBEDDER = {"item_embedder": GraphSpec(file="item_embedder.onnx", inputs=(), outputs=())}
 

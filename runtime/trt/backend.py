@@ -11,21 +11,17 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.io import uncovered
-from unipinrec.runtime.trt.lane import Given
 from unipinrec.runtime.trt.library import LogLines, TensorRT
-from unipinrec.runtime.trt.load import EngineLoader, LoadedEngine, Plan
+from unipinrec.runtime.trt.load import EngineLoader, EnginePlan, LoadedEngine
 from unipinrec.runtime.trt.memory import Reader
 from unipinrec.runtime.trt.profiles import covering
+from unipinrec.runtime.trt.runner import Given
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +41,7 @@ class TensorRtBackend:
         self,
         trt: TensorRT,
         cuda: Cuda,
-        engines: Mapping[str, bytes | Plan],
+        engines: Mapping[str, bytes | EnginePlan],
         specs: Mapping[str, GraphSpec],
         precision: str,
         kernels: Mapping[str, bytes] | None = None,
@@ -55,7 +51,7 @@ class TensorRtBackend:
         Args:
             trt: What to load them with.
             cuda: The GPU. It stays open when the backend is closed.
-            engines: Verified plans, by graph; a `Plan` where it takes more than its content to load one.
+            engines: Verified plans, by graph; a `EnginePlan` where it takes more than its content to load one.
             specs: What the manifest says of the graphs.
             precision: What the graphs compute in.
             kernels: What `compiled_kernels` gave in an earlier process on this machine.
@@ -72,7 +68,7 @@ class TensorRtBackend:
         try:
             cuda.activate()
             for name, plan in engines.items():
-                whole = plan if isinstance(plan, Plan) else Plan(content=plan)
+                whole = plan if isinstance(plan, EnginePlan) else EnginePlan(content=plan)
                 loader = EngineLoader(trt, cuda, name, lines)
                 self._graphs[name] = loader.load(whole, specs[name], (kernels or {}).get(name))
         except BaseException:
@@ -87,12 +83,12 @@ class TensorRtBackend:
         spec = self._specs[graph]
         check_inputs(graph, spec.inputs, inputs)
         loaded = opened(self._graphs, graph)
-        shapes = {name: tuple(_shape(given)) for name, given in inputs.items()}
-        place = covering(loaded.profiles, shapes)
-        if place is None:
+        shapes = {name: tuple(given.shape) for name, given in inputs.items()}
+        index = covering(loaded.profiles, shapes)
+        if index is None:
             raise BackendError(uncovered(graph, spec, loaded.profiles, shapes))
         self.cuda.activate()
-        return loaded.lanes[place].run(inputs, shapes, self._reader)
+        return loaded.runners[index].run(inputs, shapes, self._reader)
 
     def compiled_kernels(self) -> dict[str, bytes]:
         """What TensorRT-RTX compiled for this GPU when it loaded and ran the engines, by graph; it spares the next
@@ -119,7 +115,3 @@ def _release(engines: dict[str, LoadedEngine], reader: Reader, cuda: Cuda) -> No
         _, engine = engines.popitem()
         engine.release()
     reader.release()
-
-
-def _shape(given: NDArray[Any] | Tensor) -> tuple[int, ...]:
-    return given.shape if isinstance(given, np.ndarray) else tuple(given.shape())

@@ -13,13 +13,13 @@ from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor
 from unipinrec.runtime.graphs.backend import host_array
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.library import LogLines
-from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging, layout, size_bytes
+from unipinrec.runtime.trt.memory import DeviceBlock, DeviceTensor, Reader, Staging, layout, size_bytes
 
 Shapes = dict[str, tuple[int, ...]]
 Given = Mapping[str, NDArray[Any] | Tensor]
 
 
-class Lane:
+class ProfileRunner:
     """An execution context with a stream and staging memory of its own. A run ends with the GPU done."""
 
     def __init__(self, graph: str, spec: GraphSpec, context: Any, cuda: Cuda, stream: int, lines: LogLines) -> None:
@@ -36,7 +36,7 @@ class Lane:
         """Run the graph on inputs that were checked, of shapes that the profile covers.
 
         Raises:
-            BackendError: The run failed, or the lane was released.
+            BackendError: The run failed, or the runner was released.
         """
         with self._lock:
             context = self._context
@@ -58,9 +58,9 @@ class Lane:
             self._sizes = self._set_shapes(context, shapes)
             self._shapes = shapes
         addresses = self._addresses(inputs)
-        places, total = layout(size_bytes(self._outputs[name], shape) for name, shape in self._sizes.items())
-        block = Block(self._cuda, total, self._stream)
-        outputs = {name: block.address + place for name, place in zip(self._sizes, places, strict=True)}
+        offsets, total = layout(size_bytes(self._outputs[name], shape) for name, shape in self._sizes.items())
+        block = DeviceBlock(self._cuda, total, self._stream)
+        outputs = {name: block.address + offset for name, offset in zip(self._sizes, offsets, strict=True)}
         try:
             for name, address in (addresses | outputs).items():
                 self._require(context.set_tensor_address(name, address), f"takes no address for {name}")
@@ -71,7 +71,7 @@ class Lane:
             raise
         return {
             name: DeviceTensor(
-                dtype=self._outputs[name], sizes=self._sizes[name], address=address, block=block, reader=reader
+                dtype=self._outputs[name], shape=self._sizes[name], address=address, block=block, reader=reader
             )
             for name, address in outputs.items()
         }

@@ -131,8 +131,8 @@ class HistoryEncoder:
         if found.lease is not None and found.lease.write(key_values, rounded):
             return
         if rounded is not None and self.cache is not None:
-            for place, values in zip(rounded, key_values, strict=True):
-                place[...] = as_stored(values, self.cache.geometry.dtype)
+            for index, values in zip(rounded, key_values, strict=True):
+                index[...] = as_stored(values, self.cache.geometry.dtype)
 
     def _encode_new(self, group: Sequence[Found]) -> Encoded:
         """Of requests of which the cache has a beginning, or all."""
@@ -231,15 +231,15 @@ def grouped(works: Sequence[Work], prefill_chunk: int | None) -> list[list[int]]
         prefill_chunk: Histories with more new events than this are encoded alone, in chunks; None = no limit.
     """
     buckets: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
-    for place, work in enumerate(works):
+    for index, work in enumerate(works):
         alone = prefill_chunk is not None and work.new > prefill_chunk
-        size = -place - 1 if alone else half_octave(work.slots)
-        buckets[work.kind, size, half_octave(work.new), half_octave(work.candidates)].append(place)
+        size = -index - 1 if alone else half_octave(work.slots)
+        buckets[work.kind, size, half_octave(work.new), half_octave(work.candidates)].append(index)
     groups = []
-    for places in buckets.values():
-        places.sort(key=lambda place: works[place].slots)
-        rows = max(1, min(MAX_ROWS, MAX_SLOTS // works[places[-1]].slots))
-        groups += [places[start : start + rows] for start in range(0, len(places), rows)]
+    for indices in buckets.values():
+        indices.sort(key=lambda index: works[index].slots)
+        rows = max(1, min(MAX_ROWS, MAX_SLOTS // works[indices[-1]].slots))
+        groups += [indices[start : start + rows] for start in range(0, len(indices), rows)]
     return groups
 
 

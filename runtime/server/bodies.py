@@ -51,7 +51,7 @@ class Limits:
                 raise ConfigError(f"{field.name}={getattr(self, field.name)} must be at least 1")
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a fault
+class ApiError(Exception):
     """An answer other than success, made for the client."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -252,10 +252,10 @@ def decode_events(body: bytes, limits: Limits, now_ms: int) -> Posts:
             raise RequestError(f"{where}events is empty; send at least one")
         count += len(one.events)
         _at_most("the body", count, limits.events, "events")
-        for place, event in enumerate(one.events):
-            _check_id(f"{where}events[{place}].id", event.id, limits)
+        for index, event in enumerate(one.events):
+            _check_id(f"{where}events[{index}].id", event.id, limits)
             if event.timestamp_ms is not None:
-                _check_time(f"{where}events[{place}].timestamp_ms", event.timestamp_ms, now_ms + limits.ahead_ms)
+                _check_time(f"{where}events[{index}].timestamp_ms", event.timestamp_ms, now_ms + limits.ahead_ms)
     return posted
 
 
@@ -287,7 +287,7 @@ def _each(asked: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:
     if not asked:
         raise RequestError("the body is an empty list; send at least one request")
     _at_most("the list", len(asked), limits.batch, "requests")
-    return [(f"[{place}]: ", one) for place, one in enumerate(asked)]
+    return [(f"[{index}]: ", one) for index, one in enumerate(asked)]
 
 
 def _check_id(name: str, given: str | None, limits: Limits) -> None:
