@@ -223,7 +223,7 @@ def _graphs(
 def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Real queries to measure recall with: one per history, from its newest events."""
     table = torch.from_numpy(vectors)
-    outcomes = torch.tensor([[float(a in source.positive_actions) for a in source.actions]])
+    outcomes = torch.from_numpy(source.positive)[None].float()
     queries = []
     for begin, end in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
         span = slice(max(int(begin), int(end) - source.model.max_history), int(end))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from torch import Tensor, nn
 
 from unipinrec.errors import DataError
@@ -113,8 +112,9 @@ def _facts_of(dataset: Dataset, config: RunConfig, vocabulary: Vocabulary, folde
     if actions != vocabulary.actions:
         then, now = list(vocabulary.actions), list(actions)
         raise DataError(f"{folder} is not the data of the checkpoint: actions were {then}, are {now}")
-    positive = np.array([name in dataset.spec.positive_actions for name in actions])
-    return training_facts(sequences_of(dataset), positive, actions, fit_validation=config.train.fit_validation)
+    return training_facts(
+        sequences_of(dataset), dataset.spec.positive, actions, fit_validation=config.train.fit_validation
+    )
 
 
 def source_from_model(model: UniPinRec, catalogue: ItemList, features: ItemFeatures) -> ExportSource:

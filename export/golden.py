@@ -12,7 +12,7 @@ from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Candidates, Events, 
 
 REQUESTS = 4
 MAX_EVENTS = 64
-CANDIDATES = 50
+GOLDEN_CANDIDATES = 50
 
 
 def random_histories(source: ExportSource, seed: int = 0) -> Histories:
@@ -48,9 +48,9 @@ def golden_tensors(
     prefix = torch.clamp(lengths // 2, min=1)
     key_values, last = source.servable.encode(events)
     new_values, new_last = _extended(source, events, prefix)
-    outcomes = torch.tensor([[float(a in source.positive_actions) for a in source.actions]]).expand(len(rows), -1)
+    outcomes = torch.from_numpy(source.positive)[None].float().expand(len(rows), -1)
     queries = source.servable.retrieve(last, outcomes if source.model.outcome_conditioned else None)
-    count = min(CANDIDATES, len(table))
+    count = min(GOLDEN_CANDIDATES, len(table))
     candidates = (queries[:, 0] @ table.T).topk(count).indices
     past = Past(key_values=key_values, lengths=lengths, timestamps_ms=_last_times(events))
     now = events.timestamps_ms.amax(1).clamp(min=0) + 60_000

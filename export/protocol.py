@@ -135,6 +135,11 @@ class ExportSource:
     metrics: dict[str, Any] | None = None
     order: OrderSpec | None = None
 
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
+
     def __post_init__(self) -> None:
         missing = [n for n in ("encode", "extend", "retrieve", "rank", "embed_items") if not hasattr(self.module, n)]
         if missing:

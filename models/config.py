@@ -6,6 +6,8 @@ import math
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
 
@@ -120,6 +122,11 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     surfaces: tuple[str, ...]
     dense: dict[str, int]
     categories: dict[str, tuple[str, ...]]
+
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
 
     @property
     def dense_width(self) -> int:

@@ -258,7 +258,7 @@ def item_vectors(model: UniPinRec, data: Sequences, chunk: int = 65_536) -> torc
 
 def _wanted_outcomes(model: UniPinRec, device: torch.device) -> torch.Tensor:
     vocabulary = model.vocabulary
-    return torch.tensor([[float(a in vocabulary.positive_actions) for a in vocabulary.actions]], device=device)
+    return torch.from_numpy(vocabulary.positive)[None].float().to(device)
 
 
 def _inputs(

@@ -32,7 +32,7 @@ from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import Agreement, Manifest
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.ranking import Scoring, sigmoid
-from unipinrec.runtime.requests import History
+from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History
 
 TOP = 10
 MIN_OVERLAP = 0.99
@@ -41,8 +41,6 @@ LOGIT_ROUNDING = 2.0**-6  # four times what bf16 resolves
 MIN_COSINE, TIED_SIMILARITY = 0.999, 0.0005
 MARGIN = 1.5
 MAX_USERS, MAX_EVENTS, MAX_ITEMS = 48, 4096, 50_000
-CANDIDATES = 200
-SOON_MS = 60_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,7 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
         BackendError: A graph does not run, or ONNX Runtime, which gives the fp32 answers for users, is missing.
     """
     manifest = bundle.manifest
-    positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
+    positive = manifest.positive.astype(np.float32)
     items = bundle.item_vectors[:: -(-manifest.num_items // MAX_ITEMS)]
     with closing(Engine.on_cpu(bundle)) as exact:
         users = [_user_case(exact, *user, positive) for user in enumerate(_users(bundle))]
@@ -170,7 +168,7 @@ def _user_case(exact: Engine, index: int, history: History, positive: NDArray[np
 def _compare(engine: Engine, case: _Case, bundle: Bundle, items: NDArray[np.float32]) -> tuple[float, ...]:
     """Overlap of the ranked and of the retrieved, each with ties and strictly; lowest cosine; largest difference."""
     manifest = bundle.manifest
-    positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
+    positive = manifest.positive.astype(np.float32)
     encoded = engine.encode(pad_histories([case.history.part(0, case.split)]))
     if case.split is not None:
         encoded = engine.extend(encoded, pad_histories([case.history.part(case.split)]))
@@ -195,7 +193,7 @@ def _served(
     manifest: Manifest, logits: NDArray[np.float32], similarity: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What the bundle orders candidates by [k], and how far apart two of them may be and still count as tied."""
-    positive = np.array([float(name in manifest.positive_actions) for name in manifest.actions])
+    positive = manifest.positive.astype(np.float64)
     chances, order = sigmoid(logits), manifest.order
     values, tied = chances @ positive, TIED_LOGIT * (chances * (1.0 - chances)) @ positive
     scoring = Scoring.of(manifest)

@@ -83,7 +83,7 @@ def compare_golden(engine: Engine, bundle: Bundle) -> tuple[GoldenCheck, ...]:
     before = engine.encode(pad_histories([h.part(0, int(m)) for h, m in zip(histories, prefixes, strict=True)]))
     after = pad_histories([h.part(int(m)) for h, m in zip(histories, prefixes, strict=True)])
     added, last = engine.encode_new(before, after)
-    outcomes = np.array([[name in manifest.positive_actions for name in manifest.actions]] * len(histories), np.float32)
+    outcomes = np.tile(manifest.positive.astype(np.float32), (len(histories), 1))
     slots = lengths + manifest.model.kv_prefix_slots
     return (
         *_compare_kv(expected, "encoder", dict(zip(names, encoded.key_values, strict=True)), slots),

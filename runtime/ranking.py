@@ -62,7 +62,7 @@ class Scoring:
         if manifest.order is None:
             return None
         return cls(
-            positive=np.array([float(name in manifest.positive_actions) for name in manifest.actions]),
+            positive=manifest.positive.astype(np.float64),
             retrieval_scale=manifest.order.retrieval_scale,
             retrieval_weight=manifest.order.retrieval_weight,
         )

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import MALFORMED, RequestError
+from unipinrec.errors import RequestError, decoding
 
 EVENT_FORMAT = (
     'a history is a list, oldest first, of {"item": "id", "actions": ["name"], "surface": "name", "timestamp_ms": 0}; '
@@ -23,6 +23,8 @@ Order = Literal["value", "blend", "product", "retrieval"]
 
 
 UNKNOWN_SURFACE = "unknown"
+CANDIDATES = 200  # that retrieval hands to ranking unless a request says otherwise
+SOON_MS = 60_000  # after the last event: when the requests of samples and checks are made
 AS_SECONDS = range(631_152_000, 10**10)  # Unix times from 1990 on in seconds: as milliseconds they are in early 1970
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
 
@@ -69,7 +71,7 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     surface: str = UNKNOWN_SURFACE
     now_ms: int | None = None
-    candidates: int = 200
+    candidates: int = CANDIDATES
     order: Order | None = None
     weights: dict[str, float] | None = None
     outcomes: tuple[str, ...] | None = None
@@ -151,10 +153,8 @@ def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
     Raises:
         RequestError: It is not JSON, or not a list of events; an unknown key is an error.
     """
-    try:
+    with decoding(RequestError, source, EVENT_FORMAT):
         return msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=tuple[Event, ...])
-    except MALFORMED as error:
-        raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
 
 
 def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:

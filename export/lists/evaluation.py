@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.export.lists.held_out_requests import CANDIDATES, MISSING, Client, HeldOut
+from unipinrec.export.lists.held_out_requests import MISSING, Client, HeldOut
 from unipinrec.models.baselines import Scorer, baselines_of
 from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, shown_items
 from unipinrec.models.metrics import action_metrics, target_ranks
 from unipinrec.models.training.sheet import data_sheet
 from unipinrec.runtime import Recommender
 from unipinrec.runtime.bundle.quality import ActionQuality, Estimate, Evaluation, ListQuality, named
+from unipinrec.runtime.requests import CANDIDATES
 
 TOP = 10
 BATCH = 64

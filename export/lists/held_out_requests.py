@@ -33,8 +33,8 @@ from unipinrec.models.evaluate import (
 )
 from unipinrec.models.simulator.oracle import Oracle, oracle_click_chances, read_oracle
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate, SlateItem
+from unipinrec.runtime.requests import CANDIDATES
 
-CANDIDATES = 200
 MISSING = -1
 
 
@@ -66,7 +66,7 @@ class HeldOut:
         """
         dataset = read_dataset(folder)
         data = sequences_of(dataset)
-        positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
+        positive = dataset.spec.positive
         requests = held_out_requests(data, positive, split, limit, repeats=repeats)
         if not ((requests.targets != NO_TARGET) | (requests.slates != NO_SLATE)).any():
             raise NothingHeldOutError(f"{folder}: nothing to measure in the {split} part: {_why_nothing(data)}")

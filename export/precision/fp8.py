@@ -28,13 +28,11 @@ from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.backend import Backend, host_array
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.requests import History
+from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History
 
 E4M3, LARGEST = ml_dtypes.float8_e4m3fn, 448.0
 MULTIPLE = 16
 MAX_EVENTS = 16_384
-CANDIDATES = 200
-SOON_MS = 60_000
 Inputs = dict[str, NDArray[Any]]
 
 
@@ -159,7 +157,7 @@ def quantized_graphs(
 
 def _answer(engine: Engine, bundle: Bundle, history: History) -> None:
     manifest, half = bundle.manifest, len(history) // 2
-    positive = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
+    positive = manifest.positive[None].astype(np.float32)
     engine.extend(engine.encode(pad_histories([history.part(0, half)])), pad_histories([history.part(half)]))
     encoded = engine.encode(pad_histories([history]))
     similarity = (bundle.item_vectors @ engine.retrieve(encoded, positive)[0].T).max(axis=1)

@@ -33,7 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from unipinrec.errors import DataError, listed
 
@@ -85,6 +87,11 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     split: TimeSplit | None
     dropped: dict[str, int]
     source: str
+
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:

@@ -64,7 +64,7 @@ def training_cost(dataset: Dataset, config: RunConfig) -> TrainingCost:
         DataError: No positive action ever happens in the training part.
     """
     data, vocabulary = sequences_of(dataset), vocabulary_of(dataset)
-    positive = np.array([name in vocabulary.positive_actions for name in vocabulary.actions])
+    positive = vocabulary.positive
     batches = Batches(data, positive, batch_options(config))
     if not batches.windows:
         raise ConfigError("the data has no training windows: too few events before its split")

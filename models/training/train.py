@@ -75,7 +75,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
         self.data = sequences_of(dataset)
         self.vocabulary = vocabulary_of(dataset)
-        self.positive = np.array([name in self.vocabulary.positive_actions for name in self.vocabulary.actions])
+        self.positive = self.vocabulary.positive
         self.batches = Batches(self.data, self.positive, batch_options(config))
         self.steps_per_epoch: int = len(self.batches) // self.accelerator.num_processes
         if not self.steps_per_epoch:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError
+from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError, decoding
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
@@ -231,7 +231,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
 
 
 def _decode_manifest(path: Path, content: bytes) -> Manifest:
-    try:
+    with decoding(BundleError, path, "export the bundle again"):
         # Before the strict decoding: a newer format may have fields that this version does not know.
         version = msgspec.json.decode(content, type=_Format).format_version
         if version != FORMAT_VERSION:
@@ -240,8 +240,6 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
                 "use the unipinrec that wrote it, or export the checkpoint again with this one"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except MALFORMED as error:
-        raise BundleError(f"{path}: {error}; export the bundle again") from error
     problem = _contradiction(manifest)
     if problem:
         raise BundleError(f"{path}: {problem}; export the bundle again")

@@ -255,6 +255,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     evaluation: Evaluation | None = None
     sample: SampleQuality | None = None
 
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
+
     def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
         """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
         graphs = {name: self.graphs[name] for name in REQUIRED_GRAPHS}

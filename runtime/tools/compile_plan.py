@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.agreement import CANDIDATES, MAX_USERS
+from unipinrec.runtime.agreement import MAX_USERS
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
+from unipinrec.runtime.requests import CANDIDATES
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.profiles import NAMES, Bucket, Range, covering, for_graph
 from unipinrec.runtime.trt.record import BuildOptions, EngineKey, needs_of

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import MALFORMED, BundleError, DataError
+from unipinrec.errors import BundleError, DataError, decoding
 from unipinrec.runtime.bundle.bundle import Bundle, off_unit
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
@@ -58,18 +58,14 @@ def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
         DataError: Something is not JSON, or not an item; an unknown key is an error.
     """
     listed = content.lstrip().startswith(b"[")
-    try:
+    with decoding(DataError, source, ITEM_FORMAT):
         parts = msgspec.json.decode(content, type=list[msgspec.Raw]) if listed else content.splitlines()
-    except MALFORMED as error:
-        raise DataError(f"{source}: {error}; {ITEM_FORMAT}") from error
     items = {}
     for index, part in enumerate(parts):
         where = f"{source}[{index}]" if listed else f"{source} line {index + 1}"
-        try:
+        with decoding(DataError, where, ITEM_FORMAT):
             if listed or bytes(part).strip():
                 items[where] = msgspec.json.decode(part, type=NewItem)
-        except MALFORMED as error:
-            raise DataError(f"{where}: {error}; {ITEM_FORMAT}") from error
     return items
 
 

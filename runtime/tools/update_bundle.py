@@ -178,7 +178,7 @@ def _queries(parent: Bundle) -> NDArray[np.float32]:
         golden: NDArray[np.float32] = parent.golden()["retrieval.queries"]
         return golden.reshape(-1, golden.shape[-1])
     engine, manifest = Engine.on_cpu(parent), parent.manifest
-    wanted = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
+    wanted = manifest.positive[None].astype(np.float32)
     queries = []
     for start in range(0, len(histories), BATCH):
         batch = histories[start : start + BATCH]

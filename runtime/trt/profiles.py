@@ -15,12 +15,13 @@ import msgspec
 from unipinrec.errors import MALFORMED, ConfigError
 from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
 from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.requests import CANDIDATES
 
 Range = tuple[int, int, int]  # smallest, usual, largest
 Shape = tuple[int, ...]
 ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # by input of a graph
 NAMES = ("batch", "history", "new", "past", "candidates")
-BATCH, CANDIDATES, USUAL_CANDIDATES, USUAL_NEW = 8, 1024, 200, 8
+BATCH, MOST_CANDIDATES, USUAL_NEW = 8, 1024, 8
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +76,7 @@ def default_buckets(model: ModelSpec) -> Buckets:
         history=(1, usual, longest),
         new=(1, min(USUAL_NEW, longest), longest),
         past=(1, usual, longest),
-        candidates=(1, USUAL_CANDIDATES, CANDIDATES),
+        candidates=(1, CANDIDATES, MOST_CANDIDATES),
     )
     few = msgspec.structs.replace(alone, batch=(1, BATCH, BATCH))
     short = min(longest, MAX_SLOTS // (BATCH + 1) - model.kv_prefix_slots)  # of a group of more than a few

@@ -23,7 +23,8 @@
 A message names what was given, what is accepted, and what to do. What was given may be of any size; a message is not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import msgspec
@@ -123,3 +124,12 @@ def listed(values: Iterable[object], most: int = 20) -> str:
     more = sum(1 for _ in rest)
     short = [text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..." for text in shown]
     return f"[{', '.join(short)}]" + f" and {more:,} more" * bool(more)
+
+
+@contextmanager
+def decoding(error: Callable[[str], UnipinrecError], what: object, remedy: str) -> Iterator[None]:
+    """Turn the error of a JSON decoder into one of ours that names `what` was read, the reason and the remedy."""
+    try:
+        yield
+    except MALFORMED as problem:
+        raise error(f"{what}: {problem}; {remedy}") from problem

@@ -28,7 +28,6 @@ Examples:
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json
   unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
 
-SOON_MS = 60_000
 TITLE_WIDTH = 12
 
 
@@ -321,6 +320,8 @@ def _events(recommender: Recommender, user: str | None, history: Path | None) ->
 
 
 def _soon_after(event: Event) -> int | None:
+    from unipinrec.runtime.requests import SOON_MS
+
     return None if event.timestamp_ms is None else event.timestamp_ms + SOON_MS
 
 
