@@ -1,0 +1,125 @@
+"""The network that TensorRT computes: what its ONNX parser made of a graph, completed, and checked against the graph.
+
+The parser ignores an input of an operator that it does not know how to use. `Attention`'s `nonpad_kv_seqlen` is one:
+without it the padding of a batch takes part in every sum (docs/tensorrt.md says what each version does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+
+from unipinrec.errors import BackendError
+
+LENGTHS = 6  # `nonpad_kv_seqlen` among the inputs of ONNX's Attention
+ATTENTION = "_AttentionInput"  # what the parser appends to the name of the ONNX node
+
+
+def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> list[Any]:
+    """Tell every attention how many of its slots are not padding, where the graph says so.
+
+    Returns:
+        What has to live until the engine is built.
+
+    Raises:
+        BackendError: The network has no attention of a node, or no tensor of its lengths.
+    """
+    tensors, layers = dict(_tensors(network)), _attentions(module, network)
+    masks: dict[tuple[str, str], Any] = {}
+    alive: list[Any] = []
+    for node in graph.node:
+        lengths = _lengths_of(node)
+        if lengths is None:
+            continue
+        if node.name not in layers or lengths not in tensors:
+            raise BackendError(
+                f"the parser kept no attention {node.name!r} with lengths {lengths!r}; use another version of TensorRT, "
+                "or device cuda"
+            )
+        attention = layers[node.name]
+        if hasattr(attention, "key_value_lengths"):
+            cast = network.add_cast(tensors[lengths], module.int32)
+            cast.name = f"{node.name} lengths"
+            attention.key_value_lengths = cast.get_output(0)
+        else:
+            key = attention.get_input(1)
+            if (key.name, lengths) not in masks:
+                masks[key.name, lengths] = _mask(module, network, key, tensors[lengths], alive)
+            attention.mask = masks[key.name, lengths]
+    return alive
+
+
+def _mask(module: Any, network: Any, key: Any, lengths: Any, alive: list[Any]) -> Any:
+    """[B, 1, 1, S] bool: which slots of a key [B, H, S, D] are not padding."""
+
+    def constant(values: list[int] | int) -> Any:
+        alive.append(np.array(values, np.int64))
+        return network.add_constant(alive[-1].shape, module.Weights(alive[-1])).get_output(0)
+
+    slots = network.add_gather(network.add_shape(key).get_output(0), constant([2]), 0).get_output(0)
+    index = network.add_fill((1,), module.FillOperation.LINSPACE, module.int64)
+    for position, tensor in enumerate((slots, constant(0), constant([1]))):
+        index.set_input(position, tensor)
+    indices = network.add_unsqueeze(index.get_output(0), constant([0, 1, 2])).get_output(0)
+    limits = network.add_unsqueeze(lengths, constant([1, 2, 3])).get_output(0)
+    return network.add_elementwise(indices, limits, module.ElementWiseOperation.LESS).get_output(0)
+
+
+def lost_inputs(module: Any, network: Any, graph: onnx.GraphProto) -> list[str]:
+    """What the graph computes with and the network does not: in words, by tensor and node; empty if there is nothing.
+
+    A tensor that no layer reads means that the parser left out an input of some operator.
+    """
+    given = {network.get_input(index).name for index in range(network.num_inputs)}
+    problems = [f"input {one.name} is not in the network" for one in graph.input if one.name not in given]
+    attentions = _attentions(module, network)
+    read = {network.get_output(index).name for index in range(network.num_outputs)}
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    for layer in layers:
+        inputs = map(layer.get_input, range(layer.num_inputs))
+        read |= {tensor.name for tensor in inputs if tensor is not None}
+    for attention in attentions.values():
+        inputs = [*map(attention.get_input, range(3)), *_limits_of(attention)]
+        read |= {tensor.name for tensor in inputs if tensor is not None}
+    constants = {layer.get_output(0).name for layer in layers if layer.type == module.LayerType.CONSTANT}
+    unused = {name for node in graph.node for name in node.output} - {name for node in graph.node for name in node.input}
+    tensors = [name for name, _ in _tensors(network)]
+    problems += [f"no layer reads {name}" for name in tensors if name not in read | constants | unused]
+    for node in graph.node:
+        limited = _lengths_of(node) is not None or (node.op_type == "Attention" and any(node.input[3:4]))
+        if limited and not any(_limits_of(attentions[node.name]) if node.name in attentions else ()):
+            problems.append(f"attention {node.name} has neither a mask nor lengths, the graph gives it {node.input[-1]}")
+    return problems
+
+
+def _lengths_of(node: onnx.NodeProto) -> str | None:
+    """The tensor of an attention's lengths, if it has any."""
+    return node.input[LENGTHS] if node.op_type == "Attention" and any(node.input[LENGTHS:]) else None
+
+
+def _limits_of(attention: Any) -> tuple[Any | None, Any | None]:
+    return attention.mask, getattr(attention, "key_value_lengths", None)
+
+
+def _attentions(module: Any, network: Any) -> Mapping[str, Any]:
+    """By the name of its ONNX node."""
+    found = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == module.LayerType.ATTENTION_INPUT:
+            layer.__class__ = module.IAttentionInputLayer
+            found[layer.name.removesuffix(ATTENTION)] = layer.attention
+    return found
+
+
+def _tensors(network: Any) -> Iterator[tuple[str, Any]]:
+    """Inputs, and what layers compute, by name."""
+    for index in range(network.num_inputs):
+        yield network.get_input(index).name, network.get_input(index)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            yield layer.get_output(output).name, layer.get_output(output)
