@@ -7,15 +7,62 @@ without it the padding of a batch takes part in every sum (docs/tensorrt.md says
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from unipinrec.errors import BackendError
+from unipinrec.errors import BackendError, listed
+from unipinrec.runtime.trt.library import LogLines, TensorRT
 
 LENGTHS = 6  # `nonpad_kv_seqlen` among the inputs of ONNX's Attention
 ATTENTION = "_AttentionInput"  # what the parser appends to the name of the ONNX node
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParsedGraph:
+    """A strongly typed network; what it refers to lives as long as this.
+
+    Attributes:
+        network: `INetworkDefinition`.
+        parser: Holds the weights.
+        constants: Values of constants that the parser did not make.
+    """
+
+    network: Any
+    parser: Any
+    constants: list[Any]
+
+
+def parse_graph(trt: TensorRT, builder: Any, logger: Any, lines: LogLines, file: Path) -> ParsedGraph:
+    """Make a network of an ONNX file that computes all that the file says.
+
+    Args:
+        trt: The library.
+        builder: `IBuilder`.
+        logger: Of the builder.
+        lines: What it logs.
+        file: The graph; its weights may lie beside it.
+
+    Raises:
+        BackendError: TensorRT does not read the file, or leaves out an input.
+    """
+    module = trt.module
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise BackendError(f"{file}: {trt} does not read it: {errors or lines.reason()}")
+    graph = onnx.load(file, load_external_data=False).graph
+    constants = complete_attention(module, network, graph)
+    lost = lost_inputs(module, network, graph)
+    if lost:
+        raise BackendError(
+            f"{file}: {trt} would not compute what the graph says: {listed(lost)}; use another version, or device cuda"
+        )
+    return ParsedGraph(network=network, parser=parser, constants=constants)
 
 
 def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> list[Any]:
@@ -85,13 +132,17 @@ def lost_inputs(module: Any, network: Any, graph: onnx.GraphProto) -> list[str]:
         inputs = [*map(attention.get_input, range(3)), *_limits_of(attention)]
         read |= {tensor.name for tensor in inputs if tensor is not None}
     constants = {layer.get_output(0).name for layer in layers if layer.type == module.LayerType.CONSTANT}
-    unused = {name for node in graph.node for name in node.output} - {name for node in graph.node for name in node.input}
+    unused = {name for node in graph.node for name in node.output} - {
+        name for node in graph.node for name in node.input
+    }
     tensors = [name for name, _ in _tensors(network)]
     problems += [f"no layer reads {name}" for name in tensors if name not in read | constants | unused]
     for node in graph.node:
         limited = _lengths_of(node) is not None or (node.op_type == "Attention" and any(node.input[3:4]))
         if limited and not any(_limits_of(attentions[node.name]) if node.name in attentions else ()):
-            problems.append(f"attention {node.name} has neither a mask nor lengths, the graph gives it {node.input[-1]}")
+            problems.append(
+                f"attention {node.name} has neither a mask nor lengths, the graph gives it {node.input[-1]}"
+            )
     return problems
 
 

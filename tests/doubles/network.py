@@ -7,15 +7,21 @@ says. An unknown layer, or a value that differs from what the network declares, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
+from unipinrec.runtime.trt.network import ParsedGraph, parse_graph
+
 Array = NDArray[Any]
-NUMPY = {
+NUMPY: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -74,32 +80,54 @@ REDUCE: dict[str, Callable[..., Array]] = {
 }
 
 
+@dataclass(frozen=True)
+class Declared:
+    """An input or output: TensorRT's name of its type, and its dimensions as the ONNX file names them."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
 class Network:
-    """A parsed network that runs.
+    """A parsed graph that runs.
 
     Attributes:
-        inputs, outputs: Names, in the network's order.
+        inputs, outputs: By name, in the network's order.
     """
 
-    def __init__(self, module: Any, network: Any, constants: Mapping[str, Array]) -> None:
+    def __init__(self, module: Any, parsed: ParsedGraph, graph: onnx.GraphProto) -> None:
         """Order the layers.
 
         Args:
             module: TensorRT's.
-            network: `INetworkDefinition`, which has to live as long as this does, and its parser too.
-            constants: By layer, for types that numpy cannot read from TensorRT: the graph's own.
+            parsed: The network.
+            graph: What it was made of, with all weights: numpy cannot read constants of every type from TensorRT.
         """
-        self._module, self._constants = module, constants
+        network = parsed.network
+        self._parsed = parsed  # the network refers to it
+        self._constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
         layers = [network.get_layer(index) for index in range(network.num_layers)]
         self._kinds = {layer.name: layer.type.name for layer in layers}
         self._layers = {layer.name: _typed(module, layer) for layer in layers}
         assert len(self._layers) == len(layers), "layers share a name"
-        self.inputs = [network.get_input(index).name for index in range(network.num_inputs)]
-        self.outputs = [network.get_output(index).name for index in range(network.num_outputs)]
+        shapes = {one.name: _dimensions(one) for one in (*graph.input, *graph.output)}
+        inputs = map(network.get_input, range(network.num_inputs))
+        outputs = map(network.get_output, range(network.num_outputs))
+        self.inputs, self.outputs = (
+            {one.name: Declared(one.dtype.name, shapes[one.name]) for one in tensors} for tensors in (inputs, outputs)
+        )
         producers = {tensor.name: name for name, layer in self._layers.items() for tensor in _outputs(layer)}
         self._needs = {name: self._tensors_of(name) for name in self._layers}
         sources = {name: {producers[one] for one in needs if one in producers} for name, needs in self._needs.items()}
         self._order = list(TopologicalSorter(sources).static_order())
+
+    @classmethod
+    def of(cls, trt: TensorRT, file: Path) -> Network:
+        """What TensorRT's parser and our builder make of an ONNX file."""
+        lines = LogLines()
+        logger = tensorrt_logger(trt.module, lines)
+        parsed = parse_graph(trt, trt.module.Builder(logger), logger, lines, file)
+        return cls(trt.module, parsed, onnx.load(file).graph)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs, in the types that the network declares.
@@ -184,7 +212,7 @@ class Network:
 
     def _shuffle(self, layer: Any, values: list[Array]) -> Array:
         turned = np.transpose(values[0], tuple(layer.first_transpose)[: values[0].ndim])
-        sizes = self._dynamic(layer, 1, values)
+        sizes: Any = self._dynamic(layer, 1, values)
         if sizes is None:
             static = layer.reshape_dims  # None, or without a length, where it does not reshape
             unset = static is None or (len(static) == 0 and len(layer.get_output(0).shape) > 0)
@@ -267,6 +295,10 @@ class Network:
             scores = np.where(slots[None, None] < lengths[:, None, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.matmul(weights / weights.sum(-1, keepdims=True), value).astype(np.float32)
+
+
+def _dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(one.dim_param or one.dim_value for one in value.type.tensor_type.shape.dim)
 
 
 def _typed(module: Any, layer: Any) -> Any:
