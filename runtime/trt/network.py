@@ -83,8 +83,8 @@ def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> lis
             continue
         if node.name not in layers or lengths not in tensors:
             raise BackendError(
-                f"the parser kept no attention {node.name!r} with lengths {lengths!r}; use another version of TensorRT, "
-                "or device cuda"
+                f"the parser kept no attention {node.name!r} with lengths {lengths!r}; use another version of "
+                "TensorRT, or device cuda"
             )
         attention = layers[node.name]
         if hasattr(attention, "key_value_lengths"):
@@ -116,34 +116,31 @@ def _mask(module: Any, network: Any, key: Any, lengths: Any, alive: list[Any]) -
 
 
 def lost_inputs(module: Any, network: Any, graph: onnx.GraphProto) -> list[str]:
-    """What the graph computes with and the network does not: in words, by tensor and node; empty if there is nothing.
+    """What the graph computes with and the network does not, in words; empty if there is nothing.
 
-    A tensor that no layer reads means that the parser left out an input of some operator.
+    A tensor that no layer reads means that the parser left out an input of some operator. A layer that reads no more
+    than its shape does not count.
     """
-    given = {network.get_input(index).name for index in range(network.num_inputs)}
-    problems = [f"input {one.name} is not in the network" for one in graph.input if one.name not in given]
-    attentions = _attentions(module, network)
-    read = {network.get_output(index).name for index in range(network.num_outputs)}
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    for layer in layers:
-        inputs = map(layer.get_input, range(layer.num_inputs))
-        read |= {tensor.name for tensor in inputs if tensor is not None}
+    names = {network.get_input(index).name for index in range(network.num_inputs)}
+    problems = [f"input {one.name} is not in the network" for one in graph.input if one.name not in names]
+    layers, attentions = [network.get_layer(index) for index in range(network.num_layers)], _attentions(module, network)
+    values = [tensor for layer in layers if layer.type != module.LayerType.SHAPE for tensor in _inputs(layer)]
     for attention in attentions.values():
-        inputs = [*map(attention.get_input, range(3)), *_limits_of(attention)]
-        read |= {tensor.name for tensor in inputs if tensor is not None}
-    constants = {layer.get_output(0).name for layer in layers if layer.type == module.LayerType.CONSTANT}
-    unused = {name for node in graph.node for name in node.output} - {
-        name for node in graph.node for name in node.input
-    }
-    tensors = [name for name, _ in _tensors(network)]
-    problems += [f"no layer reads {name}" for name in tensors if name not in read | constants | unused]
+        values += [*map(attention.get_input, range(3)), *_limits_of(attention)]
+    read = {tensor.name for tensor in values if tensor is not None}
+    read |= {network.get_output(index).name for index in range(network.num_outputs)}
+    read |= {layer.get_output(0).name for layer in layers if layer.type == module.LayerType.CONSTANT}
+    used = {name for node in graph.node if node.op_type != "Shape" for name in node.input}
+    problems += [f"no layer reads {name}" for name, _ in _tensors(network) if name in used - read]
     for node in graph.node:
         limited = _lengths_of(node) is not None or (node.op_type == "Attention" and any(node.input[3:4]))
         if limited and not any(_limits_of(attentions[node.name]) if node.name in attentions else ()):
-            problems.append(
-                f"attention {node.name} has neither a mask nor lengths, the graph gives it {node.input[-1]}"
-            )
+            problems.append(f"attention {node.name} has neither mask nor lengths, the graph gives it {node.input[-1]}")
     return problems
+
+
+def _inputs(layer: Any) -> list[Any]:
+    return [layer.get_input(index) for index in range(layer.num_inputs)]
 
 
 def _lengths_of(node: onnx.NodeProto) -> str | None:

@@ -26,7 +26,7 @@ import onnx
 import pytest
 from host_cuda import HostRuntime, host_cuda
 from network import NUMPY as TYPES
-from network import Network
+from network import Declared, Network
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.bundle import Bundle
@@ -182,7 +182,7 @@ class ICudaEngine:
         self._world, self._plan = world, plan
         self._network = _network(plan["onnx"])
         self._inputs = self._network.inputs
-        self._tensors = self._inputs | self._network.outputs
+        self._tensors: dict[str, Declared] = self._inputs | self._network.outputs
         self._weights = world.take(64)
         self._whole = not plan.get("stripped")
 
@@ -199,7 +199,7 @@ class ICudaEngine:
         return len(self._plan["profiles"])
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._tensors)[index]
+        return [*self._tensors][index]
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT

@@ -294,7 +294,7 @@ class Network:
             lengths = rest.pop(0)
             scores = np.where(slots[None, None] < lengths[:, None, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        return np.matmul(weights / weights.sum(-1, keepdims=True), value).astype(np.float32)
+        return np.asarray(np.matmul(weights / weights.sum(-1, keepdims=True), value).astype(np.float32))
 
 
 def _dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
