@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from unipinrec.errors import BackendError, listed
+from unipinrec.errors import BackendError
 from unipinrec.runtime.trt.library import LogLines, TensorRT
 
 LENGTHS = 6  # `nonpad_kv_seqlen` among the inputs of ONNX's Attention
@@ -60,7 +60,7 @@ def parse_graph(trt: TensorRT, builder: Any, logger: Any, lines: LogLines, file:
     lost = lost_inputs(module, network, graph)
     if lost:
         raise BackendError(
-            f"{file}: {trt} would not compute what the graph says: {listed(lost)}; use another version, or device cuda"
+            f"{file}: {trt} would not compute what the graph says: {"; ".join(lost)}; use another version, or device cuda"
         )
     return ParsedGraph(network=network, parser=parser, constants=constants)
 

