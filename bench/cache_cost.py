@@ -28,8 +28,8 @@ import numpy as np
 from common import card, finish, spread
 
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.kv.cache import KvCache
-from unipinrec.runtime.kv.keys import CacheKey, event_records
+from unipinrec.runtime.kv.cache import CacheKey, KvCache
+from unipinrec.runtime.kv.histories import event_records
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.requests import History
 

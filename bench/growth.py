@@ -26,7 +26,7 @@ from serving import with_threads
 from synthetic import random_bundle, random_events, request
 
 from unipinrec.runtime import CacheOptions, Recommender, Request, Slate
-from unipinrec.runtime.resolve import default_slack
+from unipinrec.runtime.validation import default_slack
 
 EVENTS = (31, 62, 124, 248, 496, 992)
 CANDIDATES = (64, 128, 256, 512, 1024)

@@ -34,8 +34,8 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend, import_openvino
-from unipinrec.runtime.graphs.ort_cpu import OrtBackend, load_session
-from unipinrec.runtime.machine import flush_denormals, has_bf16
+from unipinrec.runtime.graphs.ort_cpu import OrtBackend, flush_denormals, load_session
+from unipinrec.runtime.machine import has_bf16
 
 WIDTH, INNER, LAYERS = SMALL.hidden_size, SMALL.intermediate_size, SMALL.num_layers
 ROWS = 496

@@ -26,7 +26,7 @@ from unipinrec.models.evaluate import NO_SLATE, Requests
 from unipinrec.models.model import UniPinRec
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
 from unipinrec.runtime.bundle.manifest import OrderSpec
-from unipinrec.runtime.slate import Slate
+from unipinrec.runtime.requests import Slate
 
 CANDIDATES = 200
 SERVED = 10

@@ -60,7 +60,7 @@ def timed(name, function):
 lap("python")
 import hnswlib, onnxruntime
 from unipinrec.runtime import Bundle, Recommender, recommender as module
-from unipinrec.runtime.bundle.files import file_problems
+from unipinrec.runtime.bundle.integrity import file_problems
 lap("import")
 for name, owner, function in (
     ("open", module.Bundle, "open"),

@@ -42,7 +42,7 @@ from unipinrec.runtime.bundle.bundle import (
     USERS,
     off_unit,
 )
-from unipinrec.runtime.bundle.files import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender

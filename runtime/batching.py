@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from unipinrec.errors import BackendError, ConfigError
-from unipinrec.runtime.graphs.grouping import MAX_ROWS
+from unipinrec.runtime.graphs.backend import MAX_ROWS
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Request, ResolvedRequest
-from unipinrec.runtime.slate import Slate
+from unipinrec.runtime.requests import Request, ResolvedRequest, Slate
 
 LONGEST_WAIT_MS = 60_000
 

@@ -18,8 +18,8 @@ from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
 from unipinrec.runtime.machine import driver_problem, has_bf16
-from unipinrec.runtime.trt.cuda import Cuda
-from unipinrec.runtime.trt.library import FLAVORS, TensorRT, import_tensorrt
+from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
+from unipinrec.runtime.trt.library import FLAVORS, Flavor, TensorRT, import_tensorrt
 from unipinrec.runtime.trt.serving import ServingEngines
 from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore
@@ -31,6 +31,35 @@ DEVICES = ("auto", "cpu", *OPENVINO_DEVICES, *CUDA_DEVICES, *TENSORRT_DEVICES)
 log = logging.getLogger(__name__)
 
 
+class Machine:
+    """What this machine has of GPUs and their libraries. A test passes one of its own, in `DeviceRules`."""
+
+    ort_cuda: type[OrtCudaBackend] = OrtCudaBackend
+
+    def driver_problem(self) -> str | None:
+        """Why the GPU's driver cannot be used."""
+        return driver_problem()
+
+    def gpu(self) -> GpuInfo | str:
+        """The GPU, or why there is none."""
+        return probe_gpu()
+
+    def cuda(self) -> Cuda:
+        """Use the GPU; see `Cuda.open`."""
+        return Cuda.open()
+
+    def tensorrt(self, flavor: Flavor | None = None) -> TensorRT:
+        """See `import_tensorrt`."""
+        return import_tensorrt(flavor)
+
+    def engines(self, trt: TensorRT, gpu: GpuInfo, allow_bundle_engines: bool) -> ServingEngines:
+        """Where compiled engines come from."""
+        return ServingEngines(trt=trt, gpu=gpu, store=EngineStore(), allow_bundle_engines=allow_bundle_engines)
+
+
+THIS_MACHINE = Machine()
+
+
 class DeviceRules(TypedDict, total=False):
     """What an operator lays down beside the wanted device; what is left out is False.
 
@@ -39,27 +68,41 @@ class DeviceRules(TypedDict, total=False):
             and TensorRT does not serve.
         allow_bundle_engines: Run engines that travel in the bundle, built elsewhere. They are executable code.
         threads: How many compute on the CPU; None = as many as this process may use.
+        machine: Where to look for GPUs; left out = here.
     """
 
     strict: bool
     allow_bundle_engines: bool
     threads: int | None
+    machine: Machine
 
 
 def open_engine(
-    bundle: Bundle, wanted: str, *, strict: bool = False, allow_bundle_engines: bool = False, threads: int | None = None
+    bundle: Bundle,
+    wanted: str | Backend,
+    *,
+    strict: bool = False,
+    allow_bundle_engines: bool = False,
+    threads: int | None = None,
+    machine: Machine = THIS_MACHINE,
 ) -> Engine:
     """Load a bundle's graphs on the wanted device or, where it does not run, on the next; see `DeviceRules`.
+
+    A backend of the caller's own is taken as it is.
 
     Raises:
         BackendError: There is no such device, or none that may be used runs; says why each does not.
     """
+    if not isinstance(wanted, str):
+        own = Device(name=type(wanted).__name__, reason="passed in")
+        return Engine(wanted, bundle.manifest.model, bundle.item_vectors, own)
     names = candidates(wanted, bundle.manifest)
-    bound = strict and (wanted != "auto" or driver_problem() is None)
+    has_driver = machine.driver_problem() is None
+    bound = strict and (wanted != "auto" or has_driver)
     refused: list[str] = []
     for name in names[:1] if bound else names:
         try:
-            backend = _open(name, bundle, allow_bundle_engines, threads)
+            backend = _open(name, bundle, allow_bundle_engines, threads, machine)
         except BackendError as error:
             if len(names) == 1:
                 raise BackendError(f"{bundle.path} does not run on {name}: {error}") from error
@@ -70,7 +113,7 @@ def open_engine(
                 reason=_reason(wanted, name, refused),
                 precision=precision_of(name),
                 refused=tuple(refused),
-                fell_back=bool(refused) and (wanted != "auto" or driver_problem() is None),
+                fell_back=bool(refused) and (wanted != "auto" or has_driver),
             )
             _tell(device, wanted)
             return Engine(backend, bundle.manifest.model, bundle.item_vectors, device)
@@ -110,7 +153,7 @@ def precision_of(name: str) -> Precision:
     return cast(Precision, name.partition("-")[2] or "fp32")
 
 
-def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | None) -> Backend:
+def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | None, machine: Machine) -> Backend:
     """Load a bundle's graphs on one device.
 
     Raises:
@@ -128,8 +171,8 @@ def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | 
             f"export it again with --precision {precision}"
         )
     if kind == "cuda":
-        return OrtCudaBackend(bundle.graph_files(precision), manifest.graphs_in(precision))
-    return _open_tensorrt(bundle, precision, allow_bundle_engines)
+        return machine.ort_cuda(bundle.graph_files(precision), manifest.graphs_in(precision))
+    return _open_tensorrt(bundle, precision, allow_bundle_engines, machine)
 
 
 class _TensorRtOnOwnGpu(TensorRtBackend):
@@ -141,30 +184,31 @@ class _TensorRtOnOwnGpu(TensorRtBackend):
         self.cuda.close()
 
 
-def _open_tensorrt(bundle: Bundle, precision: Precision, allow_bundle_engines: bool) -> Backend:
+def _open_tensorrt(bundle: Bundle, precision: Precision, allow_bundle_engines: bool, machine: Machine) -> Backend:
     """Load engines of the first installed TensorRT that has one for every graph."""
-    missing = driver_problem()
+    missing = machine.driver_problem()
     if missing:
         raise BackendError(missing)
     installed, absent, problems = [], [], []
     for flavor in FLAVORS:
         try:
-            installed.append(import_tensorrt(flavor))
+            installed.append(machine.tensorrt(flavor))
         except BackendError as error:
             absent.append(str(error))
     for trt in installed:
         try:
-            return _open_engines(trt, bundle, precision, allow_bundle_engines)
+            return _open_engines(trt, bundle, precision, allow_bundle_engines, machine)
         except BackendError as error:
             problems.append(str(error))
     raise BackendError("; ".join(problems or absent))
 
 
-def _open_engines(trt: TensorRT, bundle: Bundle, precision: Precision, allow_bundle_engines: bool) -> Backend:
-    cuda = Cuda.open()
+def _open_engines(
+    trt: TensorRT, bundle: Bundle, precision: Precision, allow_bundle_engines: bool, machine: Machine
+) -> Backend:
+    cuda = machine.cuda()
     try:
-        engines = ServingEngines(trt=trt, gpu=cuda.info, store=EngineStore(), allow_bundle_engines=allow_bundle_engines)
-        plans, kernels = engines.load(bundle, precision)
+        plans, kernels = machine.engines(trt, cuda.info, allow_bundle_engines).load(bundle, precision)
         return _TensorRtOnOwnGpu(trt, cuda, plans, bundle.manifest.graphs_in(precision), precision, kernels)
     except BaseException:
         cuda.close()

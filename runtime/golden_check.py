@@ -13,7 +13,7 @@ from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
-from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
 TOLERANCE = 1e-4

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import os
 import platform
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +19,6 @@ CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-FLUSH_DENORMALS = 0x8040  # MXCSR: flush to zero, denormals are zero
-MXCSR = 7  # its word in fenv_t of x86-64 Linux, glibc and musl alike
 
 
 DRIVER = "libcuda.so.1"
@@ -203,35 +197,6 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
     except OSError:
         return set()
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
-
-
-@functools.cache
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-@contextmanager
-def flush_denormals() -> Iterator[None]:
-    """Let the calling thread treat denormal numbers as zero, then put its flags back. No effect off Linux on x86-64.
-
-    Masked attention leaves denormal probabilities that slow the next product by a third. ONNX Runtime's own option
-    reaches its pool, the thread that creates the process's first session, and threads started by that one later; a
-    request that comes in on any other thread computes its share without.
-    """
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        yield
-        return
-    library = _c_library()
-    environment = (ctypes.c_uint32 * 8)()
-    library.fegetenv(environment)
-    before = environment[MXCSR]
-    environment[MXCSR] = before | FLUSH_DENORMALS
-    library.fesetenv(environment)
-    try:
-        yield
-    finally:
-        environment[MXCSR] = before
-        library.fesetenv(environment)
 
 
 def keep_memory_flat() -> None:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ColdStartError, ConfigError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.requests import ResolvedRequest
-from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
+from unipinrec.runtime.requests import ResolvedRequest, Slate, SlateItem, StageTimes
 
 ColdStart = Literal["popular", "refuse"]
 NO_HISTORY = "no history"

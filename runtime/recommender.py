@@ -21,11 +21,10 @@ from unipinrec.runtime.bundle.catalogue import as_ids
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
-from unipinrec.runtime.graphs.backend import Device
+from unipinrec.runtime.graphs.backend import Backend, Device
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
-from unipinrec.runtime.graphs.grouping import Padding, grouped
 from unipinrec.runtime.kv.cache import KvCache
-from unipinrec.runtime.kv.histories import Found, HistoryEncoder
+from unipinrec.runtime.kv.histories import Found, HistoryEncoder, Padding, grouped
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
@@ -36,12 +35,14 @@ from unipinrec.runtime.requests import (
     RecommendOptions,
     Request,
     ResolvedRequest,
+    Slate,
+    SlateItem,
+    StageTimes,
     as_events,
     check_types,
 )
-from unipinrec.runtime.resolve import item_row, resolve_request
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
-from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
+from unipinrec.runtime.validation import item_row, resolve_request
 
 DEFAULT_OPTIONS = RecommendOptions()
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Recommender:
     def load(
         cls,
         bundle: Path | str | Bundle,
-        device: str = "auto",
+        device: str | Backend = "auto",
         *,
         verify: bool = True,
         cache: CacheOptions | KvCache | None = None,
@@ -79,7 +80,8 @@ class Recommender:
         Args:
             bundle: Its folder, or opened; of the latter all files stay in memory as long as it does.
             device: One of `runtime.device.DEVICES`; `Recommender.device` says what really runs, and why. A GPU device
-                that does not run is replaced by the next best unless `strict`.
+                that does not run is replaced by the next best unless `strict`. Or a backend of your own, such as
+                `MockBackend`.
             verify: Refuse to serve if the golden requests' outputs do not reproduce on this machine.
             cache: Keep encoded histories from request to request: how much of them, or the cache of a recommender that
                 this one replaces. None = encode every history anew.
@@ -87,7 +89,7 @@ class Recommender:
                 eighth of the model's limit.
             cold_start: Answer a request without a history with "popular" items, or "refuse" it; a bundle that stores no
                 popularity refuses it in any case.
-            **rules: `strict`, `allow_bundle_engines` and `threads`; see `DeviceRules`.
+            **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`; see `DeviceRules`.
 
         Raises:
             BundleError: The bundle is damaged, of a newer format, or does not compute what PyTorch computed.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from unipinrec import __version__
@@ -27,7 +28,7 @@ from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
 from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Handler, Server, ServerOptions
+from unipinrec.runtime.server.call import Handler, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
@@ -40,9 +41,9 @@ from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_rout
 from unipinrec.runtime.server.openapi import openapi_route
 from unipinrec.runtime.server.page import page_routes
 from unipinrec.runtime.server.process.end import ending_with_its_threads
+from unipinrec.runtime.server.process.lifecycle import Place, RunOptions, run
 from unipinrec.runtime.server.process.peers import Peers
-from unipinrec.runtime.server.process.run import Place, RunOptions, run
-from unipinrec.runtime.server.process.workers import serve_together
+from unipinrec.runtime.server.process.supervisor import serve_together
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 KEPT_HISTORIES = 2
@@ -187,6 +188,20 @@ def _folder(bundle: Path, options: ServeOptions) -> Path:
 
 
 def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, place: Place | None) -> None:
+    with assembled(bundle, options, place) as (server, app, load):
+        server.observers.append(RequestLog(logs).observe)
+        run(server, app, load, _run_options(options), place)
+
+
+@contextmanager
+def assembled(
+    bundle: Path, options: ServeOptions, place: Place | None = None
+) -> Iterator[tuple[Server, Starlette, Callable[[], Deployments]]]:
+    """The server of a bundle, its application, and what loads the bundle for `Server.open`; all but its log and socket.
+
+    Raises:
+        UnipinrecError: See `serve_bundle`.
+    """
     folder = _folder(bundle, options)
     manifest, _ = read_manifest(bundle)
     peers = Peers(place=place) if place else None
@@ -199,7 +214,6 @@ def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, place: Place |
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
         routes += page_routes(server) if options.page else []
-        server.observers.append(RequestLog(logs).observe)
         if options.admin_token_file or options.admin_token_env:
             token = read_token(file=options.admin_token_file, variable=options.admin_token_env)
             routes += admin_routes(server, AdminOptions(folder=folder, token=token))
@@ -219,8 +233,7 @@ def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, place: Place |
         forget: Handler = handlers.forget_user
         if peers is not None:
             recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
-        app = make_app(server, routes, recommend=recommend, forget=forget)
-        run(server, app, load, _run_options(options), place)
+        yield server, make_app(server, routes, recommend=recommend, forget=forget), load
 
 
 def _logs(options: ServeOptions, place: Place | None) -> LogOptions:

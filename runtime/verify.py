@@ -10,7 +10,7 @@ from typing import Unpack
 from unipinrec.errors import BundleError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.bundle.files import file_problems
+from unipinrec.runtime.bundle.integrity import file_problems
 from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.bundle.quality import SampleQuality
 from unipinrec.runtime.device import DeviceRules, require_device

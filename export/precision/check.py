@@ -25,7 +25,7 @@ from unipinrec.export.precision.typed import LowType, emulated_graph, typed_grap
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.files import MANIFEST, MANIFEST_HASH, fingerprint, seal
+from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH, fingerprint, seal
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, PrecisionSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Engine

@@ -2,11 +2,10 @@
 
 bundle.py     opening one
 catalogue.py  items as requests name them: which rows filters leave
-files.py      fingerprints, and a folder written whole or not at all
 golden.py     golden requests
-manifest.py   what a bundle declares
+integrity.py  fingerprints, and a folder written whole or not at all
+manifest.py   what a bundle declares, and whether tensors fit it
 quality.py    how good lists are, as the manifest keeps it
 sealed.py     its files in memory that nobody can write to
 stored.py     vectors, sample users and golden requests, checked
-tensors.py    what all engines check of their inputs
 """

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
-from unipinrec.runtime.bundle.files import MANIFEST, MANIFEST_HASH
+from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
 from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
 from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from unipinrec.errors import MALFORMED, BackendError, BundleCorruptError
-from unipinrec.runtime.bundle.files import file_problem, largest_first
+from unipinrec.runtime.bundle.integrity import file_problem, largest_first
 from unipinrec.runtime.bundle.manifest import FileSpec
 from unipinrec.runtime.machine import available_threads
 

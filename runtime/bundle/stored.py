@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from unipinrec.errors import MALFORMED, BackendError, BundleError
-from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec
+from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec, check_inputs
 from unipinrec.runtime.bundle.sealed import REMEDY, SealedFile
-from unipinrec.runtime.bundle.tensors import check_inputs
 from unipinrec.runtime.requests import YEAR_10000_MS
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.bundle.tensors import Tensor
-from unipinrec.runtime.graphs.backend import CPU, Backend, Device
-from unipinrec.runtime.graphs.buffer import KvBuffer, on_host, row_of
+from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
+from unipinrec.runtime.graphs.backend import CPU, Backend, Device, HostTensor, on_host, row_of
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
@@ -284,3 +282,37 @@ class Engine:
             "past_lengths": past.lengths,
             "past_timestamps_ms": past.last_timestamps_ms,
         }
+
+
+class KvBuffer:
+    """Keys and values of `batch` histories of at most `slots` slots each; zero where nothing was put.
+
+    Attributes:
+        values: [2 * layers, batch, H_kv, slots, D] f32, in layer order, the key before the value.
+    """
+
+    def __init__(self, model: ModelSpec, batch: int, slots: int) -> None:
+        shape = (2 * model.num_layers, batch, model.num_kv_heads, slots, model.head_dim)
+        self.values = np.empty(shape, np.float32)
+
+    def tensors(self) -> tuple[HostTensor, ...]:
+        """Each tensor [batch, H_kv, slots, D], a view."""
+        return tuple(HostTensor(values) for values in self.values)
+
+    def beginning(self, slots: int) -> tuple[HostTensor, ...]:
+        """A copy of each tensor's first slots."""
+        return tuple(HostTensor(np.ascontiguousarray(values[:, :, :slots])) for values in self.values)
+
+    def row(self, row: int) -> NDArray[np.float32]:
+        """One history, [2 * layers, H_kv, slots, D], a view to write to."""
+        view: NDArray[np.float32] = self.values[:, row]
+        return view
+
+    def put(self, row: int, first: int, key_values: Sequence[NDArray[np.float32]]) -> None:
+        """Put each tensor's slots [H_kv, m, D] into slots `first` up to `first + m` of a row."""
+        for place, given in zip(self.values, key_values, strict=True):
+            place[row, :, first : first + given.shape[1]] = given
+
+    def clear_from(self, row: int, slots: int) -> None:
+        """Zero all slots from `slots` on: attention skips them, but not if they hold something that is no number."""
+        self.values[:, row, :, slots:] = 0.0

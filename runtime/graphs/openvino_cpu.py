@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.bundle.tensors import Tensor, check_inputs, host_array
-from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.graphs.backend import host_array, opened
 from unipinrec.runtime.machine import has_bf16, thread_count
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours: OpenVINO's

@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
 from unipinrec.runtime.machine import driver_problem
@@ -48,6 +47,7 @@ class OrtCudaBackend:
     rank_chunk: int | None = None
     rank_runs: int = 1
 
+    _driver_problem = staticmethod(driver_problem)
     _provider: ClassVar[str] = CUDA
     _memory: ClassVar[str] = "cuda"
     _settings: ClassVar[Mapping[str, str]] = {
@@ -69,7 +69,7 @@ class OrtCudaBackend:
         """
         self._ort = import_onnxruntime()
         self.version: str = self._ort.__version__
-        problem = (driver_problem() if self._memory == "cuda" else None) or provider_problem(self._ort, self._provider)
+        problem = self._driver_problem() or provider_problem(self._ort, self._provider)
         if problem:
             raise BackendError(problem)
         missing = preload(self._ort)

@@ -1,8 +1,7 @@
 """Keys and values of users, from request to request.
 
-cache.py      who is cached, in use, and next to make room
-histories.py  from requests to encoded histories, through the cache
-keys.py       which cached history serves which request
+cache.py      who is cached, in use, and next to make room; what serves which request
+histories.py  from requests to encoded histories, through the cache and in groups
 options.py    how much is cached, and what the cache has done
 pages.py      memory of cached keys and values, in four precisions
 """

@@ -1,8 +1,10 @@
 """Who is cached, where, and whether it still serves: keys and values of users' histories across requests.
 
 Life of an entry: `KvCache.lookup` pins it (a lease), `Lease.write` fills slots that no one else can see, `Lease.commit`
-publishes them, `Lease.close` unpins. A lease that is closed without a commit leaves nothing behind. What serves whom is
-in `kv_keys.py`, memory in `kv_pages.py`.
+publishes them, `Lease.close` unpins. A lease that is closed without a commit leaves nothing behind.
+
+An entry carries the events that it was computed from, and serves a request whose history begins with them, byte by
+byte: no hash could collide, no length mislead. docs/kv-cache.md lists the reasons for a miss.
 """
 
 from __future__ import annotations
@@ -13,19 +15,52 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import CacheError, ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.graphs.grouping import Kind
-from unipinrec.runtime.kv.keys import CacheKey, mismatch
 from unipinrec.runtime.kv.options import CacheOptions, CacheStatistics
 from unipinrec.runtime.kv.pages import KvGeometry, KvPages
 
+Kind = Literal["hit", "extended", "miss"]
+
+
 REMEMBERED = 100_000  # users whose loss is remembered, so that their next miss has its true reason
 NOTHING: NDArray[np.float32] = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """Whose history, under which bundle, and its content.
+
+    Attributes:
+        user: External user id.
+        namespace: What keys and values depend on besides the history: `Bundle.kv_namespace`, and the precision that
+            they were computed in.
+        events: The history, see `event_records`.
+        count: Events in it.
+        start: Place of the first of them in the user's whole history; not 0 where a window leaves the oldest out.
+    """
+
+    user: str
+    namespace: str
+    events: bytes
+    count: int
+    start: int
+
+
+def mismatch(cached: CacheKey, asked: CacheKey) -> str | None:
+    """Why a cached history does not serve the one asked for; None if it does, being a beginning of it."""
+    if cached.namespace != asked.namespace:
+        return "version"
+    if cached.start != asked.start:
+        return "shifted"
+    if asked.events.startswith(cached.events):
+        return None
+    return "truncated" if cached.events.startswith(asked.events) else "edited"
 
 
 @dataclass(kw_only=True, eq=False)

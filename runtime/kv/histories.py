@@ -2,10 +2,15 @@
 
 What is ranked is always what the cache would give back: keys and values are rounded to its precision before anything
 looks at them, whether they were found there or not, so that a hit and a miss answer alike.
+
+Requests are computed together where they need the same stages and have histories of similar length, so that little is
+padding: lengths of a group lie within the same half octave. A group is computed on its own from encoding to ranking.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,13 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer, on_host, row_of
-from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
-from unipinrec.runtime.graphs.grouping import Kind, PaddingMeter, Work
-from unipinrec.runtime.kv.cache import KvCache, Lease
-from unipinrec.runtime.kv.keys import CacheKey, event_records
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS, HostTensor, on_host, row_of
+from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories
+from unipinrec.runtime.kv.cache import CacheKey, Kind, KvCache, Lease
 from unipinrec.runtime.kv.pages import as_stored
-from unipinrec.runtime.requests import ResolvedRequest
+from unipinrec.runtime.requests import History, ResolvedRequest
 
 NO_CACHE, ANONYMOUS = "no cache", "anonymous"
 
@@ -157,3 +160,95 @@ class HistoryEncoder:
             new = buffer.row(row)[:, :, first : first + count]
             self._store(found, list(new), new)
         return encoded
+
+
+def event_records(history: History) -> bytes:
+    """One record for each event: item, time, surface, actions; of equal length for all events of a bundle.
+
+    What stands for an item is in `history.item_rows`; where bundles share a cache, `Bundle.kv_item_keys`.
+    """
+    columns = (history.item_rows, history.timestamps_ms, history.surfaces)
+    raw = [np.ascontiguousarray(column).view(np.uint8).reshape(len(history), -1) for column in columns]
+    return np.concatenate([*raw, np.packbits(history.actions != 0.0, axis=1)], axis=1).tobytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one request needs: the stages, and their sizes.
+
+    Attributes:
+        kind: What the cache had; says which graphs run.
+        slots: Slots of the whole history.
+        new: Events to encode.
+        candidates: Items to rank; 0 = the ranker does not run.
+    """
+
+    kind: Kind
+    slots: int
+    new: int
+    candidates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """Events (or candidates) that a stage was given, and that it computed, padding included."""
+
+    given: int
+    computed: int
+
+    @property
+    def waste(self) -> float:
+        """Share of what was computed that was padding."""
+        return 1.0 - self.given / self.computed if self.computed else 0.0
+
+
+class PaddingMeter:
+    """Counts given and computed events by stage; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, Padding] = {}
+
+    def add(self, stage: str, sizes: Sequence[int]) -> None:
+        """Count one run over rows of these sizes."""
+        with self._lock:
+            before = self._counts.get(stage, Padding(given=0, computed=0))
+            self._counts[stage] = Padding(
+                given=before.given + sum(sizes), computed=before.computed + len(sizes) * max(sizes)
+            )
+
+    def snapshot(self) -> dict[str, Padding]:
+        """Totals by stage: encode, extend, rank."""
+        with self._lock:
+            return dict(self._counts)
+
+
+def grouped(works: Sequence[Work], prefill_chunk: int | None) -> list[list[int]]:
+    """Places of the requests that are computed together.
+
+    Args:
+        works: What each needs.
+        prefill_chunk: Histories with more new events than this are encoded alone, in chunks; None = no limit.
+    """
+    buckets: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
+    for place, work in enumerate(works):
+        alone = prefill_chunk is not None and work.new > prefill_chunk
+        size = -place - 1 if alone else half_octave(work.slots)
+        buckets[work.kind, size, half_octave(work.new), half_octave(work.candidates)].append(place)
+    groups = []
+    for places in buckets.values():
+        places.sort(key=lambda place: works[place].slots)
+        rows = max(1, min(MAX_ROWS, MAX_SLOTS // works[places[-1]].slots))
+        groups += [places[start : start + rows] for start in range(0, len(places), rows)]
+    return groups
+
+
+def half_octave(count: int) -> int:
+    """Index of the range that a size falls into: up to 8, 12, 16, 24, 32, 48, ...; 0 has its own."""
+    if count == 0:
+        return -1
+    index, limit = 0, 8
+    while count > limit:
+        limit = limit + limit // 2 if index % 2 == 0 else limit // 3 * 4
+        index += 1
+    return index

@@ -1,10 +1,10 @@
 """The HTTP server: routes, what they do, and the bundle in service.
 
 admin.py             swaps from outside: by token, or by a watched file
-admission.py         who may wait, and for how long
+admission.py         who may wait, and for how long; who is being answered
 api.py               what clients send and get, and how much of it at once
-app.py               the table of routes; every answer leaves through one place
-context.py           what handlers share; deadlines, and clients that leave
+app.py               the table of routes
+call.py              one request from arrival to answer: deadline, errors, clients that leave; what handlers share
 deployment.py        one bundle in service
 deployments.py       what serves, and how it is replaced while it serves
 handlers.py          what each of the routes does

@@ -25,9 +25,8 @@ from unipinrec.errors import MALFORMED, BundleError, ConfigError, SwapBusyError,
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Handler, Server
+from unipinrec.runtime.server.call import Call, Handler, Server, as_json
 from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
-from unipinrec.runtime.server.handlers import as_json
 from unipinrec.runtime.server.operations import ADMIN, Operation
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -5,6 +5,7 @@ Health and metrics do not come here. Everything runs in the event loop's thread.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,3 +129,35 @@ class Place:
     def seconds_each(self) -> float:
         """What it took since, divided among those ahead and itself."""
         return (self._admission.now() - self._began) / (self._ahead + self.count)
+
+
+class UsersInFlight:
+    """Which users are being answered, so that forgetting one can wait for what was begun before."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, set[asyncio.Future[None]]] = {}
+
+    def enter(self, user: str | None) -> Callable[[], None]:
+        """From now on a request of this user is under way; call what is returned, in the loop's thread, at its end."""
+        if user is None:
+            return _nothing
+        token = asyncio.get_running_loop().create_future()
+        calls = self._calls.setdefault(user, set())
+        calls.add(token)
+
+        def leave() -> None:
+            if not token.done():
+                token.set_result(None)
+                calls.discard(token)
+                if not calls and self._calls.get(user) is calls:
+                    del self._calls[user]
+
+        return leave
+
+    def of(self, user: str) -> set[asyncio.Future[None]]:
+        """What is under way for a user at this moment."""
+        return set(self._calls.get(user, ()))
+
+
+def _nothing() -> None:
+    pass

@@ -14,8 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from unipinrec.errors import MALFORMED, ConfigError, RequestError
-from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request
-from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
+from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request, Slate, SlateItem, StageTimes
 
 T = TypeVar("T")
 SHOWN_CHARACTERS = 500

@@ -1,20 +1,16 @@
-"""The server's table of routes, and how a handler becomes one: every answer, errors too, leaves through one place."""
+"""The server's table of routes."""
 
 from __future__ import annotations
 
 import logging
-import re
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import Receive, Scope, Send
 
 from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.api import (
@@ -25,12 +21,11 @@ from unipinrec.runtime.server.api import (
     Readiness,
     RecommendAnswer,
     RecommendBody,
-    Refusal,
     SimilarAnswer,
     SimilarBody,
     UserAnswer,
 )
-from unipinrec.runtime.server.context import Call, Handler, Observer, Server, ServerOptions
+from unipinrec.runtime.server.call import Endpoint, Handler, Observer, Server, ServerOptions, as_json
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, Receipt, StoreLimits
 from unipinrec.runtime.server.openapi_examples import EXAMPLE_USER
@@ -38,7 +33,6 @@ from unipinrec.runtime.server.operations import POSTS, READS, STORE, AnyOf, Oper
 
 __all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
 
-CLIENT_LEFT = 499
 log = logging.getLogger(__name__)
 
 
@@ -114,56 +108,6 @@ class _Text(Convertor[str]):
 register_url_convertor("text", _Text())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Endpoint:
-    """A handler as an ASGI application, with a request id, a deadline, and its errors as JSON."""
-
-    server: Server
-    operation: Operation
-    handler: Handler
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        call = self.server.call(Request(scope, receive, send), documented(self.operation.path))
-        try:
-            self.server.set_deadline(call)
-            response = await self.handler(self.server, call)
-        except ClientDisconnect:
-            response = Response(status_code=CLIENT_LEFT)
-        except Exception as error:
-            response = self._refused(handlers.refusal_of(error, call.id), call)
-            _let_go(error)
-        response.headers["x-request-id"] = call.id
-        if self.server.phase == "draining":
-            response.headers["connection"] = "close"
-        call.status, call.seconds = response.status_code, time.perf_counter() - call.began
-        for observe in () if call.answered_elsewhere else self.server.observers:
-            observe(call)
-        response.headers.update(call.headers)
-        await response(scope, receive, send)
-
-    def _refused(self, refusal: Refusal, call: Call) -> Response:
-        call.code = refusal.detail.code
-        response = handlers.as_json(self.operation.error.of(refusal.detail), refusal.status)
-        response.headers.update(refusal.headers or {})
-        return response
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Of the frames of a traceback: they hold the request and its body, and often a future that holds the error.
-
-    Only the garbage collector would find that cycle, and it counts objects, not their bytes.
-    """
-    while error is not None and error.__traceback__ is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def documented(path: str) -> str:
-    """A path without converters."""
-    return re.sub(r":\w+}", "}", path)
-
-
 def route(server: Server, operation: Operation, handler: Handler) -> Route:
     """A line of the table."""
     endpoint = Endpoint(server=server, operation=operation, handler=handler)
@@ -231,6 +175,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
     first = request.url.path.split("/")[1]
     near = [one for one in operations_of(request.app.routes) if one.path.split("/")[1] == first]
     body = (near[0].error if near else ErrorAnswer).of(ErrorDetail(code=code, message=message))
-    response = handlers.as_json(body, status)
+    response = as_json(body, status)
     response.headers.update(headers or {})
     return response

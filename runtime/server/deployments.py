@@ -21,8 +21,8 @@ import msgspec
 
 from unipinrec.errors import BackendError, BundleError, SwapBusyError, SwapError, UnipinrecError
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.bundle.files import file_problems
-from unipinrec.runtime.graphs.grouping import Padding
+from unipinrec.runtime.bundle.integrity import file_problems
+from unipinrec.runtime.kv.histories import Padding
 from unipinrec.runtime.machine import give_back_memory
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.responses import Response
 
-from unipinrec.errors import BackendError, ColdStartError, RequestError, TooFewItemsError
+from unipinrec.errors import BackendError, ColdStartError, RequestError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
-from unipinrec.runtime.resolve import check_event
+from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event, Slate
 from unipinrec.runtime.server.api import (
     ErrorAnswer,
     EventsBody,
@@ -33,35 +32,14 @@ from unipinrec.runtime.server.api import (
     decode_recommend,
     decode_similar,
 )
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server, as_json, invalid, refusal_of
 from unipinrec.runtime.server.deployments import Deployment
 from unipinrec.runtime.server.events.store import Append, StoredEvent
 from unipinrec.runtime.server.similar import similar_items
-from unipinrec.runtime.slate import Slate
+from unipinrec.runtime.validation import check_event
 
 T = TypeVar("T")
-_ENCODER = msgspec.json.Encoder()
 log = logging.getLogger(__name__)
-
-
-def as_json(answer: Any, status: int = 200) -> Response:
-    """An answer as JSON."""
-    return Response(_ENCODER.encode(answer), status, media_type="application/json")
-
-
-def refusal_of(error: Exception, call_id: str) -> Refusal:
-    """What the client is told of an error; what was not made for it is logged, and said to be internal."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, RequestError):
-        return _invalid(error)
-    log.error("request %s failed", call_id, exc_info=error)
-    return Refusal(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
-
-
-def _invalid(error: RequestError) -> Refusal:
-    """What the client is told, without the frames that led to it: they would keep the bundle alive."""
-    return Refusal(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
 
 
 async def live(_server: Server, _call: Call) -> Response:
@@ -171,7 +149,7 @@ def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]
     except ColdStartError as error:
         return _cold_start(asked, len(events), error)
     except RequestError as error:
-        return _invalid(error)
+        return invalid(error)
     return _Started(answer=answer, events=len(history), skipped=len(events) - len(history))
 
 
@@ -259,7 +237,7 @@ def _checked(post: EventsBody, bundle: Bundle) -> Append | Refusal:
         for place, event in enumerate(post.events):
             check_event(event, bundle.manifest, bundle.rows, f"events[{place}]")
     except RequestError as error:
-        return _invalid(error)
+        return invalid(error)
     events = (
         StoredEvent(
             item=str(event.item),

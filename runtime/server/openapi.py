@@ -11,8 +11,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unipinrec.runtime.server.app import documented, operations_of, route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.app import operations_of, route
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.openapi_examples import Example, Examples, examples
 from unipinrec.runtime.server.operations import AnyOf, Operation, in_header
 
@@ -69,7 +69,7 @@ def document(there: Iterable[Operation], version: str, given: dict[str, Examples
     schemas, components = _schemas(operations)
     paths: dict[str, dict[str, Any]] = {}
     for one in operations:
-        path = documented(one.path)
+        path = one.documented
         paths.setdefault(path, {})[one.method.lower()] = _operation(one, schemas, given.get(path, {}))
     terms = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     return {
@@ -117,7 +117,7 @@ def _schema(kind: Any, schemas: Schemas) -> dict[str, Any]:
 def _operation(one: Operation, schemas: Schemas, given: Examples) -> dict[str, Any]:
     parameters = {**one.parameters, **HEADERS}
     described: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{one.method.lower()}{documented(one.path)}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{one.method.lower()}{one.documented}").strip("_"),
         "tags": [one.tag],
         "summary": one.summary,
         "parameters": [{"name": name, **said} for name, said in parameters.items()],

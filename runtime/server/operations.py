@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from unipinrec.runtime.server.api import ErrorAnswer
@@ -47,6 +49,11 @@ class Operation:
     refused: Mapping[int, Any] = field(default_factory=dict)
     error: Any = ErrorAnswer
     binary: bool = False
+
+    @cached_property
+    def documented(self) -> str:
+        """The path without converters."""
+        return re.sub(r":\w+}", "}", self.path)
 
 
 def in_path(example: str | None = None, **schema: Any) -> dict[str, Any]:

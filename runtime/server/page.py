@@ -22,8 +22,7 @@ from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Order
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Server
-from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.call import Call, Server, as_json
 from unipinrec.runtime.server.operations import READS, Operation
 
 PAGE = Path(__file__).with_name("page.html")

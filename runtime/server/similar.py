@@ -6,9 +6,9 @@ import numpy as np
 
 from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.resolve import item_row
 from unipinrec.runtime.retrieval.retriever import Search
 from unipinrec.runtime.server.api import SimilarAnswer, SimilarBody, SimilarItem
+from unipinrec.runtime.validation import item_row
 
 
 def similar_items(recommender: Recommender, asked: SimilarBody) -> SimilarAnswer:

@@ -9,5 +9,5 @@ diagnosis.py      what the doctor reports
 doctor.py         what a machine can serve on, and why not on more
 engines.py        the engines of a bundle, and what is wrong with them
 new_items.py      items that arrive after export, and their vectors
-update.py         a bundle with more or fewer items
+update_bundle.py  a bundle with more or fewer items
 """

@@ -1,6 +1,6 @@
 """How much memory a key/value cache takes, what it finds, and how many machines a load needs. Arithmetic alone.
 
-Bytes follow from the geometry of the cache itself (`kv_pages.py`) and are exact; the share of requests that the cache
+Bytes follow from the geometry of the cache itself (`kv/pages.py`) and are exact; the share of requests that the cache
 serves follows from an arrival model (`arrivals.py`) and is an estimate; times are the caller's, measured elsewhere.
 """
 
@@ -119,7 +119,7 @@ def requests_at_limit(footprint: Footprint, histories: Histories) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
-    """Machine time of each stage in ms: how long one machine is busy with it for one request."""
+    """EngineHost time of each stage in ms: how long one machine is busy with it for one request."""
 
     encode_ms: float
     extend_ms: float
@@ -139,7 +139,7 @@ class Deployment:
         arrivals: When users come back.
         ttl_hours: An entry not used for so long is not served.
         unchanged_share: Share of the found requests without a new event, which need no `extend`.
-        costs: Machine time per stage, or None if unknown.
+        costs: EngineHost time per stage, or None if unknown.
         utilisation: Share of a machine's time to be planned with.
     """
 

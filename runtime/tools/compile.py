@@ -26,7 +26,7 @@ from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.layers import require_precision
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.load import Plan
-from unipinrec.runtime.trt.record import EngineKey, EngineRecord, Verification, needs_of, this_machine, unfit
+from unipinrec.runtime.trt.record import EngineKey, EngineRecord, Verification, engine_host, needs_of, unfit
 from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore
 
@@ -62,7 +62,7 @@ def compile_bundle(
     keys = keys_of(bundle, task, trt, cuda.architecture)
     require_golden_covered(bundle, task)
     needs = needs_of(bundle, task.precision, trt)
-    machine = this_machine(cuda.name, cuda.architecture, cuda.driver_version)
+    machine = engine_host(cuda.name, cuda.architecture, cuda.driver_version)
     store.prepare()
     found = {} if task.force else {graph: store.sound(key) for graph, key in keys.items()}
     kept = {graph: record for graph, record in found.items() if record and not unfit(record, needs[graph], machine)}
@@ -107,7 +107,7 @@ def build_graph(
         size_bytes=len(built.plan),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds=round(built.seconds, 3),
-        machine=this_machine(),
+        machine=engine_host(),
         layers=built.layers,
         activation_bytes=built.activation_bytes,
         verified=NOT_YET,

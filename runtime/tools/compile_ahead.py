@@ -17,7 +17,7 @@ import msgspec
 from unipinrec import __version__
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.files import fingerprint, seal, written_whole
+from unipinrec.runtime.bundle.integrity import fingerprint, seal, written_whole
 from unipinrec.runtime.bundle.manifest import EngineSpec
 from unipinrec.runtime.tools.compile import Compiled, GraphProgress, build_graph
 from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of, require_golden_covered

@@ -16,17 +16,18 @@ from typing import TypeVar
 from unipinrec import __version__
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.device import THIS_MACHINE, Machine
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.openvino_cpu import NO_BF16, import_openvino
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem
-from unipinrec.runtime.machine import driver_problem, has_bf16, this_cpu, this_memory
+from unipinrec.runtime.machine import has_bf16, this_cpu, this_memory
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, Engine, EngineCache, Gpu, Library, OnnxRuntime
 from unipinrec.runtime.tools.engines import ListedEngine, list_engines
-from unipinrec.runtime.trt.cuda import GpuInfo, probe_gpu
-from unipinrec.runtime.trt.library import FLAVORS, NAMES, Flavor, TensorRT, import_tensorrt
-from unipinrec.runtime.trt.record import Refusal, this_machine
+from unipinrec.runtime.trt.cuda import GpuInfo
+from unipinrec.runtime.trt.library import FLAVORS, NAMES, Flavor, TensorRT
+from unipinrec.runtime.trt.record import Refusal, engine_host
 from unipinrec.runtime.trt.store import EngineStore
 
 T = TypeVar("T")
@@ -39,15 +40,16 @@ class Reason(str):
     """Why a probe found nothing."""
 
 
-def examine(bundle: Path | None = None) -> Diagnosis:
+def examine(bundle: Path | None = None, machine: Machine = THIS_MACHINE) -> Diagnosis:
     """Look at this machine, and at what serves a bundle on it. Whatever is wrong is in the result; raises nothing."""
-    gpu, ort, store = _gpu(), _onnxruntime(), _probed(EngineStore)
-    found = {flavor: _probed(partial(import_tensorrt, flavor)) for flavor in FLAVORS}
+    gpu, ort, store = _gpu(machine), _onnxruntime(), _probed(EngineStore)
+    found = {flavor: _probed(partial(machine.tensorrt, flavor)) for flavor in FLAVORS}
     tensorrt = tuple(
         _library(NAMES[flavor], trt if isinstance(trt, Reason) else trt.version) for flavor, trt in found.items()
     )
     openvino = _library("OpenVINO", _probed(lambda: str(import_openvino().__version__)))
-    devices = _devices(gpu, ort, tensorrt, openvino)
+    driver = machine.driver_problem()
+    devices = _devices(driver, gpu, ort, tensorrt, openvino)
     installed = {flavor: trt for flavor, trt in found.items() if not isinstance(trt, Reason)}
     engines = _probed(partial(_engines, bundle, store, gpu.info, installed)) if bundle else ()
     return Diagnosis(
@@ -65,7 +67,7 @@ def examine(bundle: Path | None = None) -> Diagnosis:
         bundle=None if bundle is None else str(bundle),
         engines=() if isinstance(engines, Reason) else engines,
         engines_problem=str(engines) if isinstance(engines, Reason) else None,
-        auto=_tried(bundle) if bundle else _expected(devices),
+        auto=_tried(bundle, machine) if bundle else _expected(devices, driver),
     )
 
 
@@ -77,8 +79,8 @@ def _probed(probe: Callable[[], T]) -> T | Reason:
         return Reason(str(error) or type(error).__name__)
 
 
-def _gpu() -> Gpu:
-    info = probe_gpu()
+def _gpu(machine: Machine) -> Gpu:
+    info = machine.gpu()
     return Gpu(
         driver=_driver_version(),
         packages={name: found for name in CUDA_PACKAGES if (found := _installed(name))},
@@ -120,9 +122,11 @@ def _library(name: str, found: str | Reason) -> Library:
     return Library(name=name, version=None if missing else found, problem=str(found) if missing else None)
 
 
-def _devices(gpu: Gpu, ort: OnnxRuntime, tensorrt: Sequence[Library], openvino: Library) -> dict[str, str | None]:
+def _devices(
+    driver: str | None, gpu: Gpu, ort: OnnxRuntime, tensorrt: Sequence[Library], openvino: Library
+) -> dict[str, str | None]:
     """By device, why it cannot run whatever the bundle."""
-    driver, missing = driver_problem(), ort.problem if ort.version is None else None
+    missing = ort.problem if ort.version is None else None
     absent = None if any(one.version for one in tensorrt) else "; ".join(str(one.problem) for one in tensorrt)
     return {
         "tensorrt": driver or gpu.problem or absent,
@@ -157,7 +161,7 @@ def _engines(
 ) -> tuple[Engine, ...]:
     if isinstance(store, Reason):
         raise BackendError(store)
-    machine = this_machine(gpu.name, gpu.architecture, gpu.driver_version) if gpu else this_machine()
+    machine = engine_host(gpu.name, gpu.architecture, gpu.driver_version) if gpu else engine_host()
     return tuple(map(_engine, list_engines(Bundle.open(path), store, machine, installed)))
 
 
@@ -179,25 +183,25 @@ def _engine(listed: ListedEngine) -> Engine:
     )
 
 
-def _expected(devices: Mapping[str, str | None]) -> Choice:
+def _expected(devices: Mapping[str, str | None], driver: str | None) -> Choice:
     """What "auto" serves on if the bundle has engines here."""
     refused: list[str] = []
     for name in AUTO:
         problem = devices[name]
         if problem is None:
             reason = f"auto, once its engines are compiled; {AUTO[1]} until then" if name == AUTO[0] else "auto"
-            fell_back = bool(refused) and driver_problem() is None
+            fell_back = bool(refused) and driver is None
             device = Device(name=name, reason=reason, refused=tuple(refused), fell_back=fell_back)
             return Choice(device=device, problem=None)
         refused.append(f"{name}: {problem}")
     return Choice(device=None, problem="; ".join(refused))
 
 
-def _tried(bundle: Path) -> Choice:
+def _tried(bundle: Path, machine: Machine) -> Choice:
     """What really serves a bundle: it is loaded as a server loads it, the golden requests included."""
     problems: list[str] = []
     for wanted in ("auto", "cpu"):
-        loaded = _probed(partial(Recommender.load, bundle, wanted))
+        loaded = _probed(partial(Recommender.load, bundle, wanted, machine=machine))
         if not isinstance(loaded, Reason):
             loaded.close()
             return Choice(device=loaded.device, problem="; ".join(problems) or None)

@@ -9,7 +9,7 @@ import msgspec
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.tools.compile_ahead import carried_records
 from unipinrec.runtime.trt.library import NAMES, Flavor, TensorRT
-from unipinrec.runtime.trt.record import EngineRecord, Machine, Need, Refusal, graph_hash, unfit
+from unipinrec.runtime.trt.record import EngineHost, EngineRecord, Need, Refusal, graph_hash, unfit
 from unipinrec.runtime.trt.store import EngineStore
 
 CARRIED = "carried by the bundle; it runs with --allow-bundle-engines, after the golden requests"
@@ -32,7 +32,7 @@ class ListedEngine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_engines(
-    bundle: Bundle, store: EngineStore, machine: Machine, installed: Mapping[Flavor, TensorRT]
+    bundle: Bundle, store: EngineStore, machine: EngineHost, installed: Mapping[Flavor, TensorRT]
 ) -> tuple[ListedEngine, ...]:
     """All engines of a bundle; entries that were built from other graphs are left out.
 
@@ -46,7 +46,7 @@ def list_engines(
 
 
 def _cached(
-    bundle: Bundle, store: EngineStore, machine: Machine, installed: Mapping[Flavor, TensorRT]
+    bundle: Bundle, store: EngineStore, machine: EngineHost, installed: Mapping[Flavor, TensorRT]
 ) -> Iterator[ListedEngine]:
     manifest = bundle.manifest
     hashes = {
@@ -61,7 +61,7 @@ def _cached(
             yield ListedEngine(id=name, source="cache", record=entry, problem=_problem(entry, machine, installed))
 
 
-def _problem(record: EngineRecord, machine: Machine, installed: Mapping[Flavor, TensorRT]) -> str | None:
+def _problem(record: EngineRecord, machine: EngineHost, installed: Mapping[Flavor, TensorRT]) -> str | None:
     key = record.key
     trt = installed.get(key.flavor)
     if trt is None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.tensors import REDUCED
+from unipinrec.runtime.bundle.manifest import REDUCED
 from unipinrec.runtime.trt.cuda import Cuda, PinnedBuffer, suppressed
 
 ALIGNMENT = 256  # what TensorRT asks of an address

@@ -14,7 +14,7 @@ import msgspec
 
 from unipinrec.errors import MALFORMED, ConfigError
 from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
-from unipinrec.runtime.graphs.grouping import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
 
 Range = tuple[int, int, int]  # smallest, usual, largest
 Shape = tuple[int, ...]

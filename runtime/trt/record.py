@@ -63,7 +63,7 @@ class EngineKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
 
 
-class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where an engine was built or is to run.
 
     Attributes:
@@ -111,7 +111,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     size_bytes: int
     created: str
     seconds: float
-    machine: Machine
+    machine: EngineHost
     layers: LayerReport
     activation_bytes: tuple[int, ...]
     verified: Verification
@@ -138,11 +138,11 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     version: str
 
 
-def this_machine(gpu: str = "", architecture: str = "", driver: str = "") -> Machine:
+def engine_host(gpu: str = "", architecture: str = "", driver: str = "") -> EngineHost:
     """This machine and a GPU of it. The system's own id is hashed: it is not to be shown around."""
     identity = next(filter(None, map(_text_of, MACHINE_IDS)), platform.node())
     digest = hashlib.sha256(f"unipinrec {identity}".encode()).hexdigest()
-    return Machine(id=digest, gpu=gpu, architecture=architecture, driver=driver)
+    return EngineHost(id=digest, gpu=gpu, architecture=architecture, driver=driver)
 
 
 def _text_of(path: Path) -> str:
@@ -173,13 +173,13 @@ def needs_of(bundle: Bundle, precision: str, trt: TensorRT) -> dict[str, Need]:
     }
 
 
-def unfit(record: EngineRecord, need: Need, machine: Machine) -> Refusal | None:
+def unfit(record: EngineRecord, need: Need, machine: EngineHost) -> Refusal | None:
     """Why an engine cannot serve a need on a machine; None where it can. Nothing is read."""
     mismatch = next(_mismatches(record, need, machine), None)
     return Refusal(reason=f"the engine of {need.graph} in {need.precision} {mismatch}") if mismatch else None
 
 
-def _mismatches(record: EngineRecord, need: Need, machine: Machine) -> Iterator[str]:
+def _mismatches(record: EngineRecord, need: Need, machine: EngineHost) -> Iterator[str]:
     key = record.key
     if (key.graph, key.precision, key.graph_sha256) != (need.graph, need.precision, need.graph_sha256):
         yield "was built from another graph"

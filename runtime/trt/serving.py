@@ -16,7 +16,7 @@ from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.load import Plan
-from unipinrec.runtime.trt.record import COMPILE, EngineRecord, Need, Refusal, needs_of, runs_on, this_machine
+from unipinrec.runtime.trt.record import COMPILE, EngineRecord, Need, Refusal, engine_host, needs_of, runs_on
 from unipinrec.runtime.trt.store import EngineStore
 
 ALLOW = "allow it with --allow-bundle-engines (in Python allow_bundle_engines=True) if you trust who built it"
@@ -44,7 +44,7 @@ class ServingEngines:
         Raises:
             BackendError: A graph has no engine that may run here, or a plan is not the one that is listed.
         """
-        machine = this_machine(self.gpu.name, self.gpu.architecture, self.gpu.driver_version)
+        machine = engine_host(self.gpu.name, self.gpu.architecture, self.gpu.driver_version)
         files, problems = bundle.graph_files(precision), []
         plans: dict[str, Plan] = {}
         kernels: dict[str, bytes] = {}

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec
-from unipinrec.runtime.bundle.tensors import Tensor, check_inputs
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.graphs.backend import opened
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.io import uncovered

@@ -28,7 +28,7 @@ from unipinrec.runtime.trt.private_files import (
     sync_folder,
     write_files,
 )
-from unipinrec.runtime.trt.record import EngineKey, EngineRecord, Machine, Need, Refusal, unfit
+from unipinrec.runtime.trt.record import EngineHost, EngineKey, EngineRecord, Need, Refusal, unfit
 
 PLAN, RECORD, KERNELS = "engine.plan", "engine.json", "kernels.bin"
 PARTIAL = ".partial-"
@@ -127,7 +127,7 @@ class EngineStore:
         """All entries by the hash of their key; those that cannot be trusted with the reason."""
         return self._entries(None)
 
-    def serving(self, need: Need, machine: Machine) -> EngineRecord | Refusal:
+    def serving(self, need: Need, machine: EngineHost) -> EngineRecord | Refusal:
         """The newest engine that fits, or why none does."""
         entries = self.entries().values()
         records = [entry for entry in entries if isinstance(entry, EngineRecord)]

@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from fake_builder import Builder
-from fake_tensorrt import fake_tensorrt
-from host_cuda import HostRuntime, host_cuda
+from fake_gpu import HostMachine
+from host_cuda import HostRuntime
 
 from unipinrec.cli import main
 from unipinrec.errors import BackendError
@@ -32,8 +33,8 @@ main(["compile", sys.argv[1], "--dry-run", "--json"])
 """
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["compile", *map(str, arguments)])
+def run(*arguments: object, machine: HostMachine | None = None) -> Result:
+    return CliRunner().invoke(main, ["compile", *map(str, arguments)], obj=machine)
 
 
 @pytest.fixture
@@ -158,21 +159,10 @@ def test_engines_ahead_of_time(tmp_path: Path) -> None:
     assert "it runs with --allow-bundle-engines" in told[3]
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT and a GPU as doubles that compute in ONNX Runtime."""
-    memory = HostRuntime()
-    trt = fake_tensorrt(memory)
+def test_engines_for_this_gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unipinrec.runtime.tools.compile.build_engine", Builder())
-    monkeypatch.setattr("unipinrec.runtime.trt.library.import_tensorrt", lambda flavor=None: trt)
-    monkeypatch.setattr("unipinrec.runtime.machine.driver_problem", lambda: None)
-    monkeypatch.setattr("unipinrec.runtime.trt.cuda.Cuda.open", lambda: host_cuda(memory))
-    monkeypatch.setattr("unipinrec.runtime.trt.cuda.probe_gpu", lambda: host_cuda(memory).info)
-
-
-@pytest.mark.usefixtures("gpu")
-def test_engines_for_this_gpu(cache: Path) -> None:
-    done = run(STORED, "--json")
+    run_here = partial(run, machine=HostMachine(HostRuntime()))
+    done = run_here(STORED, "--json")
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["flavor"], document["version"], document["gpu"]) == ("tensorrt", "11.4.0.106", "Host GPU")
@@ -183,16 +173,16 @@ def test_engines_for_this_gpu(cache: Path) -> None:
     ]
     assert {one["verified"]["passed"] for one in engines} == {True}
     assert set(EngineStore(cache).entries()) == {one["id"] for one in engines}
-    listed = json.loads(run(STORED, "--list", "--json").stdout)["engines"]
+    listed = json.loads(run_here(STORED, "--list", "--json").stdout)["engines"]
     assert [(one["source"], one["usable"], one["problem"]) for one in listed] == [("cache", True, None)] * 4
-    again = run(STORED)
+    again = run_here(STORED)
     assert again.exit_code == 0
     assert [line.partition(",")[0] for line in again.stdout.splitlines()[:4]] == [
         f"{graph} in fp32: there already" for graph in ("encoder", "extend", "retrieval", "ranker")
     ]
     assert "8 outputs of the golden requests differ from PyTorch's by at most" in again.stdout
     assert again.stdout.splitlines()[-1].startswith(f"{cache}: 4 engines, ")
-    forced = run(STORED, "--force", "--profile", "batch=1:4:8", "--json")
+    forced = run_here(STORED, "--force", "--profile", "batch=1:4:8", "--json")
     assert [one["built"] for one in json.loads(forced.stdout)["engines"]] == [True] * 4
     assert len(EngineStore(cache).entries()) == 8
 

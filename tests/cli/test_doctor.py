@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from answers import STORED
 from click.testing import CliRunner, Result
-from fake_gpu import install_engines, put_gpu
+from fake_gpu import HostMachine, install_engines
 from host_cuda import HostRuntime
 
 from unipinrec.cli import main
@@ -15,8 +15,8 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.machine import driver_problem
 
 
-def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(main, ["doctor", *(str(word) for word in words)])
+def run(*words: str | Path, machine: HostMachine | None = None) -> Result:
+    return CliRunner().invoke(main, ["doctor", *(str(word) for word in words)], obj=machine)
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +68,13 @@ def test_a_bundle_that_cannot_be_served_fails_with_the_reason(tmp_path: Path) ->
     assert json.loads(result.stdout)["auto"]["device"] is None
 
 
-def test_engines_and_what_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = put_gpu(monkeypatch, HostRuntime())
-    told = " ".join(run(STORED).stdout.split())
+def test_engines_and_what_auto_chooses() -> None:
+    machine = HostMachine(HostRuntime())
+    told = " ".join(run(STORED, machine=machine).stdout.split())
     assert "engines none for" in told
     assert "not tensorrt-fp32: no engine of encoder in fp32 was compiled; run unipinrec compile" in told
-    install_engines(Bundle.open(STORED), gpu)
-    result = run(STORED)
+    install_engines(Bundle.open(STORED), machine.info)
+    result = run(STORED, machine=machine)
     told = " ".join(result.stdout.split())
     assert result.exit_code == 0
     assert told.count("in the cache: usable") == 4

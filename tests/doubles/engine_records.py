@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from unipinrec.runtime.trt.layers import LayerReport
-from unipinrec.runtime.trt.record import BuildOptions, EngineKey, EngineRecord, Machine, Need, Verification
+from unipinrec.runtime.trt.record import BuildOptions, EngineHost, EngineKey, EngineRecord, Need, Verification
 
 KEY = EngineKey(
     graph="ranker",
@@ -17,10 +17,10 @@ KEY = EngineKey(
     target="sm_90",
     options=BuildOptions(),
 )
-HERE = Machine(id="here", gpu="NVIDIA H200", architecture="sm_90", driver="13.0")
+HERE = EngineHost(id="here", gpu="NVIDIA H200", architecture="sm_90", driver="13.0")
 
 
-def record_of(key: EngineKey = KEY, machine: Machine = HERE, **changes: Any) -> EngineRecord:
+def record_of(key: EngineKey = KEY, machine: EngineHost = HERE, **changes: Any) -> EngineRecord:
     fields: dict[str, Any] = {
         "plan_sha256": "",
         "size_bytes": 0,

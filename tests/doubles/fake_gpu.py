@@ -7,13 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import onnx
-import pytest
 from answers import graph_paths
 from fake_tensorrt import VERSIONS, fake_tensorrt, make_plan
 from host_cuda import HostRuntime, host_cuda
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.device import Machine
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo
 from unipinrec.runtime.trt.layers import LayerReport
@@ -22,46 +22,85 @@ from unipinrec.runtime.trt.load import Plan
 from unipinrec.runtime.trt.profiles import default_buckets, for_graph
 from unipinrec.runtime.trt.record import (
     BuildOptions,
+    EngineHost,
     EngineKey,
     EngineRecord,
-    Machine,
     Verification,
+    engine_host,
     needs_of,
-    this_machine,
 )
 from unipinrec.runtime.trt.serving import ServingEngines
 from unipinrec.runtime.trt.store import EngineStore
 
-KNOW_THE_DRIVER = ("device", "tools.doctor", "graphs.ort_cuda")
-KNOW_TENSORRT = ("device", "tools.doctor")
 NOTHING_SEEN = LayerReport(layers=(), tensors={}, fallen={}, attention={})
 
 
-def cuda_on_cpu(patch: pytest.MonkeyPatch) -> None:
-    """Let ONNX Runtime's GPU backend run on the CPU: the same code with another provider and other memory."""
-    for name, value in (("_provider", "CPUExecutionProvider"), ("_memory", "cpu"), ("_settings", {})):
-        patch.setattr(OrtCudaBackend, name, value)
+class OrtOnCpu(OrtCudaBackend):
+    """ONNX Runtime's GPU backend on the CPU: the same code with another provider and other memory."""
+
+    _driver_problem = staticmethod(lambda: None)
+    _provider, _memory, _settings = "CPUExecutionProvider", "cpu", {}
 
 
-def put_gpu(patch: pytest.MonkeyPatch, memory: HostRuntime, flavors: Sequence[Flavor] = ("tensorrt",)) -> GpuInfo:
-    """Put a GPU into this machine, and install TensorRT in some flavors."""
-    for module in KNOW_THE_DRIVER:
-        patch.setattr(f"unipinrec.runtime.{module}.driver_problem", lambda: None)
-    for module in KNOW_TENSORRT:
-        patch.setattr(f"unipinrec.runtime.{module}.import_tensorrt", lambda flavor: imported(memory, flavor, flavors))
-    patch.setattr(Cuda, "open", lambda device=0: host_cuda(memory))
-    info = host_cuda(memory).info
-    patch.setattr("unipinrec.runtime.tools.doctor.probe_gpu", lambda: info)
-    return info
+class OrtWithDriver(OrtCudaBackend):
+    """As where there is a driver."""
+
+    _driver_problem = staticmethod(lambda: None)
 
 
-def imported(memory: HostRuntime, flavor: Flavor, installed: Sequence[Flavor]) -> TensorRT:
-    if flavor not in installed:
-        raise BackendError(f"{flavor} is not installed")
-    return fake_tensorrt(memory, flavor)
+class CudaOnCpu(Machine):
+    """This machine, with `OrtOnCpu` for a GPU."""
+
+    ort_cuda = OrtOnCpu
 
 
-def record_of(bundle: Bundle, graph: str, machine: Machine, precision: str = "fp32") -> EngineRecord:
+class HostMachine(Machine):
+    """A machine with a GPU that is none, and TensorRT in some flavors; `compiled`: it has engines of every bundle."""
+
+    ort_cuda: type[OrtCudaBackend] = OrtWithDriver
+
+    def __init__(
+        self, memory: HostRuntime, flavors: Sequence[Flavor] = ("tensorrt",), *, compiled: bool = False
+    ) -> None:
+        self.memory, self.flavors, self.compiled = memory, flavors, compiled
+
+    @property
+    def info(self) -> GpuInfo:
+        return host_cuda(self.memory).info
+
+    def driver_problem(self) -> None:
+        return None
+
+    def gpu(self) -> GpuInfo:
+        return self.info
+
+    def cuda(self) -> Cuda:
+        return host_cuda(self.memory)
+
+    def tensorrt(self, flavor: Flavor | None = None) -> TensorRT:
+        wanted = flavor or self.flavors[0]
+        if wanted not in self.flavors:
+            raise BackendError(f"{wanted} is not installed")
+        return fake_tensorrt(self.memory, wanted)
+
+    def engines(self, trt: TensorRT, gpu: GpuInfo, allow_bundle_engines: bool) -> ServingEngines:
+        kind = Compiled if self.compiled else ServingEngines
+        return kind(trt=trt, gpu=gpu, store=EngineStore(), allow_bundle_engines=allow_bundle_engines)
+
+
+class Compiled(ServingEngines):
+    """Engines of every bundle, as if it had been compiled."""
+
+    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
+        model, files = bundle.manifest.model, bundle.graph_files(precision)
+        profiles = {
+            name: for_graph(default_buckets(model), spec, model.kv_prefix_slots)
+            for name, spec in bundle.manifest.graphs_in(precision).items()
+        }
+        return {name: Plan(content=make_plan(files[name], shapes)) for name, shapes in profiles.items()}, {}
+
+
+def record_of(bundle: Bundle, graph: str, machine: EngineHost, precision: str = "fp32") -> EngineRecord:
     """What the cache would say of an engine of TensorRT proper that was built and verified on a machine."""
     trt = TensorRT(module=None, flavor="tensorrt", version=VERSIONS["tensorrt"])
     need = needs_of(bundle, precision, trt)[graph]
@@ -89,25 +128,11 @@ def record_of(bundle: Bundle, graph: str, machine: Machine, precision: str = "fp
     )
 
 
-def have_engines(patch: pytest.MonkeyPatch) -> None:
-    """Let every bundle have engines of its graphs, as if it had been compiled."""
-
-    def load(_: ServingEngines, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
-        model, files = bundle.manifest.model, bundle.graph_files(precision)
-        profiles = {
-            name: for_graph(default_buckets(model), spec, model.kv_prefix_slots)
-            for name, spec in bundle.manifest.graphs_in(precision).items()
-        }
-        return {name: Plan(content=make_plan(files[name], shapes)) for name, shapes in profiles.items()}, {}
-
-    patch.setattr(ServingEngines, "load", load)
-
-
 def install_engines(
-    bundle: Bundle, gpu: GpuInfo, machine: Machine | None = None, files: Mapping[str, Path] = MappingProxyType({})
+    bundle: Bundle, gpu: GpuInfo, machine: EngineHost | None = None, files: Mapping[str, Path] = MappingProxyType({})
 ) -> EngineStore:
     """Put an engine of each of a bundle's fp32 graphs into the cache; `files` are built instead of the bundle's."""
-    store, here = EngineStore(), this_machine(gpu.name, gpu.architecture, gpu.driver_version)
+    store, here = EngineStore(), engine_host(gpu.name, gpu.architecture, gpu.driver_version)
     for graph, file in graph_paths(bundle).items():
         record = record_of(bundle, graph, machine or here)
         store.put(record, make_plan(files.get(graph, file), record.key.profiles))

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.popular import ColdStart
+from unipinrec.runtime.serve import ServeOptions, assembled
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
+
+SMALL = ServeOptions(device="cpu", cache_mib=8)
 
 
 @contextmanager
@@ -25,6 +29,15 @@ def deployed(bundle: Path, cold_start: ColdStart = "popular") -> Iterator[Deploy
     try:
         yield deployments
     finally:
+        assert deployments.close(timeout_s=30)
+
+
+@contextmanager
+def served(bundle: Path, options: ServeOptions = SMALL) -> Iterator[Starlette]:
+    """All that `unipinrec serve` answers with, in this process."""
+    with assembled(bundle, options) as (server, app, load):
+        server.open(deployments := load())
+        yield app
         assert deployments.close(timeout_s=30)
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import STORED, engine_of
-from fake_gpu import cuda_on_cpu, have_engines, put_gpu
+from fake_gpu import CudaOnCpu, HostMachine
 from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
 from twin_bundle import twin, with_shares
 
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
+from unipinrec.runtime.device import THIS_MACHINE, Machine
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend, import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import provider_problem
@@ -45,20 +46,25 @@ def needs(device: str) -> None:
 
 
 @pytest.fixture(scope="module", params=["cpu", "openvino", "cuda", "tensorrt-fp32"])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def device(request: pytest.FixtureRequest) -> str:
     """Every device that computes in fp32.
 
     Those that need a GPU run our own code all the same: "cuda" on the CPU where there is none, TensorRT on its double.
     """
     needs(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def machine(device: str) -> Iterator[Machine]:
+    """Where the device runs."""
     memory = HostRuntime()
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "cuda" and (driver_problem() or provider_problem(import_onnxruntime(), CUDA)):
-            cuda_on_cpu(patch)
-        if request.param == "tensorrt-fp32":
-            put_gpu(patch, memory)
-            have_engines(patch)
-        yield request.param
+    if device == "tensorrt-fp32":
+        yield HostMachine(memory, compiled=True)
+    elif device == "cuda" and (driver_problem() or provider_problem(import_onnxruntime(), CUDA)):
+        yield CudaOnCpu()
+    else:
+        yield THIS_MACHINE
     assert memory.faults == []
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from file_tree import write_tree
 
-from unipinrec.runtime.machine import available_threads, cpu_quota, flush_denormals, has_bf16
+from unipinrec.runtime.graphs.ort_cpu import flush_denormals
+from unipinrec.runtime.machine import available_threads, cpu_quota, has_bf16
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 from answers import STORED
-from fake_gpu import cuda_on_cpu, install_engines, put_gpu, record_of, wrong_ranker
+from fake_gpu import CudaOnCpu, HostMachine, OrtOnCpu, install_engines, record_of, wrong_ranker
 from fake_tensorrt import VERSIONS, make_plan
 from host_cuda import HostRuntime
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime import Bundle, Recommender, RecommendOptions, verify_bundle
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.device import DEVICES, candidates, open_engine
+from unipinrec.runtime.device import DEVICES, THIS_MACHINE, candidates, open_engine
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.trt.cuda import GpuInfo
-from unipinrec.runtime.trt.record import this_machine
+from unipinrec.runtime.trt.record import engine_host
 
 Reseal = Callable[..., None]
 NO_DRIVER = "there is no NVIDIA driver here"
@@ -30,13 +30,18 @@ without_driver = pytest.mark.skipif(driver_problem() is None, reason="this machi
 
 
 @pytest.fixture
-def gpu(memory: HostRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuInfo]:
-    """A GPU with TensorRT proper and an empty cache of engines; nothing may be left on it."""
+def machine(memory: HostRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostMachine]:
+    """One with a GPU, TensorRT proper and an empty cache of engines; nothing may be left on it."""
     monkeypatch.setenv("UNIPINREC_CACHE", str(tmp_path / "cache"))
-    yield put_gpu(monkeypatch, memory)
+    yield HostMachine(memory)
     gc.collect()
     assert memory.left() == {}
     assert memory.faults == []
+
+
+@pytest.fixture
+def gpu(machine: HostMachine) -> GpuInfo:
+    return machine.info
 
 
 def served(recommender: Recommender) -> list[str]:
@@ -48,12 +53,11 @@ def served(recommender: Recommender) -> list[str]:
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "openvino", "cuda"])
-def test_a_device_that_was_asked_for_runs(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_was_asked_for_runs(wanted: str) -> None:
     if wanted == "openvino":
         pytest.importorskip("openvino", reason="openvino is not installed")
-    if wanted == "cuda":
-        cuda_on_cpu(monkeypatch)
-    with Recommender.load(STORED, wanted, strict=True) as recommender:
+    machine = CudaOnCpu() if wanted == "cuda" else THIS_MACHINE
+    with Recommender.load(STORED, wanted, strict=True, machine=machine) as recommender:
         running = recommender.device
     assert (running.name, running.reason, running.precision, running.refused) == (wanted, "asked for", "fp32", ())
 
@@ -155,46 +159,46 @@ def test_a_precision_that_the_bundle_lacks(wanted: str) -> None:
     assert device.precision == "fp32"
 
 
-@pytest.mark.usefixtures("gpu", "homeless")
-def test_without_a_home_for_engines_another_device_serves() -> None:
-    with Recommender.load(STORED, "auto") as recommender:
+@pytest.mark.usefixtures("machine", "homeless")
+def test_without_a_home_for_engines_another_device_serves(machine: HostMachine) -> None:
+    with Recommender.load(STORED, "auto", machine=machine) as recommender:
         assert recommender.device.name == "cpu"
         assert "no folder for compiled engines" in recommender.device.refused[0]
 
 
-def test_engines_of_this_machine_are_chosen(gpu: GpuInfo, memory: HostRuntime) -> None:
+def test_engines_of_this_machine_are_chosen(machine: HostMachine, gpu: GpuInfo, memory: HostRuntime) -> None:
     stored = Bundle.open(STORED)
     expected = served(Recommender.load(STORED, "cpu"))
     install_engines(stored, gpu)
     for wanted, reason in (("auto", "auto: engines of this bundle for this GPU"), ("tensorrt", "asked for")):
-        recommender = Recommender.load(STORED, wanted, strict=True)
+        recommender = Recommender.load(STORED, wanted, strict=True, machine=machine)
         running = recommender.device
         assert (running.name, running.reason, running.refused) == ("tensorrt-fp32", reason, ())
         assert memory.left() != {}
         assert served(recommender) == expected
         gc.collect()
         assert memory.left() == {}
-    report = verify_bundle(STORED, "tensorrt")
+    report = verify_bundle(STORED, "tensorrt", machine=machine)
     assert report.ok
     assert report.device is not None
     assert report.device.name == "tensorrt-fp32"
 
 
 def test_without_an_engine_the_command_is_given_and_the_next_device_serves(
-    gpu: GpuInfo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    machine: HostMachine, gpu: GpuInfo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = (
         "tensorrt-fp32: no engine of encoder in fp32 was compiled; "
         f"run unipinrec compile {STORED} --precision fp32 (3 more graphs have none either)"
     )
-    device = open_engine(Bundle.open(STORED), "tensorrt-fp32").device
+    device = open_engine(Bundle.open(STORED), "tensorrt-fp32", machine=machine).device
     assert (device.name, device.refused[0]) == ("cpu", missing)
     assert "CUDAExecutionProvider" in device.refused[1]
     with pytest.raises(BackendError, match=re.escape(missing)):
-        Recommender.load(STORED, strict=True)
-    cuda_on_cpu(monkeypatch)
+        Recommender.load(STORED, strict=True, machine=machine)
+    machine.ort_cuda = OrtOnCpu
     caplog.clear()
-    auto = open_engine(Bundle.open(STORED), "auto").device
+    auto = open_engine(Bundle.open(STORED), "auto", machine=machine).device
     assert (auto.name, auto.reason, auto.refused) == ("cuda", "auto: ONNX Runtime on the GPU", (missing,))
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings == [f"not used: {missing}", "auto was wanted, cuda serves"]
@@ -202,31 +206,31 @@ def test_without_an_engine_the_command_is_given_and_the_next_device_serves(
 
 def test_either_tensorrt_serves(memory: HostRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIPINREC_CACHE", str(tmp_path / "cache"))
-    gpu = put_gpu(monkeypatch, memory, ("tensorrt", "tensorrt_rtx"))
+    machine = HostMachine(memory, ("tensorrt", "tensorrt_rtx"))
     stored = Bundle.open(STORED)
-    device = open_engine(stored, "tensorrt").device
+    device = open_engine(stored, "tensorrt", machine=machine).device
     assert device.refused[0].count("no engine of encoder in fp32 was compiled") == 2
-    install_engines(stored, gpu)
-    engine = open_engine(stored, "tensorrt")
+    install_engines(stored, machine.info)
+    engine = open_engine(stored, "tensorrt", machine=machine)
     assert engine.device.name == "tensorrt-fp32"
     engine.close()
 
 
-def test_without_tensorrt_all_of_it_is_named(memory: HostRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_gpu(monkeypatch, memory, ())
-    device = open_engine(Bundle.open(STORED), "tensorrt").device
+def test_without_tensorrt_all_of_it_is_named(memory: HostRuntime) -> None:
+    machine = HostMachine(memory, ())
+    device = open_engine(Bundle.open(STORED), "tensorrt", machine=machine).device
     assert device.refused[0] == "tensorrt-fp32: tensorrt is not installed; tensorrt_rtx is not installed"
 
 
-def test_an_engine_of_another_machine_is_refused(gpu: GpuInfo) -> None:
+def test_an_engine_of_another_machine_is_refused(machine: HostMachine, gpu: GpuInfo) -> None:
     stored = Bundle.open(STORED)
-    other = this_machine("Other GPU", gpu.architecture, gpu.driver_version)
+    other = engine_host("Other GPU", gpu.architecture, gpu.driver_version)
     install_engines(stored, gpu, machine=other)
     with pytest.raises(BackendError, match=r"was built on a Other GPU, here is a .*; run unipinrec compile .*fp32"):
-        open_engine(stored, "tensorrt", strict=True)
+        open_engine(stored, "tensorrt", strict=True, machine=machine)
 
 
-def test_an_altered_plan_is_refused(gpu: GpuInfo) -> None:
+def test_an_altered_plan_is_refused(machine: HostMachine, gpu: GpuInfo) -> None:
     stored = Bundle.open(STORED)
     store = install_engines(stored, gpu)
     for plan in store.root.glob("*/engine.plan"):
@@ -235,7 +239,7 @@ def test_an_altered_plan_is_refused(gpu: GpuInfo) -> None:
         plan.chmod(0o600)
         plan.write_bytes(content)
     with pytest.raises(BackendError, match=r"engine\.plan is altered"):
-        open_engine(stored, "tensorrt", strict=True)
+        open_engine(stored, "tensorrt", strict=True, machine=machine)
 
 
 @pytest.fixture
@@ -244,7 +248,7 @@ def carrying(tmp_path: Path, reseal: Reseal, gpu: GpuInfo) -> Path:
     folder = Path(shutil.copytree(STORED, tmp_path / "carrying"))
     stored, engines, files = Bundle.open(folder), [], {}
     for graph, file in stored.graph_files().items():
-        record = record_of(stored, graph, this_machine())
+        record = record_of(stored, graph, engine_host())
         name = f"{graph}.engine"
         (folder / name).write_bytes(make_plan(file, record.key.profiles))
         files[name] = {"sha256": "", "size_bytes": 0}
@@ -264,14 +268,14 @@ def carrying(tmp_path: Path, reseal: Reseal, gpu: GpuInfo) -> Path:
     return folder
 
 
-def test_engines_that_travel_need_to_be_allowed(carrying: Path) -> None:
+def test_engines_that_travel_need_to_be_allowed(machine: HostMachine, carrying: Path) -> None:
     with pytest.raises(
         BackendError,
         match=r"the bundle carries an engine of encoder in fp32, but a plan is executable code: allow it with "
         r"--allow-bundle-engines .* or run unipinrec compile .*carrying --precision fp32 \(3 more",
     ):
-        Recommender.load(carrying, "tensorrt", strict=True)
-    recommender = Recommender.load(carrying, "tensorrt", strict=True, allow_bundle_engines=True)
+        Recommender.load(carrying, "tensorrt", strict=True, machine=machine)
+    recommender = Recommender.load(carrying, "tensorrt", strict=True, allow_bundle_engines=True, machine=machine)
     assert recommender.device.name == "tensorrt-fp32"
     assert served(recommender) == served(Recommender.load(carrying, "cpu"))
 
@@ -279,37 +283,41 @@ def test_engines_that_travel_need_to_be_allowed(carrying: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"targets": ["sm_75"]}, {"version": "10.16.1"}, {"flavor": "tensorrt_rtx"}, {"precision": "bf16"}]
 )
-def test_engines_that_travel_must_fit(carrying: Path, reseal: Reseal, change: dict[str, Any]) -> None:
+def test_engines_that_travel_must_fit(
+    machine: HostMachine, carrying: Path, reseal: Reseal, change: dict[str, Any]
+) -> None:
     engines = [
         {name: getattr(engine, name) for name in engine.__struct_fields__} | change
         for engine in Bundle.open(carrying).manifest.engines
     ]
     reseal(carrying, engines=engines)
     with pytest.raises(BackendError, match="no engine of encoder in fp32 was compiled"):
-        open_engine(Bundle.open(carrying), "tensorrt", strict=True, allow_bundle_engines=True)
+        open_engine(Bundle.open(carrying), "tensorrt", strict=True, allow_bundle_engines=True, machine=machine)
 
 
-def test_an_engine_that_is_swapped_after_the_check_is_not_what_runs(carrying: Path) -> None:
+def test_an_engine_that_is_swapped_after_the_check_is_not_what_runs(machine: HostMachine, carrying: Path) -> None:
     opened = Bundle.open(carrying)
     (carrying / "ranker.engine").write_bytes(b"something else")
-    require_golden(open_engine(opened, "tensorrt", strict=True, allow_bundle_engines=True), opened)
+    require_golden(open_engine(opened, "tensorrt", strict=True, allow_bundle_engines=True, machine=machine), opened)
 
 
-def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(gpu: GpuInfo, memory: HostRuntime, tmp_path: Path) -> None:
+def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(
+    machine: HostMachine, gpu: GpuInfo, memory: HostRuntime, tmp_path: Path
+) -> None:
     stored = Bundle.open(STORED)
     install_engines(stored, gpu, files={"ranker": wrong_ranker(stored, tmp_path)})
     with pytest.raises(BundleError, match=r"1 golden outputs do not reproduce on tensorrt-fp32 .* use device cpu"):
-        Recommender.load(STORED)
+        Recommender.load(STORED, machine=machine)
     gc.collect()
     assert memory.left() == {}
-    report = verify_bundle(STORED)
+    report = verify_bundle(STORED, machine=machine)
     assert not report.ok
     assert report.device is not None
     assert report.device.name == "tensorrt-fp32"
 
 
 def test_a_graph_that_fails_on_a_gpu_is_an_error_and_no_fallback(
-    gpu: GpuInfo, memory: HostRuntime, monkeypatch: pytest.MonkeyPatch
+    machine: HostMachine, gpu: GpuInfo, memory: HostRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_engines(Bundle.open(STORED), gpu)
 
@@ -318,7 +326,7 @@ def test_a_graph_that_fails_on_a_gpu_is_an_error_and_no_fallback(
 
     monkeypatch.setattr("fake_tensorrt.IExecutionContext.execute_async_v3", fail)
     with pytest.raises(BackendError, match=r"bundle_v1 does not run on tensorrt-fp32: encoder.*; use device cpu$"):
-        Recommender.load(STORED)
+        Recommender.load(STORED, machine=machine)
     gc.collect()
     assert memory.left() == {}
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, verify_bundle
+from unipinrec.runtime.device import Machine
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
 
@@ -27,8 +28,8 @@ quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCh
 
 
 @pytest.fixture(scope="module")
-def recommender(bundle: Path, device: str) -> Recommender:
-    return Recommender.load(bundle, device)
+def recommender(bundle: Path, device: str, machine: Machine) -> Recommender:
+    return Recommender.load(bundle, device, machine=machine)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,8 @@ def test_a_score_depends_on_nothing_else(engine: Engine, length: int, count: int
     np.testing.assert_allclose(in_a_batch, together, atol=1e-5, rtol=0)
 
 
-def test_golden_outputs_reproduce_here(bundle: Path, device: str) -> None:
-    report = verify_bundle(bundle, device)
+def test_golden_outputs_reproduce_here(bundle: Path, device: str, machine: Machine) -> None:
+    report = verify_bundle(bundle, device, machine=machine)
     assert report.ok
     outputs = {check.output for check in report.golden}
     assert {"encoder.present.1.value", "extend.last_hidden_state", "retrieval.queries", "ranker.logits"} <= outputs

@@ -13,7 +13,7 @@ from unipinrec.runtime import Event, RecommendOptions, Request
 from unipinrec.runtime.bundle.catalogue import Catalogue
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.requests import History, ResolvedRequest
-from unipinrec.runtime.resolve import default_slack, read_history, resolve_request, window_start
+from unipinrec.runtime.validation import default_slack, read_history, resolve_request, window_start
 
 ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "7": 4}
 CATALOGUE = Catalogue(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, verify_bundle
 from unipinrec.runtime.bundle.bundle import GOLDEN
-from unipinrec.runtime.bundle.files import fingerprint
+from unipinrec.runtime.bundle.integrity import fingerprint
 from unipinrec.runtime.bundle.sealed import SealedFiles
 from unipinrec.runtime.golden_check import TOLERANCE, compare_golden
 from unipinrec.runtime.graphs.engine import Engine

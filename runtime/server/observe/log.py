@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 import msgspec
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.call import Call
 
 LEVELS = ("debug", "info", "warning", "error")
 QUIET = ("/health/live", "/health/ready", "/metrics")  # asked for every few seconds, and of no interest if well

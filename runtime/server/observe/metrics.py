@@ -27,7 +27,7 @@ from starlette.routing import Route
 from unipinrec.runtime.kv.options import CacheStatistics
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.operations import Operation
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.observe.metrics import METRICS, Metrics
 from unipinrec.runtime.server.process.peers import PeerAnswer, Peers
 

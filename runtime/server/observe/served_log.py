@@ -27,7 +27,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.call import Call
 
 if TYPE_CHECKING:
     import polars as pl

@@ -14,12 +14,11 @@ from starlette.routing import Route
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import Answer
+from unipinrec.runtime.requests import Slate
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Handler, Server
-from unipinrec.runtime.server.handlers import as_json
+from unipinrec.runtime.server.call import Call, Handler, Server, as_json
 from unipinrec.runtime.server.operations import EVERY, Operation, in_path
-from unipinrec.runtime.slate import Slate
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor

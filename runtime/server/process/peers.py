@@ -17,9 +17,8 @@ from starlette.responses import Response
 
 from unipinrec.errors import MALFORMED
 from unipinrec.runtime.server.api import ForgetAnswer, Refusal
-from unipinrec.runtime.server.context import Call, Handler, Server
-from unipinrec.runtime.server.handlers import as_json
-from unipinrec.runtime.server.process.run import Place
+from unipinrec.runtime.server.call import Call, Handler, Server, as_json
+from unipinrec.runtime.server.process.lifecycle import Place
 
 PASSED_ON = ("authorization", "content-type", "traceparent", "tracestate", "x-trace")
 PASSED_BACK = ("content-type", "retry-after", "x-trace")

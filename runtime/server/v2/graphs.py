@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, RequestError
-from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec
-from unipinrec.runtime.bundle.tensors import check_inputs
-from unipinrec.runtime.graphs.grouping import MAX_ROWS
+from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec, check_inputs
+from unipinrec.runtime.graphs.backend import MAX_ROWS
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import YEAR_10000_MS
 from unipinrec.runtime.server.v2.codec import DATATYPES, ModelMetadata, TensorMetadata

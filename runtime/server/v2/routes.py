@@ -20,9 +20,8 @@ from unipinrec.runtime.bundle.manifest import REQUIRED_GRAPHS
 from unipinrec.runtime.server.admission import Admission
 from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server, as_json
 from unipinrec.runtime.server.deployments import Deployment
-from unipinrec.runtime.server.handlers import as_json
 from unipinrec.runtime.server.operations import EVERY, POSTS, READS, AnyOf, Operation, in_header, in_path
 from unipinrec.runtime.server.v2.codec import (
     HEADER_LENGTH,

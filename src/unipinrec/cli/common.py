@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -15,6 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unipinrec.errors import UnipinrecError
+
+if TYPE_CHECKING:
+    from unipinrec.runtime.device import Machine
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +81,13 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 def print_json(document: Any) -> None:
     """Write one JSON document, and nothing else, to stdout."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
+
+
+def machine() -> Machine:
+    """Where devices are looked for: here, unless whoever runs the command says otherwise."""
+    from unipinrec.runtime.device import THIS_MACHINE
+
+    return click.get_current_context().obj or THIS_MACHINE
 
 
 def progress() -> Progress:

@@ -11,24 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli.common import FiniteRange, command, json_option, print_json, progress, stderr, stdout
+from unipinrec.cli.common import FiniteRange, command, json_option, machine, print_json, progress, stderr, stdout
 from unipinrec.errors import BackendError, ConfigError
-from unipinrec.runtime.tools.compile import Compiled
-from unipinrec.runtime.tools.compile_plan import GraphPlan
-from unipinrec.runtime.tools.engines import ListedEngine
-from unipinrec.runtime.trt.library import TensorRT
-from unipinrec.runtime.trt.record import EngineRecord
-
-SHORT = 12
-
 
 if TYPE_CHECKING:
     from unipinrec.runtime import Bundle
     from unipinrec.runtime.bundle.manifest import Manifest
     from unipinrec.runtime.tools.compile import Compiled, GraphProgress
-    from unipinrec.runtime.tools.compile_plan import CompileTask
+    from unipinrec.runtime.tools.compile_plan import CompileTask, GraphPlan
+    from unipinrec.runtime.tools.engines import ListedEngine
     from unipinrec.runtime.trt.library import Flavor, TensorRT
+    from unipinrec.runtime.trt.record import EngineRecord
 
+SHORT = 12
 EXAMPLES = """\b
 Examples:
   unipinrec compile bundle/
@@ -165,18 +160,16 @@ def _dry_run(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
 
 
 def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
-    from unipinrec.runtime.machine import driver_problem
     from unipinrec.runtime.tools.compile import compile_bundle
-    from unipinrec.runtime.trt.cuda import Cuda
-    from unipinrec.runtime.trt.library import import_tensorrt
     from unipinrec.runtime.trt.store import EngineStore
 
     began, tasks = time.monotonic(), _tasks(bundle.manifest, options)
-    trt, store = import_tensorrt(options["flavor"]), EngineStore()
-    missing = driver_problem()
+    here = machine()
+    trt, store = here.tensorrt(options["flavor"]), EngineStore()
+    missing = here.driver_problem()
     if missing:
         raise BackendError(f"{missing}; TensorRT-RTX builds for other machines without one: give --target and --out")
-    with Cuda.open() as cuda, _bars(f"{trt} on {cuda.name}") as show:
+    with here.cuda() as cuda, _bars(f"{trt} on {cuda.name}") as show:
         done = [one for task in tasks for one in compile_bundle(bundle, task, trt, cuda, store, show)]
         where = {"gpu": cuda.name, "cache": str(store.root)}
     _report(bundle.hash, trt, done, where, as_json, began)
@@ -184,10 +177,9 @@ def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
 
 def _ahead(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     from unipinrec.runtime.tools.compile_ahead import compile_ahead
-    from unipinrec.runtime.trt.library import import_tensorrt
 
     began, tasks = time.monotonic(), _tasks(bundle.manifest, options)
-    trt = import_tensorrt(options["flavor"] or "tensorrt_rtx")
+    trt = machine().tensorrt(options["flavor"] or "tensorrt_rtx")
     with _bars(f"{trt} for {options['target']}") as show:
         digest, done = compile_ahead(bundle, options["out"], tasks, trt, show)
     _report(digest, trt, done, {"out": str(options["out"]), "parent": bundle.hash}, as_json, began)
@@ -222,15 +214,14 @@ def _report(
 def _list(bundle: Bundle, as_json: bool) -> None:
 
     from unipinrec.runtime.tools.engines import list_engines
-    from unipinrec.runtime.trt.cuda import GpuInfo, probe_gpu
-    from unipinrec.runtime.trt.record import this_machine
+    from unipinrec.runtime.trt.cuda import GpuInfo
+    from unipinrec.runtime.trt.record import engine_host
     from unipinrec.runtime.trt.store import EngineStore
 
-    gpu, store = probe_gpu(), EngineStore()
-    machine = this_machine()
+    gpu, store, host = machine().gpu(), EngineStore(), engine_host()
     if isinstance(gpu, GpuInfo):
-        machine = this_machine(gpu.name, gpu.architecture, gpu.driver_version)
-    engines = list_engines(bundle, store, machine, _installed())
+        host = engine_host(gpu.name, gpu.architecture, gpu.driver_version)
+    engines = list_engines(bundle, store, host, _installed())
     if as_json:
         print_json({"bundle": bundle.hash, "cache": str(store.root), "engines": list(map(listed_document, engines))})
     else:
@@ -238,12 +229,12 @@ def _list(bundle: Bundle, as_json: bool) -> None:
 
 
 def _installed() -> dict[Flavor, TensorRT]:
-    from unipinrec.runtime.trt.library import FLAVORS, import_tensorrt
+    from unipinrec.runtime.trt.library import FLAVORS
 
     found: dict[Flavor, TensorRT] = {}
     for flavor in FLAVORS:
         with suppress(BackendError):
-            found[flavor] = import_tensorrt(flavor)
+            found[flavor] = machine().tensorrt(flavor)
     return found
 
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli.common import command, json_option, machine, print_json, stderr, stdout
 from unipinrec.errors import BackendError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     with stderr.status("examining"), _without_warnings():
         from unipinrec.runtime.tools.doctor import examine
 
-        found = examine(bundle)
+        found = examine(bundle, machine())
     if as_json:
         print_json(found)
     else:

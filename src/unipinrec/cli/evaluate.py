@@ -46,7 +46,7 @@ def evaluate(model: Path, data: Path, split: Any, limit: int | None, repeats: bo
     with stderr.status("loading"):
         from unipinrec.export.lists.evaluation import evaluate as measure
         from unipinrec.runtime import Recommender
-        from unipinrec.runtime.bundle.files import MANIFEST
+        from unipinrec.runtime.bundle.integrity import MANIFEST
 
     exported = (model / MANIFEST).exists()
     with nullcontext() if exported else tempfile.TemporaryDirectory() as scratch:

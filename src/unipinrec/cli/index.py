@@ -13,7 +13,7 @@ from unipinrec.cli.common import FiniteRange, command, json_option, print_json, 
 
 if TYPE_CHECKING:
     from unipinrec.runtime.bundle.manifest import IndexSpec
-    from unipinrec.runtime.tools.update import UpdateReport
+    from unipinrec.runtime.tools.update_bundle import UpdateReport
 
 INDEX_EXAMPLES = """\b
 Examples:
@@ -53,7 +53,7 @@ def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall
     with stderr.status("loading") as status:
         from unipinrec.runtime.bundle.catalogue import parse_ids
         from unipinrec.runtime.tools.new_items import parse_items
-        from unipinrec.runtime.tools.update import update_bundle
+        from unipinrec.runtime.tools.update_bundle import update_bundle
 
         report = update_bundle(
             bundle,

@@ -73,7 +73,7 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
     show_default=True,
     help="Share of the found requests that bring no new event.",
 )
-@click.option("--encode-ms", type=positive, help="Machine time per request to encode a whole history, ...")
+@click.option("--encode-ms", type=positive, help="EngineHost time per request to encode a whole history, ...")
 @click.option("--extend-ms", type=positive, help="... to encode its new events, ...")
 @click.option("--retrieve-ms", type=positive, help="... to retrieve, ...")
 @click.option("--rank-ms", type=positive, help="... and to rank. All four, measured on your machine, or none.")

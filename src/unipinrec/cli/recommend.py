@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from unipinrec.runtime.bundle.manifest import Agreement
     from unipinrec.runtime.device import DeviceRules
     from unipinrec.runtime.golden_check import GoldenCheck
-    from unipinrec.runtime.requests import Event
-    from unipinrec.runtime.slate import Slate
+    from unipinrec.runtime.requests import Event, Slate
     from unipinrec.runtime.verify import VerifyReport
 
 RECOMMEND_EXAMPLES = """\b

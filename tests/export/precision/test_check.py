@@ -20,7 +20,7 @@ from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import TensorSpec
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
-from unipinrec.runtime.tools.update import update_bundle
+from unipinrec.runtime.tools.update_bundle import update_bundle
 
 REDUCED = {"bf16": "bfloat16", "fp16": "float16"}
 SEALS = {"manifest.json", "manifest.sha256"}

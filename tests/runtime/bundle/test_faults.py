@@ -20,6 +20,7 @@ from unipinrec.runtime import Bundle, Recommender, RecommendOptions
 from unipinrec.runtime.bundle import sealed as sealed_files
 from unipinrec.runtime.bundle.manifest import FileSpec
 from unipinrec.runtime.bundle.sealed import SealedFile
+from unipinrec.runtime.device import Machine
 from unipinrec.runtime.verify import verify_bundle
 
 Fault = Callable[[Path, Path], object]
@@ -149,16 +150,18 @@ def test_any_fault_of_any_file_at_any_moment(
             assert answers(recommender) == expected
 
 
-def test_all_faults_of_all_files_on_every_device(bundle: Path, device: str, other: Path, tmp_path: Path) -> None:
+def test_all_faults_of_all_files_on_every_device(
+    bundle: Path, device: str, machine: Machine, other: Path, tmp_path: Path
+) -> None:
     """One after the other: before the graphs are loaded, and while they serve."""
-    with Recommender.load(bundle, device) as recommender:
+    with Recommender.load(bundle, device, machine=machine) as recommender:
         expected = answers(recommender)
     folder = tmp_path / "bundle"
     shutil.copytree(bundle, folder)
     opened = Bundle.open(folder)
     for path in folder.iterdir():
         in_place(path, (other / path.name).read_bytes())
-    with Recommender.load(opened, device) as recommender:
+    with Recommender.load(opened, device, machine=machine) as recommender:
         assert answers(recommender) == expected
         for fault in HARMFUL.values():
             shutil.rmtree(folder)
@@ -168,10 +171,10 @@ def test_all_faults_of_all_files_on_every_device(bundle: Path, device: str, othe
                     fault(path, other)
             assert answers(recommender) == expected
         with pytest.raises(BundleError):
-            Recommender.load(folder, device)
+            Recommender.load(folder, device, machine=machine)
 
 
-def test_a_bundle_of_symbolic_links(bundle: Path, device: str, tmp_path: Path) -> None:
+def test_a_bundle_of_symbolic_links(bundle: Path, device: str, machine: Machine, tmp_path: Path) -> None:
     """As a cache of downloads lays them out: names that lead to blobs."""
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
@@ -179,6 +182,9 @@ def test_a_bundle_of_symbolic_links(bundle: Path, device: str, tmp_path: Path) -
     for number, path in enumerate(bundle.iterdir()):
         shutil.copyfile(path, blobs / str(number))
         (folder / path.name).symlink_to(f"../blobs/{number}")
-    with Recommender.load(folder, device) as linked, Recommender.load(bundle, device) as plain:
+    with (
+        Recommender.load(folder, device, machine=machine) as linked,
+        Recommender.load(bundle, device, machine=machine) as plain,
+    ):
         assert answers(linked) == answers(plain)
-    assert verify_bundle(folder, device).ok
+    assert verify_bundle(folder, device, machine=machine).ok

@@ -19,7 +19,7 @@ from answers import STORED
 from unipinrec.errors import BackendError, BundleCorruptError
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.bundle import sealed as sealed_files
-from unipinrec.runtime.bundle.files import fingerprint
+from unipinrec.runtime.bundle.integrity import fingerprint
 from unipinrec.runtime.bundle.sealed import NOEXEC, SEALS, GraphFile, SealedFiles
 
 OPEN = """

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.files import fingerprint
 from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.bundle.integrity import fingerprint
 
 Reseal = Callable[..., None]
 

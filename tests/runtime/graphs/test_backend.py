@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.device import open_engine
+from unipinrec.runtime.device import Machine, open_engine
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.requests import History
 
@@ -21,8 +21,8 @@ NOW_MS = np.array([1_760_000_000_000])
 
 
 @pytest.fixture(scope="module")
-def engine(bundle: Path, device: str) -> Engine:
-    return open_engine(Bundle.open(bundle), device)
+def engine(bundle: Path, device: str, machine: Machine) -> Engine:
+    return open_engine(Bundle.open(bundle), device, machine=machine)
 
 
 def history(events: int, first: int = 0) -> History:

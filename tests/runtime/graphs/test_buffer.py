@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer, row_of
+from unipinrec.runtime.graphs.backend import HostTensor, row_of
+from unipinrec.runtime.graphs.engine import KvBuffer
 
 
 def numbered(count: int, first: float = 1.0) -> list[np.ndarray[tuple[int, int, int], np.dtype[np.float32]]]:

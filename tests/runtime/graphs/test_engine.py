@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from answers import STORED, history
-from fake_gpu import cuda_on_cpu
+from fake_gpu import CudaOnCpu, OrtOnCpu
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -26,7 +26,7 @@ from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import open_engine
-from unipinrec.runtime.graphs.buffer import HostTensor
+from unipinrec.runtime.graphs.backend import HostTensor
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, load_session, session_options
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend, misplaced, preload, provider_problem
@@ -37,26 +37,20 @@ WITHOUT_CUDA = pytest.mark.skipif(
 )
 
 
-class OnCpu(OrtCudaBackend):
-    """All of it but the GPU."""
-
-    _provider, _memory, _settings = "CPUExecutionProvider", "cpu", {}
-
-
 @pytest.fixture
 def opened(stored: Bundle) -> Bundle:
     return stored
 
 
 @pytest.fixture
-def backend(opened: Bundle) -> Iterator[OnCpu]:
-    backend = OnCpu(opened.graph_files(), opened.manifest.graphs)
+def backend(opened: Bundle) -> Iterator[OrtOnCpu]:
+    backend = OrtOnCpu(opened.graph_files(), opened.manifest.graphs)
     yield backend
     backend.close()
 
 
 @pytest.fixture
-def engine(backend: OnCpu, opened: Bundle) -> Engine:
+def engine(backend: OrtOnCpu, opened: Bundle) -> Engine:
     return Engine(backend, opened.manifest.model, opened.item_vectors)
 
 
@@ -86,11 +80,11 @@ def test_two_wheels_at_once_are_refused(opened: Bundle, tmp_path: Path, monkeypa
     with pytest.raises(
         BackendError, match=r"onnxruntime 1\.31\.1 and onnxruntime-gpu 1\.31\.1 are installed and overwrite each other"
     ):
-        OnCpu(opened.graph_files(), opened.manifest.graphs)
+        OrtOnCpu(opened.graph_files(), opened.manifest.graphs)
 
 
 def test_operators_that_would_run_on_the_cpu_are_refused(opened: Bundle) -> None:
-    class Fallen(OnCpu):
+    class Fallen(OrtOnCpu):
         """A provider that loads every graph and runs no operator of it."""
 
         _provider = "AzureExecutionProvider"
@@ -123,7 +117,7 @@ def test_what_is_computed_of_sizes_may_stay_on_the_cpu(opened: Bundle) -> None:
 def test_a_file_that_is_no_graph(opened: Bundle, tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"encoder\.onnx: ONNX Runtime .* does not load it: "):
-        OnCpu({"encoder": GraphFile.at(tmp_path / "encoder.onnx")}, opened.manifest.graphs)
+        OrtOnCpu({"encoder": GraphFile.at(tmp_path / "encoder.onnx")}, opened.manifest.graphs)
 
 
 def test_what_is_missing_is_told_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +169,7 @@ def test_each_tensor_is_copied_to_the_host_once(
     assert len(read) == len(set(map(id, read))) == 2 * len(past.key_values)
 
 
-def test_an_error_inside_the_engine_is_ours(backend: OnCpu) -> None:
+def test_an_error_inside_the_engine_is_ours(backend: OrtOnCpu) -> None:
     inputs: dict[str, NDArray[Any]] = {
         "item_vectors": np.zeros((2, 3, 4), np.float32),
         "actions": np.zeros((2, 3, 2), np.float32),
@@ -187,7 +181,9 @@ def test_an_error_inside_the_engine_is_ours(backend: OnCpu) -> None:
         backend.run("encoder", inputs)
 
 
-def test_a_closed_backend_runs_nothing_and_leaves_tensors_alone(backend: OnCpu, engine: Engine, opened: Bundle) -> None:
+def test_a_closed_backend_runs_nothing_and_leaves_tensors_alone(
+    backend: OrtOnCpu, engine: Engine, opened: Bundle
+) -> None:
     encoded = engine.encode(pad_histories([history(opened, 5)]))
     before = [tensor.numpy().copy() for tensor in encoded.key_values]
     backend.close()
@@ -207,26 +203,24 @@ def typed(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def half(typed: Bundle) -> Engine:
-    backend = OnCpu(typed.graph_files("fp16"), typed.manifest.graphs_in("fp16"))
+    backend = OrtOnCpu(typed.graph_files("fp16"), typed.manifest.graphs_in("fp16"))
     return Engine(backend, typed.manifest.model, typed.item_vectors)
 
 
-def test_a_device_in_fp16_serves_what_agrees_with_fp32(typed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_on_cpu(monkeypatch)
-    with Recommender.load(typed.path, "cuda-fp16", strict=True) as recommender:
+def test_a_device_in_fp16_serves_what_agrees_with_fp32(typed: Bundle) -> None:
+    with Recommender.load(typed.path, "cuda-fp16", strict=True, machine=CudaOnCpu()) as recommender:
         assert (recommender.device.name, recommender.device.precision) == ("cuda-fp16", "fp16")
         assert recommender.encoder.namespace == f"{typed.hash} fp16"
         slate = recommender.recommend([{"item": typed.item_ids[5], "actions": ["click"]}], 3)
     assert (slate.device, len(slate.items)) == ("cuda-fp16", 3)
-    report = verify_bundle(typed.path, "cuda-fp16")
+    report = verify_bundle(typed.path, "cuda-fp16", machine=CudaOnCpu())
     assert report.ok
     assert report.agreement is not None
     assert 0 < report.agreement.max_logit_diff < 0.1
 
 
-def test_operators_without_a_kernel_are_a_reason(typed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_on_cpu(monkeypatch)
-    device = open_engine(typed, "cuda-bf16").device
+def test_operators_without_a_kernel_are_a_reason(typed: Bundle) -> None:
+    device = open_engine(typed, "cuda-bf16", machine=CudaOnCpu()).device
     assert (device.name, device.precision) == ("cpu", "fp32")
     assert device.refused[0].startswith("cuda-bf16: encoder_bf16.onnx: ONNX Runtime ")
     assert " does not load it: " in device.refused[0]
@@ -252,7 +246,7 @@ def test_arrays_are_rounded_to_what_the_graph_takes(half: Engine, opened: Bundle
     np.testing.assert_array_equal(from_host, on_device)
 
 
-def bf16_backend(folder: Path) -> OnCpu:
+def bf16_backend(folder: Path) -> OrtOnCpu:
     """A graph that hands a bf16 tensor on, and widens it: the CPU computes nothing else in bf16."""
     tensors = {
         "given": (TensorProto.BFLOAT16, "bfloat16"),
@@ -269,7 +263,7 @@ def bf16_backend(folder: Path) -> OnCpu:
     onnx.save(model, folder / "bf16.onnx")
     specs = {name: TensorSpec(name=name, dtype=dtype, shape=("rows", 2)) for name, (_, dtype) in tensors.items()}
     spec = GraphSpec(file="bf16.onnx", inputs=(specs["given"],), outputs=(specs["same"], specs["wide"]))
-    return OnCpu({"bf16": GraphFile.at(folder / "bf16.onnx")}, {"bf16": spec})
+    return OrtOnCpu({"bf16": GraphFile.at(folder / "bf16.onnx")}, {"bf16": spec})
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])

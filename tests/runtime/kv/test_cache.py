@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime import CacheOptions, KvCache
 from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
-from unipinrec.runtime.kv.cache import Lease
-from unipinrec.runtime.kv.keys import CacheKey
+from unipinrec.runtime.kv.cache import CacheKey, Lease
 
 PAGE_BYTES = 32  # two slots of a key and a value of one head of two fp32 values
 

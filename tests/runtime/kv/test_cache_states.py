@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import CacheError
 from unipinrec.runtime import CacheOptions, KvCache
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.kv.cache import Lease
-from unipinrec.runtime.kv.keys import CacheKey, mismatch
+from unipinrec.runtime.kv.cache import CacheKey, Lease, mismatch
 
 MODEL = ModelSpec(
     num_layers=1,

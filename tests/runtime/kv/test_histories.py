@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +13,14 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
-from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
 from unipinrec.runtime.graphs.backend import Backend
-from unipinrec.runtime.graphs.buffer import HostTensor, KvBuffer
-from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.graphs.engine import Engine, KvBuffer
+from unipinrec.runtime.graphs.mock import Arrays, Handler, MockBackend
 from unipinrec.runtime.kv.histories import HistoryEncoder
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvPages
+from unipinrec.runtime.requests import SlateItem
 from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
-from unipinrec.runtime.slate import SlateItem
 
 T = 1_760_000_000_000
 OPTIONS = RecommendOptions(now_ms=T + 10**9, candidates=300)  # all, so that no near tie decides who is ranked
@@ -48,31 +46,20 @@ class Fuse:
             raise self.error
 
 
-class FailingBackend:
+def failing(backend: Backend, specs: Mapping[str, GraphSpec], fuse: Fuse, graphs: Sequence[str]) -> MockBackend:
     """A backend that encodes and ranks in small chunks, and fails when its fuse says so."""
 
-    prefill_chunk: int | None = 16
-    rank_chunk: int | None = 100
-    rank_runs: int = 1
+    def handler(graph: str) -> Handler:
+        def run(inputs: Arrays) -> Arrays:
+            if graph in graphs:
+                fuse.burn()
+            return {name: tensor.numpy() for name, tensor in backend.run(graph, inputs).items()}
 
-    def __init__(self, backend: Backend, fuse: Fuse, graphs: Sequence[str]) -> None:
-        self.backend, self.fuse, self.graphs = backend, fuse, graphs
+        return run
 
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
-        if graph in self.graphs:
-            self.fuse.burn()
-        return self.backend.run(graph, inputs)
-
-    def close(self) -> None:
-        self.backend.close()
-
-
-class LoudBackend(FailingBackend):
-    """A backend of a model with enormous keys and values."""
-
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
-        outputs = super().run(graph, inputs)
-        return {name: HostTensor(1e7 * t.numpy()) if "present" in name else t for name, t in outputs.items()}
+    mock = MockBackend(specs, **{graph: handler(graph) for graph in specs})
+    mock.prefill_chunk, mock.rank_chunk = 16, 100
+    return mock
 
 
 class DirtyBuffer(KvBuffer):
@@ -153,7 +140,7 @@ def make_rig(
     model = fresh.bundle.manifest.model
     cache = KvCache(model, CacheOptions(budget_bytes=budget_bytes, dtype=dtype, page_slots=4))
     cache.pages = FailingPages(cache.pages, fuses["write"], fuses["read"])
-    backend = FailingBackend(fresh.engine.backend, fuses["run"], graphs)
+    backend = failing(fresh.engine.backend, fresh.bundle.manifest.graphs, fuses["run"], graphs)
     engine = Engine(backend, model, fresh.engine.item_vectors)
     retriever = FailingRetriever(**vars(fresh.retriever), fuse=fuses["retrieve"])
     encoder = HistoryEncoder(engine, cache, fresh.bundle.kv_namespace, fresh.bundle.kv_item_keys)
@@ -337,7 +324,12 @@ def test_an_entry_holds_nothing_but_its_own_state(rig: Rig) -> None:
 def test_keys_and_values_that_do_not_fit_fail_alike_with_and_without_a_user(fresh: Recommender) -> None:
     """fp16 ends at 65,504; a model whose keys go beyond needs another precision, and says so at its first request."""
     rig = make_rig(fresh)
-    rig.recommender.engine.backend = LoudBackend(fresh.engine.backend, Fuse(), ())
+
+    def loud(inputs: Arrays) -> Arrays:
+        outputs = fresh.engine.backend.run("encoder", inputs).items()
+        return {name: tensor.numpy() * np.float32(1e7 if "present" in name else 1) for name, tensor in outputs}
+
+    rig.recommender.engine.backend = MockBackend(fresh.bundle.manifest.graphs, encoder=loud)
     for user in (None, "u", "u"):
         with pytest.raises(BackendError, match="does not fit into fp16; store them as bf16 or fp32"):
             rig.recommender.recommend(history(fresh, 5), 10, OPTIONS, user=user)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unipinrec.runtime.kv.keys import CacheKey, event_records, mismatch
+from unipinrec.runtime.kv.cache import CacheKey, mismatch
+from unipinrec.runtime.kv.histories import event_records
 from unipinrec.runtime.requests import History
 
 KEY = CacheKey(user="u", namespace="one", events=b"abcd", count=4, start=0)

@@ -22,7 +22,7 @@ from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Call, Server, ServerOptions
+from unipinrec.runtime.server.call import Call, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import Events, MemoryEventStore, StoreLimits

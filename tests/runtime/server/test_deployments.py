@@ -35,7 +35,7 @@ from unipinrec.runtime import (
 from unipinrec.runtime.server import deployments as server_state
 from unipinrec.runtime.server.deployment import DeploymentOptions
 from unipinrec.runtime.server.deployments import Deployment, Deployments
-from unipinrec.runtime.tools.update import update_bundle
+from unipinrec.runtime.tools.update_bundle import update_bundle
 
 NOW_MS = 1_760_000_000_000
 CACHED = DeploymentOptions(

@@ -21,7 +21,7 @@ from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
 from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits

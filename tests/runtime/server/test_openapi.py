@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -9,35 +10,37 @@ from urllib.parse import quote
 import jsonschema_rs
 import pytest
 from answers import STORED
-from live_server import deployed
+from live_server import SMALL, served
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from unipinrec import __version__
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.popular import ColdStart
-from unipinrec.runtime.server.admin import AdminOptions, admin_routes
-from unipinrec.runtime.server.app import documented, make_app, make_server, operations_of
-from unipinrec.runtime.server.context import Server
-from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
-from unipinrec.runtime.server.observe.trace import Traces, trace_route
-from unipinrec.runtime.server.openapi import openapi_route
-from unipinrec.runtime.server.page import page_routes
-from unipinrec.runtime.server.v2.routes import oip_routes
+from unipinrec.runtime.serve import assembled
+from unipinrec.runtime.server.app import operations_of
 
 TOKEN = "not-a-secret-at-all"
 UNDOCUMENTED = {("get", "/"), ("get", "/openapi.json")}
 
 
-def with_everything(server: Server) -> TestClient:
-    admin = admin_routes(server, AdminOptions(folder=STORED.parent, token=TOKEN))
-    more = [*oip_routes(server), *page_routes(server), openapi_route(server, "1.2.3"), *admin]
-    more += [metrics_route(server, Metrics(server, None)), trace_route(server, Traces())]
-    return TestClient(make_app(server, more), headers={"authorization": f"Bearer {TOKEN}"})
+EVERYTHING = replace(SMALL, admin_token_env="TOKEN_OF_A_TEST", traces=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def token() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKEN_OF_A_TEST", TOKEN)
+        yield
+
+
+def client_of(app: Starlette) -> TestClient:
+    return TestClient(app, headers={"authorization": f"Bearer {TOKEN}"})
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    with deployed(STORED) as deployments, with_everything(make_server(deployments=deployments)) as client:
+def client(token: None) -> Iterator[TestClient]:
+    with served(STORED, EVERYTHING) as app, client_of(app) as client:
         yield client
 
 
@@ -59,10 +62,10 @@ def validator(document: dict[str, Any], schema: dict[str, Any]) -> Any:
 
 def test_every_route_is_described_and_nothing_else(client: TestClient, document: dict[str, Any]) -> None:
     routes = operations_of(cast(Starlette, client.app).routes)
-    there = {(one.method.lower(), documented(one.path)) for one in routes}
+    there = {(one.method.lower(), one.documented) for one in routes}
     assert {(method, path) for method, path, _ in operations(document)} == there - UNDOCUMENTED
     assert len({one["operationId"] for _, _, one in operations(document)}) == len(operations(document))
-    assert (document["openapi"], document["info"]["version"]) == ("3.1.0", "1.2.3")
+    assert (document["openapi"], document["info"]["version"]) == ("3.1.0", __version__)
 
 
 def test_every_reference_and_schema_is_valid(document: dict[str, Any]) -> None:
@@ -105,10 +108,7 @@ def test_every_example_is_answered_as_it_says(
 def test_the_example_of_an_unknown_user_is_answered_as_it_says(
     popular: Path, cold_start: ColdStart, status: int
 ) -> None:
-    with (
-        deployed(popular, cold_start) as deployments,
-        with_everything(make_server(deployments=deployments)) as client,
-    ):
+    with served(popular, replace(EVERYTHING, cold_start=cold_start)) as app, client_of(app) as client:
         document = client.get("/openapi.json").json()
         operation = document["paths"]["/v1/recommend"]["post"]
         example = operation["requestBody"]["content"]["application/json"]["examples"]["unknown_user"]
@@ -150,7 +150,7 @@ def test_what_takes_nothing_answers_as_described(client: TestClient, document: d
 
 
 def test_before_there_is_a_bundle_there_are_no_examples() -> None:
-    with with_everything(make_server()) as client:
+    with assembled(STORED, EVERYTHING) as (_, app, _load), client_of(app) as client:
         document = client.get("/openapi.json").json()
         assert "examples" not in json.dumps(document["paths"])
         assert client.get("/health/ready").status_code == 503

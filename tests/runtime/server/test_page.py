@@ -4,22 +4,20 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from answers import STORED
-from live_server import deployed
+from live_server import SMALL, served
 from starlette.testclient import TestClient
 
-from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.page import PAGE, page_headers, page_routes
+from unipinrec.runtime.server.page import PAGE, page_headers
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with deployed(STORED) as deployments:
-        server = make_server(deployments=deployments)
-        with TestClient(make_app(server, page_routes(server))) as client:
-            yield client
+    with served(STORED) as app, TestClient(app) as client:
+        yield client
 
 
 def test_a_browser_may_run_what_is_in_the_page_and_nothing_else(client: TestClient) -> None:
@@ -86,6 +84,6 @@ def test_there_are_no_other_users(client: TestClient, path: str, status: int, co
 
 
 def test_without_the_page_there_are_no_sample_users_either() -> None:
-    with deployed(STORED) as deployments, TestClient(make_app(make_server(deployments=deployments))) as client:
+    with served(STORED, replace(SMALL, page=False)) as app, TestClient(app) as client:
         for path in ("/", "/v1/demo/users", "/v1/demo/history?user=random-1"):
             assert client.get(path).status_code == 404

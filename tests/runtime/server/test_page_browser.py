@@ -12,10 +12,7 @@ from typing import Any
 
 import pytest
 from answers import STORED
-from live_server import deployed, listening
-
-from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.page import page_routes
+from live_server import listening, served
 
 VISIT = Path(__file__).parents[2] / "doubles" / "visit.mjs"
 PLAYWRIGHT = "playwright-core@1.65.1"
@@ -45,11 +42,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory, hostile: Path) -> dict[str, A
     if done.returncode:
         pytest.skip(f"{PLAYWRIGHT} cannot be installed: {done.stderr[-300:]}")
     screenshots = os.environ.get("UNIPINREC_SCREENSHOTS", "")
-    with deployed(hostile) as deployments:
-        server = make_server(deployments=deployments)
-        with listening(make_app(server, page_routes(server))) as port:
-            command = ["node", str(VISIT), f"http://127.0.0.1:{port}/", str(scratch), browser, screenshots]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    with served(hostile) as app, listening(app) as port:
+        command = ["node", str(VISIT), f"http://127.0.0.1:{port}/", str(scratch), browser, screenshots]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document

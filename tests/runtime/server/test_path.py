@@ -12,10 +12,7 @@ import sys, threading
 from pathlib import Path
 from starlette.testclient import TestClient
 import unipinrec
-from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.serve import ServeOptions, assembled
 
 home, entered = str(Path(unipinrec.__file__).parent), set()
 
@@ -25,16 +22,18 @@ def note(frame, event, _):
 
 threading.setprofile(note)  # before the threads that answer are started
 sys.setprofile(note)
-options = DeploymentOptions(device="cpu", cache=CacheOptions(budget_bytes=8 << 20))
-deployments = Deployments(Deployment.open(sys.argv[1], options))
-with TestClient(make_app(make_server(deployments=deployments))) as client:
+options = ServeOptions(device="cpu", cache_mib=8, recall_share=0)
+with assembled(Path(sys.argv[1]), options) as (server, app, load), TestClient(app) as client:
+    server.open(load())
     body = {"user": "ann", "history": [{"item": "item-1", "actions": ["click"]}], "k": 3}
     client.post("/v1/recommend", json=body)
-    entered.clear()
-    assert client.post("/v1/recommend", json=body | {"user": "bob"}).status_code == 200
-    print(*sorted(entered))
-sys.setprofile(None)
-deployments.close()
+    for kv in ("miss", "hit"):
+        entered.clear()
+        answer = client.post("/v1/recommend", json=body | {"user": "bob"})
+        assert (answer.status_code, answer.json()["kv"]) == (200, kv)
+        print(*sorted(entered))
+    sys.setprofile(None)
+    server.deployments.close()
 """
 
 
@@ -42,6 +41,9 @@ def test_one_recommendation_passes_few_files() -> None:
     command = [sys.executable, "-c", TRACE, str(STORED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    entered = done.stdout.split()
-    assert "/runtime/recommender.py" in entered
-    assert len(entered) <= 28, done.stdout
+    for line in done.stdout.splitlines():
+        observers = {path for path in line.split() if "/observe/" in path}
+        answering = set(line.split()) - observers
+        assert observers == {"/runtime/server/observe/metrics.py"}
+        assert "/runtime/recommender.py" in answering
+        assert len(answering) <= 20, line

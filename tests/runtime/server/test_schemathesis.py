@@ -8,19 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from answers import STORED
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
-from live_server import deployed, listening
-
-from unipinrec.runtime.server.admin import AdminOptions, admin_routes
-from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.openapi import openapi_route
-from unipinrec.runtime.server.page import page_routes
-from unipinrec.runtime.server.v2.routes import oip_routes
+from live_server import SMALL, listening, served
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
@@ -30,11 +25,11 @@ HANG_S = 10
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with deployed(STORED) as deployments:
-        server = make_server(deployments=deployments)
-        admin = admin_routes(server, AdminOptions(folder=tmp_path_factory.mktemp("no-bundles"), token=TOKEN))
-        more = [*oip_routes(server), *page_routes(server), openapi_route(server), *admin]
-        with listening(make_app(server, more)) as port:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKEN_OF_A_TEST", TOKEN)
+        folder = tmp_path_factory.mktemp("no-bundles")
+        options = replace(SMALL, admin_token_env="TOKEN_OF_A_TEST", bundles=folder)
+        with served(STORED, options) as app, listening(app) as port:
             yield f"http://127.0.0.1:{port}"
 
 

@@ -16,7 +16,6 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, Recommender
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry
-from unipinrec.runtime.resolve import window_start
 from unipinrec.runtime.tools.arrivals import KUAIRAND, ArrivalModel
 from unipinrec.runtime.tools.capacity import (
     ACTIVITY_EXPONENT,
@@ -35,6 +34,7 @@ from unipinrec.runtime.tools.capacity import (
     smallest_fleet,
     user_pages,
 )
+from unipinrec.runtime.validation import window_start
 
 RESULTS = Path(__file__).resolve().parents[3] / "bench/results/arrivals.json"
 COSTS = StageCosts(encode_ms=30.0, extend_ms=3.0, retrieve_ms=2.0, rank_ms=11.0)

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.export.precision.typed import emulated_graph
 from unipinrec.runtime import Bundle
-from unipinrec.runtime.bundle.files import fingerprint, seal
+from unipinrec.runtime.bundle.integrity import fingerprint, seal
 from unipinrec.runtime.bundle.manifest import Agreement, GraphSpec, PrecisionSpec
 from unipinrec.runtime.tools.compile import Compiled, compile_bundle
 from unipinrec.runtime.tools.compile_plan import CompileTask

@@ -20,12 +20,12 @@ from unipinrec.runtime.tools.engines import list_engines
 from unipinrec.runtime.trt.build import BuildTask, BuiltEngine
 from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
 from unipinrec.runtime.trt.profiles import parse_bucket
-from unipinrec.runtime.trt.record import Machine
+from unipinrec.runtime.trt.record import EngineHost
 from unipinrec.runtime.trt.store import EngineStore
 
 GRAPHS = ["encoder", "extend", "retrieval", "ranker"]
 HOW = "built ahead of time, where they cannot run; they run when it is first loaded"
-GPU = Machine(id=HERE.id, gpu="NVIDIA L40S", architecture="sm_89", driver="13.0")
+GPU = EngineHost(id=HERE.id, gpu="NVIDIA L40S", architecture="sm_89", driver="13.0")
 
 
 @pytest.fixture(scope="module")

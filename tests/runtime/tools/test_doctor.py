@@ -8,14 +8,14 @@ import msgspec
 import onnxruntime
 import pytest
 from answers import STORED
-from fake_gpu import install_engines, put_gpu, wrong_ranker
+from fake_gpu import HostMachine, install_engines, wrong_ranker
 from host_cuda import HostRuntime
 
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.tools.doctor import _driver_version, examine
 from unipinrec.runtime.trt.cuda import GpuInfo
-from unipinrec.runtime.trt.record import this_machine
+from unipinrec.runtime.trt.record import engine_host
 
 NO_DRIVER = "there is no NVIDIA driver here"
 without_driver = pytest.mark.skipif(driver_problem() is None, reason="this machine has an NVIDIA driver")
@@ -28,8 +28,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def gpu(memory: HostRuntime, monkeypatch: pytest.MonkeyPatch) -> GpuInfo:
-    return put_gpu(monkeypatch, memory)
+def machine(memory: HostRuntime) -> HostMachine:
+    return HostMachine(memory)
+
+
+@pytest.fixture
+def gpu(machine: HostMachine) -> GpuInfo:
+    return machine.info
 
 
 @without_driver
@@ -101,8 +106,10 @@ def test_a_bundle_is_loaded_as_a_server_loads_it() -> None:
     assert nothing.engines_problem == nothing.auto.problem
 
 
-def test_engines_are_listed_with_their_state(gpu: GpuInfo, memory: HostRuntime, cache: Path) -> None:
-    missing = examine(STORED)
+def test_engines_are_listed_with_their_state(
+    machine: HostMachine, gpu: GpuInfo, memory: HostRuntime, cache: Path
+) -> None:
+    missing = examine(STORED, machine)
     assert missing.gpu.info == gpu
     assert (missing.devices["tensorrt"], missing.engines) == (None, ())
     assert missing.auto.device is not None
@@ -110,7 +117,7 @@ def test_engines_are_listed_with_their_state(gpu: GpuInfo, memory: HostRuntime, 
     assert "no engine of encoder in fp32 was compiled; run unipinrec compile" in missing.auto.device.refused[0]
 
     install_engines(Bundle.open(STORED), gpu)
-    found = examine(STORED)
+    found = examine(STORED, machine)
     assert found.auto.device is not None
     assert (found.auto.device.name, found.auto.device.refused) == ("tensorrt-fp32", ())
     assert sorted(str(engine.graph) for engine in found.engines) == ["encoder", "extend", "ranker", "retrieval"]
@@ -128,24 +135,24 @@ def test_engines_are_listed_with_their_state(gpu: GpuInfo, memory: HostRuntime, 
     assert memory.left() == {}
 
 
-def test_an_engine_that_is_not_used_says_why(gpu: GpuInfo) -> None:
-    install_engines(Bundle.open(STORED), gpu, this_machine("Other GPU", gpu.architecture))
-    found = examine(STORED)
+def test_an_engine_that_is_not_used_says_why(machine: HostMachine, gpu: GpuInfo) -> None:
+    install_engines(Bundle.open(STORED), gpu, engine_host("Other GPU", gpu.architecture))
+    found = examine(STORED, machine)
     assert len(found.engines) == 4
     assert all("was built on a Other GPU" in str(engine.problem) for engine in found.engines)
 
 
-def test_a_cache_that_others_can_reach_is_told(gpu: GpuInfo, cache: Path) -> None:
+def test_a_cache_that_others_can_reach_is_told(machine: HostMachine, gpu: GpuInfo, cache: Path) -> None:
     install_engines(Bundle.open(STORED), gpu)
     cache.chmod(0o755)
-    found = examine(STORED)
+    found = examine(STORED, machine)
     assert (found.cache.mode, found.cache.entries) == ("755", 0)
     assert "755" in str(found.cache.problem)
 
 
 @pytest.mark.usefixtures("homeless")
-def test_a_user_without_a_home_has_no_cache() -> None:
-    found = examine(STORED)
+def test_a_user_without_a_home_has_no_cache(machine: HostMachine) -> None:
+    found = examine(STORED, machine)
     assert (found.cache.path, found.cache.mode, found.cache.entries, found.cache.size_bytes) == (None, None, 0, 0)
     assert "set UNIPINREC_CACHE" in str(found.cache.problem)
     assert (found.engines, found.engines_problem) == ((), found.cache.problem)
@@ -153,18 +160,17 @@ def test_a_user_without_a_home_has_no_cache() -> None:
     assert (found.auto.device.name, found.auto.problem) == ("cpu", None)
 
 
-def test_a_gpu_with_wrong_answers_leaves_the_cpu(gpu: GpuInfo, tmp_path: Path) -> None:
+def test_a_gpu_with_wrong_answers_leaves_the_cpu(machine: HostMachine, gpu: GpuInfo, tmp_path: Path) -> None:
     stored = Bundle.open(STORED)
     install_engines(stored, gpu, files={"ranker": wrong_ranker(stored, tmp_path)})
-    found = examine(STORED)
+    found = examine(STORED, machine)
     assert found.auto.device is not None
     assert (found.auto.device.name, found.auto.device.reason) == ("cpu", "asked for")
     assert "golden outputs do not reproduce on tensorrt-fp32" in str(found.auto.problem)
 
 
-@pytest.mark.usefixtures("gpu")
-def test_the_expected_device_without_a_bundle() -> None:
-    expected = examine().auto.device
+def test_the_expected_device_without_a_bundle(machine: HostMachine) -> None:
+    expected = examine(machine=machine).auto.device
     assert expected is not None
     assert (expected.name, expected.reason) == ("tensorrt", "auto, once its engines are compiled; cuda until then")
 

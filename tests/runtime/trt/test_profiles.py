@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec, TensorSpec
-from unipinrec.runtime.graphs.grouping import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
 from unipinrec.runtime.trt.profiles import (
     Bucket,
     covering,

@@ -20,10 +20,10 @@ from unipinrec.runtime.trt.record import (
     BuildOptions,
     EngineKey,
     Verification,
+    engine_host,
     graph_hash,
     needs_of,
     runs_on,
-    this_machine,
     unfit,
 )
 
@@ -134,13 +134,13 @@ def test_a_machine_shows_a_hash_of_its_id(monkeypatch: pytest.MonkeyPatch, tmp_p
     identity.write_text("0123456789abcdef\n")
     empty.touch()
     monkeypatch.setattr(engine_record, "MACHINE_IDS", (tmp_path / "absent", empty, identity))
-    machine = this_machine("NVIDIA H200", "sm_90", "13.0")
+    machine = engine_host("NVIDIA H200", "sm_90", "13.0")
     assert machine.id == "da7ceff4e6143568b6d858b5719c7fa55a918d9d16f23783635f1a0afcd00402"
     assert (machine.gpu, machine.architecture, machine.driver) == ("NVIDIA H200", "sm_90", "13.0")
     identity.write_text("another")
-    assert this_machine().id != machine.id
+    assert engine_host().id != machine.id
     monkeypatch.setattr(engine_record, "MACHINE_IDS", ())
-    assert len(this_machine().id) == 64
+    assert len(engine_host().id) == 64
 
 
 def test_a_graph_is_hashed_with_the_weights_that_it_refers_to(tmp_path: Path, reseal: Callable[[Path], None]) -> None:

@@ -25,8 +25,8 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.golden_check import compare_golden
-from unipinrec.runtime.graphs.buffer import KvBuffer, row_of
-from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
+from unipinrec.runtime.graphs.backend import row_of
+from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories
 from unipinrec.runtime.trt.load import Plan
 from unipinrec.runtime.trt.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket
 from unipinrec.runtime.trt.session import TensorRtBackend

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.app import make_app, make_server, route
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
 from unipinrec.runtime.server.operations import Operation
 

@@ -19,7 +19,7 @@ from unipinrec.runtime.machine import driver_problem
 from unipinrec.runtime.requests import Event
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Call, Server
+from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.deployments import Deployment, Deployments
 from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
 

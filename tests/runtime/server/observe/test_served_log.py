@@ -28,12 +28,12 @@ from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
 from unipinrec.models.data.served import SCHEMA
+from unipinrec.runtime.requests import Slate, SlateItem, StageTimes
 from unipinrec.runtime.server.api import RecommendBody
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Call
+from unipinrec.runtime.server.call import Call
 from unipinrec.runtime.server.observe import served_log as server_served_log
 from unipinrec.runtime.server.observe.served_log import COLUMNS, ServedLog, ServedLogOptions
-from unipinrec.runtime.slate import Slate, SlateItem, StageTimes
 
 AT = 1_760_000_000_000
 

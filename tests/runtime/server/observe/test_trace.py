@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Server
+from unipinrec.runtime.server.call import Server
 from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_route
 
 EVENTS = [{"item": "item-7", "actions": ["click"]}]

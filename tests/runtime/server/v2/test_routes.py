@@ -13,11 +13,11 @@ from live_server import deployed, listening
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.golden import read_golden
-from unipinrec.runtime.bundle.tensors import Tensor
+from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.context import Server
+from unipinrec.runtime.server.call import Server
 from unipinrec.runtime.server.v2.graphs import GraphLimits
 from unipinrec.runtime.server.v2.routes import oip_routes
 

@@ -16,7 +16,7 @@ import pytest
 from served_process import HISTORY, started
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server.process.run import RunOptions, listen
+from unipinrec.runtime.server.process.lifecycle import RunOptions, listen
 
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n"
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BundleCorruptError, BundleError, DataError, ExportError, RequestError
 from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, verify_bundle
 from unipinrec.runtime.tools.new_items import NewItem
-from unipinrec.runtime.tools.update import UpdateReport, update_bundle
+from unipinrec.runtime.tools.update_bundle import UpdateReport, update_bundle
 
 Reseal = Callable[..., None]
 FIXTURE = Path(__file__).resolve().parents[2] / "fixtures/bundle_v1"
@@ -29,7 +29,7 @@ OPTIONS = RecommendOptions(now_ms=T + 1000)
 UPDATE = """
 import resource, sys
 from pathlib import Path
-from unipinrec.runtime.tools.update import update_bundle
+from unipinrec.runtime.tools.update_bundle import update_bundle
 from unipinrec.runtime.tools.new_items import parse_items
 limit = int(sys.argv[4])
 def progress(stage):
@@ -233,7 +233,7 @@ def test_an_index_that_misses_the_target_is_built_anew(
     report = update(tmp_path / "half", tmp_path / "more", (new("new-1"),), retire=(ids[200],))
     assert (report.way, report.index.count, report.items_after) == ("incremental", 141, 140)
     assert verify_bundle(tmp_path / "more").ok
-    monkeypatch.setattr("unipinrec.runtime.tools.update.grow_index", lambda *_: None)
+    monkeypatch.setattr("unipinrec.runtime.tools.update_bundle.grow_index", lambda *_: None)
     report = update(tmp_path / "more", tmp_path / "anew", retire=(ids[201],))
     assert (report.way, report.index.count, report.items_after) == ("rebuilt", 139, 139)
     slate = Recommender.load(tmp_path / "anew").recommend(
@@ -360,7 +360,7 @@ def test_a_failure_at_any_step_leaves_nothing(
 
     before = state(bundle)
     instead = SimpleNamespace(copyfile=fail) if broken == "shutil" else fail
-    monkeypatch.setattr(f"unipinrec.runtime.tools.update.{broken}", instead)
+    monkeypatch.setattr(f"unipinrec.runtime.tools.update_bundle.{broken}", instead)
     with pytest.raises(ExportError, match=r"could not write .*new: .*Input/output error; nothing was left behind"):
         update(bundle, tmp_path / "new", (new("n"),))
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,7 @@ from unipinrec.runtime.bundle.bundle import (
     Bundle,
 )
 from unipinrec.runtime.bundle.catalogue import as_known
-from unipinrec.runtime.bundle.files import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.recommender import Recommender

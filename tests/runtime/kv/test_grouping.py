@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unipinrec.runtime.graphs.grouping import MAX_ROWS, MAX_SLOTS, Padding, PaddingMeter, Work, grouped, half_octave
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.kv.histories import Padding, PaddingMeter, Work, grouped, half_octave
 
 LIMITS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WORK = Work(kind="miss", slots=33, new=32, candidates=200)

@@ -1,8 +1,9 @@
-"""What the handlers share, and what is known of one HTTP request."""
+"""One HTTP request from its arrival to its answer, and what the handlers share."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 import time
@@ -12,19 +13,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from unipinrec.errors import BackendError, ConfigError
+from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
-from unipinrec.runtime.server.admission import Admission
+from unipinrec.runtime.requests import Slate
+from unipinrec.runtime.server.admission import Admission, UsersInFlight
 from unipinrec.runtime.server.api import Limits, RecommendBody, Refusal
 from unipinrec.runtime.server.deployments import Deployment, Deployments
 from unipinrec.runtime.server.events.store import EventStore
-from unipinrec.runtime.slate import Slate
+from unipinrec.runtime.server.operations import Operation
 
+CLIENT_LEFT = 499
+_ENCODER = msgspec.json.Encoder()
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 Phase = Literal["loading", "ready", "draining"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,38 +203,6 @@ def _when_all_done(
         count()
 
 
-class UsersInFlight:
-    """Which users are being answered, so that forgetting one can wait for what was begun before."""
-
-    def __init__(self) -> None:
-        self._calls: dict[str, set[asyncio.Future[None]]] = {}
-
-    def enter(self, user: str | None) -> Callable[[], None]:
-        """From now on a request of this user is under way; call what is returned, in the loop's thread, at its end."""
-        if user is None:
-            return _nothing
-        token = asyncio.get_running_loop().create_future()
-        calls = self._calls.setdefault(user, set())
-        calls.add(token)
-
-        def leave() -> None:
-            if not token.done():
-                token.set_result(None)
-                calls.discard(token)
-                if not calls and self._calls.get(user) is calls:
-                    del self._calls[user]
-
-        return leave
-
-    def of(self, user: str) -> set[asyncio.Future[None]]:
-        """What is under way for a user at this moment."""
-        return set(self._calls.get(user, ()))
-
-
-def _nothing() -> None:
-    pass
-
-
 Observer = Callable[[Call], None]
 
 
@@ -316,3 +291,68 @@ class Server:
 
 
 Handler = Callable[[Server, Call], Coroutine[Any, Any, Response]]
+
+
+def as_json(answer: Any, status: int = 200) -> Response:
+    """An answer as JSON."""
+    return Response(_ENCODER.encode(answer), status, media_type="application/json")
+
+
+def refusal_of(error: Exception, call_id: str) -> Refusal:
+    """What the client is told of an error; what was not made for it is logged, and said to be internal."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, RequestError):
+        return invalid(error)
+    log.error("request %s failed", call_id, exc_info=error)
+    return Refusal(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
+
+
+def invalid(error: RequestError) -> Refusal:
+    """What the client is told, without the frames that led to it: they would keep the bundle alive."""
+    return Refusal(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Endpoint:
+    """A handler as an ASGI application, with a request id, a deadline, and its errors as JSON."""
+
+    server: Server
+    operation: Operation
+    handler: Handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        call = self.server.call(Request(scope, receive, send), self.operation.documented)
+        try:
+            self.server.set_deadline(call)
+            response = await self.handler(self.server, call)
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_LEFT)
+        except Exception as error:
+            response = self._refused(refusal_of(error, call.id), call)
+            _let_go(error)
+        response.headers["x-request-id"] = call.id
+        if self.server.phase == "draining":
+            response.headers["connection"] = "close"
+        call.status, call.seconds = response.status_code, time.perf_counter() - call.began
+        for observe in () if call.answered_elsewhere else self.server.observers:
+            observe(call)
+        response.headers.update(call.headers)
+        await response(scope, receive, send)
+
+    def _refused(self, refusal: Refusal, call: Call) -> Response:
+        call.code = refusal.detail.code
+        response = as_json(self.operation.error.of(refusal.detail), refusal.status)
+        response.headers.update(refusal.headers or {})
+        return response
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of the frames of a traceback: they hold the request and its body, and often a future that holds the error.
+
+    Only the garbage collector would find that cycle, and it counts objects, not their bytes.
+    """
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

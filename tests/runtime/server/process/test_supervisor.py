@@ -25,8 +25,8 @@ from served_process import HISTORY, Running, started
 from twin_bundle import twin
 
 from unipinrec.cli import main
+from unipinrec.runtime.server.process.lifecycle import Place
 from unipinrec.runtime.server.process.peers import Peers
-from unipinrec.runtime.server.process.run import Place
 
 COUNT, NOW_MS = 2, 1_000_000
 TOGETHER = ("--processes", str(COUNT))

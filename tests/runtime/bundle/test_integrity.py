@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from unipinrec.errors import ExportError
-from unipinrec.runtime.bundle.files import file_problems, fingerprint, write_arrays, written_whole
+from unipinrec.runtime.bundle.integrity import file_problems, fingerprint, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import FileSpec
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.server.process.run import Place, RunOptions, listen
+from unipinrec.runtime.server.process.lifecycle import Place, RunOptions, listen
 
 LOOK_S = 0.2
 GRACE_S = 10.0  # beyond what draining may take
