@@ -91,9 +91,7 @@ def arrow(points: list[tuple[float, float]], kind: str = "", dashed: bool = Fals
     head += f"{x - 8 * right + 5 * down},{y - 8 * down + 5 * right}"
     line = " ".join(f"{px},{py}" for px, py in [*points[:-1], (x - 6 * right, y - 6 * down)])
     dashes = ' stroke-dasharray="4 3"' if dashed else ""
-    return (
-        f'<polyline class="{kind or "arrow"}" points="{line}"{dashes}/><polygon class="{kind}tip" points="{head}"/>'
-    )
+    return f'<polyline class="{kind or "arrow"}" points="{line}"{dashes}/><polygon class="{kind}tip" points="{head}"/>'
 
 
 def upper() -> list[str]:
@@ -135,7 +133,7 @@ def lower() -> list[str]:
 
 def legend() -> list[str]:
     """What the colours mean, in the free corner."""
-    parts = [
+    return [
         *cells(24, LOW + 8, 1, 12.6, new=0),
         text(46, LOW + 19, "encoded before", anchor="start"),
         *cells(24, LOW + 33, 1, 12.6, new=1),
@@ -144,7 +142,6 @@ def legend() -> list[str]:
         text(46, LOW + 69, "a returning user:", anchor="start"),
         text(46, LOW + 86, "encode new events only", anchor="start"),
     ]
-    return parts
 
 
 def picture() -> str:

@@ -13,11 +13,11 @@ from unipinrec.runtime.serve import ServeOptions, serve_bundle
 
 def query(url: str, bundle: Path) -> Any:
     """Wait for the server, send it an event of a user, and ask what to recommend next."""
-    while True:
+    for _ in range(600):
         try:
             urlopen(f"{url}/health/ready")
             break
-        except OSError:  # not listening yet, or 503 while the bundle is checked
+        except OSError:  # it does not listen yet, or says 503 while it checks the bundle
             time.sleep(0.1)
     item = json.loads((bundle / "item_ids.json").read_text())[0]
     action = json.loads((bundle / "manifest.json").read_text())["actions"][0]
