@@ -6,18 +6,16 @@ first, as `Recommender.load` does, and runs it only where the operator allowed i
 
 from __future__ import annotations
 
-import datetime
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from unipinrec import __version__
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.integrity import fingerprint, seal, written_whole
+from unipinrec.runtime.bundle.derived import seal_derived
+from unipinrec.runtime.bundle.integrity import written_whole
 from unipinrec.runtime.bundle.manifest import EngineSpec
 from unipinrec.runtime.tools.compile import Compiled, GraphProgress, build_graph
 from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of, require_golden_covered
@@ -66,8 +64,8 @@ def compile_ahead(
                 records.append(msgspec.structs.replace(record, verified=AHEAD))
                 (folder / plan_file(record)).write_bytes(plan)
                 progress(name, 1.0, "built")
-        digest = _write(bundle, records, folder)
-        Bundle.open(folder)
+        _write(bundle, records, folder)
+        digest = Bundle.open(folder).hash
     return digest, tuple(Compiled(record=record, built=True) for record in records)
 
 
@@ -83,29 +81,14 @@ def carried_records(bundle: Bundle) -> list[EngineRecord]:
     return msgspec.json.decode(bundle.files[RECORDS].read_bytes(), type=list[EngineRecord])
 
 
-def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> str:
-    """Copy the parent's files beside the engines and seal the bundle; returns its hash."""
+def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> None:
+    """Copy the parent's files beside the engines and seal the bundle."""
     again = {_what(record) for record in built}
     before = [record for record in carried_records(parent) if _what(record) not in again]
     records = [*before, *built]
     (folder / RECORDS).write_bytes(msgspec.json.format(msgspec.json.encode(records)))
     dropped = {engine.file for engine in parent.manifest.engines} - {plan_file(record) for record in before}
-    files = {path.name: fingerprint(path) for path in folder.iterdir()}
-    for name, spec in parent.manifest.files.items():
-        if name not in files and name not in dropped:
-            shutil.copyfile(parent.files[name], folder / name)
-            files[name] = spec
-    manifest = msgspec.structs.replace(
-        parent.manifest,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        files=dict(sorted(files.items())),
-        tools=parent.manifest.tools | {"unipinrec": __version__},
-        parent=parent.hash,
-        kv_namespace=parent.kv_namespace,
-        kv_rows=parent.kv_rows,
-        engines=tuple(map(_spec, records)),
-    )
-    return seal(folder, manifest)
+    seal_derived(folder, parent, dropped=dropped, engines=tuple(map(_spec, records)))
 
 
 def _what(record: EngineRecord) -> tuple[str, ...]:

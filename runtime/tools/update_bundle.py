@@ -6,9 +6,7 @@ keeps its row, since histories refer to it, but is never found again; added agai
 
 from __future__ import annotations
 
-import datetime
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec import __version__
 from unipinrec.errors import DataError
 from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
@@ -33,7 +30,8 @@ from unipinrec.runtime.bundle.bundle import (
     Bundle,
 )
 from unipinrec.runtime.bundle.catalogue import as_known
-from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle.derived import seal_derived
+from unipinrec.runtime.bundle.integrity import seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.recommender import Recommender
@@ -203,25 +201,8 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
             write_arrays(folder / POPULAR, {SHARE: _with_added(parent.popularity, len(added.ids))})
     if len(update.retired):
         (folder / RETIRED).write_bytes(msgspec.json.encode(update.retired.tolist()))
-    files = {path.name: fingerprint(path) for path in folder.iterdir()}
-    for name, spec in parent.manifest.files.items():
-        if name not in files:
-            shutil.copyfile(parent.files[name], folder / name)
-            files[name] = spec
-    manifest = msgspec.structs.replace(
-        parent.manifest,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        num_items=len(update.table),
-        num_retired=len(update.retired),
-        files=dict(sorted(files.items())),
-        index=index,
-        tools=parent.manifest.tools | {"unipinrec": __version__},
-        parent=parent.hash,
-        kv_namespace=parent.kv_namespace,
-        kv_rows=parent.kv_rows,
-    )
-    seal(folder, manifest)
-    return manifest
+    num_items, num_retired = len(update.table), len(update.retired)
+    return seal_derived(folder, parent, num_items=num_items, num_retired=num_retired, index=index)
 
 
 def _with_added(shares: NDArray[np.float32], count: int) -> NDArray[np.float32]:
