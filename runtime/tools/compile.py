@@ -59,10 +59,10 @@ def compile_bundle(
         BackendError: A graph cannot be built as asked, an engine does not compute in its precision or does not answer
             the golden requests as PyTorch did, or the cache cannot be written to.
     """
-    keys = keys_of(bundle, task, trt, cuda.architecture)
+    keys = keys_of(bundle, task, trt, cuda.info.architecture)
     require_golden_covered(bundle, task)
     needs = needs_of(bundle, task.precision, trt)
-    machine = engine_host(cuda.name, cuda.architecture, cuda.driver_version)
+    machine = engine_host(cuda.info)
     store.prepare()
     found = {} if task.force else {graph: store.sound(key) for graph, key in keys.items()}
     kept = {graph: record for graph, record in found.items() if record and not unfit(record, needs[graph], machine)}
@@ -133,7 +133,7 @@ def verify_engines(
         kernels = backend.compiled_kernels()
     if not verified.passed:
         raise BackendError(
-            f"{bundle.path}: the engines of {trt} on {cuda.name} in {precision} were not installed: {verified.how}"
+            f"{bundle.path}: the engines of {trt} on {cuda.info.name} in {precision} were not installed: {verified.how}"
         )
     return verified, kernels
 

@@ -18,12 +18,11 @@ from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
 from unipinrec.runtime.requests import CANDIDATES
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.profiles import NAMES, Bucket, Range, covering, for_graph
-from unipinrec.runtime.trt.record import BuildOptions, EngineKey, needs_of
+from unipinrec.runtime.trt.record import DEFAULT_OPTIONS, BuildOptions, EngineKey, needs_of
 
 KEY_VALUES = ("past_key_values.", "present.")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 SUM = re.compile(r"^(\w+) \+ (\d+)$")
-DEFAULTS = BuildOptions()
 Sizes = Mapping[str, int]
 
 
@@ -43,7 +42,7 @@ class CompileTask:
     precision: str
     buckets: tuple[Bucket, ...]
     targets: tuple[str, ...] | None = None
-    options: BuildOptions = DEFAULTS
+    options: BuildOptions = DEFAULT_OPTIONS
     timing_cache: Path | None = None
     force: bool = False
 

@@ -163,7 +163,7 @@ def _engines(
 ) -> tuple[EngineReport, ...]:
     if isinstance(store, Reason):
         raise BackendError(store)
-    machine = engine_host(gpu.name, gpu.architecture, gpu.driver_version) if gpu else engine_host()
+    machine = engine_host(gpu)
     return tuple(map(_engine, list_engines(Bundle.open(path), store, machine, installed)))
 
 

@@ -62,10 +62,6 @@ class PinnedBuffer:
     address: int
     view: NDArray[np.uint8]
 
-    def __len__(self) -> int:
-        """Size in bytes."""
-        return len(self.view)
-
 
 class Cuda:
     """One GPU; thread-safe. The caller gives back all memory and streams.
@@ -94,13 +90,9 @@ class Cuda:
         self.info = describe(bindings, device)
         self.activate()
         self._pool = self._call(f"take memory of GPU {device}", "cudaDeviceGetDefaultMemPool", device)
-        self._call(
-            "keep freed memory",
-            "cudaMemPoolSetAttribute",
-            self._pool,
-            self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold,
-            bindings.driver.cuuint64_t(KEEP_ALL),
-        )
+        threshold = self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        keep_all = bindings.driver.cuuint64_t(KEEP_ALL)
+        self._call("keep freed memory", "cudaMemPoolSetAttribute", self._pool, threshold, keep_all)
 
     @classmethod
     def open(cls, device: int = 0) -> Cuda:
@@ -247,8 +239,7 @@ def import_cuda() -> Any:
     Raises:
         BackendError: The driver or the bindings are missing, or the driver does not start.
     """
-    problem = driver_problem()
-    if problem is not None:
+    if problem := driver_problem():
         raise BackendError(problem)
     try:
         import cuda.bindings.driver  # noqa: PLC0415 - an extra, imported here alone

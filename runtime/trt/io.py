@@ -27,11 +27,8 @@ def differences(module: Any, engine: Any, spec: GraphSpec) -> list[str]:
         dtype = engine.get_tensor_dtype(name).name
         where = "" if engine.get_tensor_location(name) == module.TensorLocation.DEVICE else " on the host"
         actual[name] = (kind, TYPE_NAMES.get(dtype, dtype) + where, tuple(engine.get_tensor_shape(name)))
-    expected = {
-        tensor.name: (kind, tensor.dtype, tensor.shape)
-        for kind, tensors in (("input", spec.inputs), ("output", spec.outputs))
-        for tensor in tensors
-    }
+    expected = {tensor.name: ("input", tensor.dtype, tensor.shape) for tensor in spec.inputs}
+    expected |= {tensor.name: ("output", tensor.dtype, tensor.shape) for tensor in spec.outputs}
     problems = [f"{name} is missing" for name in expected.keys() - actual.keys()]
     problems += [f"{name} is not known" for name in actual.keys() - expected.keys()]
     for name in actual.keys() & expected.keys():
@@ -68,14 +65,11 @@ def uncovered(
     request = _named(spec.inputs, shapes)
     covered = []
     for profile in profiles:
-        ranges = {name: list(zip(low, high, strict=True)) for name, (low, _, high) in profile.items()}
-        covered.append(
-            ", ".join(f"{name} {low} to {high}" for name, (low, high) in _named(spec.inputs, ranges).items())
-        )
+        limits = {name: list(zip(low, high, strict=True)) for name, (low, _, high) in profile.items()}
+        ranges = _named(spec.inputs, limits).items()
+        covered.append(", ".join(f"{name} {low} to {high}" for name, (low, high) in ranges))
     # The default sizes of the other dimensions cover all lengths of a history.
-    bucket = ",".join(
-        f"{name}=1:{request[name]}:{request[name]}" for name in ("batch", "candidates") if name in request
-    )
+    bucket = ",".join(f"{name}=1:{size}:{size}" for name, size in request.items() if name in ("batch", "candidates"))
     sizes = ", ".join(f"{name} {size}" for name, size in request.items())
     return (
         f"{graph}: no profile of the engine covers {sizes}; they cover {'; or '.join(covered)}. Send less, or compile "

@@ -64,9 +64,14 @@ def import_tensorrt(flavor: Flavor | None = None) -> TensorRT:
     missing = []
     for candidate in (flavor,) if flavor else FLAVORS:
         module, problem = _import(candidate)
+        remedy = f"run pip install 'unipinrec[{EXTRAS[candidate]}]'"
         if module is not None:
-            return _checked(candidate, module)
-        missing.append(f"{NAMES[candidate]} {problem}; run pip install 'unipinrec[{EXTRAS[candidate]}]'")
+            version, (first, end) = str(module.__version__), VERSIONS[candidate]
+            if first <= tuple(map(int, version.split(".")[:2])) < end:
+                return TensorRT(module=module, flavor=candidate, version=version)
+            bounds = f"at least {'.'.join(map(str, first))} and less than {end[0]}"
+            raise BackendError(f"{NAMES[candidate]} {version} is installed; {bounds} is needed: {remedy}")
+        missing.append(f"{NAMES[candidate]} {problem}; {remedy}")
     raise BackendError("; ".join(missing))
 
 
@@ -85,17 +90,6 @@ def _import(flavor: Flavor) -> tuple[Any, str]:
                 return module, ""
             problem = f"is not installed: {name} is something else ({getattr(module, '__file__', None) or 'a folder'})"
     return None, problem
-
-
-def _checked(flavor: Flavor, module: Any) -> TensorRT:
-    version = str(module.__version__)
-    first, end = VERSIONS[flavor]
-    if not first <= tuple(map(int, version.split(".")[:2])) < end:
-        raise BackendError(
-            f"{NAMES[flavor]} {version} is installed; at least {'.'.join(map(str, first))} and less than {end[0]} is "
-            f"needed: run pip install 'unipinrec[{EXTRAS[flavor]}]'"
-        )
-    return TensorRT(module=module, flavor=flavor, version=version)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -148,17 +142,12 @@ def _logger(module: Any, readers: weakref.WeakSet[LogLines]) -> Any:
         severity.INTERNAL_ERROR: logging.CRITICAL,
         severity.ERROR: logging.ERROR,
         severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-        severity.VERBOSE: logging.DEBUG,
     }
 
     class Logger(module.ILogger):  # type: ignore[misc]  # its base comes with the module
-        def __init__(self) -> None:
-            super().__init__()
-
         def log(self, severity: Any, msg: str) -> None:
             """Take one message; called by TensorRT."""
-            level = levels[severity]
+            level = levels.get(severity, logging.DEBUG)
             with _making:
                 listening = list(readers)
             for lines in listening:

@@ -42,12 +42,8 @@ class DeviceBlock:
             BackendError: There is not enough memory.
         """
         self.nbytes, self.address = nbytes, cuda.malloc(nbytes, stream)
-        self._free = weakref.finalize(self, _free, cuda, self.address, stream)
-        self._free.atexit = False  # the process takes its memory with it
-
-    def free(self) -> None:
-        """Free it now; may be called again."""
-        self._free()
+        self.free = weakref.finalize(self, _free, cuda, self.address, stream)  # may be called early, and again
+        self.free.atexit = False  # the process takes its memory with it
 
 
 def _free(cuda: Cuda, address: int, stream: int) -> None:
@@ -63,7 +59,7 @@ class _Pinned:
         self._buffer: PinnedBuffer | None = None
 
     def reserve(self, nbytes: int) -> PinnedBuffer:
-        if self._buffer is None or len(self._buffer) < nbytes:
+        if self._buffer is None or len(self._buffer.view) < nbytes:
             self.release()
             # Doubled sizes, so that a somewhat larger run fits as well.
             self._buffer = self._cuda.host_alloc(max(SMALLEST, 1 << (nbytes - 1).bit_length()))
@@ -99,7 +95,7 @@ class Staging:
         pinned = self._pinned.reserve(total)
         if self._block is None or self._block.nbytes < total:
             self._free_block()
-            self._block = DeviceBlock(self._cuda, len(pinned), self._stream)
+            self._block = DeviceBlock(self._cuda, len(pinned.view), self._stream)
         address = self._block.address
         for (name, array), offset in zip(arrays.items(), offsets, strict=True):
             np.copyto(_view(pinned, offset, dtypes[name], array.shape), array, casting="unsafe")

@@ -218,9 +218,8 @@ def _list(bundle: Bundle, as_json: bool) -> None:
     from unipinrec.runtime.trt.record import engine_host
     from unipinrec.runtime.trt.store import EngineStore
 
-    gpu, store, host = machine().gpu(), EngineStore(), engine_host()
-    if isinstance(gpu, GpuInfo):
-        host = engine_host(gpu.name, gpu.architecture, gpu.driver_version)
+    gpu, store = machine().gpu(), EngineStore()
+    host = engine_host(gpu if isinstance(gpu, GpuInfo) else None)
     engines = list_engines(bundle, store, host, _installed())
     if as_json:
         print_json({"bundle": bundle.hash, "cache": str(store.root), "engines": list(map(listed_document, engines))})

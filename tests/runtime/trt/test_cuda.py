@@ -50,7 +50,7 @@ def test_what_is_copied_in_comes_out(runtime: HostRuntime) -> None:
     cuda.copy_out(here.address, pointer, 1000, stream)
     cuda.synchronize(stream)
     np.testing.assert_array_equal(here.view, there.view)
-    assert len(here) == 1000
+    assert len(here.view) == 1000
     cuda.free(pointer, stream)
     cuda.host_free(there)
     cuda.host_free(there)
