@@ -1,7 +1,7 @@
-"""Engines built ahead of time, without a GPU, for others to run: a new bundle beside the old one that carries them.
+"""Engines built ahead of time, without a GPU, for other machines: a new bundle beside the old one carries them.
 
-Only TensorRT-RTX builds so. The golden requests cannot run here: whoever loads such an engine sends them through it
-first, as `Recommender.load` does, and runs it only where the operator allowed it.
+Only TensorRT-RTX can do this. The golden requests cannot run here: `Recommender.load` sends them through such an engine
+first, and runs it only if the operator allows it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def compile_ahead(
     trt: TensorRT,
     progress: GraphProgress = lambda graph, share, phase: None,
 ) -> tuple[str, tuple[Compiled, ...]]:
-    """Build engines without a GPU and write a bundle that carries them; all or nothing, the old one stays as it is.
+    """Build engines without a GPU and write a bundle that carries them, whole or not at all. Its parent stays as it is.
 
     Args:
-        bundle: What to build from; engines that it carries already are carried on, unless they are built again.
+        bundle: The parent; the new bundle also carries its engines, unless they are built again.
         out: Folder to create; it must not exist.
         tasks: One per precision, each with targets.
         trt: TensorRT-RTX.
@@ -48,8 +48,8 @@ def compile_ahead(
     Raises:
         ConfigError: The bundle has no such precision, a task has no target, or the profiles do not cover the golden
             requests.
-        BackendError: A graph cannot be built as asked.
-        ExportError: The new bundle cannot be written, the disk being full included; nothing was left behind.
+        BackendError: A graph cannot be built.
+        ExportError: The new bundle cannot be written, for example because the disk is full; nothing was left behind.
     """
     with written_whole(out) as folder:
         for task in tasks:
@@ -83,16 +83,16 @@ def carried_records(bundle: Bundle) -> list[EngineRecord]:
 
 def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> None:
     """Copy the parent's files beside the engines and seal the bundle."""
-    again = {_what(record) for record in built}
-    before = [record for record in carried_records(parent) if _what(record) not in again]
+    rebuilt = {_replaceable(record) for record in built}
+    before = [record for record in carried_records(parent) if _replaceable(record) not in rebuilt]
     records = [*before, *built]
     (folder / RECORDS).write_bytes(msgspec.json.format(msgspec.json.encode(records)))
     dropped = {engine.file for engine in parent.manifest.engines} - {plan_file(record) for record in before}
     seal_derived(folder, parent, dropped=dropped, engines=tuple(map(_spec, records)))
 
 
-def _what(record: EngineRecord) -> tuple[str, ...]:
-    """What a later build takes the place of."""
+def _replaceable(record: EngineRecord) -> tuple[str, ...]:
+    """A later build replaces an earlier one that is equal in this."""
     key = record.key
     return key.graph, key.precision, key.flavor, key.version, key.target
 
