@@ -42,7 +42,7 @@ def cache_root() -> Path:
         base = shared if shared.is_absolute() else Path.home() / ".cache"
     except RuntimeError as error:
         raise BackendError(
-            f"no folder for compiled engines: {error}; set UNIPINREC_CACHE to a folder of this user"
+            f"no folder for compiled engines: {error}; set UNIPINREC_CACHE to a folder of this user's own"
         ) from error
     return base / "unipinrec" / "engines"
 
