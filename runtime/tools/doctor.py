@@ -141,14 +141,14 @@ def _cache(store: EngineStore | Reason) -> EngineCache:
     """The cache; nothing is created or changed."""
     if isinstance(store, Reason):
         return EngineCache(path=None, mode=None, entries=0, size_bytes=0, problem=str(store))
-    entries = store.entries()
-    broken = entries.pop("", None)  # the folder itself cannot be trusted
+    entries = _probed(store.entries)
+    broken = entries if isinstance(entries, Reason) else entries.pop("", None)  # "" stands for the whole folder
     status = _probed(store.root.stat)
     sizes = _probed(lambda: sum(path.lstat().st_size for path in store.root.rglob("*") if path.is_file()))
     return EngineCache(
         path=str(store.root),
         mode=None if isinstance(status, Reason) else f"{stat.S_IMODE(status.st_mode):o}",
-        entries=len(entries),
+        entries=0 if isinstance(entries, Reason) else len(entries),
         size_bytes=0 if isinstance(sizes, Reason) else sizes,
         problem=None if broken is None else str(broken),
     )
