@@ -1,9 +1,9 @@
-"""Retrieval baseline that others wrote: RecTools' EASE, a linear model, on the splits and metrics of our own rows.
+"""Retrieval baseline by other authors: RecTools' EASE, a linear model, on the splits and metrics of our own rows.
 
     python bench/baseline_ease.py ml1m     ml-1m_sasrec.txt.gz
     python bench/baseline_ease.py kuairand KUAIRAND_FOLDER
 
-Trained on what `baseline_rectools.py` trains on, and in the same environment. The regularisation with the best NDCG@10
+It has the training data and the environment of `baseline_rectools.py`. The regularisation with the best NDCG@10
 on the validation part is then measured on the test part; with --last-fit after a fit to the validation part as well.
 """
 

@@ -1,7 +1,7 @@
-"""Whatever clients send is refused for a reason that was written for them, or answered as it should be.
+"""Every request of a client is rejected with a documented reason, or answered correctly.
 
-The first byte of an input says what it is: a body of one of the routes as it is, or the choices from which a body is
-made that is likely to be right. What is right is answered, over the stored bundle of the tests, and the answer checked.
+The first byte of an input selects its form: the raw body of a route, or choices that make a probably valid body. The
+stored bundle of the tests answers valid bodies, and the answer is checked.
 Usage: see bench/fuzzing.py.
 """
 

@@ -1,4 +1,4 @@
-"""What storing keys and values in less precision costs and gains: memory, latency, and answers on real histories.
+"""Keys and values stored in less precision: memory, latency, and answers on real histories.
 
     python bench/kv_precision.py BUNDLE [--users 1000] [--rounds 31]
 

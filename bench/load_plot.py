@@ -1,4 +1,4 @@
-"""The plot of bench/server_load.py as SVG: latency and good answers over what was offered.
+"""The plot of bench/server_load.py as SVG: latency and good answers over the offered rate.
 
 python bench/load_plot.py [--out docs/server-load.svg]
 """
@@ -80,7 +80,7 @@ def _text(x: float, y: float, words: str, anchor: str, *, size: int = 11, colour
 
 
 def main() -> None:
-    """Draw what was measured last."""
+    """Draw the last result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "server-load.svg")
     options = parser.parse_args()

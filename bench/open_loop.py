@@ -2,10 +2,10 @@
 
 Arrivals are a Poisson process. A request's latency is counted from the moment it was due, not from when it was sent: a
 server that stalls does not stall the clock (no coordinated omission). Two generators: MLCommons LoadGen in its Server
-scenario (`bench/open_loop_mlperf.py`), and `arrive`, which needs no package and can run until told otherwise.
+scenario (`bench/open_loop_mlperf.py`), and `arrive`, which needs no package and can run until it is stopped.
 
-Connections are raw sockets, kept open: whoever issues writes at once, one thread reads all answers with epoll. An HTTP
-client library would take more of the two cores than the server does.
+Connections are raw sockets, kept open: the issuing thread writes at once, one thread reads all answers with epoll. An
+HTTP client library would take more of the two cores than the server does.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ SAMPLE = re.compile(r'"ph":"b".*"sample_seq":(\d+),.*"sample_idx":(\d+),"issue_s
 def loadgen(port: int, messages: Sequence[bytes], qps: float, seconds: float, folder: Path) -> list[Sample]:
     """The same by MLCommons LoadGen, which leaves its own log in `folder`.
 
-    Latencies are those that LoadGen measured, from its trace. It knows no answer but success, so that it is told of
-    every answer alike, and what came back is kept here.
+    Latencies are from LoadGen's trace. LoadGen counts every answer as a success, so that the answers are kept here.
     """
     answers: list[tuple[int, list[Answer]]] = []
 

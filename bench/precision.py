@@ -1,4 +1,4 @@
-"""What computing in less precision changes: logits, the best ten, and AUC, measured through the emulated graphs.
+"""The effect of less precision on logits, the best ten and AUC, measured through the emulated graphs.
 
     python bench/precision.py BUNDLE [--users 1000]
 
@@ -7,7 +7,7 @@ against fp32:
 
     logit error   of each action over the last events of each user, predicted from the events before them
     AUC change    of each action over the same events
-    agreement     what `export --precision` measures and judges: golden requests and the first users
+    agreement     the check of `export --precision`: golden requests and the first users
     conversions   how many Cast nodes the three graphs have more than in fp32
 
 `rounded_sums` is the same with the sums between blocks rounded too, as most tools for mixed precision would have it.
@@ -39,7 +39,7 @@ PlanOf = Callable[[onnx.ModelProto, LowType], PrecisionPlan]
 
 
 class RoundedSums(PrecisionPlan):
-    """Cheap operators follow what they read, whoever reads them."""
+    """Cheap operators compute in the type of their inputs."""
 
     def _follow_readers(self) -> None:
         pass

@@ -3,13 +3,13 @@
     python bench/replay.py DATA [--users 400] [--candidates 128] [--share 0.3]
 
 DATA is prepared KuaiRand (`unipinrec prepare kuairand`). A request begins where a user comes back after 30 minutes or
-more; its history is all that the user had done by then, at the times of the log, so histories and returns are what they
-were. The model is of the `small` size with random weights over the real catalogue. The first half of the requests warms
+more; its history is all earlier events of the user, at the times of the log, so that histories and returns are real.
+The model is of the `small` size with random weights over the real catalogue. The first half of the requests warms
 the cache, the second is timed, each request on both sides, in turn. The cache may hold `--share` of the pages that all
 users need in the end.
 
 `two models` encodes every history twice (see `bench/serving.py`). Throughput is requests over time of each side; the
-limit is what it would be if every request were a hit that took no time to read.
+limit is the throughput if every request were a hit that takes no time to read.
 """
 
 from __future__ import annotations

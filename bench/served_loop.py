@@ -1,8 +1,8 @@
-"""From a log without negatives to a taught ranker, by what a server itself logged: does it order better than retrieval?
+"""From a log without negatives to a ranker trained on a server's own log: does it order better than retrieval?
 
     python bench/served_loop.py --out FOLDER [--users 1500] [--items 1000] [--epochs 12] [--seeds 7 8 9]
 
-    1  Simulated users; what is known is who clicked what and when, before the last week. No slate, no other action.
+    1  Simulated users; the data is users, items and times of clicks before the last week. No slate, no other action.
     2  Train, export, and serve with `--log-served`.
     3  At each moment of the week at which a simulated user came, in order of time for each: POST /v1/recommend with
        the clicks so far, k = 10; the user looks at the list and clicks by the simulator's truth, which becomes events.
@@ -13,8 +13,8 @@
 
 The first bundle is served in the order of retrieval, since its ranker saw nothing but clicks; the second one by value,
 or by the blend that `export` chooses ("as_served_now").
-The user's interests are those of the simulator's own run: what the served lists do to them is not simulated. The true
-chance is that of an item that is looked at. Every step is the command that a user would type.
+The user's interests are those of the simulator's own run: the lists do not change them. The true chance is that of a
+viewed item. Every step is the command that a user would type.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Loop:
 
 @dataclass(kw_only=True)
 class World:
-    """What is known of the users, and the truth about them."""
+    """The known data of the users, and the truth about them."""
 
     data: Dataset
     moments: Sequence[Moment]
@@ -89,7 +89,7 @@ class World:
 
 
 def world_of(loop: Loop) -> World:
-    """Simulate, and keep the clicks before the week as all that is known."""
+    """Simulate, and keep the clicks before the week as the known data."""
     data, oracle = simulate(loop.simulator)
     begins = loop.ends_ms - LOGGED_DAYS * DAY_MS
     clicks = data.events.filter(pl.col(f"action_{ACTION}") & (pl.col("timestamp_ms") < begins))
@@ -108,7 +108,7 @@ def world_of(loop: Loop) -> World:
 
 
 def write_known(world: World, folder: Path, split: TimeSplit) -> None:
-    """A prepared data set of all that is known: who clicked what and when."""
+    """A prepared data set of the known clicks."""
     rows = [
         (user, event.item, event.surface, event.timestamp_ms, True)
         for user, events in world.histories.items()
@@ -128,7 +128,7 @@ def write_known(world: World, folder: Path, split: TimeSplit) -> None:
 
 
 def command(*words: str | Path) -> None:
-    """Run one subcommand of `unipinrec`; what it says goes to standard error."""
+    """Run one subcommand of `unipinrec`; its output goes to standard error."""
     given = [str(word) for word in words]
     sys.stderr.write(f"$ unipinrec {' '.join(given)}\n")
     subprocess.run([sys.executable, "-m", "unipinrec", *given], check=True, stdout=sys.stderr)
@@ -274,7 +274,7 @@ def run(loop: Loop) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the loop for each setting, or take what an earlier call kept in the folder."""
+    """Run the loop for each setting, or take the folder's earlier result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--users", type=int, default=Loop.users)

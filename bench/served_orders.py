@@ -1,4 +1,4 @@
-"""What a bundle's answers are worth in every order: each request is answered once, with all its candidates.
+"""Quality of a bundle's answers in every order: each request is answered once, with all its candidates.
 
 A model is exported to a temporary bundle and driven by `Recommender`, as it is served: items of the history are left
 out, 200 candidates are ranked, ten are shown. The answers hold what every order is computed from: the similarity with
@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lists:
-    """What R requests were answered: rows [R, K] i64, -1 where padded; similarity [R, K]; probabilities [R, K, C]."""
+    """Answers to R requests: rows [R, K] i64, -1 where padded; similarity [R, K]; probabilities [R, K, C]."""
 
     rows: NDArray[np.int64]
     similarity: Floats
@@ -52,7 +52,7 @@ class Lists:
 
 @contextmanager
 def served(model: UniPinRec, dataset: Dataset, data: Sequences) -> Iterator[tuple[Recommender, float]]:
-    """A recommender of the model's bundle, and by what a similarity is multiplied in retrieval's softmax."""
+    """A recommender of the model's bundle, and the factor of a similarity in retrieval's softmax."""
     scale = float(model.log_scale.detach().clamp(max=5.0).exp())
     catalogue = ItemList(item_ids=data.item_ids, titles=dataset.items["title"].to_list())
     order = OrderSpec(by="product", retrieval_scale=scale, reason="this benchmark compares all orders")

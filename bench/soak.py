@@ -1,4 +1,4 @@
-"""Hours of random use of the cache by several threads: are the answers right, and does memory stay where it was?
+"""Hours of random use of the cache by several threads: are the answers right, and does memory stay constant?
 
     python bench/soak.py BUNDLE [--minutes 60] [--threads 3] [--users 400] [--budget-mib 8] [--dtype fp32]
 
@@ -39,7 +39,7 @@ CHANCES = (0.5, 0.2, 0.08, 0.06, 0.05, 0.08, 0.029, 0.001)
 
 
 class Soak:
-    """The load, and what it found."""
+    """The load, and its failures."""
 
     def __init__(self, recommender: Recommender, options: argparse.Namespace) -> None:
         self.fresh = recommender
@@ -64,7 +64,7 @@ class Soak:
             action = str(rng.choice(ACTIONS, p=CHANCES))
             try:
                 self._step(action, rng)
-            except Exception as error:  # whatever it is, it must show in the result
+            except Exception as error:  # any failure must show in the result
                 self.failures.append(f"{action}: {error!r}")
             with self.lock:
                 self.counts[action] += 1

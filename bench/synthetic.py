@@ -1,4 +1,4 @@
-"""A `small` model with random weights, its bundle, and requests of any length: what the benchmarks run on."""
+"""A `small` model with random weights, its bundle, and requests of any length, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def random_events(events: int, items: int, seed: int) -> tuple[Event, ...]:
 
 
 def request(events: tuple[Event, ...], candidates: int, user: str | None = None) -> Request:
-    """Ask for twenty items out of so many candidates."""
+    """Request twenty items from `candidates` candidates."""
     return Request(history=events, k=20, options=RecommendOptions(now_ms=NOW_MS, candidates=candidates), user=user)

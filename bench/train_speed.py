@@ -75,7 +75,7 @@ def padding(batches: list[Batch]) -> float:
 
 
 def measure(work: Workload, rounds: int) -> dict[str, Any]:
-    """Tokens per second of each way, their ratios, and what making the batches takes."""
+    """Tokens per second of each way, their ratios, and the time to make the batches."""
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: work.train(work.bucketed, dense_mask=False),
         "dense mask": lambda: work.train(work.bucketed, dense_mask=True),

@@ -3,7 +3,7 @@
 split        encoder -> keys/values -> ranker, and the query, against one pass of PyTorch with the dense joint mask
 extend       extending a past against encoding at once
 independent  a candidate alone, in another order, and in a padded batch
-golden       what PyTorch gave for the golden requests (fp32), or agreement with fp32 (other precisions)
+golden       PyTorch's answers to the golden requests (fp32), or agreement with fp32 (other precisions)
 same         the same request again, through a cache, alone and in a batch
 """
 
@@ -27,7 +27,7 @@ Differences = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What cases are made of: their longest history and most candidates."""
+    """Limits of the cases: their longest history and most candidates."""
 
     events: int
     candidates: int

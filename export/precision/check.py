@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import onnx
 
 from unipinrec.errors import BackendError, ExportError, ParityError
@@ -26,7 +25,7 @@ from unipinrec.export.precision.typed import LowType, emulated_graph, typed_grap
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH, fingerprint, seal
+from unipinrec.runtime.bundle.derived import seal_derived
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, PrecisionSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Engine
@@ -121,11 +120,7 @@ def add_precisions(
         problem = specs[precision].agreement.problem
         if problem and not accept_loss:
             raise ParityError(f"{precision} does not recommend what fp32 recommends: {problem}; {LOSS_REMEDY}")
-    content = (path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, MANIFEST_HASH))
-    files = {path.name: fingerprint(path) for path in content}
-    manifest = msgspec.structs.replace(bundle.manifest, precisions=specs, files=files)
-    seal(folder, manifest)
-    return manifest
+    return seal_derived(folder, bundle, precisions=specs)
 
 
 def _chosen(histories: Sequence[History]) -> list[History]:

@@ -2,6 +2,7 @@
 
 bundle.py     opening one
 catalogue.py  items as requests name them: which rows filters leave
+derived.py    the manifest of a bundle that is made from another
 golden.py     golden requests
 integrity.py  fingerprints, and a folder written whole or not at all
 manifest.py   what a bundle declares, and whether tensors fit it

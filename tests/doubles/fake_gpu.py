@@ -132,7 +132,7 @@ def install_engines(
     bundle: Bundle, gpu: GpuInfo, machine: EngineHost | None = None, files: Mapping[str, Path] = MappingProxyType({})
 ) -> EngineStore:
     """Put an engine of each of a bundle's fp32 graphs into the cache; `files` are built instead of the bundle's."""
-    store, here = EngineStore(), engine_host(gpu.name, gpu.architecture, gpu.driver_version)
+    store, here = EngineStore(), engine_host(gpu)
     for graph, file in graph_paths(bundle).items():
         record = record_of(bundle, graph, machine or here)
         store.put(record, make_plan(files.get(graph, file), record.key.profiles))

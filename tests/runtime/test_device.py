@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def test_without_tensorrt_all_of_it_is_named(memory: HostRuntime) -> None:
 
 def test_an_engine_of_another_machine_is_refused(machine: HostMachine, gpu: GpuInfo) -> None:
     stored = Bundle.open(STORED)
-    other = engine_host("Other GPU", gpu.architecture, gpu.driver_version)
+    other = engine_host(replace(gpu, name="Other GPU"))
     install_engines(stored, gpu, machine=other)
     with pytest.raises(BackendError, match=r"was built on a Other GPU, here is a .*; run unipinrec compile .*fp32"):
         open_engine(stored, "tensorrt", strict=True, machine=machine)

@@ -169,9 +169,9 @@ def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     missing = here.driver_problem()
     if missing:
         raise BackendError(f"{missing}; TensorRT-RTX builds for other machines without one: give --target and --out")
-    with here.cuda() as cuda, _bars(f"{trt} on {cuda.name}") as show:
+    with here.cuda() as cuda, _bars(f"{trt} on {cuda.info.name}") as show:
         done = [one for task in tasks for one in compile_bundle(bundle, task, trt, cuda, store, show)]
-        where = {"gpu": cuda.name, "cache": str(store.root)}
+        where = {"gpu": cuda.info.name, "cache": str(store.root)}
     _report(bundle.hash, trt, done, where, as_json, began)
 
 
@@ -218,9 +218,8 @@ def _list(bundle: Bundle, as_json: bool) -> None:
     from unipinrec.runtime.trt.record import engine_host
     from unipinrec.runtime.trt.store import EngineStore
 
-    gpu, store, host = machine().gpu(), EngineStore(), engine_host()
-    if isinstance(gpu, GpuInfo):
-        host = engine_host(gpu.name, gpu.architecture, gpu.driver_version)
+    gpu, store = machine().gpu(), EngineStore()
+    host = engine_host(gpu if isinstance(gpu, GpuInfo) else None)
     engines = list_engines(bundle, store, host, _installed())
     if as_json:
         print_json({"bundle": bundle.hash, "cache": str(store.root), "engines": list(map(listed_document, engines))})

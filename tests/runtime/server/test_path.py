@@ -27,9 +27,11 @@ with assembled(Path(sys.argv[1]), options) as (server, app, load), TestClient(ap
     server.open(load())
     body = {"user": "ann", "history": [{"item": "item-1", "actions": ["click"]}], "k": 3}
     client.post("/v1/recommend", json=body)
-    entered.clear()
-    assert client.post("/v1/recommend", json=body | {"user": "bob"}).status_code == 200
-    print(*sorted(entered))
+    for kv in ("miss", "hit"):
+        entered.clear()
+        answer = client.post("/v1/recommend", json=body | {"user": "bob"})
+        assert (answer.status_code, answer.json()["kv"]) == (200, kv)
+        print(*sorted(entered))
     sys.setprofile(None)
     server.deployments.close()
 """
@@ -39,6 +41,9 @@ def test_one_recommendation_passes_few_files() -> None:
     command = [sys.executable, "-c", TRACE, str(STORED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    entered = done.stdout.split()
-    assert "/runtime/recommender.py" in entered
-    assert len(entered) <= 20, done.stdout
+    for line in done.stdout.splitlines():
+        observers = {path for path in line.split() if "/observe/" in path}
+        answering = set(line.split()) - observers
+        assert observers == {"/runtime/server/observe/metrics.py"}
+        assert "/runtime/recommender.py" in answering
+        assert len(answering) <= 20, line

@@ -360,7 +360,7 @@ def test_a_failure_at_any_step_leaves_nothing(
 
     before = state(bundle)
     instead = SimpleNamespace(copyfile=fail) if broken == "shutil" else fail
-    monkeypatch.setattr(f"unipinrec.runtime.tools.update_bundle.{broken}", instead)
+    monkeypatch.setattr(f"unipinrec.runtime.bundle.derived.{broken}", instead)
     with pytest.raises(ExportError, match=r"could not write .*new: .*Input/output error; nothing was left behind"):
         update(bundle, tmp_path / "new", (new("n"),))
     assert list(tmp_path.iterdir()) == []

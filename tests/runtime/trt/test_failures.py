@@ -218,7 +218,7 @@ def test_a_closed_backend_says_so_and_keeps_nothing_but_what_is_held(stored: Bun
     assert memory.left() == {"blocks": 1}
     with pytest.raises(BackendError, match="encoder: the graphs were closed; load the bundle again"):
         engine.encode(batch)
-    with pytest.raises(BackendError, match="the graphs were closed, and what they gave cannot be read any more"):
+    with pytest.raises(BackendError, match="the graphs were closed, and their outputs cannot be read any more"):
         held.last_hidden_state.numpy()
     assert backend.compiled_kernels() == {}
     del held

@@ -78,7 +78,7 @@ def test_what_goes_in_comes_out(cuda: Cuda) -> None:
 def test_the_gpu_is_described(cuda: Cuda) -> None:
     assert probe_gpu() == cuda.info
     assert isinstance(cuda.info, GpuInfo)
-    assert cuda.architecture.startswith("sm_")
+    assert cuda.info.architecture.startswith("sm_")
     free, total = cuda.memory_info()
     assert 0 < free <= total
     assert total == pytest.approx(cuda.info.memory_bytes, rel=0.1)

@@ -158,7 +158,7 @@ def test_a_tensor_cannot_be_read_once_the_reader_is_closed(runtime: HostRuntime,
     reader = Reader(cuda)
     given = tensor(cuda, reader, np.zeros(7, np.float32))
     reader.release()
-    with pytest.raises(BackendError, match="the graphs were closed, and what they gave cannot be read any more"):
+    with pytest.raises(BackendError, match="the graphs were closed, and their outputs cannot be read any more"):
         given.numpy()
     assert given.shape == (7,)
     assert given.lies_on(cuda)

@@ -153,7 +153,7 @@ def test_a_linked_cache_is_not_followed(store: EngineStore, entry: Path, tmp_pat
     assert [str(found) for found in store.entries().values()] == [
         f"{store.root}: is a link, or no folder, where a private folder or file belongs; remove it, and compile again"
     ]
-    with pytest.raises(BackendError, match=r"is a link.*nothing was left behind"):
+    with pytest.raises(BackendError, match=r"is a link.*remove it, and compile again"):
         store.put(record_of(), PLAN)
 
 
