@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.trt.library import LogLines, TensorRT
+
+if TYPE_CHECKING:
+    import onnx
 
 LENGTHS = 6  # `nonpad_kv_seqlen` among the inputs of ONNX's Attention
 ATTENTION = "_AttentionInput"  # what the parser appends to the name of the ONNX node
@@ -49,6 +51,8 @@ def parse_graph(trt: TensorRT, builder: Any, logger: Any, lines: LogLines, file:
     Raises:
         BackendError: TensorRT does not read the file, or leaves out an input.
     """
+    import onnx  # noqa: PLC0415 - an extra
+
     module = trt.module
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, logger)
@@ -57,10 +61,10 @@ def parse_graph(trt: TensorRT, builder: Any, logger: Any, lines: LogLines, file:
         raise BackendError(f"{file}: {trt} does not read it: {errors or lines.reason()}")
     graph = onnx.load(file, load_external_data=False).graph
     constants = complete_attention(module, network, graph)
-    lost = lost_inputs(module, network, graph)
-    if lost:
+    problems = "; ".join(lost_inputs(module, network, graph))
+    if problems:
         raise BackendError(
-            f"{file}: {trt} would not compute what the graph says: {"; ".join(lost)}; use another version, or device cuda"
+            f"{file}: {trt} would not compute what the graph says: {problems}; use another version, or device cuda"
         )
     return ParsedGraph(network=network, parser=parser, constants=constants)
 
@@ -88,9 +92,7 @@ def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> lis
             )
         attention = layers[node.name]
         if hasattr(attention, "key_value_lengths"):
-            cast = network.add_cast(tensors[lengths], module.int32)
-            cast.name = f"{node.name} lengths"
-            attention.key_value_lengths = cast.get_output(0)
+            attention.key_value_lengths = _output(network.add_cast(tensors[lengths], module.DataType.INT32))
         else:
             key = attention.get_input(1)
             if (key.name, lengths) not in masks:
@@ -104,15 +106,19 @@ def _mask(module: Any, network: Any, key: Any, lengths: Any, alive: list[Any]) -
 
     def constant(values: list[int] | int) -> Any:
         alive.append(np.array(values, np.int64))
-        return network.add_constant(alive[-1].shape, module.Weights(alive[-1])).get_output(0)
+        return _output(network.add_constant(alive[-1].shape, module.Weights(alive[-1])))
 
-    slots = network.add_gather(network.add_shape(key).get_output(0), constant([2]), 0).get_output(0)
-    index = network.add_fill((1,), module.FillOperation.LINSPACE, module.int64)
+    slots = _output(network.add_gather(_output(network.add_shape(key)), constant([2]), 0))
+    layer = network.add_fill((1,), module.FillOperation.LINSPACE, module.DataType.INT64)
     for position, tensor in enumerate((slots, constant(0), constant([1]))):
-        index.set_input(position, tensor)
-    indices = network.add_unsqueeze(index.get_output(0), constant([0, 1, 2])).get_output(0)
-    limits = network.add_unsqueeze(lengths, constant([1, 2, 3])).get_output(0)
-    return network.add_elementwise(indices, limits, module.ElementWiseOperation.LESS).get_output(0)
+        layer.set_input(position, tensor)
+    indices = _output(network.add_unsqueeze(_output(layer), constant([0, 1, 2])))
+    limits = _output(network.add_unsqueeze(lengths, constant([1, 2, 3])))
+    return _output(network.add_elementwise(indices, limits, module.ElementWiseOperation.LESS))
+
+
+def _output(layer: Any) -> Any:
+    return layer.get_output(0)
 
 
 def lost_inputs(module: Any, network: Any, graph: onnx.GraphProto) -> list[str]:
@@ -129,7 +135,7 @@ def lost_inputs(module: Any, network: Any, graph: onnx.GraphProto) -> list[str]:
         values += [*map(attention.get_input, range(3)), *_limits_of(attention)]
     read = {tensor.name for tensor in values if tensor is not None}
     read |= {network.get_output(index).name for index in range(network.num_outputs)}
-    read |= {layer.get_output(0).name for layer in layers if layer.type == module.LayerType.CONSTANT}
+    read |= {_output(layer).name for layer in layers if layer.type == module.LayerType.CONSTANT}
     used = {name for node in graph.node if node.op_type != "Shape" for name in node.input}
     problems += [f"no layer reads {name}" for name, _ in _tensors(network) if name in used - read]
     for node in graph.node:

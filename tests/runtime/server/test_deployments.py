@@ -33,8 +33,8 @@ from unipinrec.runtime import (
     Slate,
 )
 from unipinrec.runtime.server import deployments as server_state
-from unipinrec.runtime.server.deployment import DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.tools.update_bundle import update_bundle
 
 NOW_MS = 1_760_000_000_000
