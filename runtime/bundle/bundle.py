@@ -183,8 +183,9 @@ class Bundle:
             return []
         tensors = _read_tensors(self.files[USERS])
         check_users(self.path / USERS, tensors, self.manifest, len(users))
-        offsets = tensors.pop("offsets")[: limit + 1].tolist()
-        events = History(**tensors | {"actions": tensors["actions"].astype(np.float32)})
+        offsets = tensors["offsets"][: limit + 1].tolist()
+        columns = {name: tensors[name] for name in ("item_rows", "surfaces", "timestamps_ms")}
+        events = History(actions=tensors["actions"].astype(np.float32), **columns)
         return [events.part(*window) for window in itertools.pairwise(offsets)]
 
     def _user_ids(self) -> tuple[str, ...]:

@@ -117,8 +117,6 @@ def _reason(error: OSError | SafetensorError) -> str:
     return str(error)
 
 
-
-
 def _sync_path(path: Path) -> None:
     """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)

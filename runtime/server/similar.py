@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from unipinrec.errors import RequestError, TooFewItemsError
+from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.retriever import Search
-from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.server.bodies import SimilarAnswer, SimilarBody, SimilarItem
 from unipinrec.runtime.validation import item_row
 
