@@ -79,8 +79,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The hnswlib index: parameters to load it, and its recall.
 
-    `count` is the number of items in the file, including deleted ones. `recall` is the share of the exact top `recall_k`
-    that the index finds at `ef_search`, measured when it was built; `recall_target` was its target.
+    `count` is the number of items in the file, including deleted ones. `recall` is the share of the exact top
+    `recall_k` that the index finds at `ef_search`, measured when it was built; `recall_target` was its target.
     """
 
     space: str
