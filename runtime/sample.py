@@ -1,4 +1,4 @@
-"""Whether the sample users of a bundle are served what they did next: one figure that any machine can measure again."""
+"""Hits of the sample users' next items: a figure that any machine can measure again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BATCH = 32
 
 
 def sample_quality(recommender: Recommender) -> SampleQuality:
-    """Serve the first sample users, their last event held out.
+    """Count hits of the first sample users, with their last event held out.
 
     Raises:
         BundleError: The bundle's sample users cannot be read.

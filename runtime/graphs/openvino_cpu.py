@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import host_array, opened
+from unipinrec.runtime.graphs.backend import Precision, host_array, opened
 from unipinrec.runtime.machine import LIBC, has_bf16, thread_count
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours: OpenVINO's
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 ATTENTION = ("ScaledDotProductAttention", "Softmax")
 NO_BF16 = (
     "this CPU has no bf16 instructions (AMX or AVX-512 BF16), so OpenVINO would compute in another precision or "
@@ -89,7 +89,7 @@ class OpenVinoBackend:
         specs: Mapping[str, GraphSpec],
         threads: int | None = None,
         *,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
     ) -> None:
         """Load and compile graphs; no file is written.
 
@@ -97,7 +97,7 @@ class OpenVinoBackend:
             graphs: Each graph by name.
             specs: Their specs in the manifest; OpenVINO does not keep the names of dimensions.
             threads: Threads of one run; None = all that this process may use.
-            precision: Precision of matrix products, attention and the operators between them.
+            precision: Precision of matrix products, attention and the operators between them: fp32 or bf16.
 
         Raises:
             BackendError: OpenVINO is missing or does not load a graph, or this CPU does not compute in `precision`.

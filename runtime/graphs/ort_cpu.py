@@ -54,7 +54,7 @@ class OrtTensor:
     @property
     def dtype(self) -> str:
         """See `Tensor.dtype`."""
-        ort_type = self.value.data_type()
+        ort_type: str = self.value.data_type()
         return TYPES.get(ort_type, ort_type)
 
     @property

@@ -151,7 +151,7 @@ def test_it_reads_on_until_enough_are_left(tmp_path: Path) -> None:
 def test_a_bundle_without_popularity_refuses(tmp_path: Path) -> None:
     recommender = Recommender.load(STORED)
     assert recommender.bundle.popularity is None
-    message = "the history is empty, and this bundle does not store what is popular; export it again with --data"
+    message = "this bundle stores no popularity; send events or a history first, or export it again with --data"
     good = Request(history=HISTORY, k=1)
     with pytest.raises(ColdStartError, match=message):
         recommender.recommend_many([good, Request(history=())])

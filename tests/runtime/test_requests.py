@@ -234,7 +234,7 @@ def test_retired_items_count_for_nothing(manifest: Manifest) -> None:
     resolved = resolve_request(request, manifest, fewer)
     assert resolved.history.item_rows.tolist() == [1, 0]
     assert resolved.candidates == 2
-    with pytest.raises(RequestError, match="k=3 items were asked for, but only 2 of the 3 items are eligible"):
+    with pytest.raises(RequestError, match="k=3 items were requested, but only 2 of the 3 items are eligible"):
         resolve_request(msgspec.structs.replace(request, k=3), manifest, fewer)
 
 
@@ -274,8 +274,8 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ({"k": 0}, "k=0 must be an integer of at least 1"),
         ({"k": 2.0}, r"k=2\.0 must be an integer"),
         ({"k": True}, "k=True must be an integer"),
-        ({"k": 5}, "k=5 items were asked for, but only 4 of the 5 items are eligible"),
-        ({"k": 4, "exclude": ("b",)}, "k=4 items were asked for, but only 3 of the 5 items are eligible"),
+        ({"k": 5}, "k=5 items were requested, but only 4 of the 5 items are eligible"),
+        ({"k": 4, "exclude": ("b",)}, "k=4 items were requested, but only 3 of the 5 items are eligible"),
         (
             {"k": 2, "allow": ("a", "b")},
             "k=2 .* only 1 of the 5 items are eligible .* 1 seen or excluded ones and those",
@@ -296,7 +296,7 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ({"weights": {}}, "one of them other than 0"),
         ({"order": "best"}, "order='best' is unknown; send one of value, blend, product, retrieval"),
         ({"order": "product"}, "order='product' needs the scale of retrieval's logits, which this bundle lacks"),
-        ({"order": "retrieval", "weights": {"click": 1.0}}, "change nothing where order is 'retrieval'"),
+        ({"order": "retrieval", "weights": {"click": 1.0}}, "have no effect with order 'retrieval'"),
         ({"outcomes": ("save",)}, "this model's retrieval is not conditioned on outcomes"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_file_that_is_not_listed_is_ignored(copy: Path) -> None:
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/file", "..", ""])
 def test_file_names_stay_inside_the_folder(copy: Path, reseal: Reseal, name: str) -> None:
     reseal(copy, files={name: {"sha256": "0" * 64, "size_bytes": 1}})
-    with pytest.raises(BundleError, match="a file of a bundle has a plain name inside its folder"):
+    with pytest.raises(BundleError, match="use a plain name inside the bundle's folder"):
         Bundle.open(copy)
 
 
@@ -172,7 +172,7 @@ def test_a_category_code_is_that_of_a_word(copy: Path, reseal: Reseal, feature: 
         stored["categories"][41, feature] = code
         save_file(stored, copy / "items.safetensors")
         reseal(copy)
-        with nullcontext() if valid else pytest.raises(BundleError, match="a category code is not that of a word"):
+        with nullcontext() if valid else pytest.raises(BundleError, match="a category code stands for no word"):
             Bundle.open(copy)
 
 

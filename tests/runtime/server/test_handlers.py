@@ -166,7 +166,7 @@ def test_a_compressed_body_is_refused(client: TestClient) -> None:
 
 def test_a_user_without_events_is_a_cold_start_where_nothing_is_known_to_be_popular(client: TestClient) -> None:
     why = (
-        "the history is empty, and this bundle does not store what is popular; export it again with --data, or send "
+        "the history is empty, and this bundle stores no popularity; send events or a history first, or "
         "events or a history first"
     )
     assert post(client, "/v1/recommend", {"user": "nobody"}, 422)["error"] == {
@@ -185,7 +185,7 @@ def test_a_cold_start_that_the_operator_refuses(popular: Path) -> None:
     ):
         asked = [{"user": "nobody"}, {"history": []}, {"history": HISTORY, "k": 1, "now_ms": AT + 5}]
         unknown, empty, answered = post(client, "/v1/recommend", asked)
-        why = "the history is empty, and cold starts are refused here; send events or a history first, or show what is"
+        why = "the history is empty, and cold starts are refused here; send events or a history first, or show popular"
         assert unknown["error"] == {
             "code": "cold_start",
             "message": f"user 'nobody': no events are known; {why} popular",
@@ -389,7 +389,7 @@ def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
     }
     answer = post(client, "/v1/items/similar", {**body, "exact": True})
     assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
-    assert answer["exact"] == "asked for"
+    assert answer["exact"] == "requested"
     assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
         "k=3 is more than the 2 items that are left by the filters"
     )
@@ -406,7 +406,7 @@ def test_health(client: TestClient, server: Server, deployments: Deployments) ->
     assert ready.json() == {
         "status": "ready",
         "device": "cpu",
-        "device_reason": "asked for",
+        "device_reason": "requested",
         "refused": [],
         "bundle": deployments.current.version,
     }
