@@ -13,7 +13,7 @@ from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
-from unipinrec.runtime.bundle.manifest import Agreement, Tensor
+from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
 TOLERANCE = 1e-4
@@ -82,35 +82,26 @@ def compare_golden(engine: Engine, bundle: Bundle) -> tuple[GoldenCheck, ...]:
         BackendError: A graph does not run.
     """
     golden, manifest = read_golden(bundle), bundle.manifest
-    histories, prefixes, expected = golden.histories, golden.prefixes, golden.outputs
-    names = manifest.model.kv_names("present")
+    histories, prefixes, names = golden.histories, golden.prefixes, manifest.model.kv_names("present")
     encoded = engine.encode(pad_histories(histories))
-    lengths = encoded.lengths
     before = engine.encode(pad_histories([h.part(0, int(m)) for h, m in zip(histories, prefixes, strict=True)]))
     after = pad_histories([h.part(int(m)) for h, m in zip(histories, prefixes, strict=True)])
     added, last = engine.encode_new(before, after)
     outcomes = np.tile(manifest.positive.astype(np.float32), (len(histories), 1))
-    slots = lengths + manifest.model.kv_prefix_slots
-    return (
-        *_compare_kv(expected, "encoder", dict(zip(names, encoded.key_values, strict=True)), slots),
-        _compare(expected, "encoder.last_hidden_state", encoded.last_hidden_state.numpy()),
-        *_compare_kv(expected, "extend", dict(zip(names, added, strict=True)), after.lengths),
-        _compare(expected, "extend.last_hidden_state", last.numpy()),
-        _compare(expected, "retrieval.queries", engine.retrieve(encoded, outcomes)),
-        _compare(expected, "ranker.logits", engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms)),
-    )
+    slots = encoded.lengths + manifest.model.kv_prefix_slots
+    checks: list[tuple[str, NDArray[Any], NDArray[np.int64] | None]] = [
+        *((f"encoder.{name}", tensor.numpy(), slots) for name, tensor in zip(names, encoded.key_values, strict=True)),
+        ("encoder.last_hidden_state", encoded.last_hidden_state.numpy(), None),
+        *((f"extend.{name}", tensor.numpy(), after.lengths) for name, tensor in zip(names, added, strict=True)),
+        ("extend.last_hidden_state", last.numpy(), None),
+        ("retrieval.queries", engine.retrieve(encoded, outcomes), None),
+        ("ranker.logits", engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms), None),
+    ]
+    return tuple(_compare(golden.outputs, *check) for check in checks)
 
 
-def _compare_kv(
-    expected: Outputs, graph: str, tensors: dict[str, Tensor], valid: NDArray[np.int64]
-) -> tuple[GoldenCheck, ...]:
-    """Compare the first `valid` [B] slots of keys/values [B, H_kv, slots, D]."""
-    return tuple(_compare(expected, f"{graph}.{name}", tensor.numpy(), valid) for name, tensor in tensors.items())
-
-
-def _compare(
-    outputs: Outputs, output: str, values: NDArray[Any], valid: NDArray[np.int64] | None = None
-) -> GoldenCheck:
+def _compare(outputs: Outputs, output: str, values: NDArray[Any], valid: NDArray[np.int64] | None) -> GoldenCheck:
+    """Compare an output; of keys/values [B, H_kv, slots, D] only the first `valid` [B] slots."""
     expected = outputs.get(output)
     if expected is None:
         return GoldenCheck(output=output, max_abs_diff=None, problem=f"is missing in {GOLDEN}")

@@ -81,12 +81,10 @@ def this_cpu(cpuinfo: Path = CPUINFO, cgroup: Path = CGROUP, own: Path = OWN_GRO
 def this_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, own: Path = OWN_GROUP) -> Memory:
     """The memory that this process may use."""
     kib = {name: value.removesuffix("kB").strip() for name, value in _fields(meminfo).items()}
-    total, available = (
-        int(kib[name]) * 1024 if kib.get(name, "").isdecimal() else None for name in ("MemTotal", "MemAvailable")
-    )
+    sizes = {name: int(size) * 1024 for name, size in kib.items() if size.isdecimal()}
     limits = [limit for name, file in MEMORY_LIMITS.items() for [limit, *_] in group_limits(name, (file,), cgroup, own)]
     limit = min((limit for limit in limits if limit < NO_LIMIT), default=None)
-    return Memory(total_bytes=total, available_bytes=available, limit_bytes=limit)
+    return Memory(total_bytes=sizes.get("MemTotal"), available_bytes=sizes.get("MemAvailable"), limit_bytes=limit)
 
 
 def _lines(path: Path) -> list[str]:

@@ -121,10 +121,8 @@ def rank(
     saturated = np.einsum("bnc,bc->bn", logits.astype(np.float64), weights)
     order = np.lexsort((rows, -saturated, -scores), axis=-1)
     return [
-        Ranked(
-            order=best, scores=scores[index, best], values=values[index, best], probabilities=probabilities[index, best]
-        )
-        for index, best in enumerate(order[index, : request.k] for index, request in enumerate(requests))
+        Ranked(order=best, scores=scores[row, best], values=values[row, best], probabilities=probabilities[row, best])
+        for row, best in enumerate(order[row, : request.k] for row, request in enumerate(requests))
     ]
 
 

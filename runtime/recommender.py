@@ -122,7 +122,8 @@ class Recommender:
         opened_here = not isinstance(bundle, Bundle)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         model = bundle.manifest.model
-        _check_slack(window_slack, model)
+        if window_slack is not None and not (isinstance(window_slack, int) and 0 < window_slack <= model.max_history):
+            raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
         engine = open_engine(bundle, device, **rules)
         with ExitStack() as on_failure:
             on_failure.callback(engine.close)
@@ -261,10 +262,8 @@ class Recommender:
             encode_end = time.perf_counter()
             outcomes = np.stack([request.outcomes for request in requests])
             searches = [
-                Search(
-                    queries=queries, k=each.candidates, excluded=each.excluded, allowed=each.allowed, exact=each.exact
-                )
-                for each, queries in zip(requests, self.engine.retrieve(encoded, outcomes), strict=True)
+                Search(queries=query, k=each.candidates, excluded=each.excluded, allowed=each.allowed, exact=each.exact)
+                for each, query in zip(requests, self.engine.retrieve(encoded, outcomes), strict=True)
             ]
             candidates = self.retriever.retrieve(searches)
             retrieve_end = time.perf_counter()
@@ -289,6 +288,7 @@ class Recommender:
 
     def _slate(self, lookup: Lookup, candidates: CandidateSet, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions
+        columns = (candidates.rows[ranked.order], ranked.scores, candidates.similarity[ranked.order])
         values: Iterable[float | None] = repeat(None) if ranked.values is None else ranked.values.tolist()
         by_action: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()
         items = tuple(
@@ -301,12 +301,7 @@ class Recommender:
                 retrieval_score=similarity,
             )
             for row, score, similarity, value, probabilities in zip(
-                candidates.rows[ranked.order].tolist(),
-                ranked.scores.tolist(),
-                candidates.similarity[ranked.order].tolist(),
-                values,
-                by_action,
-                strict=False,
+                *(column.tolist() for column in columns), values, by_action, strict=False
             )
         )
         return Slate(
@@ -358,11 +353,6 @@ class Recommender:
             encoded = self.engine.extend(encoded, pad_histories([request.history.part(extend_at)]))
         logits = self.engine.rank(encoded, rows, np.array([request.surface]), np.array([request.now_ms]))
         return logits.reshape(rows.size, -1)
-
-
-def _check_slack(slack: int | None, model: ModelSpec) -> None:
-    if slack is not None and not (isinstance(slack, int) and 0 < slack <= model.max_history):
-        raise ConfigError(f"window_slack={slack} must be an integer from 1 to {model.max_history}")
 
 
 def _log_order(bundle: Bundle) -> None:

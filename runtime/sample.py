@@ -27,11 +27,9 @@ def sample_quality(recommender: Recommender) -> SampleQuality:
         few = bundle.catalogue.num_live - len(seen) < TOP
         if before and positive & set(last.actions) and last.item not in seen and not few:
             held_out.append((tuple(before), last))
-    served, retrieved = 0, 0
-    for start in range(0, len(held_out), BATCH):
-        part = held_out[start : start + BATCH]
-        served += _hits(recommender, part, None)
-        retrieved += _hits(recommender, part, "retrieval")
+    parts = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
+    served = sum(_hits(recommender, part, None) for part in parts)
+    retrieved = sum(_hits(recommender, part, "retrieval") for part in parts)
     return SampleQuality(users=len(held_out), served=served, retrieved=retrieved)
 
 

@@ -101,8 +101,7 @@ def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str,
     limit = manifest.model.max_history
     if len(events) > limit:
         raise RequestError(
-            f"the history has {len(events)} events, this model takes at most {limit}; "
-            "send the newest ones, or set truncate to keep them"
+            f"the history has {len(events)} events, this model takes at most {limit}; send the newest, or set truncate"
         )
     actions, surfaces = _places(manifest.actions), _places(manifest.surfaces, UNKNOWN_SURFACE)
     bits = np.zeros((len(events), len(actions)), np.float32)
@@ -167,8 +166,7 @@ def item_row(item: str, rows: Mapping[str, int], where: str) -> int:
     row = rows.get(item)
     if row is None:
         raise RequestError(
-            f"{where}: item {item!r} is not among the {len(rows)} items of this bundle; "
-            "drop it, or export the bundle again with a catalogue that has it"
+            f"{where}: item {item!r} is not among the {len(rows)} items of this bundle; drop it, or export a new bundle"
         )
     return row
 
@@ -200,13 +198,9 @@ def _milliseconds(value: Any, name: str) -> int:
 
 def _check_order(before: int, after: int, missing: int, where: str) -> None:
     if after == missing != before:
-        raise RequestError(
-            f"{where} has no timestamp_ms, but the event before it has one; put events without a time before all others"
-        )
+        raise RequestError(f"{where} has no timestamp_ms, but the event before it has; put events without a time first")
     if after < before:
-        raise RequestError(
-            f"{where} at {after} is earlier than the event before it at {before}; send events oldest first"
-        )
+        raise RequestError(f"{where} at {after} is earlier than the previous event at {before}; send the oldest first")
 
 
 def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
@@ -239,9 +233,7 @@ def _order(order: Order | None, manifest: Manifest) -> Order:
     if order not in get_args(Order):
         raise RequestError(f"order={order!r} is unknown; send one of {', '.join(get_args(Order))}")
     if order in ("blend", "product") and spec is None:
-        raise RequestError(
-            f"order={order!r} needs the scale of retrieval's logits, which this bundle lacks; export it again"
-        )
+        raise RequestError(f"order={order!r} needs the scale of retrieval, which this bundle lacks; export it again")
     if order == "blend" and spec is not None and not spec.retrieval_weight:
         raise RequestError("order='blend' needs a weight of retrieval, and this bundle has none; send 'value'")
     return order
@@ -257,8 +249,7 @@ def _weights(by_action: Mapping[str, float] | None, order: Order, manifest: Mani
         raise RequestError(f"weights={by_action} must be finite numbers up to {MAX_WEIGHT:g}, one of them other than 0")
     if order == "product" and (weights < 0).any():
         raise RequestError(
-            f"weights={by_action} must not be negative with order 'product', which takes the value's logarithm; "
-            "send order 'value', or weigh other actions"
+            f"weights={by_action} must not be negative with order 'product'; send order 'value', or weigh other actions"
         )
     return weights
 

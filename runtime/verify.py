@@ -118,6 +118,5 @@ def _check_files(folder: Path) -> tuple[tuple[FileCheck, ...], str | None]:
     except BundleError as error:
         return (FileCheck(file="manifest.json", problem=str(error)),), None
     problems = file_problems(folder, manifest.files)
-    return tuple(
-        FileCheck(file=name, problem=problems.get(name)) for name in ("manifest.json", *manifest.files)
-    ), digest
+    names = ("manifest.json", *manifest.files)
+    return tuple(FileCheck(file=name, problem=problems.get(name)) for name in names), digest

@@ -215,9 +215,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise BundleCorruptError(f"{folder} is not a bundle ({error}); `unipinrec export` writes one") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != expected:
-        raise BundleCorruptError(
-            f"{path} is altered: its sha256 is {digest}, manifest.sha256 says {expected!r}; {REMEDY}"
-        )
+        raise BundleCorruptError(f"{path} is altered: sha256 {digest}, manifest.sha256 says {expected!r}; {REMEDY}")
     return _decode_manifest(path, content), digest
 
 
@@ -320,15 +318,13 @@ def _item_vectors(file: SealedFile, count: int, dim: int) -> NDArray[np.float32]
     for start in range(0, count, CHECK_ROWS):
         wrong = off_unit(vectors[start : start + CHECK_ROWS])
         if len(wrong):
-            raise BundleError(
-                f"{file}: the vector of item row {start + wrong[0]} is not finite or not of unit length; "
-                "export the bundle again"
-            )
+            row = start + wrong[0]
+            raise BundleError(f"{file}: the vector of item row {row} is not a unit vector; export the bundle again")
     return vectors
 
 
 def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Rows of vectors [N, E] that are not finite or not of unit length."""
+    """Rows of vectors [N, E] that are not finite unit vectors."""
     lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
     return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
 

@@ -101,9 +101,7 @@ class Catalogue:
         known = self._known_words.get(feature)
         if known is None:
             features = ", ".join(self.words) or "none"
-            raise RequestError(
-                f"categories: unknown feature {feature!r}; this bundle's categorical features: {features}"
-            )
+            raise RequestError(f"categories: unknown feature {feature!r}; this bundle has the features {features}")
         if isinstance(words, str):
             raise RequestError(f"categories: {feature}={words!r} must be a list of words; write [{words!r}]")
         missing = [word for word in words if word not in known]
@@ -123,10 +121,7 @@ class Catalogue:
     def _rows_by_word(self) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int64]]]:
         """For each feature, all rows ordered by code, and the place where each code begins."""
         if self.codes is None:
-            raise RequestError(
-                "categories: this bundle does not store the words of its items, an older version wrote it; "
-                "export it again"
-            )
+            raise RequestError("categories: this bundle does not store the words of its items; export it again")
         by_word = {}
         for index, (feature, words) in enumerate(self.words.items()):
             codes = np.ascontiguousarray(self.codes[:, index])

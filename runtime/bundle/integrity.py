@@ -41,9 +41,8 @@ def file_problems(folder: Path, files: Mapping[str, FileSpec]) -> dict[str, str]
     """Problem of each damaged file: missing, truncated or altered. Raises nothing."""
     names = largest_first(files)
     with ThreadPoolExecutor(available_threads()) as pool:  # hashing releases Python's lock
-        problems = pool.map(lambda name: file_problem(folder / name, files[name]), names)
-        by_name = dict(zip(names, problems, strict=True))
-    return {name: problem for name in files if (problem := by_name[name])}
+        problems = dict(zip(names, pool.map(lambda name: file_problem(folder / name, files[name]), names), strict=True))
+    return {name: problem for name in files if (problem := problems[name])}
 
 
 def file_problem(file: os.PathLike[str], spec: FileSpec) -> str | None:

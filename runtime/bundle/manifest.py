@@ -284,19 +284,13 @@ def check_inputs(graph: str, specs: Sequence[TensorSpec], inputs: Mapping[str, N
     sizes: dict[str, int] = {}
     for spec in specs:
         value = inputs[spec.name]
-        dtype = value.dtype if not isinstance(value, np.ndarray) else _type_name(value.dtype)
+        dtype = str(value.dtype)
         rounds = dtype == "float32" and spec.dtype in REDUCED
         if not (dtype == spec.dtype or rounds) or not _fits(value.shape, spec.shape, sizes):
-            raise BackendError(
-                f"{graph}: {spec.name} is {dtype} {list(value.shape)}, "
-                f"expected {spec.dtype} {list(spec.shape)} with {sizes}"
-            )
+            expected = f"{spec.dtype} {list(spec.shape)} with {sizes}"
+            raise BackendError(f"{graph}: {spec.name} is {dtype} {list(value.shape)}, expected {expected}")
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
             raise BackendError(f"{graph}: {spec.name} has values that are not finite; send finite numbers")
-
-
-def _type_name(dtype: np.dtype[Any]) -> str:
-    return dtype.name if dtype.isnative else str(dtype)
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | str], sizes: dict[str, int]) -> bool:

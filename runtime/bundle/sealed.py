@@ -1,7 +1,7 @@
 """The files of a bundle in sealed memory, which no process can change after the check.
 
-Each file is copied into a memfd, which only Linux has, then sealed, and only then compared with its sha256. Processes of
-one server share a copy: each writes a note of its files to a folder, and opens those of the others through /proc.
+Each file is copied into a memfd, which only Linux has, then sealed, and only then compared with its sha256. Processes
+of one server share a copy: each writes a note of its files to a folder, and opens those of the others through /proc.
 """
 
 from __future__ import annotations

@@ -45,10 +45,7 @@ class MockBackend:
             for tensor in spec.inputs
             for dimension, size in zip(tensor.shape, arrays[tensor.name].shape, strict=True)
         }
-        outputs = {
-            tensor.name: np.zeros([_size(dimension, sizes) for dimension in tensor.shape], tensor.dtype)
-            for tensor in spec.outputs
-        }
+        outputs = {out.name: np.zeros([_size(size, sizes) for size in out.shape], out.dtype) for out in spec.outputs}
         if graph in self._handlers:
             outputs |= self._handlers[graph](arrays)
         check_inputs(graph, (*spec.inputs, *spec.outputs), {**inputs, **outputs})

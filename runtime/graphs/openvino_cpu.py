@@ -205,11 +205,10 @@ def _cut_exact(ov: Any, model: Any) -> Any | None:
     times = _read_times(ov, model)
     waves = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
     inside = times.keys() | _above(waves).keys()
-    ports = [
-        port for node in (*times.values(), *waves) for port in node.outputs() if port.get_element_type() != ov.Type.i64
-    ]
     narrow = []
-    for port in ports:
+    for port in (port for node in (*times.values(), *waves) for port in node.outputs()):
+        if port.get_element_type() == ov.Type.i64:
+            continue
         readers = [target for target in port.get_target_inputs() if target.get_node().get_name() not in inside]
         if readers:
             parameter = ov.op.Parameter(port.get_element_type(), port.get_partial_shape())

@@ -93,18 +93,15 @@ class OrtBackend:
             BackendError: ONNX Runtime is missing, or does not load a graph on the CPU.
         """
         self._ort = import_onnxruntime()
-        self.threads = thread_count(threads)
+        self.threads = self.rank_runs = thread_count(threads)
         self.version: str = self._ort.__version__
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
-        self.rank_runs = self.threads
         with flush_denormals():
             self._sessions = {
                 name: self._load(graph, 1 if name in ONE_THREAD else self.threads) for name, graph in graphs.items()
             }
         self._inputs = {name: list(map(_spec, session.get_inputs())) for name, session in self._sessions.items()}
-        self._outputs = {
-            name: [output.name for output in session.get_outputs()] for name, session in self._sessions.items()
-        }
+        self._outputs = {name: [out.name for out in session.get_outputs()] for name, session in self._sessions.items()}
 
     def _load(self, graph: GraphFile, threads: int) -> Any:
         options = session_options(self._ort, threads)
@@ -156,9 +153,7 @@ def load_session(
         files = {name: file for name, file in graph.weights.items() if Path(file).stat().st_size}
         weights = [np.memmap(os.fspath(file), np.uint8, "r") for file in files.values()]
         options.add_external_initializers_from_files_in_memory(list(files), weights, list(map(len, weights)))
-        session = ort.InferenceSession(
-            graph.content, options, providers=[(provider, dict(settings))], enable_fallback=0
-        )
+        session = ort.InferenceSession(graph.content, options, [(provider, dict(settings))], enable_fallback=0)
     except Exception as error:  # its exceptions share no base class
         raise BackendError(f"{graph.name}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
     running = session.get_providers()[0]

@@ -114,7 +114,7 @@ class KvCache:
         self._leases: set[Lease] = set()
         self._counts: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
-        self._most_used = self._publications = 0
+        self._most_used = self.publications = 0
         self._bytes_beside = 0
 
     def lookup(self, key: CacheKey) -> Lease:
@@ -132,7 +132,6 @@ class KvCache:
                 self._entries.move_to_end(key.user)
                 lease = Lease(self, key, entry, None)
                 self._counts[lease.kind] += 1
-            lease.since = self._publications
             self._leases.add(lease)
             return lease
 
@@ -177,10 +176,9 @@ class KvCache:
             CacheError: It is not so; the message names the contradiction.
         """
         with self._lock:
-            detached = {id(lease.entry): lease.entry for lease in self._leases if lease.entry}
-            attached = {id(entry): entry for entry in self._entries.values()}
+            leased = [lease.entry for lease in self._leases if lease.entry]
             owned = Counter(self._free)
-            for entry in {**detached, **attached}.values():
+            for entry in {id(entry): entry for entry in (*leased, *self._entries.values())}.values():
                 owned.update(entry.pages)
                 self._check_entry(entry)
             for lease in self._leases:
@@ -234,16 +232,9 @@ class KvCache:
         staged = sum(len(lease.staged) for lease in self._leases)
         if self.pages.count - sum(in_use.values()) - staged < count:
             return None
-        victims, freed = [], len(self._free)
-        for user, entry in self._entries.items():
-            if freed >= count:
-                break
-            if entry.pins == 0:
-                victims.append(user)
-                freed += len(entry.pages)
-        for user in victims:
+        while len(self._free) < count:
             self._counts["evicted"] += 1
-            self._drop(user, "evicted")
+            self._drop(next(user for user, entry in self._entries.items() if entry.pins == 0), "evicted")
         taken = [self._free.pop() for _ in range(count)]
         self._most_used = max(self._most_used, self.pages.count - len(self._free))
         return taken
@@ -287,8 +278,8 @@ class KvCache:
                 self._bytes_beside -= entry.bytes_beside
                 entry.key, entry.slots, entry.pages = lease.key, slots, pages
                 entry.last_hidden_state = last_hidden_state
-            self._publications += 1
-            entry.published = self._publications
+            self.publications += 1
+            entry.published = self.publications
             self._bytes_beside += entry.bytes_beside
             self._lost.pop(user, None)
             return True
@@ -328,7 +319,7 @@ class Lease:
         self.staged: list[int] = []
         self.writing = self.revoked = False
         self._written: int | None = None
-        self.since = 0
+        self.since = cache.publications
         self._unstored = self._closed = False
 
     @property

@@ -41,18 +41,14 @@ class HnswIndex:
     """The bundle's approximate index; safe to search from several threads."""
 
     def __init__(
-        self,
-        path: os.PathLike[str],
-        spec: IndexSpec,
-        item_vectors: NDArray[np.float32],
-        retired: NDArray[np.int64] = NO_ROWS,
+        self, path: os.PathLike[str], spec: IndexSpec, items: NDArray[np.float32], retired: NDArray[np.int64] = NO_ROWS
     ) -> None:
-        """Load an index; `retired` rows are not in it, or marked as deleted.
+        """Load an index of item vectors [N, E]; `retired` rows are not in it, or marked as deleted.
 
         Raises:
             BundleError: It is not an index of these items.
         """
-        self._index = load_index(path, spec, item_vectors, retired=retired)
+        self._index = load_index(path, spec, items, retired=retired)
         self._index.set_num_threads(1)
         # Set once: all threads share this state of the index. hnswlib itself searches with max(ef, k).
         self._index.set_ef(spec.ef_search)

@@ -152,9 +152,7 @@ def _save(index: Any, path: Path) -> None:
     index.save_index(str(path))
     expected = index.index_file_size()
     if path.stat().st_size != expected:
-        raise ExportError(
-            f"{path.name}: {path.stat().st_size} of {expected} bytes were written; is there space left on the disk?"
-        )
+        raise ExportError(f"{path.name}: wrote {path.stat().st_size} of {expected} bytes; no space left on the disk?")
     again: Any = hnswlib.Index(space="ip", dim=index.dim)
     again.load_index(str(path))
     if again.get_current_count() != index.get_current_count():

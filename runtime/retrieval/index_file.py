@@ -71,20 +71,18 @@ def check_index_file(path: os.PathLike[str], spec: IndexSpec, item_vectors: NDAr
 
 def _header(path: os.PathLike[str], content: NDArray[np.uint8], spec: IndexSpec, rows: int) -> _Header:
     if len(content) < HEADER.size:
-        raise BundleError(f"{path}: {len(content)} bytes are no hnswlib index; export the bundle again")
+        raise BundleError(f"{path}: {len(content)} bytes are not an hnswlib index; export the bundle again")
     values = HEADER.unpack(content[: HEADER.size].tobytes())
-    level0, capacity, count, item_bytes, label_offset, vector_offset, top_level, entry, above, at_0, m, scale, _ = (
-        values
-    )
-    given = ((label_offset - vector_offset) // 4, count)
-    if given != (spec.dim, spec.count):
+    level0, capacity, count, item_bytes, label_at, vector_at, top_level, entry, above, at_0, m, scale, _ = values
+    dims = ((label_at - vector_at) // 4, count)
+    if dims != (spec.dim, spec.count):
         raise BundleError(
-            f"{path}: the index does not match the items: it has (dim, count) = {given}, "
+            f"{path}: the index does not match the items: it has (dim, count) = {dims}, "
             f"the items need {(spec.dim, spec.count)}; export the bundle again"
         )
     links = 4 + 8 * spec.m
     layout = (0, links, links + 4 * spec.dim, links + 4 * spec.dim + 8, spec.m, 2 * spec.m, spec.m)
-    if (level0, vector_offset, label_offset, item_bytes, above, at_0, m) != layout:
+    if (level0, vector_at, label_at, item_bytes, above, at_0, m) != layout:
         raise _broken(path, f"its layout is not that of {spec.dim} numbers and M={spec.m}")
     if not 0 < count <= capacity <= max(count, rows) or not 0 < scale < np.inf:
         raise _broken(path, f"it has room for {capacity} of {rows} items, or levels of scale {scale}")
@@ -104,9 +102,7 @@ def _check_items(
         raise _broken(path, "a label is not a row of the items")
     vectors = np.ascontiguousarray(items[:, 1 + most : -2]).view("<f4")
     if not np.array_equal(vectors, item_vectors[labels]):
-        raise BundleError(
-            f"{path}: the index does not match the items: it was built of other vectors; export the bundle again"
-        )
+        raise BundleError(f"{path}: the index does not match the items: it has other vectors; export the bundle again")
     return labels, items[:, 0] & DELETED_BIT != 0
 
 

@@ -76,9 +76,8 @@ class Retriever:
         Raises:
             BundleError: It is not an index of the bundle's items.
         """
-        vectors = bundle.item_vectors
-        index = HnswIndex.open(bundle)
-        return cls(index=index, scan=ExactIndex(vectors), item_vectors=vectors, live=bundle.catalogue.live)
+        vectors, live = bundle.item_vectors, bundle.catalogue.live
+        return cls(index=HnswIndex.open(bundle), scan=ExactIndex(vectors), item_vectors=vectors, live=live)
 
     def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         """Run searches, and all scans of one k in one pass over the items. Each result is the same as alone.
@@ -91,7 +90,7 @@ class Retriever:
         """
         searches = [replace(search, allowed=self.live) if search.allowed is None else search for search in searches]
         matches = [self._search_index(search) for search in searches]
-        rows = [rows for rows, _ in matches]
+        found = [rows for rows, _ in matches]
         scans: dict[int, list[int]] = defaultdict(list)
         for index, (_, reason) in enumerate(matches):
             if reason is not None:
@@ -101,13 +100,12 @@ class Retriever:
             per_query = [search for search in scanned for _ in search.queries]
             near = iter(self.scan.near(np.concatenate([search.queries for search in scanned]), k, per_query))
             for index, search in zip(indices, scanned, strict=True):
-                rows[index] = reduce(np.union1d, islice(near, len(search.queries)))
+                found[index] = reduce(np.union1d, islice(near, len(search.queries)))
         queries, counts = np.stack([search.queries for search in searches]), [search.k for search in searches]
+        nearest = best(self.item_vectors, queries, found, counts)
         return [
-            CandidateSet(rows=nearest, similarity=similarity, exact=reason)
-            for (nearest, similarity), (_, reason) in zip(
-                best(self.item_vectors, queries, rows, counts), matches, strict=True
-            )
+            CandidateSet(rows=rows, similarity=similarity, exact=reason)
+            for (rows, similarity), (_, reason) in zip(nearest, matches, strict=True)
         ]
 
     def _search_index(self, search: Search) -> tuple[NDArray[np.int64], str | None]:

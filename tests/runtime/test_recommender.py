@@ -313,7 +313,7 @@ def test_a_bundle_of_an_earlier_version_warns_where_its_ranker_saw_no_slates(
     reseal(copy, order=None, metrics={"ranking": None})
     with Recommender.load(copy, "cpu") as loaded:
         assert loaded.order == "value"
-        with pytest.raises(RequestError, match="needs the scale of retrieval's logits"):
+        with pytest.raises(RequestError, match="needs the scale of retrieval"):
             loaded.recommend(history(loaded, 3), 5, msgspec.structs.replace(NOW, order="product"))
     assert "its ranker was not measured on items that were shown and left alone" in caplog.text
     caplog.clear()

@@ -58,7 +58,7 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
 def test_one_flipped_bit_in_the_manifest_is_found(copy: Path, name: str) -> None:
     flip_byte(copy / name)
-    with pytest.raises(BundleCorruptError, match=r"manifest\.json is altered: its sha256 is"):
+    with pytest.raises(BundleCorruptError, match=r"manifest\.json is altered: sha256 "):
         Bundle.open(copy)
 
 
@@ -161,7 +161,7 @@ def test_item_vectors_are_finite_and_of_unit_length(copy: Path, reseal: Reseal, 
     vectors[41] *= value
     save_file({"item_vectors": vectors}, copy / "items.safetensors")
     reseal(copy)
-    with pytest.raises(BundleError, match="item row 41 is not finite or not of unit length"):
+    with pytest.raises(BundleError, match="item row 41 is not a unit vector"):
         Bundle.open(copy)
 
 

@@ -78,7 +78,7 @@ def test_eligible_items_are_counted() -> None:
 @pytest.mark.parametrize(
     ("categories", "match"),
     [
-        ({"colour": ("red",)}, "categories: unknown feature 'colour'; this bundle's categorical features: kind, size"),
+        ({"colour": ("red",)}, "categories: unknown feature 'colour'; this bundle has the features kind, size"),
         ({"kind": ("red", "green")}, "categories: kind has no word 'green'; it has \\['red', 'blue'\\]"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_bundle_without_codes_says_so() -> None:
     with pytest.raises(RequestError, match=r"does not store the words of its items.*export it again"):
         catalogue(codes=None).allowed(None, {"kind": ("red",)})
     none = Catalogue(rows={"a": 0}, num_rows=1, retired=NONE, words={}, codes=None)
-    with pytest.raises(RequestError, match="unknown feature 'kind'; this bundle's categorical features: none"):
+    with pytest.raises(RequestError, match="unknown feature 'kind'; this bundle has the features none"):
         none.allowed(None, {"kind": ("red",)})
 
 

@@ -78,7 +78,7 @@ def upper(content: bytes) -> int:
         ((HEADER.size + 4, "I", COUNT), "a link at level 0 leads to no item"),
         ((HEADER.size + 4 * (WORDS - 2), "Q", COUNT), "a label is not a row of the items"),
         ((HEADER.size + 4 * (WORDS - 2), "q", -1), "a label is not a row of the items"),
-        ((HEADER.size + 4 * (1 + 2 * M), "f", float("nan")), "it was built of other vectors"),
+        ((HEADER.size + 4 * (1 + 2 * M), "f", float("nan")), "it has other vectors"),
         ((-1, "I", 4), "the links of item .* above level 0 do not fit"),
         ((-1, "I", 2**31), "above level 0 do not fit"),
         ((-1, "I", 0), "bytes follow its end|do not fit|begins at an item"),
