@@ -290,7 +290,7 @@ def check_inputs(graph: str, specs: Sequence[TensorSpec], inputs: Mapping[str, N
             expected = f"{spec.dtype} {list(spec.shape)} with {sizes}"
             raise BackendError(f"{graph}: {spec.name} is {dtype} {list(value.shape)}, expected {expected}")
         if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise BackendError(f"{graph}: {spec.name} has values that are not finite; send finite numbers")
+            raise BackendError(f"{graph}: {spec.name} holds values that are not finite; send finite numbers")
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | str], sizes: dict[str, int]) -> bool:

@@ -90,7 +90,7 @@ class Retriever:
         """
         searches = [replace(search, allowed=self.live) if search.allowed is None else search for search in searches]
         matches = [self._search_index(search) for search in searches]
-        found = [rows for rows, _ in matches]
+        rows = [matched for matched, _ in matches]
         scans: dict[int, list[int]] = defaultdict(list)
         for index, (_, reason) in enumerate(matches):
             if reason is not None:
@@ -100,12 +100,12 @@ class Retriever:
             per_query = [search for search in scanned for _ in search.queries]
             near = iter(self.scan.near(np.concatenate([search.queries for search in scanned]), k, per_query))
             for index, search in zip(indices, scanned, strict=True):
-                found[index] = reduce(np.union1d, islice(near, len(search.queries)))
+                rows[index] = reduce(np.union1d, islice(near, len(search.queries)))
         queries, counts = np.stack([search.queries for search in searches]), [search.k for search in searches]
-        nearest = best(self.item_vectors, queries, found, counts)
+        nearest = best(self.item_vectors, queries, rows, counts)
         return [
-            CandidateSet(rows=rows, similarity=similarity, exact=reason)
-            for (rows, similarity), (_, reason) in zip(nearest, matches, strict=True)
+            CandidateSet(rows=kept, similarity=similarity, exact=reason)
+            for (kept, similarity), (_, reason) in zip(nearest, matches, strict=True)
         ]
 
     def _search_index(self, search: Search) -> tuple[NDArray[np.int64], str | None]:

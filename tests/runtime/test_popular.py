@@ -174,9 +174,9 @@ RIGHT = np.full((2, 24), 1 / 24, np.float32)
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"other": RIGHT}, r"share is missing, expected float32 \(2, 24\); export the bundle again"),
-        ({"share": RIGHT[:1]}, r"share is float32 \(1, 24\), expected float32 \(2, 24\)"),
-        ({"share": RIGHT.astype(np.float64)}, r"share is float64 \(2, 24\), expected float32"),
+        ({"other": RIGHT}, "does not contain tensor share; export the bundle again"),
+        ({"share": RIGHT[:1]}, r"share is \('F32', \(1, 24\)\), expected \('F32', \(2, 24\)\)"),
+        ({"share": RIGHT.astype(np.float64)}, r"share is \('F64', \(2, 24\)\), expected \('F32'"),
         ({"share": np.where(np.eye(2, 24), np.nan, RIGHT).astype(np.float32)}, "not finite and more than 0 everywhere"),
         ({"share": RIGHT * (1 - np.eye(2, 24, dtype=np.float32))}, "not finite and more than 0 everywhere"),
     ],

@@ -315,7 +315,7 @@ def test_a_bundle_of_an_earlier_version_warns_where_its_ranker_saw_no_slates(
         assert loaded.order == "value"
         with pytest.raises(RequestError, match="needs the scale of retrieval"):
             loaded.recommend(history(loaded, 3), 5, msgspec.structs.replace(NOW, order="product"))
-    assert "its ranker was not measured on items that were shown and left alone" in caplog.text
+    assert "its ranker was not measured on items that were shown without an action" in caplog.text
     caplog.clear()
     reseal(copy, metrics={"ranking": {"click": {}}})
     with Recommender.load(copy, "cpu"):

@@ -75,7 +75,7 @@ def test_an_empty_history_is_valid_and_its_time_unknown(manifest: Manifest) -> N
         ((event(),) * 5, "has 5 events, this model takes at most 4.*truncate"),
         (
             (event("a", T), event("b", T - 1)),
-            rf"history\[1\] at {T - 1} is earlier .* at {T}; send events oldest first",
+            rf"history\[1\] at {T - 1} is earlier .* at {T}; send the oldest first",
         ),
         ((event("a", T), event("b")), r"history\[1\] has no timestamp_ms, but the event before it has"),
         ((event("a", -1),), r"history\[0\]\.timestamp_ms=-1 must be a Unix time in ms"),
@@ -148,7 +148,7 @@ def test_a_user_has_an_id_or_is_none(manifest: Manifest) -> None:
     assert resolve_request(request, manifest, CATALOGUE).user == "u-1"
     assert resolve(manifest).user is None
     for wrong in ("", 7, ["u"]):
-        with pytest.raises(RequestError, match=r"user=.* must be a text that is not empty, or None"):
+        with pytest.raises(RequestError, match=r"user=.* must be a non-empty string, or None"):
             resolve_request(msgspec.structs.replace(request, user=wrong), manifest, CATALOGUE)
 
 
@@ -284,8 +284,8 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
             {"allow": ("z",)},
             "only 0 of the 5 items are eligible .* that allow or categories rule out; loosen the filters",
         ),
-        ({"k": 3, "categories": {"kind": ("blue",)}}, "k=3 items .* only 2 of the 5 items .*; ask for at most 2"),
-        ({"categories": {"colour": ("red",)}}, "categories: unknown feature 'colour'; .*: kind, size"),
+        ({"k": 3, "categories": {"kind": ("blue",)}}, "k=3 items .* only 2 of the 5 items .*; request at most 2"),
+        ({"categories": {"colour": ("red",)}}, "categories: unknown feature 'colour'; .* kind, size"),
         ({"categories": {"kind": ("green",)}}, "categories: kind has no word 'green'; it has \\['red', 'blue'\\]"),
         ({"candidates": 0}, "candidates=0 must be an integer of at least 1"),
         ({"now_ms": T - 1}, f"now_ms={T - 1} is before the last event at {T}"),

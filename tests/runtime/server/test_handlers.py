@@ -139,7 +139,7 @@ def test_requests_of_a_list_are_computed_together(client: TestClient, deployment
     ("body", "message"),
     [
         ({"history": [{"item": "new", "actions": []}]}, "item 'new' is not among the 24 items"),
-        ({"history": HISTORY[::-1]}, "send events oldest first"),
+        ({"history": HISTORY[::-1]}, "send the oldest first"),
         ({"history": HISTORY * 5, "truncate": False}, "this model takes at most 8"),
         ({"history": HISTORY, "k": 0}, "k=0 must be an integer of at least 1"),
         ({"history": HISTORY, "now_ms": 5}, "before the last event"),
