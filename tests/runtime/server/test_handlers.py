@@ -167,7 +167,7 @@ def test_a_compressed_body_is_refused(client: TestClient) -> None:
 def test_a_user_without_events_is_a_cold_start_where_nothing_is_known_to_be_popular(client: TestClient) -> None:
     why = (
         "the history is empty, and this bundle stores no popularity; send events or a history first, or "
-        "events or a history first"
+        "export it again with --data"
     )
     assert post(client, "/v1/recommend", {"user": "nobody"}, 422)["error"] == {
         "code": "cold_start",
@@ -188,9 +188,9 @@ def test_a_cold_start_that_the_operator_refuses(popular: Path) -> None:
         why = "the history is empty, and cold starts are refused here; send events or a history first, or show popular"
         assert unknown["error"] == {
             "code": "cold_start",
-            "message": f"user 'nobody': no events are known; {why} popular",
+            "message": f"user 'nobody': no events are known; {why} items of your own",
         }
-        assert empty["error"] == {"code": "cold_start", "message": f"{why} popular"}
+        assert empty["error"] == {"code": "cold_start", "message": f"{why} items of your own"}
         assert answered["source"] == "model"
         assert post(client, "/v1/recommend", {"user": "nobody"}, 422) == unknown
 
