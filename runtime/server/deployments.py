@@ -352,8 +352,8 @@ def _total(*parts: WorkTotals) -> WorkTotals:
     padding: dict[str, Padding] = {}
     for part in parts:
         for stage, counted in part.padding.items():
-            before = padding.get(stage, Padding(given=0, computed=0))
-            padding[stage] = Padding(given=before.given + counted.given, computed=before.computed + counted.computed)
+            before = padding.get(stage, Padding(useful=0, computed=0))
+            padding[stage] = Padding(useful=before.useful + counted.useful, computed=before.computed + counted.computed)
     return WorkTotals(
         requests=sum(part.requests for part in parts), batches=sum(part.batches for part in parts), padding=padding
     )

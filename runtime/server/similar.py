@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from unipinrec.errors import RequestError, TooFewItemsError
+from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.retriever import Search
 from unipinrec.runtime.server.bodies import SimilarAnswer, SimilarBody, SimilarItem
@@ -22,13 +23,13 @@ def similar_items(recommender: Recommender, asked: SimilarBody) -> SimilarAnswer
     rows = np.array([item_row(str(item), bundle.rows, f"items[{i}]") for i, item in enumerate(asked.items)], np.int64)
     excluded = np.unique(np.concatenate([rows, catalogue.known_rows(asked.exclude)]))
     allowed = catalogue.allowed(asked.allow, asked.categories)
-    eligible = catalogue.eligible(allowed, excluded)
+    eligible = Eligible(allowed=allowed, excluded=excluded).count(catalogue.num_rows)
     if asked.k < 1:
         raise RequestError(f"k={asked.k} must be at least 1")
     if asked.k > eligible:
         raise TooFewItemsError(f"k={asked.k} is more than the {eligible} items that are left by the filters")
     queries = np.ascontiguousarray(bundle.item_vectors[rows])
-    search = Search(queries=queries, wanted=asked.k, excluded=excluded, allowed=allowed, exact=asked.exact)
+    search = Search(queries=queries, k=asked.k, excluded=excluded, allowed=allowed, exact=asked.exact)
     (found,) = recommender.retriever.retrieve([search])
     items = (
         SimilarItem(item=bundle.item_ids[row], title=bundle.titles[row], similarity=similarity)

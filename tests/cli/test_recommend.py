@@ -145,7 +145,7 @@ def test_words_of_a_feature_are_collected(bundle: Path, user: str) -> None:
         "recommend", bundle, "--user", user, "--category", some, "--category", f"topic={words[2]}", "-k", count
     )
     assert result.exit_code == 1
-    assert f"k={count} items were asked for" in result.stderr
+    assert f"k={count} items were requested" in result.stderr
 
 
 def test_a_word_may_hold_commas() -> None:
@@ -220,7 +220,7 @@ def test_cold_starts_can_be_refused(bundle: Path, events: Path, user: str) -> No
     ("words", "message"),
     [
         (("--weights", "like=1"), "unknown action 'like'"),
-        (("-k", "301"), "k=301 items were asked for"),
+        (("-k", "301"), "k=301 items were requested"),
         (("--now", "1"), "now_ms=1 is before the last event"),
         (("--surface", "moon"), "unknown surface 'moon'"),
     ],

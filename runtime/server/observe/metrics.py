@@ -182,7 +182,7 @@ def _batches(deployments: Deployments) -> Iterator[Metric]:
     work = deployments.work()
     yield _counter("batches", "Batches computed.", work.batches)
     yield _counter("batched_requests", "Requests of those batches.", work.requests)
-    given = {(stage,): padding.given for stage, padding in work.padding.items()}
+    given = {(stage,): padding.useful for stage, padding in work.padding.items()}
     yield _counters("rows_given", "Events or candidates that a stage had to compute.", ("stage",), given.items())
     computed = {(stage,): padding.computed for stage, padding in work.padding.items()}
     yield _counters("rows_computed", "The same, with padding.", ("stage",), computed.items())

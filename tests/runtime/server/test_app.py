@@ -64,7 +64,7 @@ async def pending(server: Server, count: int) -> None:
 
 
 def answered(deployments: Deployments) -> int:
-    return deployments.current.recommender.padding()["encode"].given
+    return deployments.current.recommender.padding()["encode"].useful
 
 
 # Overload.

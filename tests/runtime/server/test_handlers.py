@@ -139,7 +139,7 @@ def test_requests_of_a_list_are_computed_together(client: TestClient, deployment
     ("body", "message"),
     [
         ({"history": [{"item": "new", "actions": []}]}, "item 'new' is not among the 24 items"),
-        ({"history": HISTORY[::-1]}, "send events oldest first"),
+        ({"history": HISTORY[::-1]}, "send the oldest first"),
         ({"history": HISTORY * 5, "truncate": False}, "this model takes at most 8"),
         ({"history": HISTORY, "k": 0}, "k=0 must be an integer of at least 1"),
         ({"history": HISTORY, "now_ms": 5}, "before the last event"),
@@ -166,8 +166,8 @@ def test_a_compressed_body_is_refused(client: TestClient) -> None:
 
 def test_a_user_without_events_is_a_cold_start_where_nothing_is_known_to_be_popular(client: TestClient) -> None:
     why = (
-        "the history is empty, and this bundle does not store what is popular; export it again with --data, or send "
-        "events or a history first"
+        "the history is empty, and this bundle stores no popularity; send events or a history first, or "
+        "export it again with --data"
     )
     assert post(client, "/v1/recommend", {"user": "nobody"}, 422)["error"] == {
         "code": "cold_start",
@@ -185,12 +185,12 @@ def test_a_cold_start_that_the_operator_refuses(popular: Path) -> None:
     ):
         asked = [{"user": "nobody"}, {"history": []}, {"history": HISTORY, "k": 1, "now_ms": AT + 5}]
         unknown, empty, answered = post(client, "/v1/recommend", asked)
-        why = "the history is empty, and cold starts are refused here; send events or a history first, or show what is"
+        why = "the history is empty, and cold starts are refused here; send events or a history first, or show popular"
         assert unknown["error"] == {
             "code": "cold_start",
-            "message": f"user 'nobody': no events are known; {why} popular",
+            "message": f"user 'nobody': no events are known; {why} items of your own",
         }
-        assert empty["error"] == {"code": "cold_start", "message": f"{why} popular"}
+        assert empty["error"] == {"code": "cold_start", "message": f"{why} items of your own"}
         assert answered["source"] == "model"
         assert post(client, "/v1/recommend", {"user": "nobody"}, 422) == unknown
 
@@ -389,7 +389,7 @@ def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
     }
     answer = post(client, "/v1/items/similar", {**body, "exact": True})
     assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
-    assert answer["exact"] == "asked for"
+    assert answer["exact"] == "requested"
     assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
         "k=3 is more than the 2 items that are left by the filters"
     )
@@ -406,7 +406,7 @@ def test_health(client: TestClient, server: Server, deployments: Deployments) ->
     assert ready.json() == {
         "status": "ready",
         "device": "cpu",
-        "device_reason": "asked for",
+        "device_reason": "requested",
         "refused": [],
         "bundle": deployments.current.version,
     }

@@ -151,7 +151,7 @@ def test_what_the_cache_had(client: TestClient, answers: list[dict[str, Any]], d
     assert value(samples, "kv_evictions_total") == 0
     assert value(samples, "device_fallbacks") == 0
     serving = {"bundle": "a", "version": deployments.current.version, "device": "cpu"}
-    assert value(samples, "serving_info", precision="fp32", reason="asked for", **serving) == 1
+    assert value(samples, "serving_info", precision="fp32", reason="requested", **serving) == 1
 
 
 def test_padding(client: TestClient) -> None:
