@@ -30,7 +30,6 @@ from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Handler, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits
 from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
@@ -44,6 +43,7 @@ from unipinrec.runtime.server.process.end import ending_with_its_threads
 from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, run
 from unipinrec.runtime.server.process.peers import Peers
 from unipinrec.runtime.server.process.supervisor import serve_together
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 KEPT_HISTORIES = 2

@@ -26,8 +26,8 @@ from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
-from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
 from unipinrec.runtime.server.operations import ADMIN, Operation
+from unipinrec.runtime.server.swap import Deployments, DeploymentStatus
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "a name is a letter or digit, then up to 127 letters, digits, dots, dashes or underscores"

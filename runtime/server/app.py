@@ -26,10 +26,10 @@ from unipinrec.runtime.server.bodies import (
     UserAnswer,
 )
 from unipinrec.runtime.server.call import Endpoint, Handler, Observer, Server, ServerOptions, as_json
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, Receipt, StoreLimits
 from unipinrec.runtime.server.openapi_examples import EXAMPLE_USER
 from unipinrec.runtime.server.operations import POSTS, READS, STORE, AnyOf, Operation, in_path
+from unipinrec.runtime.server.swap import Deployments
 
 __all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
 

@@ -23,9 +23,10 @@ from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
 from unipinrec.runtime.server.admission import Admission, UsersInFlight
 from unipinrec.runtime.server.bodies import ApiError, Limits, RecommendBody
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import EventStore
 from unipinrec.runtime.server.operations import Operation
+from unipinrec.runtime.server.swap import Deployments
 
 CLIENT_LEFT = 499
 _ENCODER = msgspec.json.Encoder()

@@ -33,7 +33,7 @@ from unipinrec.runtime.server.bodies import (
     decode_similar,
 )
 from unipinrec.runtime.server.call import Call, Server, as_json, invalid, refusal_of
-from unipinrec.runtime.server.deployments import Deployment
+from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import Append, StoredEvent
 from unipinrec.runtime.server.similar import similar_items
 from unipinrec.runtime.validation import check_event

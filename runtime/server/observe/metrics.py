@@ -28,8 +28,8 @@ from unipinrec.runtime.kv.options import CacheStatistics
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.operations import Operation
+from unipinrec.runtime.server.swap import Deployments
 
 METRICS = Operation(method="GET", path="/metrics", summary="Metrics for Prometheus")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)

@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.machine import keep_memory_flat
 from unipinrec.runtime.server.call import Server
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.swap import Deployments
 
 KEEP_ALIVE_S = 75  # longer than what proxies keep idle connections for, so that they end them and not we
 BACKLOG = 2_048

@@ -21,7 +21,7 @@ from unipinrec.runtime.server.admission import Admission
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Server, as_json
-from unipinrec.runtime.server.deployments import Deployment
+from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.operations import EVERY, POSTS, READS, AnyOf, Operation, in_header, in_path
 from unipinrec.runtime.server.v2.codec import (
     HEADER_LENGTH,

@@ -18,8 +18,8 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.retrieval.index import Eligible, ExactIndex, Found
 from unipinrec.runtime.retrieval.retriever import Retriever
 from unipinrec.runtime.retrieval.sampling import RecallSampler
-from unipinrec.runtime.server.deployment import DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.swap import Deployments
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)

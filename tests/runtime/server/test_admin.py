@@ -27,7 +27,7 @@ from unipinrec.runtime.server.admin import (
     read_token,
 )
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.swap import Deployments
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ALLOWED = {"authorization": f"Bearer {TOKEN}"}

@@ -22,10 +22,10 @@ from unipinrec.runtime.requests import Event, RecommendOptions
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
 from unipinrec.runtime.server.handlers import usable
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 AT = 1_700_000_000_000

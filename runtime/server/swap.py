@@ -24,16 +24,7 @@ from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.integrity import file_problems
 from unipinrec.runtime.kv.encoder import Padding
 from unipinrec.runtime.machine import give_back_memory
-from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-
-__all__ = [
-    "Deployment",
-    "DeploymentOptions",
-    "DeploymentStatus",
-    "Deployments",
-    "SwapRecord",
-    "WorkTotals",
-]
+from unipinrec.runtime.server.deployment import Deployment
 
 SwapKind = Literal["swap", "rollback"]
 SwapResult = Literal["swapped", "refused", "failed", "busy"]

@@ -32,9 +32,8 @@ from unipinrec.runtime import (
     Request,
     Slate,
 )
-from unipinrec.runtime.server import deployments as server_state
-from unipinrec.runtime.server.deployment import DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.tools.update_bundle import update_bundle
 
 NOW_MS = 1_760_000_000_000
@@ -317,7 +316,7 @@ def test_one_swap_at_a_time(
         assert go_on.wait(20)
         return really(*given, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(server_state.Deployment, "open", slow)
+    monkeypatch.setattr(Deployment, "open", slow)
     with ThreadPoolExecutor(1) as thread:
         first = thread.submit(deployments.swap, twins[1])
         assert entered.wait(20)
