@@ -90,7 +90,7 @@ class Call:
     deadline: float
     slates: list[Slate] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    asked: dict[str, RecommendBody] = field(default_factory=dict)
+    requests: dict[str, RecommendBody] = field(default_factory=dict)
     users: list[str] = field(default_factory=list)
     content: bytes | None = None
     answered_elsewhere: bool = False

@@ -119,10 +119,10 @@ class ServedLog(Collector):
 
     def observe(self, call: Call) -> None:
         """Queue the slates of a call; it never waits. Called in the event loop's thread alone."""
-        if not call.asked:
+        if not call.requests:
             return
         now_ms = time.time_ns() // 1_000_000
-        for (request_id, asked), slate in zip(call.asked.items(), call.slates, strict=True):
+        for (request_id, asked), slate in zip(call.requests.items(), call.slates, strict=True):
             if not slate.items:
                 continue
             if self._put - self._taken + len(slate.items) > self.options.queue_rows:
