@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from unipinrec.errors import ConfigError, RequestError, decoding
+from unipinrec.errors import MALFORMED, ConfigError, RequestError
 from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request, Slate
 
 T = TypeVar("T")
@@ -253,8 +253,10 @@ def decode_similar(body: bytes, limits: Limits) -> SimilarBody:
 
 
 def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    with decoding(RequestError, "the body", "/openapi.json says what it must be, with examples"):
+    try:
         return decoder.decode(body)
+    except MALFORMED as error:
+        raise RequestError(f"the body: {error}; /openapi.json says what it must be, with examples") from error
 
 
 def _each(bodies: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:

@@ -60,7 +60,7 @@ def openapi_route(server: Server, version: str = "0") -> Route:
             made[key] = content
         return Response(made[key], media_type=JSON)
 
-    return route(server, Operation(method="GET", path="/openapi.json"), openapi)
+    return route(server, Operation(path="/openapi.json"), openapi)
 
 
 def document(there: Iterable[Operation], version: str, given: dict[str, Examples]) -> dict[str, Any]:

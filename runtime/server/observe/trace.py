@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 ASKED, PATH = "x-trace", "/debug/traces"
 SERVICE = "unipinrec"
 TRACE = Operation(
-    method="GET",
     path=f"{PATH}/{{name}}",
     summary="The trace of a request",
     answer=dict[str, Any],

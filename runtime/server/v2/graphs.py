@@ -1,6 +1,6 @@
-"""The graphs of a bundle as models of the Open Inference Protocol: what they take, within which bounds, and a run.
+"""The graphs of a bundle as models of the Open Inference Protocol: metadata, checks of inputs, and runs.
 
-A graph trusts its inputs: lengths and ids index memory. What comes from outside is checked here value by value.
+A graph trusts its inputs: lengths and ids index memory. So every value of a client is checked here.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class GraphLimits:
         batch: Rows.
         candidates: Items to rank, per row.
         scores: Attention scores per head: rows x queries x keys. The default is a batch of 8 histories of 1,024 events.
-        body_bytes: Of one HTTP request; keys and values of long histories take tens of megabytes.
-        pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds the memory that they take.
+        body_bytes: Bytes of one HTTP body; keys and values of long histories take tens of megabytes.
+        pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds their memory.
     """
 
     batch: int = MAX_ROWS
@@ -43,7 +43,7 @@ class GraphLimits:
 
 
 def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMetadata:
-    """Inputs and outputs of a graph as a client sees them."""
+    """Inputs and outputs of a graph, in the protocol's terms."""
     device = recommender.device
     inputs, outputs = _specs(name, recommender.bundle.manifest, device.precision)
     return ModelMetadata(
@@ -56,7 +56,7 @@ def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMe
 
 
 def output_names(name: str, recommender: Recommender) -> tuple[str, ...]:
-    """Outputs of a graph, in order."""
+    """Names of a graph's outputs, in order."""
     return tuple(spec.name for spec in _specs(name, recommender.bundle.manifest, recommender.device.precision)[1])
 
 
@@ -64,8 +64,8 @@ def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limi
     """Check everything that a graph relies on.
 
     Raises:
-        RequestError: An input is missing, foreign, too large, of the wrong type or shape, or holds a value that is not
-            finite or indexes something that there is not.
+        RequestError: An input is missing, unknown, too large, of the wrong type or shape, not finite, or an index out
+            of range.
     """
     manifest = recommender.bundle.manifest
     specs, _ = _specs(name, manifest, recommender.device.precision)
@@ -84,11 +84,11 @@ def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limi
 
 
 def run_graph(name: str, recommender: Recommender, inputs: Arrays) -> dict[str, NDArray[Any]]:
-    """Run a graph over checked inputs; its outputs on the host, in order.
+    """Run a graph over checked inputs; returns its outputs on the host, in order.
 
     Raises:
         BackendError: The run failed.
-        RequestError: Its outputs are not finite, as those of enormous inputs are.
+        RequestError: Its outputs are not finite, because inputs are enormous.
     """
     outputs = recommender.engine.backend.run(name, inputs)
     arrays = {output: outputs[output].numpy() for output in output_names(name, recommender)}
@@ -113,9 +113,9 @@ def _check_sizes(name: str, sizes: Mapping[str, int], manifest: Manifest, limits
     past, events = sizes.get("past", prefix) - prefix, sizes.get("history", sizes.get("new", 0))
     candidates = sizes.get("candidates", 0)
     bounds = (("batch", sizes["batch"], limits.batch), ("events", past + events, most))
-    for what, size, limit in (*bounds, ("candidates", candidates, limits.candidates)):
+    for unit, size, limit in (*bounds, ("candidates", candidates, limits.candidates)):
         if size > limit:
-            raise RequestError(f"{name}: {size} {what} were sent; at most {limit} are accepted")
+            raise RequestError(f"{name}: {size} {unit} were sent; at most {limit} are accepted")
     scores = sizes["batch"] * max(events, candidates) * (past + events + prefix)
     if scores > limits.scores:
         raise RequestError(f"{name}: this batch takes {scores} attention scores; at most {limits.scores} are accepted")
@@ -136,7 +136,8 @@ def _check_values(name: str, inputs: Arrays, sizes: Mapping[str, int], manifest:
         "timestamps_ms": time,
         "past_timestamps_ms": time,
     }
-    for given, (least, most) in bounds.items():
-        if given in inputs and not (inputs[given].min() >= least and inputs[given].max() <= most):
-            found = f"{inputs[given].min()} to {inputs[given].max()}"
-            raise RequestError(f"{name}: {given} holds {found}; its values must be from {least} to {most}")
+    for tensor, (least, most) in bounds.items():
+        if tensor in inputs:
+            low, high = inputs[tensor].min(), inputs[tensor].max()
+            if low < least or high > most:
+                raise RequestError(f"{name}: {tensor} holds {low} to {high}; its values must be from {least} to {most}")
