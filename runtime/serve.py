@@ -225,11 +225,10 @@ def assembled(
                 watcher.start()
             return deployments
 
-        recommend: Handler = handlers.recommend
-        forget: Handler = handlers.forget_user
+        shared: dict[str, Handler] = {}
         if peers is not None:
-            recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
-        yield server, make_app(server, routes, recommend=recommend, forget=forget), load
+            shared = {"recommend": peers.at_owner(handlers.recommend), "forget": peers.forgetting(handlers.forget_user)}
+        yield server, make_app(server, routes, **shared), load
 
 
 def _observed(

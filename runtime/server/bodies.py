@@ -206,7 +206,7 @@ def decode_recommend(body: bytes, limits: Limits) -> Recommends:
     for where, request in _each(bodies, limits):
         if request.user is None and request.history is None:
             raise RequestError(f"{where}neither user nor history is given; send a user, a history, or both")
-        _check_id(f"{where}user", request.user, limits)
+        check_id(f"{where}user", request.user, limits)
         _at_most(f"{where}history", len(request.history or ()), limits.history, "events")
         _at_most(f"{where}k", request.k, limits.k)
         _at_most(f"{where}candidates", request.candidates, limits.candidates)
@@ -222,14 +222,14 @@ def decode_events(body: bytes, limits: Limits, now_ms: int) -> Posts:
     bodies = _decode(_EVENTS, body)
     latest_ms, count = now_ms + limits.ahead_ms, 0
     for where, post in _each(bodies, limits):
-        _check_id(f"{where}user", post.user, limits)
+        check_id(f"{where}user", post.user, limits)
         if not post.events:
             raise RequestError(f"{where}events is empty; send at least one")
         count += len(post.events)
         _at_most("the body", count, limits.events, "events")
         for index, event in enumerate(post.events):
             name, time_ms = f"{where}events[{index}]", event.timestamp_ms
-            _check_id(f"{name}.id", event.id, limits)
+            check_id(f"{name}.id", event.id, limits)
             if time_ms is not None and time_ms > latest_ms:
                 problem = f"is after {latest_ms}, too far in the future"
                 raise RequestError(f"{name}.timestamp_ms={time_ms} {problem}; send Unix time in ms")
@@ -269,7 +269,12 @@ def _each(bodies: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:
     return [(f"[{index}]: ", body) for index, body in enumerate(bodies)]
 
 
-def _check_id(name: str, value: str | None, limits: Limits) -> None:
+def check_id(name: str, value: str | None, limits: Limits) -> None:
+    """Check the length of an id.
+
+    Raises:
+        RequestError: It is empty or too long.
+    """
     if value is not None and not 0 < len(value) <= limits.id_characters:
         raise RequestError(f"{name} has {len(value)} characters; send from 1 to {limits.id_characters}")
 

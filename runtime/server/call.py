@@ -151,9 +151,9 @@ class Call:
         """
         loop = asyncio.get_running_loop()
         end: asyncio.Future[_End] = loop.create_future()
-        _when_all_done(futures, loop, end)
-        late = loop.call_later(max(0.0, self.left_s), _first, end, "late")
+        late = loop.call_later(max(0.0, self.left_s), _resolve, end, "late")
         gone = loop.create_task(self._gone(end))
+        _when_all_done(futures, loop, end)
         try:
             if await end == "gone":
                 raise ClientDisconnect
@@ -169,13 +169,13 @@ class Call:
     async def _gone(self, end: asyncio.Future[_End]) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        _first(end, "gone")
+        _resolve(end, "gone")
 
 
 _End = Literal["done", "late", "gone"]
 
 
-def _first(end: asyncio.Future[_End], how: _End) -> None:
+def _resolve(end: asyncio.Future[_End], how: _End) -> None:
     if not end.done():
         end.set_result(how)
 
@@ -190,7 +190,7 @@ def _when_all_done(
         nonlocal left
         left -= 1
         if left <= 0:
-            _first(end, "done")
+            _resolve(end, "done")
 
     def one_done(_: Future[Any] | asyncio.Future[Any]) -> None:
         with suppress(RuntimeError):  # the loop is closed, so nothing waits any more

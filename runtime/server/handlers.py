@@ -28,6 +28,7 @@ from unipinrec.runtime.server.bodies import (
     RecommendBody,
     SentEvent,
     UserAnswer,
+    check_id,
     decode_events,
     decode_recommend,
     decode_similar,
@@ -232,8 +233,7 @@ def _checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | ApiEr
 
 def _user(call: Call, server: Server) -> str:
     user: str = call.request.path_params["user"]
-    if not 0 < len(user) <= server.options.limits.id_characters:
-        raise RequestError(f"user has {len(user)} characters; send from 1 to {server.options.limits.id_characters}")
+    check_id("user", user, server.options.limits)
     return user
 
 

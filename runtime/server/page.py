@@ -161,8 +161,8 @@ def _sample_history(bundle: Bundle, user: str) -> SampleHistory:
     except RequestError as error:
         message = f"there is no sample user {user[:100]!r}; /v1/demo/users lists them"
         raise ApiError(404, "unknown_user", message) from error
-    titled = tuple(
+    titled = (
         TitledEvent(**msgspec.structs.asdict(event), title=bundle.titles[bundle.rows[str(event.item)]])
         for event in events
     )
-    return SampleHistory(user=user, events=titled, bundle=bundle.hash)
+    return SampleHistory(user=user, events=tuple(titled), bundle=bundle.hash)

@@ -281,12 +281,7 @@ class Deployments:
             self._changed.notify_all()  # last, for then the process may end and unload the runtime's libraries
 
     def _record(
-        self,
-        kind: SwapKind,
-        path: Path,
-        opened: Deployment | None,
-        problem: BaseException | None,
-        seconds: float,
+        self, kind: SwapKind, path: Path, opened: Deployment | None, problem: BaseException | None, seconds: float
     ) -> None:
         result: Literal["swapped", "refused", "failed", "busy"] = "swapped"
         if problem is not None:

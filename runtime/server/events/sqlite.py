@@ -217,12 +217,11 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
+            return
         except sqlite3.OperationalError:
             if time.monotonic() > limit:
                 raise
             time.sleep(0.01)
-        else:
-            return
 
 
 def _select(connection: sqlite3.Connection, user: str) -> Events:

@@ -35,6 +35,7 @@ LINGER_S = 0.5  # after the last connection was accepted: time for its request t
 SWITCH_INTERVAL_S = 1e-3
 # Python's default of (700, 10, 10) scans all objects of the process often, and stops it for 40 ms each time.
 GC_THRESHOLDS = (50_000, 20, 100)
+Load = Callable[[], Deployments]
 log = logging.getLogger(__name__)
 
 
@@ -101,9 +102,7 @@ class Worker:
         return self.folder / f"{index}.sock"
 
 
-def run(
-    server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions, worker: Worker | None = None
-) -> None:
+def run(server: Server, app: Starlette, load: Load, options: RunOptions, worker: Worker | None = None) -> None:
     """Serve until a signal; then answer all accepted requests, and close everything.
 
     Args:
@@ -153,14 +152,7 @@ def listen(host: str, port: int) -> socket.socket:
 class _Process(uvicorn.Server):
     """uvicorn, with loading in the background and an end in two steps."""
 
-    def __init__(
-        self,
-        app: Starlette,
-        server: Server,
-        load: Callable[[], Deployments],
-        options: RunOptions,
-        worker: Worker | None,
-    ) -> None:
+    def __init__(self, app: Starlette, server: Server, load: Load, options: RunOptions, worker: Worker | None) -> None:
         super().__init__(_config(app, options))
         self.failure: BaseException | None = None
         self._server, self._load, self._options, self._worker = server, load, options, worker

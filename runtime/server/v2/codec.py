@@ -149,7 +149,12 @@ def decode_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, 
     Raises:
         RequestError: The body is not such a request.
     """
-    json_bytes = _json_bytes(header_length, len(body))
+    header_length = str(len(body)) if header_length is None else header_length
+    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 20):
+        raise RequestError(f"{HEADER_LENGTH}={header_length!r} must be the length of the JSON in bytes")
+    offset = json_bytes = int(header_length)
+    if json_bytes > len(body):
+        raise RequestError(f"{HEADER_LENGTH}={header_length} is more than the {len(body)} bytes of the body")
     if body.count(b",", 0, json_bytes) > JSON_VALUES:
         raise RequestError(f"the JSON has more than {JSON_VALUES} values; send large tensors as binary after it")
     try:
@@ -157,7 +162,6 @@ def decode_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, 
     except MALFORMED as error:
         raise RequestError(f"the inference request is not valid: {error or 'nested too deeply'}") from error
     arrays: dict[str, NDArray[Any]] = {}
-    offset = json_bytes
     for tensor in request.inputs:
         if tensor.name in arrays:
             raise RequestError(f"input {tensor.name!r} is given twice; send each input once")
@@ -217,16 +221,6 @@ def wanted_outputs(request: InferRequest, known: Sequence[str]) -> tuple[Request
             raise RequestError(f"output {output.name!r} is listed twice; list each output once")
         _reject_extensions(output.name, output.parameters)
     return outputs
-
-
-def _json_bytes(header_length: str | None, body_length: int) -> int:
-    if header_length is None:
-        return body_length
-    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 20):
-        raise RequestError(f"{HEADER_LENGTH}={header_length!r} must be the length of the JSON in bytes")
-    if int(header_length) > body_length:
-        raise RequestError(f"{HEADER_LENGTH}={header_length} is more than the {body_length} bytes of the body")
-    return int(header_length)
 
 
 def _reject_extensions(name: str, parameters: Parameters) -> None:

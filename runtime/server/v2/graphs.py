@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, RequestError
-from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec, check_inputs
+from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec, check_inputs
 from unipinrec.runtime.graphs.backend import MAX_ROWS
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import YEAR_10000_MS
@@ -44,20 +44,19 @@ class GraphLimits:
 
 def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMetadata:
     """Inputs and outputs of a graph, in the protocol's terms."""
-    device = recommender.device
-    inputs, outputs = _specs(name, recommender.bundle.manifest, device.precision)
+    graph = _graph(name, recommender)
     return ModelMetadata(
         name=name,
         versions=(version,),
-        platform=PLATFORMS.get(device.name.partition("-")[0], "onnxruntime_onnx"),
-        inputs=tuple(map(_metadata, inputs)),
-        outputs=tuple(map(_metadata, outputs)),
+        platform=PLATFORMS.get(recommender.device.name.partition("-")[0], "onnxruntime_onnx"),
+        inputs=tuple(map(_metadata, graph.inputs)),
+        outputs=tuple(map(_metadata, graph.outputs)),
     )
 
 
 def output_names(name: str, recommender: Recommender) -> tuple[str, ...]:
     """Names of a graph's outputs, in order."""
-    return tuple(spec.name for spec in _specs(name, recommender.bundle.manifest, recommender.device.precision)[1])
+    return tuple(spec.name for spec in _graph(name, recommender).outputs)
 
 
 def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limits: GraphLimits) -> None:
@@ -67,8 +66,7 @@ def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limi
         RequestError: An input is missing, unknown, too large, of the wrong type or shape, not finite, or an index out
             of range.
     """
-    manifest = recommender.bundle.manifest
-    specs, _ = _specs(name, manifest, recommender.device.precision)
+    manifest, specs = recommender.bundle.manifest, _graph(name, recommender).inputs
     try:
         check_inputs(name, specs, inputs)
     except BackendError as error:
@@ -98,9 +96,8 @@ def run_graph(name: str, recommender: Recommender, inputs: Arrays) -> dict[str, 
     return arrays
 
 
-def _specs(name: str, manifest: Manifest, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    graph = manifest.graphs_in(precision)[name]
-    return graph.inputs, graph.outputs
+def _graph(name: str, recommender: Recommender) -> GraphSpec:
+    return recommender.bundle.manifest.graphs_in(recommender.device.precision)[name]
 
 
 def _metadata(spec: TensorSpec) -> TensorMetadata:
