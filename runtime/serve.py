@@ -289,8 +289,7 @@ def _server(options: ServeOptions, max_history: int) -> Server:
         max_deadline_ms=options.max_deadline_ms,
     )
     kept = options.kept_events or KEPT_HISTORIES * max_history
-    memory_bytes = options.events_mib * MEBIBYTE
-    limits = StoreLimits(events=kept, users=options.max_users, memory_bytes=memory_bytes)
+    limits = StoreLimits(events=kept, users=options.max_users, memory_bytes=options.events_mib * MEBIBYTE)
     store = open_store(options.state, limits)
     log.info("users' events are kept in %s", store.description)
     return make_server(server, store=store)

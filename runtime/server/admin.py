@@ -21,16 +21,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unipinrec.errors import (
-    MALFORMED,
-    BundleError,
-    ConfigError,
-    RequestError,
-    SwapBusyError,
-    SwapError,
-    UnipinrecError,
-    decoding,
-)
+from unipinrec.errors import BundleError, ConfigError, RequestError, SwapBusyError, SwapError, UnipinrecError, decoding
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.bodies import ApiError
@@ -73,7 +64,7 @@ class AdminOptions:
 
 
 def read_token(*, file: Path | None = None, variable: str | None = None) -> str:
-    """The token from a file, without line breaks at its end, or else from an environment variable.
+    """The token from a file, without spaces and line breaks around it, or else from an environment variable.
 
     Raises:
         ConfigError: There is none, or the file cannot be read.
@@ -106,11 +97,13 @@ def read_current(folder: Path) -> Path:
     Raises:
         BundleError: There is no such file, or it names no bundle.
     """
-    path = folder / CURRENT
+    path, remedy = folder / CURRENT, 'it must be a file such as {"bundle": "NAME"}'
     try:
-        return bundle_folder(folder, msgspec.json.decode(path.read_bytes(), type=Current).bundle)
-    except (OSError, *MALFORMED) as error:
-        raise BundleError(f'{path} must be a file such as {{"bundle": "NAME"}}: {error}') from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error}; {remedy}") from error
+    with decoding(BundleError, path, remedy):
+        return bundle_folder(folder, msgspec.json.decode(content, type=Current).bundle)
 
 
 RELOAD = Operation(

@@ -249,10 +249,9 @@ class Server:
         Raises:
             ApiError: 503, the server is still loading, or is shutting down.
         """
-        deployments = self.loaded()
         with ExitStack() as held:
             try:
-                deployment = held.enter_context(deployments.acquire())
+                deployment = held.enter_context(self.loaded().acquire())
             except BackendError as error:
                 raise ApiError(503, "shutting_down", str(error), {"retry-after": "1"}) from error
             yield deployment

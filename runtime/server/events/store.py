@@ -48,7 +48,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         user: The user.
         appended: Events that are now part of the history.
         duplicates: Events whose id was known.
-        out_of_order: Appended events that went before an older one: the user's history must be encoded again.
+        out_of_order: Appended events that went before an event already there: the history must be encoded again.
         dropped: The oldest events, which were dropped beyond the limit.
         events: Events in the history now.
     """
