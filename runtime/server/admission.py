@@ -14,7 +14,7 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.bodies import ApiError, whole_seconds
 
 DEADLINE_EXCEEDED = 504
-CAUTION = 2.0  # an answer is expected to take at most so many deviations more than the mean
+CAUTION = 2.0  # deviations that an answer may take longer than the mean
 WEIGHT = 0.05  # of a new request in the running means, after the first few
 
 

@@ -19,7 +19,7 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.call import Call
 
 LEVELS = ("debug", "info", "warning", "error")
-QUIET = ("/health/live", "/health/ready", "/metrics")  # polled every few seconds, and dull if all is well
+QUIET = ("/health/live", "/health/ready", "/metrics")  # polled every few seconds
 FIELDS = "unipinrec_fields"
 SHORT = 12  # digits of a hash, enough to tell bundles apart
 requests = logging.getLogger("unipinrec.requests")

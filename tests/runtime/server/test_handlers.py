@@ -390,7 +390,7 @@ def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
     assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
     assert answer["exact"] == "asked for"
     assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
-        "k=3 is more than the 2 items that are left by the filters"
+        "k=3 is more than the 2 items that the filters leave"
     )
     assert "items[0]: item 'new'" in post(client, "/v1/items/similar", {"items": ["new"]}, 400)["error"]["message"]
 
