@@ -234,9 +234,6 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     exact: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """The documented JSON form, without titles and `exact`."""
+        """The JSON form, the same on the command line and over HTTP."""
         document: dict[str, Any] = msgspec.to_builtins(self)
-        del document["exact"]
-        for item in document["items"]:
-            del item["title"]
         return document

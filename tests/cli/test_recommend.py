@@ -89,7 +89,8 @@ def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
     result = run(*words)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert [list(item) for item in document["items"]] == [["item", "score", "value", "actions", "retrieval_score"]] * 4
+    fields = ["item", "title", "score", "value", "actions", "retrieval_score"]
+    assert [list(item) for item in document["items"]] == [fields] * 4
     assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "no cache", "cpu")
     assert {item["item"] for item in document["items"]}.isdisjoint(
         event["item"] for event in json.loads(events.read_bytes())

@@ -58,9 +58,9 @@ def test_a_slate(recommender: Recommender) -> None:
 def test_the_documented_json(recommender: Recommender) -> None:
     slate = recommender.recommend(history(recommender, 3), 2, NOW)
     document = slate.to_json()
-    assert list(document) == ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle"]
+    assert list(document) == ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle", "exact"]
     assert list(document["stages_ms"]) == ["encode", "retrieve", "rank", "total"]
-    assert list(document["items"][0]) == ["item", "score", "value", "actions", "retrieval_score"]
+    assert list(document["items"][0]) == ["item", "title", "score", "value", "actions", "retrieval_score"]
     assert document["items"][1]["item"] == slate.items[1].item
 
 

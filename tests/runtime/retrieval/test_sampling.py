@@ -19,8 +19,8 @@ from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.retrieval.index import ExactIndex, Matches
 from unipinrec.runtime.retrieval.retriever import Retriever
 from unipinrec.runtime.retrieval.sampling import RecallSampler
-from unipinrec.runtime.server.deployment import DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.swap import Deployments
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)

@@ -22,10 +22,10 @@ from unipinrec.runtime.requests import Event, RecommendOptions
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
 from unipinrec.runtime.server.handlers import usable
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 AT = 1_700_000_000_000
@@ -76,9 +76,7 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
     answer = post(client, "/v1/recommend", {"history": HISTORY, "k": 4, **options})
     slate = recommender.recommend(EVENTS, 4, msgspec.convert(options, type=RecommendOptions))
     expected = slate.to_json()
-    assert [{**item, "title": None} for item in expected["items"]] == [
-        {**item, "title": None} for item in answer["items"]
-    ]
+    assert answer["items"] == list(expected["items"])
     assert answer["items"][0]["title"] == slate.items[0].title
     assert list(answer) == [
         "items",
@@ -93,7 +91,8 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
         "events",
         "skipped_events",
     ]
-    for name in ("source", "order", "kv", "kv_reason", "device", "bundle"):
+    assert list(answer) == [*expected, "events", "skipped_events"]
+    for name in ("source", "order", "kv", "kv_reason", "device", "bundle", "exact"):
         assert answer[name] == expected[name]
     assert (answer["events"], answer["skipped_events"]) == (3, 0)
 
@@ -391,7 +390,7 @@ def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
     assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
     assert answer["exact"] == "requested"
     assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
-        "k=3 is more than the 2 items that are left by the filters"
+        "k=3 is more than the 2 items that the filters leave"
     )
     assert "items[0]: item 'new'" in post(client, "/v1/items/similar", {"items": ["new"]}, 400)["error"]["message"]
 

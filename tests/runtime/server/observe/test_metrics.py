@@ -20,8 +20,9 @@ from unipinrec.runtime.requests import Event
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.observe.metrics import ServerMetrics, metrics_route
+from unipinrec.runtime.server.swap import Deployments
 
 NOW_MS = 1_760_000_000_000
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
