@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli.common import FiniteRange, command, json_option, print_json, stderr
+from unipinrec.cli.common import FiniteRange, json_command, print_json, stderr
 from unipinrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     default="int8",
-    show_default=True,
     help="Type of the cached keys and values.",
 )
 @click.option("--page-slots", type=click.IntRange(1), help="Events of a page.  [default: the cache's own]")
@@ -70,7 +69,6 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
     "--unchanged-share",
     type=FiniteRange(0, 1),
     default=0.0,
-    show_default=True,
     help="Share of the found requests that bring no new event.",
 )
 @click.option("--encode-ms", type=positive, help="Machine time per request to encode a whole history, ...")
@@ -81,11 +79,9 @@ existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
     "--utilisation",
     type=FiniteRange(0, 1, min_open=True),
     default=0.7,
-    show_default=True,
     help="Share of a machine's time to plan with.",
 )
-@json_option
-@command
+@json_command
 def plan(as_json: bool, budget_gib: float | None, memory_gib: float | None, **options: Any) -> None:
     """Plan a key/value cache: bytes per user, expected hit rate for a memory, and machines for a load.
 

@@ -14,7 +14,7 @@ import click
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unipinrec.cli.common import FiniteRange, command, json_option, print_json, progress, stderr, stdout, warn
+from unipinrec.cli.common import FiniteRange, json_command, print_json, progress, stderr, stdout, warn
 from unipinrec.cli.prepare_report import print_summary, summarize
 from unipinrec.errors import LONGEST_VALUE, ConfigError, DataError
 
@@ -73,7 +73,6 @@ gap_option = click.option(
     "--slate-gap-minutes",
     type=FiniteRange(min=0, min_open=True),
     default=30.0,
-    show_default=True,
     help="A pause this long ends an impression slate.",
 )
 
@@ -94,8 +93,7 @@ def prepare() -> None:
 @download_option
 @gap_option
 @split_options
-@json_option
-@command
+@json_command
 def kuairand(source: Path | None, download: bool, slate_gap_minutes: float, **options: Any) -> None:
     """KuaiRand: exposures of short videos with eight actions. SOURCE is its folder.
 
@@ -121,13 +119,11 @@ def kuairand(source: Path | None, download: bool, slate_gap_minutes: float, **op
     "--edition",
     type=click.Choice(["ml-100k", "ml-1m"]),
     default="ml-100k",
-    show_default=True,
     help="What --download fetches.",
 )
 @gap_option
 @split_options
-@json_option
-@command
+@json_command
 def movielens(source: Path | None, download: bool, edition: str, slate_gap_minutes: float, **options: Any) -> None:
     """MovieLens 100K or 1M: ratings, of which 4 and 5 are likes. SOURCE is its folder.
 
@@ -150,8 +146,7 @@ def movielens(source: Path | None, download: bool, edition: str, slate_gap_minut
 @required_source
 @out_option
 @click.option("--licence", help="Where the file came from and under which terms, for the record.")
-@json_option
-@command
+@json_command
 def sasrec(source: Path, licence: str | None, **options: Any) -> None:
     """SASRec ("user item") or S3-Rec ("user item item ...") text file, plain or .gz. SOURCE is the file.
 
@@ -169,8 +164,7 @@ def sasrec(source: Path, licence: str | None, **options: Any) -> None:
 @click.option("--columns", type=click.Path(path_type=Path), required=True, help="TOML file that names the columns.")
 @out_option
 @split_options
-@json_option
-@command
+@json_command
 def table(source: Path, columns: Path, **options: Any) -> None:
     """Any CSV or Parquet files. SOURCE is the events file, or the folder of the files that --columns names.
 
@@ -191,12 +185,10 @@ def table(source: Path, columns: Path, **options: Any) -> None:
     "--within-hours",
     type=FiniteRange(min=0, min_open=True, max=24 * 365),
     default=24.0,
-    show_default=True,
     help="How long after an answer an event counts for it.",
 )
 @split_options
-@json_option
-@command
+@json_command
 def served(log: Path, data: Path, within_hours: float, **options: Any) -> None:
     """What was recommended and what users then did, as slates. LOG is the folder of `serve --log-served`.
 
@@ -286,8 +278,8 @@ def _cache() -> Path:
 
 @click.command(epilog=EXAMPLE)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
-@click.option("--users", type=many, default=2000, show_default=True, help="Number of users.")
-@click.option("--items", type=many, default=2000, show_default=True, help="Catalogue size.")
+@click.option("--users", type=many, default=2000, help="Number of users.")
+@click.option("--items", type=many, default=2000, help="Catalogue size.")
 @click.option(
     "--categories",
     type=click.IntRange(min=1),
@@ -299,7 +291,6 @@ def _cache() -> Path:
     "sessions_per_user",
     type=FiniteRange(min=1),
     default=4.0,
-    show_default=True,
     help="Mean sessions per user.",
 )
 @click.option(
@@ -307,14 +298,12 @@ def _cache() -> Path:
     "slates_per_session",
     type=FiniteRange(min=1),
     default=3.0,
-    show_default=True,
     help="Mean slates per session.",
 )
-@click.option("--slate-size", type=click.IntRange(min=1), default=10, show_default=True, help="Items shown per slate.")
-@click.option("--days", type=click.IntRange(1, 36_500), default=28, show_default=True, help="Simulated time.")
-@click.option("--seed", type=click.IntRange(min=0), default=7, show_default=True, help="Same seed, same data.")
-@json_option
-@command
+@click.option("--slate-size", type=click.IntRange(min=1), default=10, help="Items shown per slate.")
+@click.option("--days", type=click.IntRange(1, 36_500), default=28, help="Simulated time.")
+@click.option("--seed", type=click.IntRange(min=0), default=7, help="Same seed, same data.")
+@json_command
 def simulate(out: Path, as_json: bool, **settings: Any) -> None:
     """Simulate users, what they were shown and what they did: a data set whose best possible score is known.
 
