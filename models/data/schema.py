@@ -147,6 +147,16 @@ def item_columns(spec: DatasetSpec) -> dict[str, pl.DataType]:
     }
 
 
+def require_new(folder: Path) -> None:
+    """Check that a folder to write does not exist.
+
+    Raises:
+        DataError: It exists.
+    """
+    if folder.exists():
+        raise DataError(f"{folder} exists; choose another --out or remove it first")
+
+
 def write_dataset(dataset: Dataset, folder: Path, also: Callable[[Path], None] = lambda folder: None) -> None:
     """Write a validated data set as a folder; a half-written folder never appears under its final name.
 
@@ -158,8 +168,7 @@ def write_dataset(dataset: Dataset, folder: Path, also: Callable[[Path], None] =
     Raises:
         DataError: The folder exists, or it could not be written (disk full, no permission).
     """
-    if folder.exists():
-        raise DataError(f"{folder} exists; choose another --out or remove it first")
+    require_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as unfinished:

@@ -362,7 +362,8 @@ def _resolve_split(split: TimeSplit | SplitFractions | None, rows: pl.DataFrame)
     return resolved
 
 
-def date_text(time_ms: object) -> str:
-    """A Unix time in ms as ISO 8601."""
-    assert isinstance(time_ms, int)
+def date_text(time_ms: object) -> str | None:
+    """A Unix time in ms as ISO 8601; None for any other value."""
+    if not isinstance(time_ms, int):
+        return None
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")

@@ -193,7 +193,7 @@ def _ahead(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
 
 @contextmanager
 def _bars(title: str) -> Iterator[GraphProgress]:
-    """A common.progress bar on stderr per engine."""
+    """A progress bar on stderr per engine."""
     common.stderr.print(title, highlight=False)
     rows: dict[str, Any] = {}
     with common.progress() as bar:
