@@ -15,15 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from unipinrec.errors import DataError, listed
-from unipinrec.models.data.schema import (
-    ACTION_PREFIX,
-    Dataset,
-    TimeSplit,
-    read_dataset,
-    read_parquet,
-    require_times,
-    slate_columns,
-)
+from unipinrec.models.data import schema
 from unipinrec.models.data.validate import RawTables, SplitFractions, date_text
 
 HOUR_MS = 3_600_000
@@ -44,7 +36,7 @@ SCHEMA = pl.Schema(
 ANSWER = ["request_id", "timestamp_ms", "user", "surface"]
 
 
-def read_served(log: Path, data: Path, within_ms: int, split: TimeSplit | None = None) -> RawTables:
+def read_served(log: Path, data: Path, within_ms: int, split: schema.TimeSplit | None = None) -> RawTables:
     """Read a log and a prepared data set, and add the logged answers to its slates.
 
     Args:
@@ -56,7 +48,7 @@ def read_served(log: Path, data: Path, within_ms: int, split: TimeSplit | None =
     Raises:
         DataError: The log has no files or others, the data set cannot be read, or they have nothing in common.
     """
-    answers, dataset = _read_log(log), read_dataset(data)
+    answers, dataset = _read_log(log), schema.read_dataset(data)
     dropped: Counter[str] = Counter()
     seconds = bool((dataset.events["timestamp_ms"].drop_nulls() % 1000 == 0).all())
     if seconds:  # an event of an answer's own second came after it, and belongs to no history of it
@@ -93,7 +85,7 @@ def label(
     Returns:
         The columns of `slates.parquet`, with `request_id` as `slate_id`.
     """
-    columns = [ACTION_PREFIX + name for name in actions]
+    columns = [schema.ACTION_PREFIX + name for name in actions]
     by, time = ["user_id", "item_id"], "timestamp_ms"
     shown = answers.rename({"request_id": "slate_id", "user": "user_id", "item": "item_id"})
     after = (
@@ -113,7 +105,7 @@ def label(
         .agg(pl.col(columns).max())
     )
     labelled = shown.join(after, on=["slate_id", "item_id"], how="left", maintain_order="left")
-    return labelled.with_columns(pl.col(columns).fill_null(False)).select(list(slate_columns(actions)))
+    return labelled.with_columns(pl.col(columns).fill_null(False)).select(list(schema.slate_columns(actions)))
 
 
 def _read_log(log: Path) -> pl.DataFrame:
@@ -123,7 +115,7 @@ def _read_log(log: Path) -> pl.DataFrame:
         raise DataError(f"{log} has no Parquet files; give the folder that `unipinrec serve --log-served` wrote")
     parts = []
     for file in files:
-        part = read_parquet(file, f"remove it from {log}")
+        part = schema.read_parquet(file, f"remove it from {log}")
         if part.schema != SCHEMA:
             given = listed(part.schema.items())
             raise DataError(f"{file} is no log of `unipinrec serve --log-served`: it has {given}, not {dict(SCHEMA)}")
@@ -131,7 +123,7 @@ def _read_log(log: Path) -> pl.DataFrame:
     answers = pl.concat(parts)
     if not answers.height:
         raise DataError(f"{log} holds no rows; give the folder that `unipinrec serve --log-served` wrote")
-    require_times(answers["timestamp_ms"], f"{log}: timestamp_ms")
+    schema.require_times(answers["timestamp_ms"], f"{log}: timestamp_ms")
     return answers
 
 
@@ -147,7 +139,7 @@ def _distinct(answers: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:
     return rows
 
 
-def _usable(answers: pl.DataFrame, dataset: Dataset, within_ms: int, dropped: Counter[str]) -> pl.DataFrame:
+def _usable(answers: pl.DataFrame, dataset: schema.Dataset, within_ms: int, dropped: Counter[str]) -> pl.DataFrame:
     """The rows whose user, item and time fit the data set."""
     events, last_ms = dataset.events, _last_event(answers, dataset, within_ms)
     users = pl.concat([events["user_id"], dataset.slates["user_id"]]).unique()
@@ -175,7 +167,7 @@ def _usable(answers: pl.DataFrame, dataset: Dataset, within_ms: int, dropped: Co
     return new
 
 
-def _last_event(answers: pl.DataFrame, dataset: Dataset, within_ms: int) -> int:
+def _last_event(answers: pl.DataFrame, dataset: schema.Dataset, within_ms: int) -> int:
     """The time of the last event, in ms.
 
     Raises:

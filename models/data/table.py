@@ -17,16 +17,7 @@ import msgspec
 import polars as pl
 
 from unipinrec.errors import DataError, listed
-from unipinrec.models.data.schema import (
-    ACTION_PREFIX,
-    CATEGORY_PREFIX,
-    DENSE_PREFIX,
-    EARLIEST_MS,
-    LATEST_MS,
-    UNITS_MS,
-    read_parquet,
-    require_times,
-)
+from unipinrec.models.data import schema
 from unipinrec.models.data.validate import LONGEST_GAP_MINUTES, RawTables, slates_from_events
 
 TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -152,10 +143,10 @@ def read_mapped(source: Path, columns: ColumnMap) -> RawTables:
     slates = _slates(folder, columns, events, rules)
     positive = [name for name in rules if name in columns.positive_actions]
     for name in positive:
-        if not any(table[ACTION_PREFIX + name].any() for table in (events, slates) if table.width):
+        if not any(table[schema.ACTION_PREFIX + name].any() for table in (events, slates) if table.width):
             held = _held(paths[0], [rules[name]])
             raise DataError(f"{paths[0]}: the positive action {name!r} never happens; {held}")
-    if columns.slates and slates.height and not any(slates[ACTION_PREFIX + name].any() for name in positive):
+    if columns.slates and slates.height and not any(slates[schema.ACTION_PREFIX + name].any() for name in positive):
         path = _paths(folder, columns.slates)[0]
         held = _held(path, [rules[name] for name in positive])
         raise DataError(f"{path}: no positive action of {positive} happens in any slate, but in events; {held}")
@@ -190,7 +181,7 @@ def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.Data
         DataError: The file is not readable, or lacks a column; the message lists those it has.
     """
     if path.suffix == ".parquet":
-        return _select(read_parquet(path, SEVERAL), path, columns)
+        return _select(schema.read_parquet(path, SEVERAL), path, columns)
     if not path.name.endswith(TEXT_ENDINGS):
         raise DataError(f"{path}: reads {', '.join(TEXT_ENDINGS)} and .parquet; convert it first")
     read = partial(pl.read_csv, path.absolute(), glob=False, separator="\t" if ".tsv" in path.suffixes else ",")
@@ -249,7 +240,9 @@ def _events(mapped: EventColumns, rules: Mapping[str, ActionRule], path: Path) -
                 "surface": unknown.cast(pl.String),
                 **{n: _numbers(frame[column], n) if n in numbers else frame[column] for n, column in given.items()},
                 "timestamp_ms": _time(frame[mapped.timestamp], mapped) if mapped.timestamp else unknown,
-                **{ACTION_PREFIX + name: _action(frame[rule.column], rule, name) for name, rule in rules.items()},
+                **{
+                    schema.ACTION_PREFIX + name: _action(frame[rule.column], rule, name) for name, rule in rules.items()
+                },
             }
         )
     except (DataError, pl.exceptions.PolarsError) as error:
@@ -336,15 +329,15 @@ def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
     if column.dtype.is_float() and column.dtype != pl.Float64:
         raise DataError(f"timestamp: column {column.name!r} is {column.dtype}, too coarse for times; write Float64")
     times = _numbers(column, f"timestamp_unit={unit!r}").cast(pl.Float64)
-    times_ms = times * UNITS_MS[unit]
-    wrong = ~times_ms.is_between(EARLIEST_MS, LATEST_MS)
+    times_ms = times * schema.UNITS_MS[unit]
+    wrong = ~times_ms.is_between(schema.EARLIEST_MS, schema.LATEST_MS)
     if dated and wrong.any():
         year = f"a time of about the year {1970 + times_ms.filter(wrong)[0] / 31_557_600_000:.0f}"
         said = year if given.dtype.is_temporal() else listed(given.filter(wrong).to_list(), 1)
         raise DataError(
             f"timestamp: column {given.name!r} holds {said}, not between 1990 and 2100; leave unknown times empty"
         )
-    require_times(times, f"timestamp: column {given.name!r}", unit)
+    schema.require_times(times, f"timestamp: column {given.name!r}", unit)
     return times_ms.round().cast(pl.Int64)
 
 
@@ -377,10 +370,10 @@ def _items(folder: Path, mapped: ItemColumns | None, tables: list[pl.DataFrame])
         pl.col(mapped.item).alias("item_id"),
         (pl.col(mapped.title) if mapped.title else pl.lit(None, pl.String)).alias("title"),
         *(
-            pl.concat_list(_vector(frame[column]) for column in columns).alias(DENSE_PREFIX + name)
+            pl.concat_list(_vector(frame[column]) for column in columns).alias(schema.DENSE_PREFIX + name)
             for name, columns in parts.items()
         ),
-        *(pl.col(column).alias(CATEGORY_PREFIX + name) for name, column in mapped.categories.items()),
+        *(pl.col(column).alias(schema.CATEGORY_PREFIX + name) for name, column in mapped.categories.items()),
     )
 
 
