@@ -26,16 +26,8 @@ from unipinrec.models.data.schema import TimeSplit
 from unipinrec.models.data.table import read_table
 from unipinrec.models.data.validate import DEFAULT_GAP_MS, RawTables, slates_from_events
 
-ACTION_SOURCES = {
-    "click": "is_click",
-    "long_view": "long_view",
-    "like": "is_like",
-    "follow": "is_follow",
-    "comment": "is_comment",
-    "forward": "is_forward",
-    "hate": "is_hate",
-    "profile_enter": "is_profile_enter",
-}
+ACTIONS = ("click", "long_view", "like", "follow", "comment", "forward", "hate", "profile_enter")
+IDS = {"user_id": "user_id", "item_id": "video_id"}
 VIDEO_TYPES: dict[str, pl.DataType] = {
     **dict.fromkeys(("video_id", "author_id"), pl.Int64()),
     **dict.fromkeys(("video_type", "upload_dt", "upload_type", "tag"), pl.String()),
@@ -69,7 +61,7 @@ def read_kuairand(folder: Path, gap_ms: int = DEFAULT_GAP_MS) -> RawTables:
     return RawTables(
         name="kuairand",
         source=SOURCE,
-        actions=tuple(ACTION_SOURCES),
+        actions=ACTIONS,
         positive_actions=("long_view",),
         events=pl.concat([*past, timed], how="diagonal"),  # what the lists lack is null
         items=_with_past(items, pl.concat(past)) if past else items,
@@ -93,29 +85,22 @@ def _files(folder: Path, *names: str) -> list[Path]:
 
 
 def _read_log(path: Path) -> pl.DataFrame:
-    columns = ["user_id", "video_id", "tab", "time_ms", *ACTION_SOURCES.values()]
-    frame = read_table(path, columns, dict.fromkeys(columns, pl.Int64()))
-    return frame.select(
-        "user_id",
-        pl.col("video_id").alias("item_id"),
-        pl.format("tab_{}", "tab").alias("surface"),
-        pl.col("time_ms").alias("timestamp_ms"),
-        *(pl.col(source).alias(f"action_{name}") for name, source in ACTION_SOURCES.items()),
-    )
+    actions = {f"action_{name}": name if name == "long_view" else f"is_{name}" for name in ACTIONS}
+    frame = _read_integers(path, {**IDS, "surface": "tab", "timestamp_ms": "time_ms", **actions})
+    return frame.with_columns(pl.format("tab_{}", "surface").alias("surface"))
 
 
 def _read_history(path: Path) -> pl.DataFrame:
-    columns = ["user_id", "video_id", "pos", "long_view", "is_like"]
+    actions = {"action_click": "long_view", "action_long_view": "long_view", "action_like": "is_like"}
+    frame = _read_integers(path, {**IDS, "order": "pos", **actions})
+    return frame.with_columns(pl.col("action_click").replace(0, None))
+
+
+def _read_integers(path: Path, sources: dict[str, str]) -> pl.DataFrame:
+    """Integer columns, each under its new name."""
+    columns = set(sources.values())
     frame = read_table(path, columns, dict.fromkeys(columns, pl.Int64()))
-    clicked = pl.when(pl.col("long_view") == 1).then(pl.lit(1, pl.Int64))
-    return frame.select(
-        "user_id",
-        pl.col("video_id").alias("item_id"),
-        pl.col("pos").alias("order"),
-        clicked.alias("action_click"),
-        pl.col("long_view").alias("action_long_view"),
-        pl.col("is_like").alias("action_like"),
-    )
+    return frame.select(pl.col(column).alias(name) for name, column in sources.items())
 
 
 def _read_videos(paths: list[Path]) -> pl.DataFrame:

@@ -212,7 +212,9 @@ def read_dataset(folder: Path) -> Dataset:
     if spec.split is not None:
         for name, start_ms in msgspec.structs.asdict(spec.split).items():
             require_times(pl.Series([float(start_ms)]), f"{declaration}: {name}")
-    _require_order(folder / "events.parquet", tables["events"])
+    time = pl.col("timestamp_ms").fill_null(-1)
+    early = tables["events"].filter(time < time.shift().over("user_id")).select("user_id", "timestamp_ms")
+    _refuse(folder / "events.parquet", early, "a user's events must be in order of time, unknown times first")
     _require_items(folder / "items.parquet", tables["items"], spec)
     return Dataset(spec=spec, **tables)
 
@@ -244,12 +246,6 @@ def require_times(times: pl.Series, what: str, unit: str = "ms") -> None:
             f"{what} is {wrong[0]:.16g}: as Unix time in {unit} it is not between 1990 and 2100{looks} "
             f"({wrong.len()} such values); correct the unit, leave unknown times empty, and give counters as `order`"
         )
-
-
-def _require_order(path: Path, events: pl.DataFrame) -> None:
-    time = pl.col("timestamp_ms").fill_null(-1)
-    early = events.filter(time < time.shift().over("user_id")).select("user_id", "timestamp_ms")
-    _refuse(path, early, "a user's events must be in order of time, unknown times first")
 
 
 def _require_items(path: Path, items: pl.DataFrame, spec: DatasetSpec) -> None:

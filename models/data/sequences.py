@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -15,6 +16,8 @@ from unipinrec.errors import DataError
 from unipinrec.models.config import MISSING_TIMESTAMP_MS, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.data.schema import ACTION_PREFIX, CATEGORY_PREFIX, DENSE_PREFIX, Dataset, TimeSplit
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +41,19 @@ class Sequences:
     user_ids: list[str]
     item_ids: list[str]
     features: ItemFeatures
-    event_start: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    event_start: IntArray
+    rows: IntArray
     actions: NDArray[np.uint8]
     actions_known: NDArray[np.uint8]
-    surfaces: NDArray[np.int64]
-    timestamps_ms: NDArray[np.int64]
-    slate_user: NDArray[np.int64]
-    slate_cutoff: NDArray[np.int64]
-    slate_ids: NDArray[np.int64]
-    slate_surface: NDArray[np.int64]
-    slate_timestamp_ms: NDArray[np.int64]
-    slate_start: NDArray[np.int64]
-    slate_rows: NDArray[np.int64]
+    surfaces: IntArray
+    timestamps_ms: IntArray
+    slate_user: IntArray
+    slate_cutoff: IntArray
+    slate_ids: IntArray
+    slate_surface: IntArray
+    slate_timestamp_ms: IntArray
+    slate_start: IntArray
+    slate_rows: IntArray
     slate_actions: NDArray[np.uint8]
     split: TimeSplit | None
 
@@ -83,9 +86,7 @@ def sequences_of(dataset: Dataset) -> Sequences:
     users = pl.concat([dataset.events["user_id"], dataset.slates["user_id"]]).unique().sort()
     events = _coded(dataset, dataset.events, users)
     slates = _coded(dataset, dataset.slates, users).sort("user", "timestamp_ms", "slate_id", maintain_order=True)
-    heads = slates.group_by("slate_id", maintain_order=True).agg(
-        pl.first("user"), pl.first("surface"), pl.first("timestamp_ms"), pl.len()
-    )
+    heads = slates.group_by("slate_id", maintain_order=True).agg(pl.first("user", "surface", "timestamp_ms"), pl.len())
     counts = np.bincount(events["user"].to_numpy(), minlength=len(users))
     event_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     timestamps = events["timestamp_ms"].fill_null(MISSING_TIMESTAMP_MS).to_numpy()
@@ -150,9 +151,7 @@ def _coded(dataset: Dataset, table: pl.DataFrame, users: pl.Series) -> pl.DataFr
     return coded.sort("user", maintain_order=True)
 
 
-def _codes(
-    values: pl.Series, words: list[str] | tuple[str, ...], *, unknown: int = -1, offset: int = 0
-) -> NDArray[np.int64]:
+def _codes(values: pl.Series, words: Sequence[str], *, unknown: int = -1, offset: int = 0) -> IntArray:
     """Position of each value in `words` plus `offset`; `unknown` < 0 makes an unknown word an error."""
     numbers = range(offset, offset + len(words))
     codes = values.replace_strict(words, numbers, default=unknown, return_dtype=pl.Int64)
@@ -167,17 +166,12 @@ def _actions(dataset: Dataset, table: pl.DataFrame) -> NDArray[np.uint8]:
     return np.stack(columns, axis=1)
 
 
-def _cutoffs(
-    event_start: NDArray[np.int64],
-    timestamps_ms: NDArray[np.int64],
-    slate_user: NDArray[np.int64],
-    slate_time: NDArray[np.int64],
-) -> NDArray[np.int64]:
+def _cutoffs(event_start: IntArray, times_ms: IntArray, slate_user: IntArray, slate_time: IntArray) -> IntArray:
     """Number of the user's events strictly before each slate; missing times precede all known times."""
     cutoffs = np.zeros(len(slate_user), np.int64)
     bounds = np.flatnonzero(np.diff(slate_user, prepend=-1, append=-1))
     for begin, end in pairwise(bounds):
         user = slate_user[begin]
-        times = timestamps_ms[event_start[user] : event_start[user + 1]]
+        times = times_ms[event_start[user] : event_start[user + 1]]
         cutoffs[begin:end] = np.searchsorted(times, slate_time[begin:end], side="left")
     return cutoffs

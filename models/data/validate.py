@@ -87,8 +87,8 @@ def build_dataset(raw: RawTables) -> schema.Dataset:
             f"{raw.name}: no event is left of {raw.events.height}; dropped: {dict(dropped)}; items of events are "
             f"{listed(raw.events['item_id'].head(3))}, those of the catalogue {listed(items['item_id'].head(3))}"
         )
-    strangers = slates.join(events, on="user_id", how="anti").select("slate_id").n_unique() if slates.height else 0
-    dropped["slates: user without events (kept)"] = strangers
+    strangers = slates.join(events, on="user_id", how="anti")["slate_id"]
+    dropped["slates: user without events (kept)"] = strangers.n_unique()
     surfaces = pl.concat([events["surface"], slates["surface"]]).unique().sort()
     spec = schema.DatasetSpec(
         format_version=schema.FORMAT_VERSION,
@@ -177,30 +177,19 @@ def _clean_events(raw: RawTables, items: pl.DataFrame, dropped: Counter[str]) ->
     frame = _typed(frame, "events", {**columns, "order": pl.Int64()}, nullable=True)
     users = frame["user_id"].drop_nulls().n_unique()
     frame = _drop_foreign(frame, "events", items, dropped)
-    frame = _sorted_events(_unique_events(frame, dropped), dropped)
-    dropped["users: no events"] = users - frame["user_id"].n_unique()
-    return frame.select(list(columns))
-
-
-def _unique_events(frame: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:
-    known, ordered = pl.col("timestamp_ms").is_not_null(), pl.col("order").is_not_null()
-    parts = [
-        _merge_repeats(frame.filter(known), ["user_id", "item_id", "timestamp_ms"]),
-        _merge_repeats(frame.filter(~known & ordered), ["user_id", "item_id", "order"]),
-        frame.filter(~known & ~ordered),
-    ]
-    result = pl.concat(parts).sort("row")
-    dropped["events: duplicate"] = frame.height - result.height
-    return result
-
-
-def _sorted_events(frame: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:
-    time, order = pl.col("timestamp_ms").fill_null(-1), pl.col("order")
+    order, unknown = pl.col("order"), pl.col("timestamp_ms").is_null()
+    # Without a time, events with the same `order` are repeats; without both, no events are.
+    single = pl.when(unknown & order.is_null()).then(pl.col("row"))
+    frame = frame.with_columns(place=pl.when(unknown).then(order), single=single)
+    unique = _merge_repeats(frame, ["user_id", "item_id", "timestamp_ms", "place", "single"])
+    dropped["events: duplicate"] = frame.height - unique.height
+    time = pl.col("timestamp_ms").fill_null(-1)
     earlier = time < time.shift().over("user_id")
     tied = (time == time.shift().over("user_id")) & (order < order.shift().over("user_id"))
-    moved = frame.select((earlier.fill_null(False) | tied.fill_null(False)).sum()).item()
+    moved = unique.select((earlier.fill_null(False) | tied.fill_null(False)).sum()).item()
     dropped["events: out of order (sorted)"] = moved
-    return frame.sort(["user_id", "timestamp_ms", "order", "row"], nulls_last=False)
+    dropped["users: no events"] = users - unique["user_id"].n_unique()
+    return unique.sort(["user_id", "timestamp_ms", "order", "row"], nulls_last=False).select(list(columns))
 
 
 def _clean_slates(raw: RawTables, items: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:
@@ -339,11 +328,9 @@ def _resolve_split(split: schema.TimeSplit | SplitFractions | None, rows: pl.Dat
     resolved = split_by_time(times, split) if isinstance(split, SplitFractions) else split
     valid, test = resolved.valid_start_ms, resolved.test_start_ms
     schema.require_times(pl.Series([valid, test]), "split: a start")
-    parts = {"training": times < valid, "test": times >= test}
-    if valid < test:
-        parts["validation"] = (times >= valid) & (times < test)
+    parts = {"training": times < valid, "test": times >= test, "validation": (times >= valid) & (times < test)}
     for part, mask in parts.items():
-        if not mask.any():
+        if not mask.any() and (part != "validation" or valid < test):
             span = f"{date_text(times.min())} to {date_text(times.max())}" if times.len() else "no known time"
             raise DataError(
                 f"split: no row falls into {part} with valid_start={date_text(valid)} and "
