@@ -1,4 +1,4 @@
-"""The one input format: a folder of typed Parquet tables and a `dataset.json` that declares them.
+"""The input format: a folder of typed Parquet tables and a `dataset.json` that declares them.
 
     dataset.json     DatasetSpec: action names, surfaces, item features, split times, counts of what was dropped
     events.parquet   the history stream; per user in chronological order
@@ -159,7 +159,7 @@ def require_new(folder: Path) -> None:
 
 
 def write_dataset(dataset: Dataset, folder: Path, also: Callable[[Path], None] = lambda folder: None) -> None:
-    """Write a validated data set as a folder; a half-written folder never appears under its final name.
+    """Write a validated data set as a folder, which appears only when it is complete.
 
     Args:
         dataset: The data set.

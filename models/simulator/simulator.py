@@ -114,13 +114,9 @@ class _Crowd:
             "acted": acted[user, position],
             "chance": marginal(conditional[user, position]).astype(np.float32),
         }
-        whole: Columns = {
-            "user": users,
-            "time_ms": now,
-            "state": state.astype(np.float32),
-            "view": view.astype(np.float32),
-        }
-        return rows, {name: column[item[:, 0] >= 0] for name, column in whole.items()}
+        some = item[:, 0] >= 0
+        vectors = {"state": state[some].astype(np.float32), "view": view[some].astype(np.float32)}
+        return rows, {"user": users[some], "time_ms": now[some], **vectors}
 
     def _surfaces(self, users: IntArray, angle: FloatArray) -> IntArray:
         draw = self._rng.random(len(angle))

@@ -174,7 +174,9 @@ def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     here = common.machine()
     trt, store = here.tensorrt(options["flavor"]), EngineStore()
     if missing := here.driver_problem():
-        raise BackendError(f"{missing}; TensorRT-RTX builds for other machines without one: give --target and --out")
+        raise BackendError(
+            f"{missing}; TensorRT-RTX can build for other machines without a GPU: give --target and --out"
+        )
     with here.cuda() as cuda, _bars(f"{trt} on {cuda.name}") as show:
         done = [engine for task in tasks for engine in compile_bundle(bundle, task, trt, cuda, store, show)]
         where = {"gpu": cuda.name, "cache": str(store.root)}
