@@ -90,7 +90,9 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 def json_command(function: Callable[P, R]) -> Callable[P, R]:
     """A `command` with the option --json."""
-    option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+    option = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; logs go to stderr."
+    )
     return option(command(function))
 
 

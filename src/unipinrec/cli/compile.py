@@ -68,7 +68,7 @@ DRY, LIST, REMOVE = "--dry-run", "--list", "--remove"
     help='A JSON file of such profiles: [{"batch": [1, 4, 8]}, ..].',
 )
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Effort of the search for fast kernels.")
-@click.option("--workspace-gib", type=common.positive, help="Most scratch memory of one kernel.")
+@click.option("--workspace-gib", type=common.positive, help="Largest scratch memory of one kernel.")
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="File of kernel timings to use and update."
 )

@@ -48,7 +48,7 @@ DAY_S = 86_400
     "--max-users",
     type=click.IntRange(1),
     default=100_000,
-    help="Most users whose events are kept, in memory or a folder. Beyond it the longest inactive users are removed.",
+    help="Largest number of users whose events are kept. Beyond it the longest inactive users are removed.",
 )
 @click.option(
     "--events-mib",
@@ -59,7 +59,7 @@ DAY_S = 86_400
 @click.option(
     "--kept-events",
     type=click.IntRange(1),
-    help="Most events kept per user.  [default: twice the longest history of the model]",
+    help="Largest number of events kept per user.  [default: twice the longest history of the model]",
 )
 @click.option(
     "--cache-mib",
@@ -77,7 +77,7 @@ DAY_S = 86_400
 @click.option(
     "--max-batch",
     type=click.IntRange(1),
-    help="Most requests in a batch.  [default: 32, or 16 if a process computes with one thread]",
+    help="Largest number of requests in a batch.  [default: 32, or 16 if a process computes with one thread]",
 )
 @click.option(
     "--batches",
@@ -95,7 +95,7 @@ DAY_S = 86_400
     "--queue",
     type=click.IntRange(1),
     default=256,
-    help="Most requests that wait or are in progress. Further requests get 429 at once.",
+    help="Largest number of requests that wait or are in progress. Further requests get 429 at once.",
 )
 @click.option(
     "--deadline-ms",
@@ -164,7 +164,7 @@ DAY_S = 86_400
     "--log-served-mib",
     type=click.IntRange(16),
     default=1024,
-    help="Most disk space for --log-served. Beyond it the oldest files are removed.",
+    help="Largest disk space for --log-served. Beyond it the oldest files are removed.",
 )
 @click.option(
     "--recall-share",
