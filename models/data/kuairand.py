@@ -63,7 +63,7 @@ def read_kuairand(folder: Path, gap_ms: int = DEFAULT_GAP_MS) -> RawTables:
         source=SOURCE,
         actions=ACTIONS,
         positive_actions=("long_view",),
-        events=pl.concat([*past, timed], how="diagonal"),  # what the lists lack is null
+        events=pl.concat([*past, timed], how="diagonal"),  # columns that the lists lack are null
         items=_with_past(items, pl.concat(past)) if past else items,
         slates=slates_from_events(timed, gap_ms),
         split=SPLIT,

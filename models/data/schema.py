@@ -1,6 +1,6 @@
 """The input format: a folder of typed Parquet tables and a `dataset.json` that declares them.
 
-    dataset.json     DatasetSpec: action names, surfaces, item features, split times, counts of what was dropped
+    dataset.json     DatasetSpec: action names, surfaces, item features, split times, counts of dropped rows
     events.parquet   the history stream; per user in chronological order
     slates.parquet   shown items, engaged or not, with labels; one row per item (may be empty)
     items.parquet    the catalogue; the row number is the internal item id everywhere downstream

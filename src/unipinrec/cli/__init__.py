@@ -1,4 +1,4 @@
-"""The `unipinrec` command. Subcommands import what they need when they run, so serving never imports torch.
+"""The `unipinrec` command. Subcommands import their modules when they run, so serving never imports torch.
 
 common.py          shared by all subcommands
 compile.py         `unipinrec compile`
