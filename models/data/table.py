@@ -310,7 +310,8 @@ def _numbers(column: pl.Series, option: str) -> pl.Series:
         wrong = column.filter(numbers.is_null() & column.is_not_null())
         if not wrong.len():
             return numbers
-    raise DataError(f"{option}: column {column.name!r} is {column.dtype}, {listed(wrong.head(1))} is no number")
+    value = listed(wrong.head(1).to_list())
+    raise DataError(f"{option}: column {column.name!r} is {column.dtype}, {value} is no number")
 
 
 def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
@@ -330,7 +331,7 @@ def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
     wrong = ~times_ms.is_between(schema.EARLIEST_MS, schema.LATEST_MS)
     if dated and wrong.any():
         year = f"a time of about the year {1970 + times_ms.filter(wrong)[0] / 31_557_600_000:.0f}"
-        value = year if original.dtype.is_temporal() else listed(original.filter(wrong), 1)
+        value = year if original.dtype.is_temporal() else listed(original.filter(wrong).to_list(), 1)
         raise DataError(
             f"timestamp: column {original.name!r} holds {value}, not between 1990 and 2100; leave unknown times empty"
         )
