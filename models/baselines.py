@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.models.batches import training_events
-from unipinrec.models.config import MISSING_TIMESTAMP_MS
+from unipinrec.models.config import DAY_MS, MISSING_TIMESTAMP_MS
 from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.evaluate import (
     Requests,
@@ -18,7 +18,6 @@ from unipinrec.models.evaluate import (
     request_times_ms,
 )
 
-DAY_MS = 86_400_000
 Scorer = Callable[[Requests], NDArray[np.float32]]
 
 

@@ -13,6 +13,7 @@ from unipinrec.errors import ConfigError
 
 AttentionForm = Literal["sink", "self"]
 ItemForm = Literal["mlp", "residual"]
+DAY_MS = 86_400_000
 MISSING_TIMESTAMP_MS = -1  # what stands for an unknown time in tensors; a value of its own, not 1970
 
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
+from unipinrec.models.config import DAY_MS, MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 
-DAY_MS = 86_400_000
 TIME_FEATURES = 7
 
 
