@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
@@ -109,30 +110,59 @@ class ServeOptions(RunOptions):
     traces: bool = False
     otel: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("processes", "threads", "kept_events", "max_batch", "batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.cold_start not in get_args(ColdStart):
+            raise ConfigError(f"cold_start={self.cold_start!r} must be one of {', '.join(get_args(ColdStart))}")
+        if self.state == "":
+            raise ConfigError("state='' names no folder; leave it out to keep users' events in memory")
+        if self.bundles is not None and not Path(self.bundles).is_dir():
+            raise ConfigError(f"bundles={str(self.bundles)!r} is not a folder")
+        if self.processes > 1 and self.state is None:
+            raise ConfigError(f"{self.processes} processes need a --state, so that all read the same events of a user")
+        if self.processes > 1 and (self.admin_token_file or self.admin_token_env):
+            raise ConfigError(
+                f"{self.processes} processes swap by --watch, not by /admin: a restarted process must find the active "
+                f"bundle in {CURRENT}; leave the admin token out"
+            )
 
-def serve_bundle(bundle: Path, options: ServeOptions | None = None) -> None:
-    """Serve until a signal ends it, with one process or several.
+
+def serve_bundle(bundle: Path | str, options: ServeOptions | None = None) -> None:
+    """Serve in the main thread until SIGTERM or SIGINT, with one process or several.
+
+    It logs to stderr from then on, and handles both signals while it serves.
 
     Raises:
         UnipinrecError: An option is not possible, or the bundle cannot be served.
     """
-    options = options or ServeOptions()
-    count = options.processes
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError("serve_bundle handles signals: call it in the main thread, or in a process of its own")
+    options, bundle = options or ServeOptions(), Path(bundle)
+    if options.processes == 1:
+        _serve(bundle, options, None)
+        return
+    configure_logs(_logs(options, None))
+    serve_together(options.processes, partial(serve_worker, bundle, options), options)
+
+
+def serve_command(bundle: Path, options: ServeOptions) -> None:
+    """`unipinrec serve`: as `serve_bundle`, but the process ends by it. The log has the error that ends it."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not started by nohup
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    if count == 1:
-        serve_here(bundle, options)
-        return
-    if options.state is None:
-        raise ConfigError(f"{count} processes need a --state, so that all read the same events of a user")
-    if options.admin_token_file or options.admin_token_env:
-        raise ConfigError(
-            f"{count} processes swap by --watch, not by /admin: a restarted process must find the active bundle in "
-            f"{CURRENT}; leave the admin token out"
-        )
     configure_logs(_logs(options, None))
-    with _logged_error():
-        serve_together(count, partial(serve_here, bundle, options), options)
+    with ending_with_its_threads(), _logged_error():
+        serve_bundle(bundle, options)
+
+
+def serve_worker(bundle: Path, options: ServeOptions, worker: Worker) -> None:
+    """Serve with one of several processes, which ends with exit code 1 if it cannot."""
+    configure_logs(_logs(options, worker))
+    with ending_with_its_threads(), _logged_error():
+        _serve(bundle, options, worker)
 
 
 @contextmanager
@@ -145,25 +175,16 @@ def _logged_error() -> Iterator[None]:
         sys.exit(1)
 
 
-def serve_here(bundle: Path, options: ServeOptions, worker: Worker | None = None) -> None:
-    """Serve with this process, which may be one of several.
-
-    It ends with exit code 1 if an option is not possible or the bundle cannot be served.
-    """
-    logs = _logs(options, worker)
-    configure_logs(logs)
-    with (
-        ending_with_its_threads(),
-        _logged_error(),
-        assembled(_first_bundle(bundle, options, worker), options, worker) as (server, app, load),
-    ):
+def _serve(bundle: Path, options: ServeOptions, worker: Worker | None) -> None:
+    configure_logs(logs := _logs(options, worker))
+    with assembled(_first_bundle(bundle, options, worker), options, worker) as (server, app, load):
         server.observers.append(RequestLog(logs).observe)
         run(server, app, load, options, worker)
 
 
 def _first_bundle(bundle: Path, options: ServeOptions, worker: Worker | None) -> Path:
     """The bundle to load at first: `bundle`, unless `current.json` names another or it failed to load before."""
-    folder = options.bundles or bundle.absolute().parent
+    folder = Path(options.bundles) if options.bundles else bundle.absolute().parent
     last = worker.last_served() if worker is not None and worker.again else None
     if last is not None:
         log.error("the bundle could not be loaded; the last active one is used: %s", last)
@@ -192,7 +213,7 @@ def assembled(
     Raises:
         UnipinrecError: See `serve_bundle`.
     """
-    folder = options.bundles or bundle.absolute().parent
+    folder = Path(options.bundles) if options.bundles else bundle.absolute().parent
     manifest, _ = read_manifest(bundle)
     peers = Peers(worker=worker) if worker else None
     with ExitStack() as parts:
@@ -201,6 +222,7 @@ def assembled(
             parts.callback(sampler.close)
         deployment = _deployment(options, sampler, worker)
         server = _server(options, manifest.model.max_history)
+        parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
         routes += page_routes(server) if options.page else []
@@ -241,7 +263,7 @@ def _observed(
     routes: list[BaseRoute] = [scrape]
     if options.log_served is not None:
         total_bytes = options.log_served_mib * MEBIBYTE
-        served = ServedLog(ServedLogOptions(folder=options.log_served, total_bytes=total_bytes))
+        served = ServedLog(ServedLogOptions(folder=Path(options.log_served), total_bytes=total_bytes))
         parts.callback(served.close)
         server.observers.append(served.observe)
         metrics.registry.register(served)

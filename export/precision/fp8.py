@@ -24,8 +24,8 @@ from onnx.reference import ReferenceEvaluator
 from unipinrec.errors import ExportError
 from unipinrec.export.precision.typed import CHEAP, MOVES, PRODUCTS, PrecisionPlan
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.manifest import Tensor
-from unipinrec.runtime.graphs.backend import Backend, host_array
+from unipinrec.runtime.bundle.manifest import Tensor, host_array
+from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History

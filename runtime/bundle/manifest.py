@@ -323,3 +323,18 @@ class Tensor(Protocol):
         Floating-point numbers are f32 on the host.
         """
         ...
+
+
+def host_array(value: NDArray[Any] | Tensor) -> NDArray[Any]:
+    """An array unchanged, a host tensor as a view."""
+    return value if isinstance(value, np.ndarray) else value.numpy()
+
+
+def in_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """A contiguous array in the type of a graph's input; copied only if it is rounded or not contiguous."""
+    return np.ascontiguousarray(array if array.dtype.name == dtype else array.astype(REDUCED[dtype]))
+
+
+def widened(array: NDArray[Any]) -> NDArray[Any]:
+    """The array as f32 if it holds floating-point numbers of less precision, else unchanged."""
+    return array.astype(np.float32) if array.dtype.name in REDUCED else array

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import REDUCED, Tensor
+from unipinrec.runtime.bundle.manifest import Tensor
 
 MAX_SLOTS = 2048  # of a group: more slots only take more memory, matrix products get no faster
 MAX_ROWS = 32
@@ -52,15 +51,11 @@ class Backend(Protocol):
         ...
 
 
-def opened(graphs: Mapping[str, Graph], graph: str) -> Graph:
-    """A graph of a backend that is not closed.
+class Graphs(dict[str, Graph]):
+    """The graphs of a backend, by name; empty once it is closed, and then a `BackendError` says so."""
 
-    Raises:
-        BackendError: The backend was closed.
-    """
-    if graph not in graphs:
+    def __missing__(self, graph: str) -> Graph:
         raise BackendError(f"{graph}: the graphs were closed; load the bundle again")
-    return graphs[graph]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,49 +78,3 @@ class Device:
 
 
 CPU = Device(name="cpu", reason="requested")
-
-
-def host_array(value: NDArray[Any] | Tensor) -> NDArray[Any]:
-    """An array unchanged, a host tensor as a view."""
-    return value if isinstance(value, np.ndarray) else value.numpy()
-
-
-def in_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """A contiguous array in the type of a graph's input; copied only if it is rounded or not contiguous."""
-    return np.ascontiguousarray(array if array.dtype.name == dtype else array.astype(REDUCED[dtype]))
-
-
-def widened(array: NDArray[Any]) -> NDArray[Any]:
-    """The array as f32 if it holds floating-point numbers of less precision, else unchanged."""
-    return array.astype(np.float32) if array.dtype.name in REDUCED else array
-
-
-@dataclass(frozen=True, eq=False)
-class HostTensor:
-    """A numpy array as a `Tensor`."""
-
-    values: NDArray[Any]
-
-    @property
-    def dtype(self) -> str:
-        """See `Tensor.dtype`."""
-        return self.values.dtype.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """See `Tensor.shape`."""
-        return self.values.shape
-
-    def numpy(self) -> NDArray[Any]:
-        """See `Tensor.numpy`."""
-        return self.values
-
-
-def on_host(key_values: Sequence[Tensor]) -> tuple[HostTensor, ...]:
-    """Per-layer tensors on the host; each is copied there once at most, however many rows are read."""
-    return tuple(HostTensor(tensor.numpy()) for tensor in key_values)
-
-
-def row_of(key_values: Sequence[Tensor], row: int, slots: int) -> list[NDArray[np.float32]]:
-    """The first slots of one row of per-layer tensors [B, H_kv, >= slots, D]: views [H_kv, slots, D]."""
-    return [tensor.numpy()[row, :, :slots] for tensor in key_values]

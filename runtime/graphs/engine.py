@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
-from unipinrec.runtime.graphs.backend import CPU, Backend, Device, HostTensor, on_host, row_of
+from unipinrec.runtime.graphs.backend import CPU, Backend, Device
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
@@ -293,3 +293,34 @@ class KvBuffer:
     def clear_from(self, row: int, slots: int) -> None:
         """Zero all slots from `slots` on: attention masks them, but a NaN there would still spread."""
         self.values[:, row, :, slots:] = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class HostTensor:
+    """A numpy array as a `Tensor`."""
+
+    values: NDArray[Any]
+
+    @property
+    def dtype(self) -> str:
+        """See `Tensor.dtype`."""
+        return self.values.dtype.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Tensor.shape`."""
+        return self.values.shape
+
+    def numpy(self) -> NDArray[Any]:
+        """See `Tensor.numpy`."""
+        return self.values
+
+
+def on_host(key_values: Sequence[Tensor]) -> tuple[HostTensor, ...]:
+    """Per-layer tensors on the host; each is copied there once at most, however many rows are read."""
+    return tuple(HostTensor(tensor.numpy()) for tensor in key_values)
+
+
+def row_of(key_values: Sequence[Tensor], row: int, slots: int) -> list[NDArray[np.float32]]:
+    """The first slots of one row of per-layer tensors [B, H_kv, >= slots, D]: views [H_kv, slots, D]."""
+    return [tensor.numpy()[row, :, :slots] for tensor in key_values]

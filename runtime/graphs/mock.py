@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
-from unipinrec.runtime.graphs.backend import HostTensor, host_array, opened
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs, host_array
+from unipinrec.runtime.graphs.backend import Graphs
+from unipinrec.runtime.graphs.engine import HostTensor
 
 Arrays = dict[str, NDArray[Any]]
 Handler = Callable[[Arrays], Arrays]
@@ -32,12 +34,17 @@ class MockBackend:
         Args:
             graphs: Their specs in the manifest; inputs and outputs are checked against them.
             **handlers: By graph, a function from all inputs to some or all outputs, by name.
+
+        Raises:
+            BackendError: A handler is for no graph.
         """
-        self._graphs, self._handlers = dict(graphs), handlers
+        if foreign := sorted(set(handlers) - set(graphs)):
+            raise BackendError(f"{foreign} are no graphs; there are {sorted(graphs)}")
+        self._graphs, self._handlers = Graphs(graphs), handlers
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`; an output that does not fit the manifest is a `BackendError` as well."""
-        spec = opened(self._graphs, graph)
+        spec = self._graphs[graph]
         check_inputs(graph, spec.inputs, inputs)
         arrays = {name: host_array(value) for name, value in inputs.items()}
         sizes = {
@@ -47,13 +54,17 @@ class MockBackend:
         }
         outputs = {out.name: np.zeros([_size(size, sizes) for size in out.shape], out.dtype) for out in spec.outputs}
         if graph in self._handlers:
-            outputs |= self._handlers[graph](arrays)
+            result = self._handlers[graph](arrays)
+            if not isinstance(result, Mapping) or not set(result) <= set(outputs):
+                kind = sorted(result) if isinstance(result, Mapping) else type(result).__name__
+                raise BackendError(f"{graph}: the function returned {kind}, not some of the outputs {sorted(outputs)}")
+            outputs |= result
         check_inputs(graph, (*spec.inputs, *spec.outputs), {**inputs, **outputs})
         return {name: HostTensor(value) for name, value in outputs.items()}
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._graphs = {}
+        self._graphs = Graphs()
 
 
 def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs, host_array
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import Precision, host_array, opened
+from unipinrec.runtime.graphs.backend import Graphs, Precision
 from unipinrec.runtime.machine import LIBC, has_bf16, thread_count
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
@@ -112,7 +112,7 @@ class OpenVinoBackend:
         self._core = self._ov.Core()
         self._core.set_property({"ENABLE_MMAP": False})  # the files are deleted after loading
         with _own_signal_stack():
-            self._graphs = {name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()}
+            self._graphs = Graphs({name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()})
 
     def _load(self, graph: GraphFile, inputs: tuple[TensorSpec, ...]) -> _Graph:
         precision = PRECISIONS[self.precision]
@@ -142,7 +142,7 @@ class OpenVinoBackend:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`. Concurrent runs of one graph are computed one after the other."""
-        parts = opened(self._graphs, graph)
+        parts = self._graphs[graph]
         check_inputs(graph, parts.inputs, inputs)
         try:
             return self._infer(parts, {name: self._value(tensor) for name, tensor in inputs.items()})
@@ -151,7 +151,7 @@ class OpenVinoBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._graphs = {}
+        self._graphs = Graphs()
 
     def _infer(self, graph: _Graph, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         # A new one for each run: a second run would overwrite its outputs.

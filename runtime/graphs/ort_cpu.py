@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import REDUCED, Tensor, TensorSpec, check_inputs
+from unipinrec.runtime.bundle.manifest import REDUCED, Tensor, TensorSpec, check_inputs, host_array, in_type, widened
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import host_array, in_type, opened, widened
+from unipinrec.runtime.graphs.backend import Graphs
 from unipinrec.runtime.machine import LIBC, thread_count
 
 FLUSH_DENORMALS = 0x8040  # MXCSR: flush to zero, denormals are zero
@@ -97,9 +97,9 @@ class OrtBackend:
         self.version: str = self._ort.__version__
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
         with flush_denormals():
-            self._sessions = {
-                name: self._load(graph, 1 if name in ONE_THREAD else self.threads) for name, graph in graphs.items()
-            }
+            self._sessions = Graphs(
+                {name: self._load(graph, 1 if name in ONE_THREAD else self.threads) for name, graph in graphs.items()}
+            )
         self._inputs = {name: list(map(_spec, session.get_inputs())) for name, session in self._sessions.items()}
         self._outputs = {name: [out.name for out in session.get_outputs()] for name, session in self._sessions.items()}
 
@@ -110,7 +110,7 @@ class OrtBackend:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
-        session = opened(self._sessions, graph)
+        session = self._sessions[graph]
         check_inputs(graph, self._inputs[graph], inputs)
         try:
             values = {spec.name: ort_value(self._ort, inputs[spec.name], spec.dtype) for spec in self._inputs[graph]}
@@ -122,7 +122,7 @@ class OrtBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._sessions = {}
+        self._sessions = Graphs()
 
 
 def session_options(ort: Any, threads: int) -> Any:

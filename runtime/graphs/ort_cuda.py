@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.graphs.backend import Graphs
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
 from unipinrec.runtime.machine import driver_problem
 
@@ -74,7 +74,7 @@ class OrtCudaBackend:
         missing = preload(self._ort)
         self._hint = f" ({missing})" if missing else ""
         self._specs = {name: specs[name] for name in graphs}
-        self._sessions = {name: self._load(graph, threads) for name, graph in graphs.items()}
+        self._sessions = Graphs({name: self._load(graph, threads) for name, graph in graphs.items()})
         log.info("ONNX Runtime %s on %s", self.version, self._provider)
 
     def _load(self, graph: GraphFile, threads: int) -> Any:
@@ -95,7 +95,7 @@ class OrtCudaBackend:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
-        session, spec = opened(self._sessions, graph), self._specs[graph]
+        session, spec = self._sessions[graph], self._specs[graph]
         check_inputs(graph, spec.inputs, inputs)
         try:
             binding = session.io_binding()
@@ -114,7 +114,7 @@ class OrtCudaBackend:
 
     def close(self) -> None:
         """See `Backend.close`. Memory of outputs is freed with the last reference to them."""
-        self._sessions = {}
+        self._sessions = Graphs()
 
 
 def provider_problem(ort: Any, provider: str) -> str | None:

@@ -320,7 +320,7 @@ class Lease:
         self.writing = self.revoked = False
         self._written: int | None = None
         self.since = cache.publications
-        self._unstored = self._closed = False
+        self._unstored = self._closed = self._committed = False
 
     @property
     def kind(self) -> Kind:
@@ -356,7 +356,10 @@ class Lease:
 
         Raises:
             BackendError: A value is out of the precision's range.
+            CacheError: The lease is closed.
         """
+        if self._closed:
+            raise CacheError(f"user {self.key.user!r}: the lease is closed, and nothing can be stored under it")
         slots = self.slots + key_values[0].shape[1]
         self._unstored = not self._cache.stage(self, slots)
         if not self._unstored:
@@ -365,8 +368,9 @@ class Lease:
         return self.written
 
     def commit(self, last_hidden_state: NDArray[np.float32]) -> None:
-        """Publish the written slots and their last hidden state [d]."""
-        if self._written is not None:
+        """Publish the written slots and their last hidden state [d], once."""
+        if self._written is not None and not self._closed and not self._committed:
+            self._committed = True
             self._unstored = not self._cache.publish(self, self._written, last_hidden_state)
 
     def close(self) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS, HostTensor, on_host, row_of
-from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HostTensor, KvBuffer, on_host, pad_histories, row_of
 from unipinrec.runtime.kv.cache import CacheKey, Kind, KvCache, Lease
 from unipinrec.runtime.kv.pages import as_stored
 from unipinrec.runtime.requests import History, ResolvedRequest

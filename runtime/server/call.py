@@ -242,6 +242,11 @@ class Server:
         if self.phase == "loading":
             self.phase = "ready"
 
+    def close(self) -> None:
+        """Release threads and the store; deployments are closed by whoever opened them."""
+        self.threads.shutdown()
+        self.store.close()
+
     @contextmanager
     def acquire(self) -> Iterator[Deployment]:
         """The active deployment, which stays open until it is released.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -58,7 +59,7 @@ class RunOptions:
     hung_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if not (self.drain_delay_s >= 0 and self.drain_s >= 1):
+        if not (0 <= self.drain_delay_s < math.inf and 1 <= self.drain_s < math.inf):
             raise ConfigError(
                 f"drain_delay_s={self.drain_delay_s} must be at least 0, drain_s={self.drain_s} at least 1"
             )
@@ -127,8 +128,6 @@ def run(server: Server, app: Starlette, load: Load, options: RunOptions, worker:
         finally:
             if server.deployments is not None and not server.deployments.close(timeout_s=options.drain_s):
                 log.warning("ended before all computations were done")
-            server.threads.shutdown()
-            server.store.close()
     if process.failure is not None:
         raise process.failure
 

@@ -179,6 +179,6 @@ DAY_S = 86_400
 @command
 def serve(bundle: Path, **options: Any) -> None:
     """Serve a bundle over HTTP: recommendations, users' events, similar items, health, metrics."""
-    from unipinrec.runtime.serve import ServeOptions, serve_bundle
+    from unipinrec.runtime.serve import ServeOptions, serve_command
 
-    serve_bundle(bundle, ServeOptions(**options))
+    serve_command(bundle, ServeOptions(**options))
