@@ -331,7 +331,7 @@ def test_a_model_without_a_state_is_neither_overwritten_nor_resumed(noise: Datas
     _run(Trainer(noise, _config({"epochs": 1}), tmp_path))
     (tmp_path / "state.safetensors").unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="holds a model, but no run to go on with; choose another --out"):
+    with pytest.raises(CheckpointError, match="holds a model, but no run to resume; choose another --out"):
         Trainer(noise, _config(), tmp_path)
     with pytest.raises(CheckpointError, match="leave out --resume to start one, in a folder without a model"):
         Trainer(noise, _config(), tmp_path, resume=True)
