@@ -8,17 +8,18 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.models.batches import positive_events, training_events
+from unipinrec.models.batches import Indices, Mask, positive_events, training_events
 from unipinrec.models.config import MISSING_TIMESTAMP_MS
 from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.evaluate import Requests, event_users, history_rows, request_times_ms
 
 DAY_MS = 86_400_000
-Scorer = Callable[[Requests], NDArray[np.float32]]
+Counts = NDArray[np.float32]
+Scorer = Callable[[Requests], Counts]
 
 
 def baselines_of(
-    data: Sequences, positive: NDArray[np.bool_], *, fit_validation: bool = False, repeats: bool = False
+    data: Sequences, positive: Mask, *, fit_validation: bool = False, repeats: bool = False
 ) -> dict[str, Scorer]:
     """Scorers by name; each returns f32 scores [requests, N] for `rank_catalogue`, higher is better.
 
@@ -46,30 +47,26 @@ def baselines_of(
     return scorers
 
 
-def _had_most_often(data: Sequences, training: NDArray[np.float32], requests: Requests) -> NDArray[np.float32]:
+def _had_most_often(data: Sequences, training: Counts, requests: Requests) -> Counts:
     scores = np.tile(_ties(training), (len(requests), 1))
     for at, (user, end) in enumerate(zip(requests.users, requests.ends, strict=True)):
         np.add.at(scores[at], history_rows(data, user, end), 1.0)
     return scores
 
 
-def _ties(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+def _ties(counts: Counts) -> Counts:
     """Counts [..., N] scaled to less than 1 per row, to break ties between whole numbers."""
-    ties: NDArray[np.float32] = counts / (counts.max(axis=-1, initial=0.0, keepdims=True) + 1)
+    ties: Counts = counts / (counts.max(axis=-1, initial=0.0, keepdims=True) + 1)
     return ties
 
 
-def training_popularity(
-    data: Sequences, positive: NDArray[np.bool_], *, fit_validation: bool = False
-) -> NDArray[np.float32]:
+def training_popularity(data: Sequences, positive: Mask, *, fit_validation: bool = False) -> Counts:
     """[N] positive events of each item in the training part."""
     events = training_events(data, fit_validation=fit_validation) & positive_events(data, positive)
     return np.bincount(data.rows[events], minlength=data.num_items).astype(np.float32)
 
 
-def _popular(
-    data: Sequences, positive: NDArray[np.bool_], training: NDArray[np.float32], span_ms: int | None
-) -> Scorer:
+def _popular(data: Sequences, positive: Mask, training: Counts, span_ms: int | None) -> Scorer:
     """Counts of positive events in the `span_ms` before each request; None counts all time."""
     events = np.flatnonzero(positive_events(data, positive))
     events = events[np.argsort(data.timestamps_ms[events], kind="stable")]
@@ -77,7 +74,7 @@ def _popular(
     undated = np.searchsorted(log_times, MISSING_TIMESTAMP_MS, side="right")
     count_before = partial(_counts_before, rows, data.num_items)
 
-    def scores(requests: Requests) -> NDArray[np.float32]:
+    def scores(requests: Requests) -> Counts:
         times = request_times_ms(data, requests)
         counts = count_before(np.searchsorted(log_times, times))
         if span_ms is not None:
@@ -91,7 +88,7 @@ def _popular(
     return scores
 
 
-def _counts_before(rows: NDArray[np.int64], num_items: int, ends: NDArray[np.int64]) -> NDArray[np.float32]:
+def _counts_before(rows: Indices, num_items: int, ends: Indices) -> Counts:
     """[R, N] count of each item in `rows[:end]`, for each of the R `ends`, in one pass over the rows."""
     order = np.argsort(ends, kind="stable")
     steps = np.diff(ends[order], prepend=0)
@@ -103,9 +100,7 @@ def _counts_before(rows: NDArray[np.int64], num_items: int, ends: NDArray[np.int
     return result
 
 
-def _next_item(
-    data: Sequences, positive: NDArray[np.bool_], training: NDArray[np.float32], *, fit_validation: bool
-) -> Scorer:
+def _next_item(data: Sequences, positive: Mask, training: Counts, *, fit_validation: bool) -> Scorer:
     """Counts of pairs (item, item of the next positive event), as a sorted list with one run per first item."""
     trained = training_events(data, fit_validation=fit_validation)
     liked, users = np.flatnonzero(trained & positive_events(data, positive)), event_users(data)
@@ -117,7 +112,7 @@ def _next_item(
     starts = np.searchsorted(pairs, np.arange(data.num_items + 1) * data.num_items)
     ties = _ties(training)
 
-    def score(requests: Requests) -> NDArray[np.float32]:
+    def score(requests: Requests) -> Counts:
         scores = np.tile(ties, (len(requests), 1))
         known = np.flatnonzero(requests.ends > data.event_start[requests.users])
         for at, item in zip(known, data.rows[requests.ends[known] - 1], strict=True):

@@ -20,6 +20,8 @@ from unipinrec.models.data.schema import TimeSplit
 from unipinrec.models.data.sequences import Sequences
 
 POOL_BATCHES = 50
+Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ def training_windows(data: Sequences, max_history: int, *, fit_validation: bool 
     return windows
 
 
-def training_events(data: Sequences, *, fit_validation: bool = False) -> NDArray[np.bool_]:
+def training_events(data: Sequences, *, fit_validation: bool = False) -> Mask:
     """[M] which events lie in the training part: before the split's time, or all but each user's last two (or one)."""
     if data.split is None:
         ends = np.repeat(data.event_start[1:], np.diff(data.event_start))
@@ -133,7 +135,7 @@ def _training_end_ms(split: TimeSplit, fit_validation: bool) -> int:
     return split.test_start_ms if fit_validation else split.valid_start_ms
 
 
-def window_events(windows: Sequence[Window], count: int) -> NDArray[np.bool_]:
+def window_events(windows: Sequence[Window], count: int) -> Mask:
     """Which of `count` events lie in a window, and so are trained on."""
     inside = np.zeros(count, bool)
     for window in windows:
@@ -141,13 +143,13 @@ def window_events(windows: Sequence[Window], count: int) -> NDArray[np.bool_]:
     return inside
 
 
-def positive_events(data: Sequences, positive: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def positive_events(data: Sequences, positive: Mask) -> Mask:
     """[M] which events have a positive action; `positive` is [C]."""
-    events: NDArray[np.bool_] = np.any(data.actions[:, positive] > 0, axis=1)
+    events: Mask = np.any(data.actions[:, positive] > 0, axis=1)
     return events
 
 
-def event_inputs(data: Sequences, events: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def event_inputs(data: Sequences, events: Indices) -> dict[str, NDArray[Any]]:
     """Raw inputs and labels of events [B, n] by index; -1 stands for padding."""
     real = events >= 0
     return {
@@ -159,7 +161,7 @@ def event_inputs(data: Sequences, events: NDArray[np.int64]) -> dict[str, NDArra
     }
 
 
-def slate_inputs(data: Sequences, items: NDArray[np.int64], slates: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def slate_inputs(data: Sequences, items: Indices, slates: Indices) -> dict[str, NDArray[Any]]:
     """Raw inputs and labels of slate items [B, k] of slates [B, k]; item -1 stands for padding."""
     shown = items >= 0
     return {
@@ -174,7 +176,7 @@ def slate_inputs(data: Sequences, items: NDArray[np.int64], slates: NDArray[np.i
 class Batches:
     """All training batches of a data set, epoch by epoch."""
 
-    def __init__(self, data: Sequences, positive: NDArray[np.bool_], options: TrainBatchOptions) -> None:
+    def __init__(self, data: Sequences, positive: Mask, options: TrainBatchOptions) -> None:
         """Prepare windows; `positive` [C] marks the actions that make an event a retrieval target."""
         self.data, self.options = data, options
         self.windows = training_windows(data, options.max_history, fit_validation=options.fit_validation)
@@ -205,7 +207,7 @@ class Batches:
         slots = sum(int(self.lengths[part].max()) * len(part) for part in self._plan(0))
         return 1.0 - float(self.lengths.sum()) / slots
 
-    def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
+    def _plan(self, epoch: int) -> list[Indices]:
         """Shuffle, sort by length within pools of batches so that padding stays small, shuffle the batches."""
         rng = np.random.default_rng([self.options.seed, epoch])
         order = rng.permutation(len(self.windows))
@@ -268,9 +270,7 @@ class Batches:
         }
         return {name: np.concatenate([array, from_history[name]], axis=1) for name, array in from_slates.items()}
 
-    def _slate_items(
-        self, windows: list[Window], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _slate_items(self, windows: list[Window], rng: np.random.Generator) -> tuple[Indices, Indices]:
         """Indices of slate items and of their slates, (B, k), -1 for padding: whole slates, drawn up to the limit.
 
         A slate beyond the limit is drawn alone, with as many of its items as the limit allows.
@@ -291,9 +291,7 @@ class Batches:
             owners.append(np.repeat(slates, sizes))
         return pad_rows(items), pad_rows(owners)
 
-    def _sample(
-        self, targets: NDArray[np.int64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _sample(self, targets: Indices, rng: np.random.Generator) -> tuple[Indices, NDArray[np.float32]]:
         """In-batch and random items of the sampled softmax, and the log of each one's expected count (paper Eq. 1)."""
         count = self.data.num_items
         if self.options.num_negatives >= count:
@@ -304,7 +302,7 @@ class Batches:
         return sampled, np.log(expected).astype(np.float32)
 
 
-def pad_rows(rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+def pad_rows(rows: list[Indices]) -> Indices:
     """Stack runs of indices into one array, padded with -1 to the longest."""
     width = max((len(row) for row in rows), default=0)
     padded = np.full((len(rows), width), -1, np.int64)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unipinrec.models.batches import event_inputs, pad_rows, positive_events, slate_inputs
+from unipinrec.models.batches import Indices, Mask, event_inputs, pad_rows, positive_events, slate_inputs
 from unipinrec.models.data.schema import TimeSplit
 from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.metrics import Metrics, action_metrics, retrieval_metrics, target_ranks
@@ -41,16 +41,16 @@ class Requests:
     If `repeats`, items of the history may be targets and stay in the catalogue.
     """
 
-    users: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    slates: NDArray[np.int64]
+    users: Indices
+    ends: Indices
+    targets: Indices
+    slates: Indices
     repeats: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def take(self, index: NDArray[np.int64]) -> Requests:
+    def take(self, index: Indices) -> Requests:
         """The requests at these places."""
         parts = {name: getattr(self, name)[index] for name in ("users", "ends", "targets", "slates")}
         return replace(self, **parts)
@@ -75,7 +75,7 @@ class Scores:
 
 
 def held_out_requests(
-    data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None, *, repeats: bool = False
+    data: Sequences, positive: Mask, split: Split, limit: int | None = None, *, repeats: bool = False
 ) -> Requests:
     """The requests of a split that have a history, at most `limit` of them (drawn evenly over the split)."""
     requests = held_out(data, positive, split, repeats=repeats)
@@ -88,7 +88,7 @@ def held_out_requests(
     return requests
 
 
-def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repeats: bool) -> Requests:
+def held_out(data: Sequences, positive: Mask, split: Split, *, repeats: bool) -> Requests:
     """One request per held-out slate or event of a split, also for users without a history."""
     if data.split is not None and len(data.slate_ids):
         return _by_slate(data, data.split, positive, split, repeats=repeats)
@@ -111,9 +111,7 @@ def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repe
     return Requests(users=users, ends=ends, targets=targets, slates=np.full(len(users), NO_SLATE), repeats=repeats)
 
 
-def _by_slate(
-    data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split, *, repeats: bool
-) -> Requests:
+def _by_slate(data: Sequences, times: TimeSplit, positive: Mask, split: Split, *, repeats: bool) -> Requests:
     slates = np.flatnonzero(_inside(data.slate_timestamp_ms, times, split))
     users = data.slate_user[slates]
     requests = Requests(
@@ -133,34 +131,32 @@ def _by_slate(
     return requests
 
 
-def event_users(data: Sequences) -> NDArray[np.int64]:
+def event_users(data: Sequences) -> Indices:
     """[M] the user index of each event."""
     return np.repeat(np.arange(data.num_users), np.diff(data.event_start))
 
 
-def seen_before(
-    data: Sequences, users: NDArray[np.int64], rows: NDArray[np.int64], ends: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def seen_before(data: Sequences, users: Indices, rows: Indices, ends: Indices) -> Mask:
     """[R] whether each user has an event with that catalogue row before the event index in `ends`."""
     pairs, first = np.unique(event_users(data) * data.num_items + data.rows, return_index=True)
     pairs, first = np.append(pairs, np.iinfo(np.int64).max), np.append(first, 0)  # `own` may lie behind all pairs
     own = users * data.num_items + rows
     at = np.searchsorted(pairs, own)
-    seen: NDArray[np.bool_] = (pairs[at] == own) & (first[at] < ends)
+    seen: Mask = (pairs[at] == own) & (first[at] < ends)
     return seen
 
 
-def request_times_ms(data: Sequences, requests: Requests) -> NDArray[np.int64]:
+def request_times_ms(data: Sequences, requests: Requests) -> Indices:
     """[R] i64 Unix time in ms of each request: that of its slate, else of the held-out event; -1 if unknown."""
     return _of_each(requests, data.slate_timestamp_ms, data.timestamps_ms)
 
 
-def request_surfaces(data: Sequences, requests: Requests) -> NDArray[np.int64]:
+def request_surfaces(data: Sequences, requests: Requests) -> Indices:
     """[R] i64 surface code of each request: that of its slate, else of the first event after the history."""
     return _of_each(requests, data.slate_surface, data.surfaces)
 
 
-def _of_each(requests: Requests, of_slates: NDArray[np.int64], of_events: NDArray[np.int64]) -> NDArray[np.int64]:
+def _of_each(requests: Requests, of_slates: Indices, of_events: Indices) -> Indices:
     shown = requests.slates != NO_SLATE
     values = np.zeros(len(requests), np.int64)
     values[shown] = of_slates[requests.slates[shown]]
@@ -168,27 +164,27 @@ def _of_each(requests: Requests, of_slates: NDArray[np.int64], of_events: NDArra
     return values
 
 
-def _inside(times_ms: NDArray[np.int64], times: TimeSplit, split: Split) -> NDArray[np.bool_]:
+def _inside(times_ms: Indices, times: TimeSplit, split: Split) -> Mask:
     after = times_ms >= times.test_start_ms
     return after if split == "test" else (times_ms >= times.valid_start_ms) & ~after
 
 
-def history_rows(data: Sequences, user: int, end: int) -> NDArray[np.int64]:
+def history_rows(data: Sequences, user: int, end: int) -> Indices:
     """Catalogue rows of the user's events before `end`."""
     return data.rows[data.event_start[user] : end]
 
 
-def shown_items(data: Sequences, requests: Requests) -> NDArray[np.int64]:
+def shown_items(data: Sequences, requests: Requests) -> Indices:
     """Indices of all slate items of the requests, request by request."""
     return np.concatenate([np.zeros(0, np.int64), *slate_spans(data, requests)])
 
 
-def slate_spans(data: Sequences, requests: Requests) -> list[NDArray[np.int64]]:
+def slate_spans(data: Sequences, requests: Requests) -> list[Indices]:
     """Per request the indices of its slate items; empty without a slate."""
     return [np.arange(*data.slate_start[s : s + 2]) if s != NO_SLATE else np.zeros(0, int) for s in requests.slates]
 
 
-def slates_of(data: Sequences, items: NDArray[np.int64]) -> NDArray[np.int64]:
+def slates_of(data: Sequences, items: Indices) -> Indices:
     """The slate of each slate item."""
     return np.searchsorted(data.slate_start, items, side="right") - 1
 
@@ -214,7 +210,7 @@ def rank_catalogue(
     targeted = requests.take(np.flatnonzero(requests.targets != NO_TARGET))
     chunk = min(RANKED_AT_ONCE, max(1, SCORES_AT_ONCE // data.num_items))
     parts = [target_ranks(scores_of(part), left_out(data, part), part.targets) for part in targeted.chunks(chunk)]
-    return _joined(parts)
+    return np.concatenate([np.zeros(0), *parts])
 
 
 @torch.inference_mode()
@@ -245,7 +241,7 @@ def gather_scores(parts: list[Scores]) -> Scores:
     """Join the parts that `model_scores` yields."""
     probabilities = [p.probabilities for p in parts]
     return Scores(
-        ranks=_joined([p.ranks for p in parts]),
+        ranks=np.concatenate([np.zeros(0), *(p.ranks for p in parts)]),
         probabilities=np.concatenate(probabilities) if probabilities else np.zeros((0, 0)),
     )
 
@@ -255,8 +251,7 @@ def item_vectors(model: UniPinRec, data: Sequences, chunk: int = 65_536) -> torc
     """Vectors [N, E] of the whole catalogue, on the model's device."""
     device = model.log_scale.device
     parts = []
-    for begin in range(0, data.num_items, chunk):
-        rows = torch.arange(begin, min(begin + chunk, data.num_items))
+    for rows in torch.arange(data.num_items).split(chunk):
         dense = torch.from_numpy(data.features.dense[rows.numpy()]).to(device)
         categories = torch.from_numpy(data.features.categories[rows.numpy()]).to(device)
         parts.append(model.embed_items(rows.to(device), dense, categories))
@@ -265,14 +260,14 @@ def item_vectors(model: UniPinRec, data: Sequences, chunk: int = 65_536) -> torc
 
 def _inputs(
     model: UniPinRec, data: Sequences, part: Requests, vectors: torch.Tensor
-) -> tuple[HistoryTokens, CandidateTokens, NDArray[np.bool_]]:
+) -> tuple[HistoryTokens, CandidateTokens, Mask]:
     begins = np.maximum(data.event_start[part.users], part.ends - model.config.max_history)
     events = pad_rows([np.arange(b, e) for b, e in zip(begins, part.ends, strict=True)])
     real = events >= 0
     lengths, items = real.sum(axis=1), pad_rows(slate_spans(data, part))
     device = vectors.device
 
-    def spread(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    def spread(values: Indices) -> Indices:
         return np.repeat(values[:, None], items.shape[1], axis=1)
 
     def tensors(inputs: dict[str, NDArray[Any]], *names: str) -> dict[str, torch.Tensor]:
@@ -291,12 +286,8 @@ def _inputs(
     return history, slate, items >= 0
 
 
-def left_out(data: Sequences, requests: Requests) -> list[NDArray[np.int64]]:
+def left_out(data: Sequences, requests: Requests) -> list[Indices]:
     """Per request the catalogue rows that are not eligible: those of its history, or none if repeats count."""
     if requests.repeats:
         return [np.zeros(0, np.int64)] * len(requests)
     return [history_rows(data, u, e) for u, e in zip(requests.users, requests.ends, strict=True)]
-
-
-def _joined(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.concatenate([np.zeros(0), *parts])

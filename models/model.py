@@ -1,10 +1,10 @@
-"""The model: one causal transformer that encodes a history once, then retrieves and ranks from what it left.
+"""The model: one causal transformer that encodes a history once, then retrieves and ranks from its keys and values.
 
     encode   a history               -> per-layer keys/values, last hidden state
     extend   those + new events      -> the new events' keys/values, last hidden state
     retrieve last hidden state       -> query vectors
     rank     keys/values + candidates -> action logits
-    joint    history and candidates in one pass: what training runs, and what the four above must equal
+    joint    history and candidates in one pass, for training; the four above must give the same
 
 The first four have the signatures of the exported graphs. Histories are right-padded; `lengths` counts real events.
 """
@@ -50,8 +50,8 @@ class HistoryTokens:
 class CandidateTokens:
     """Raw inputs of k candidates per row, which may belong to several slates.
 
-    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: how many events each may see; logged
-    [B,k] f32, in training alone: 1 for candidates that are events of the history. None: no candidate is one.
+    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: number of events that each may see;
+    logged [B,k] f32, in training alone: 1 for candidates that are events of the history. None means all 0.
     """
 
     vectors: Tensor
@@ -78,22 +78,19 @@ class ActionHeads(nn.Module):
 
 
 class RetrievalHead(nn.Module):
-    """Last hidden state [B, d], optionally with wanted outcomes [B, C], to one query [B, 1, E] of unit length."""
+    """Last hidden state [B, d], optionally with outcomes to aim at [B, C], to one query [B, 1, E] of unit length."""
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
-        self.outcome = nn.Linear(num_actions, config.hidden_size, bias=False) if config.outcome_conditioned else None
-        self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, config.hidden_size),
-            nn.SiLU(),
-            nn.Linear(config.hidden_size, config.item_dim),
-        )
+        d = config.hidden_size
+        self.outcome = nn.Linear(num_actions, d, bias=False) if config.outcome_conditioned else None
+        self.mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, config.item_dim))
 
     def forward(self, hidden: Tensor, outcomes: Tensor | None = None) -> Tensor:
-        """Map hidden (..., d) to unit queries (..., E); `outcomes` (..., C) f32 where the model has them."""
+        """Map hidden (..., d) to unit queries (..., E); `outcomes` (..., C) f32 if the model is conditioned on them."""
         if self.outcome is not None:
             if outcomes is None:
-                raise ValueError("this model's queries are conditioned on outcomes, but none were given")
+                raise ValueError("this model's queries are conditioned on outcomes; pass outcomes")
             hidden = hidden + self.outcome(outcomes)
         return F.normalize(self.mlp(hidden).float(), dim=-1)
 
@@ -142,10 +139,10 @@ class UniPinRec(nn.Module):
             query, key, value = block.project(x, rotation)
             cache.append(block.with_prefix(key, value))
             x = block.finish(x, attend_history(self.config.attention, query, *cache[-1]))
-        # Of what follows the last layer's keys and values, only the last event's share is ever used.
+        # Behind the last layer's keys and values, only the last event is ever used.
         cache.append(final.with_prefix(*final.key_value(x, rotation)))
         x, position = _pick(x, history.lengths - 1)
-        # Its place tells how many slots it sees: all before its own, and where there is no sink its own.
+        # The last event sees all slots before its own, and without a sink its own slot too.
         attended = attend_valid(final.query(x, self.rotary(position)), *cache[-1], history.lengths)
         return cache, self.final_norm(final.finish(x, attended)[:, 0])
 
@@ -157,7 +154,7 @@ class UniPinRec(nn.Module):
         Args:
             history: The new events alone.
             past: Per-layer keys/values of the past, right-padded to p slots.
-            past_lengths: [B] i64, how many *events* each row's past holds.
+            past_lengths: [B] i64, number of *events* in each row's past.
             past_timestamps_ms: [B] i64, the time of each row's last cached event.
 
         Returns:
@@ -193,7 +190,7 @@ class UniPinRec(nn.Module):
             past: Per-layer keys/values, right-padded.
             past_lengths: [B] i64, events per row.
             past_timestamps_ms: [B] i64, time of each row's last event.
-            slate: The candidates; `cutoffs` is not read, every candidate sees the row's whole past.
+            slate: The candidates. `cutoffs` is not read: every candidate sees the row's whole past.
         """
         count = slate.vectors.shape[1]
         x = self._candidate_tokens(slate, past_timestamps_ms[:, None].expand(-1, count))
@@ -221,22 +218,15 @@ class UniPinRec(nn.Module):
 
         Args:
             history: The events; their actions are hidden where `masked`.
-            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions; these events are marked as such.
+            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions; these events carry a mark.
             slate: Candidates of one or more slates; each sees the events before its cutoff.
-            dense_mask: Attend through one dense (n + k) x (slots) mask instead of two calls. Same result, slower;
-                the reference that everything else is compared with.
+            dense_mask: Attend through one dense (n + k) x (slots) mask instead of two calls. The result is the same,
+                and slower; tests use it as the reference.
         """
         events = history.vectors.shape[1]
-        known = torch.cat(
-            [torch.full_like(history.timestamps_ms[:, :1], MISSING_TIMESTAMP_MS), history.timestamps_ms], dim=1
-        )
-        x = torch.cat(
-            [
-                self._event_tokens(history, masked, before=None),
-                self._candidate_tokens(slate, known.gather(1, slate.cutoffs)),
-            ],
-            dim=1,
-        )
+        last_times = F.pad(history.timestamps_ms, (1, 0), value=MISSING_TIMESTAMP_MS).gather(1, slate.cutoffs)
+        event_tokens = self._event_tokens(history, masked, before=None)
+        x = torch.cat([event_tokens, self._candidate_tokens(slate, last_times)], dim=1)
         if self.token_embedder.logged is not None:
             logged = torch.zeros_like(slate.vectors[..., 0]) if slate.logged is None else slate.logged
             x = x + torch.cat([masked, logged], dim=1)[..., None] * self.token_embedder.logged
@@ -293,7 +283,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
-        # By fan-in, not a fixed 0.02: narrow models learn the order of events more than twice as fast.
+        # By fan-in: narrow models learn the order of events more than twice as fast as with a fixed 0.02.
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -93,9 +93,8 @@ class Trainer:
         set_seed(config.train.seed)
         self.model = self.model_type(config.model, self.vocabulary)
         _standardise(self.model, self.data)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, config.train.weight_decay), lr=config.train.learning_rate
-        )
+        groups = _parameter_groups(self.model, config.train.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.train.learning_rate)
         objective = self.objective_type(self.model, self.data.features, config.train)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
@@ -271,9 +270,8 @@ class Trainer:
 
 def _settings(config: RunConfig, data: Sequences, vocabulary: Vocabulary) -> dict[str, Any]:
     """Settings that must be the same when a run is resumed; its length, validation and log may change."""
-    train = msgspec.to_builtins(config.train)
-    for name in ("epochs", "patience", "valid_requests", "precision", "log_every"):
-        del train[name]
+    free = ("epochs", "patience", "valid_requests", "precision", "log_every")
+    train = {name: value for name, value in msgspec.to_builtins(config.train).items() if name not in free}
     sizes = {"items": data.num_items, "events": len(data.rows), "slate items": len(data.slate_rows)}
     return {**msgspec.to_builtins(config.model), **train, **sizes, "data fingerprint": fingerprint(data, vocabulary)}
 
@@ -299,17 +297,8 @@ def _standardise(model: UniPinRec, data: Sequences) -> None:
 
 def batch_options(config: RunConfig) -> TrainBatchOptions:
     """Batch options of a run."""
-    train = config.train
-    return TrainBatchOptions(
-        batch_size=train.batch_size,
-        max_history=config.model.max_history,
-        max_candidates=train.max_candidates,
-        mask_probability=train.mask_probability,
-        num_negatives=train.num_negatives,
-        seed=train.seed,
-        fit_validation=train.fit_validation,
-        history_candidates=train.history_candidates,
-    )
+    settings = {**msgspec.structs.asdict(config.train), "max_history": config.model.max_history}
+    return msgspec.convert(settings, TrainBatchOptions)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

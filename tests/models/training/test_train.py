@@ -450,7 +450,7 @@ def test_metrics_json_tells_the_whole_run(noise: Dataset, tmp_path: Path) -> Non
     assert document.epochs == trainer.reports
     assert [report.epoch for report in document.epochs] == [0, 1]
     assert sorted(document.epochs[0].losses) == ["candidate_actions", "history_actions", "loss", "retrieval"]
-    assert trainer.objective.options.action_weights == (1.0, 2.0, 1.0)
+    assert trainer.objective.action_weights.tolist() == [1.0, 2.0, 1.0]
 
 
 def test_metrics_json_holds_what_there_was_to_learn_from(noise: Dataset, tmp_path: Path) -> None:
