@@ -244,6 +244,7 @@ def _write_users(histories: Histories, users: int, folder: Path) -> None:
 def _manifest(
     source: ExportSource, folder: Path, graphs: dict[str, GraphSpec], parity: ParityReport, index: IndexSpec
 ) -> Manifest:
+    versions = {name: importlib.metadata.version(name) for name in TOOLS}
     return Manifest(
         format_version=FORMAT_VERSION,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -263,15 +264,10 @@ def _manifest(
         parity=parity,
         metrics=source.metrics,
         data_fingerprint=_data_fingerprint(source),
-        tools=_tools(),
+        # onnxruntime comes in wheels of several names, so its module is read.
+        tools={"unipinrec": __version__, **versions, "onnxruntime": import_onnxruntime().__version__},
         order=source.order,
     )
-
-
-def _tools() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in TOOLS}
-    # onnxruntime comes in wheels of several names, so its module is read.
-    return {"unipinrec": __version__, **versions, "onnxruntime": import_onnxruntime().__version__}
 
 
 def _data_fingerprint(source: ExportSource) -> str:

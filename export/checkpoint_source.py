@@ -93,7 +93,8 @@ def source_from_checkpoint(folder: Path, data: Path | None = None) -> ExportSour
     if not (folder / "metrics.json").exists():
         return source
     run = read_json(folder / "metrics.json", _Run)
-    source = replace(source, metrics=_best_epoch(run))
+    best = [epoch.metrics for epoch in run.epochs if epoch.best]
+    source = replace(source, metrics={"split": "valid", **best[-1]} if best else None)
     facts = run.facts
     if facts is None and data is not None and run.config is not None:
         facts = _facts_of(read_dataset(data), run.config, checkpoint.model.vocabulary, data)
@@ -139,8 +140,3 @@ def _labels(catalogue: ItemList, features: ItemFeatures, vocabulary: Vocabulary)
         known = [f"{name} {names[code - 1]}" for (name, names), code in zip(words, codes, strict=True) if code]
         labels.append(title or ", ".join(known) or None)
     return labels
-
-
-def _best_epoch(run: _Run) -> dict[str, Any] | None:
-    best = [epoch for epoch in run.epochs if epoch.best]
-    return {"split": "valid", **best[-1].metrics} if best else None

@@ -18,15 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipinrec.models.attention import (
-    attend,
-    attend_extension,
-    attend_history,
-    attend_valid,
-    attend_with_own,
-    extension_mask,
-    joint_mask,
-)
+from unipinrec.models import attention
 from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 from unipinrec.models.embedders import ItemEmbedder, TokenEmbedder, previous_timestamps
 from unipinrec.models.layers import Block, Rotary
@@ -138,12 +130,12 @@ class UniPinRec(nn.Module):
         for block in blocks:
             query, key, value = block.project(x, rotation)
             cache.append(block.with_prefix(key, value))
-            x = block.finish(x, attend_history(self.config.attention, query, *cache[-1]))
+            x = block.finish(x, attention.attend_history(self.config.attention, query, *cache[-1]))
         # Behind the last layer's keys and values, only the last event is ever used.
         cache.append(final.with_prefix(*final.key_value(x, rotation)))
         x, position = _pick(x, history.lengths - 1)
         # The last event sees all slots before its own, and without a sink its own slot too.
-        attended = attend_valid(final.query(x, self.rotary(position)), *cache[-1], history.lengths)
+        attended = attention.attend_valid(final.query(x, self.rotary(position)), *cache[-1], history.lengths)
         return cache, self.final_norm(final.finish(x, attended)[:, 0])
 
     def extend(
@@ -164,18 +156,18 @@ class UniPinRec(nn.Module):
         rotation = self.rotary(_positions(history.surfaces) + past_lengths[:, None])
         slots = past_lengths + self.config.kv_prefix_slots
         form, sizes = self.config.attention, (past[0][0].shape[2], x.shape[1])
-        visible = extension_mask(form, _positions(history.surfaces), slots, *sizes)
+        visible = attention.extension_mask(form, _positions(history.surfaces), slots, *sizes)
         added: KeyValues = []
         *blocks, final = self.layers()
         for block, cached in zip(blocks, past, strict=False):
             query, key, value = block.project(x, rotation)
             added.append((key, value))
-            x = block.finish(x, attend_extension(query, cached, (key, value), visible))
+            x = block.finish(x, attention.attend_extension(query, cached, (key, value), visible))
         added.append(final.key_value(x, rotation))
         x, position = _pick(x, history.lengths - 1)
-        visible = extension_mask(form, position, slots, *sizes)
+        visible = attention.extension_mask(form, position, slots, *sizes)
         query = final.query(x, self.rotary(position + past_lengths[:, None]))
-        attended = attend_extension(query, past[-1], added[-1], visible)
+        attended = attention.attend_extension(query, past[-1], added[-1], visible)
         return added, self.final_norm(final.finish(x, attended)[:, 0])
 
     def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None = None) -> Tensor:
@@ -206,10 +198,10 @@ class UniPinRec(nn.Module):
     ) -> Tensor:
         """Attention of candidates over the `valid` [B] slots of the past and, in the "self" form, themselves."""
         if self.config.attention == "sink":
-            return attend_valid(block.query(x, rotation), *past, valid)
+            return attention.attend_valid(block.query(x, rotation), *past, valid)
         query, key, value = block.project(x, rotation)
         slots = torch.arange(past[0].shape[2], device=x.device)
-        return attend_with_own(query, past, (key, value), (slots[None, :] < valid[:, None])[:, None])
+        return attention.attend_with_own(query, past, (key, value), (slots[None, :] < valid[:, None])[:, None])
 
     def joint(
         self, history: HistoryTokens, masked: Tensor, slate: CandidateTokens, *, dense_mask: bool = False
@@ -231,17 +223,17 @@ class UniPinRec(nn.Module):
             logged = torch.zeros_like(slate.vectors[..., 0]) if slate.logged is None else slate.logged
             x = x + torch.cat([masked, logged], dim=1)[..., None] * self.token_embedder.logged
         rotation = self.rotary(torch.cat([_positions(history.surfaces), slate.cutoffs], dim=1))
-        attention = self._joint_dense if dense_mask else self._joint_split
+        attend_joint = self._joint_dense if dense_mask else self._joint_split
         for block in self.layers():
             query, key, value = block.project(x, rotation)
-            x = block.finish(x, attention(block, (query, key, value), events, slate.cutoffs))
+            x = block.finish(x, attend_joint(block, (query, key, value), events, slate.cutoffs))
         x = self.final_norm(x)
         return x[:, :events], x[:, events:]
 
     def _joint_dense(self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor) -> Tensor:
         query, key, value = qkv
-        mask = joint_mask(self.config.attention, events, cutoffs)
-        return attend(query, *block.with_prefix(key, value), mask[:, None])
+        mask = attention.joint_mask(self.config.attention, events, cutoffs)
+        return attention.attend(query, *block.with_prefix(key, value), mask[:, None])
 
     def _joint_split(self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor) -> Tensor:
         form = self.config.attention
@@ -252,10 +244,10 @@ class UniPinRec(nn.Module):
         slots = torch.arange(past[0].shape[2], device=query.device)
         visible = slots < (cutoffs + self.config.kv_prefix_slots)[:, :, None]
         if form == "sink":
-            attended = attend(query, *past, visible[:, None])
+            attended = attention.attend(query, *past, visible[:, None])
         else:
-            attended = attend_with_own(query, past, (key, value), visible)
-        return torch.cat([attend_history(form, past_query, *past), attended], dim=2)
+            attended = attention.attend_with_own(query, past, (key, value), visible)
+        return torch.cat([attention.attend_history(form, past_query, *past), attended], dim=2)
 
     def _event_tokens(self, history: HistoryTokens, masked: Tensor, before: Tensor | None) -> Tensor:
         times = history.timestamps_ms, previous_timestamps(history.timestamps_ms, before)

@@ -58,13 +58,9 @@ def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
         return msgspec.structs.replace(spec, by="retrieval", reason=reason)
     if best == 0:
         return None
-    return msgspec.structs.replace(
-        spec,
-        by="blend",
-        retrieval_weight=WEIGHTS[best],
-        reason=f"{spec.reason}; with {WEIGHTS[best]:g} of retrieval's logit {agreements[:, best].mean():.4f} {pairs}, "
-        f"by value alone {by_value:.4f}",
-    )
+    figure = f"{WEIGHTS[best]:g} of retrieval's logit {agreements[:, best].mean():.4f}"
+    reason = f"{spec.reason}; with {figure} {pairs}, by value alone {by_value:.4f}"
+    return msgspec.structs.replace(spec, by="blend", retrieval_weight=WEIGHTS[best], reason=reason)
 
 
 def _telling_slates(held: HeldOut, worth: NDArray[np.int64]) -> NDArray[np.int64]:

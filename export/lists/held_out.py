@@ -22,9 +22,8 @@ def held_out_logits(engine: Engine, history: History) -> NDArray[np.float32]:
     """
     encoded, logits = engine.encode(pad_histories([history.part(0, -1)])), []
     for index in range(len(history) - LAST_EVENTS, len(history)):
-        before = replace(
-            encoded, lengths=np.array([index]), last_timestamps_ms=history.timestamps_ms[index - 1 : index]
-        )
+        last_timestamps_ms = history.timestamps_ms[index - 1 : index]
+        before = replace(encoded, lengths=np.array([index]), last_timestamps_ms=last_timestamps_ms)
         shown = history.part(index, index + 1)
         logits.append(engine.rank(before, shown.item_rows[None], shown.surfaces, shown.timestamps_ms)[0])
     return np.concatenate(logits)

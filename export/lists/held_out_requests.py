@@ -155,9 +155,8 @@ class Client:
         self.recommender, self.held = recommender, held
         catalogue = recommender.bundle.catalogue
         self._bundle_rows = np.array([catalogue.rows[item] for item in held.data.item_ids])
-        self._live = np.ones(held.data.num_items, np.bool_)
-        if catalogue.live is not None:
-            self._live = catalogue.live[self._bundle_rows]
+        live = np.ones(catalogue.num_rows, np.bool_) if catalogue.live is None else catalogue.live
+        self._live = live[self._bundle_rows]
         self._rows = {item: row for row, item in enumerate(held.data.item_ids)}
         self._user, self._events = -1, tuple[Event, ...]()
 

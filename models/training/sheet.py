@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError
-from unipinrec.models.batches import positive_events, training_windows, window_events
+from unipinrec.models.batches import Window, positive_events, training_windows, window_events
 from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.evaluate import (
     NO_SLATE,
@@ -106,12 +106,12 @@ def data_sheet(data: Sequences, positive: NDArray[np.bool_], split: Split, *, re
     targets = requests.targets[requests.targets != NO_TARGET]
     windows = training_windows(data, max(1, len(data.rows)))
     trained = data.rows[window_events(windows, len(data.rows))]
-    shown = [data.slate_rows[data.slate_start[w.slate_begin] : data.slate_start[w.slate_end]] for w in windows]
+    shown = data.slate_rows[_slate_items(data, windows)]
     return DataSheet(
         split=split,
         requests=len(requests),
         targets=len(targets),
-        unseen_targets=_share(~np.isin(targets, np.concatenate([trained, *shown]))),
+        unseen_targets=_share(~np.isin(targets, np.concatenate([trained, shown]))),
         without_history=_share(~has_history),
         repeats=_share(seen_before(data, targeted.users, targeted.targets, targeted.ends)),
         repeats_counted=repeats,
@@ -126,10 +126,7 @@ def training_facts(
     trained = window_events(windows, len(data.rows))
     targets = trained & positive_events(data, positive)
     targets[data.event_start[:-1][np.diff(data.event_start) > 0]] = False  # a user's first event has no history
-    slates = np.zeros(len(data.slate_ids), bool)
-    for window in windows:
-        slates[window.slate_begin : window.slate_end] = True
-    labels = data.slate_actions[np.repeat(slates, np.diff(data.slate_start))]
+    labels = data.slate_actions[_slate_items(data, windows)]
     known = data.actions_known[trained].sum(axis=0)
     had = data.actions[trained].sum(axis=0)
     valid = held_out_requests(data, positive, "valid")
@@ -179,6 +176,12 @@ def training_warnings(facts: TrainingFacts, config: TrainConfig, total_steps: in
             "give an earlier --valid-start, or train with few epochs"
         )
     return warnings
+
+
+def _slate_items(data: Sequences, windows: list[Window]) -> NDArray[np.int64]:
+    """Indices of the slate items in windows."""
+    spans = [np.arange(data.slate_start[w.slate_begin], data.slate_start[w.slate_end]) for w in windows]
+    return np.concatenate([np.zeros(0, np.int64), *spans])
 
 
 def _measurable(data: Sequences, requests: Requests) -> bool:
