@@ -1,6 +1,6 @@
 """The two attention forms. Each is one rule about the key slots that a query sees, for events and for candidates.
 
-Keys and values are laid out in *slots*. In the "sink" form slot 0 is a learned sink, and event i sits in slot i + 1 and
+Keys and values are laid out in *slots*. In the "sink" form slot 0 is a learned sink; event i sits in slot i + 1 and
 sees the slots before its own. In the "self" form event i sits in slot i and also sees itself. A candidate sees the
 slots of its history and, in the "self" form, itself; never another candidate (paper section 3.1.1).
 

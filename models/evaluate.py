@@ -1,7 +1,7 @@
 """Quality on held-out requests: a history, the next item, and the shown slate.
 
-- Data with slates: one request per held-out slate, as in serving. The history is all events before the slate (the last
-  `max_history` of them), the candidates are the shown items, the target is the slate's first positive item.
+- Data with slates: one request per held-out slate, as in serving. The history is the last `max_history` events before
+  the slate. The candidates are the shown items; the target is the slate's first positive item.
 - Data with times but no slates: one request per held-out positive event, with all events before its time.
 - Data without times is split leave-one-out: the target is the user's last event (test), or the event before it
   (validation), if that is positive.

@@ -17,7 +17,7 @@ def served_order(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> 
 
     - By value if the ranker saw enough items that were shown and left alone: it knows the chance of an action on any
       shown item.
-    - By product otherwise: the ranker knows the chance of an action given an engagement, and retrieval the next
+    - By product otherwise: the ranker knows the chance of an action after an engagement, and retrieval the next
       positive item.
     - By retrieval alone if all positive events are worth the same.
     """

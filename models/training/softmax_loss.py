@@ -1,7 +1,7 @@
 """Cross-entropy over many items, in chunks: the [targets, items] logits and their gradient never exist as a whole.
 
-A full softmax over a catalogue is bound by memory, not by arithmetic. Each chunk of rows is multiplied, normalised and
-turned into its share of the gradient while it is still in the cache, so memory stays flat and no row is left out.
+Memory limits a full softmax over a catalogue, not arithmetic. Each chunk of rows becomes its share of the gradient
+while it is still in the cache. So memory stays flat, and no row is left out.
 """
 
 from __future__ import annotations
