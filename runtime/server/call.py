@@ -243,7 +243,7 @@ class Server:
             self.phase = "ready"
 
     def close(self) -> None:
-        """Release threads and the store; deployments are closed by whoever opened them."""
+        """Release threads and the store; the caller closes deployments."""
         self.threads.shutdown()
         self.store.close()
 

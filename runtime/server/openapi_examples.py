@@ -60,7 +60,7 @@ def _recommend(bundle: Bundle, items: list[str], other: str, unknown_user: int) 
         "list": Example(summary="Several at once; an error stands in the place of its request", value=[body, unknown]),
         "unknown_item": Example(summary="With an item that the bundle lacks", value=unknown, status=400),
         "unknown_user": Example(
-            summary="For a user without stored events", value={"user": "nobody", "k": k}, status=unknown_user
+            summary="For a user without stored events", value={"user": "new-user", "k": k}, status=unknown_user
         ),
     }
 
