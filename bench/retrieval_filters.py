@@ -101,7 +101,7 @@ def one_share(catalogue: Catalogue, kind: str, share: float, wanted: int, rounds
     for query in catalogue.queries(rounds + WARM_UP)[:, None]:
         for name, (retriever, exact) in ways.items():
             began = time.perf_counter()
-            (found,) = retriever.retrieve([Search(queries=query, wanted=wanted, allowed=mask, exact=exact)])
+            (found,) = retriever.retrieve([Search(queries=query, k=wanted, allowed=mask, exact=exact)])
             times[name].append((time.perf_counter() - began) * 1e3)
             reasons[name][found.exact or "index"] += 1
     return {

@@ -36,11 +36,12 @@ from numpy.typing import NDArray
 from open_loop import ask, post
 from served import Served
 
+from unipinrec.models.config import DAY_MS
 from unipinrec.models.data.schema import Dataset, TimeSplit, event_columns, write_dataset
 from unipinrec.models.data.validate import RawTables, build_dataset
 from unipinrec.models.simulator.oracle import oracle_click_chances
 from unipinrec.models.simulator.simulator import examination, simulate
-from unipinrec.models.simulator.world import DAY_MS, DWELL_MS, SimulatorConfig
+from unipinrec.models.simulator.world import DWELL_MS, SimulatorConfig
 from unipinrec.runtime import Event, Recommender, RecommendOptions
 
 K, CANDIDATES, TOGETHER = 10, 200, 32

@@ -113,13 +113,13 @@ class TaughtBatches(Batches):
         shape = (len(windows), width)
         return {
             "rows": np.where(real, rows, 0).reshape(shape),
-            "actions": (data.actions[at] * (first & real)[..., None]).reshape(*shape, -1),
-            "known": (known * real[..., None]).reshape(*shape, -1),
+            "actions": (data.actions[at] * (first & real)[..., None]).astype(np.float32).reshape(*shape, -1),
+            "known": (known * real[..., None]).astype(np.float32).reshape(*shape, -1),
             "surfaces": np.where(real, data.surfaces[at], 0).reshape(shape),
             "timestamps_ms": np.where(real, data.timestamps_ms[at], -1).reshape(shape),
             "cutoffs": np.where(real, at - begin, 0).reshape(shape),
             "valid": real.reshape(shape),
-            "logged": np.zeros(shape, bool),
+            "logged": np.zeros(shape, np.float32),
         }
 
 

@@ -1,10 +1,10 @@
-"""From requests to encoded histories, through the cache: what is known is read, what is new is encoded and kept.
+"""Encode the histories of requests: read cached events from the cache, encode and store new events.
 
-What is ranked is always what the cache would give back: keys and values are rounded to its precision before anything
-looks at them, whether they were found there or not, so that a hit and a miss answer alike.
+A hit and a miss give the same answer: keys and values are rounded to the cache's precision before retrieval and
+ranking use them, even if they were not cached.
 
-Requests are computed together where they need the same stages and have histories of similar length, so that little is
-padding: lengths of a group lie within the same half octave. A group is computed on its own from encoding to ranking.
+A group of requests is computed together if they need the same stages and have histories of similar length: lengths of
+a group lie within the same half octave, so there is little padding.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS, HostTensor, on_host, row_of
-from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.graphs.engine import Encoded, Engine, HostTensor, KvBuffer, on_host, pad_histories, row_of
 from unipinrec.runtime.kv.cache import CacheKey, Kind, KvCache, Lease
 from unipinrec.runtime.kv.pages import as_stored
 from unipinrec.runtime.requests import History, ResolvedRequest
@@ -28,63 +28,53 @@ NO_CACHE, ANONYMOUS = "no cache", "anonymous"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A request and what the cache has of its history; `lease` is None for the reason `unasked`."""
+class Lookup:
+    """A request and the cached part of its history.
 
-    asked: ResolvedRequest
-    lease: Lease | None
-    unasked: str
+    Attributes:
+        request: The request.
+        lease: Its lease; None if the cache was not searched.
+        kind: hit, extended or miss.
+        reason: Why it is a miss, or how many events are new; None for a hit.
+        cached: Number of cached events.
+    """
 
-    @property
-    def kind(self) -> Kind:
-        """hit, extended or miss."""
-        return "miss" if self.lease is None else self.lease.kind
-
-    @property
-    def reason(self) -> str | None:
-        """Why it is a miss, or what is new."""
-        if self.lease is None:
-            return self.unasked
-        if self.kind != "extended":
-            return self.lease.reason
-        return "1 new event" if self.new == 1 else f"{self.new} new events"
-
-    @property
-    def cached(self) -> int:
-        """Events that the cache has."""
-        return 0 if self.lease is None else self.lease.count
+    request: ResolvedRequest
+    lease: Lease | None = None
+    kind: Kind = "miss"
+    reason: str | None = None
+    cached: int = 0
 
     @property
     def new(self) -> int:
-        """Events to encode."""
-        return len(self.asked.history) - self.cached
+        """Number of events to encode."""
+        return len(self.request.history) - self.cached
 
 
 class HistoryEncoder:
     """Encodes histories of one bundle; safe to use from several threads."""
 
     def __init__(self, engine: Engine, cache: KvCache | None, namespace: str, item_keys: NDArray[np.int64]) -> None:
-        """Keep what is encoded in a cache, under a namespace and the bundle's `kv_item_keys` (see `CacheKey`)."""
+        """Keep encoded histories in a cache, under a namespace and the bundle's `kv_item_keys` (see `CacheKey`)."""
         self.engine, self.cache, self.namespace, self.item_keys = engine, cache, namespace, item_keys
         self.padding = PaddingMeter()
         self._prefix = engine.model.kv_prefix_slots
 
     @contextmanager
-    def find(self, asked: Sequence[ResolvedRequest]) -> Iterator[list[Found]]:
-        """Look all requests up; what was found stays in place, and what was not kept is dropped, when this ends."""
+    def look_up(self, requests: Sequence[ResolvedRequest]) -> Iterator[list[Lookup]]:
+        """Look up all requests; when this ends, their leases are closed."""
         with ExitStack() as leases:
-            unasked = NO_CACHE if self.cache is None else ANONYMOUS
-            yield [Found(asked=one, lease=self._look_up(one, leases), unasked=unasked) for one in asked]
+            yield [self._look_up(request, leases) for request in requests]
 
-    def work(self, found: Found) -> Work:
-        """What a request needs."""
-        slots = len(found.asked.history) + self._prefix
-        ranked = 0 if found.asked.order == "retrieval" else found.asked.candidates
-        return Work(kind=found.kind, slots=slots, new=found.new, candidates=ranked)
+    def work(self, lookup: Lookup) -> Work:
+        """Stages and sizes of a request."""
+        slots = len(lookup.request.history) + self._prefix
+        ranked = 0 if lookup.request.order == "retrieval" else lookup.request.candidates
+        return Work(kind=lookup.kind, slots=slots, new=lookup.new, candidates=ranked)
 
     @contextmanager
-    def encoding(self, group: Sequence[Found]) -> Iterator[Encoded]:
-        """Encode requests of one kind together, and let later requests find what is new if the block succeeds.
+    def encoding(self, group: Sequence[Lookup]) -> Iterator[Encoded]:
+        """Encode requests of one kind together, and publish their new events if the block succeeds.
 
         Raises:
             BackendError: A graph failed, or a value does not fit the cache's precision.
@@ -92,54 +82,57 @@ class HistoryEncoder:
         encoded = self._encode_all(group) if group[0].kind == "miss" else self._encode_new(group)
         yield encoded
         last = encoded.last_hidden_state.numpy()
-        for row, found in enumerate(group):
-            if found.lease is not None:
-                found.lease.commit(last[row].copy())
+        for row, lookup in enumerate(group):
+            if lookup.lease is not None:
+                lookup.lease.commit(last[row].copy())
 
-    def _look_up(self, asked: ResolvedRequest, leases: ExitStack) -> Lease | None:
-        if self.cache is None or asked.user is None:
-            return None
+    def _look_up(self, request: ResolvedRequest, leases: ExitStack) -> Lookup:
+        if self.cache is None or request.user is None:
+            return Lookup(request=request, reason=NO_CACHE if self.cache is None else ANONYMOUS)
+        history = request.history
         key = CacheKey(
-            user=asked.user,
+            user=request.user,
             namespace=self.namespace,
-            events=event_records(replace(asked.history, item_rows=self.item_keys[asked.history.item_rows])),
-            count=len(asked.history),
-            start=asked.start,
+            events=event_records(replace(history, item_rows=self.item_keys[history.item_rows])),
+            count=len(history),
+            start=request.start,
         )
-        return leases.enter_context(self.cache.lookup(key))
+        lease = leases.enter_context(self.cache.lookup(key))
+        reason, new = lease.reason, len(history) - lease.count
+        if lease.kind == "extended":
+            reason = "1 new event" if new == 1 else f"{new} new events"
+        return Lookup(request=request, lease=lease, kind=lease.kind, reason=reason, cached=lease.count)
 
-    def _encode_all(self, group: Sequence[Found]) -> Encoded:
-        encoded = self.engine.prefill(pad_histories([found.asked.history for found in group]))
-        self.padding.add("encode", [found.new for found in group])
+    def _encode_all(self, group: Sequence[Lookup]) -> Encoded:
+        encoded = self.engine.prefill(pad_histories([lookup.request.history for lookup in group]))
+        self.padding.add("encode", [lookup.new for lookup in group])
         if self.cache is None:
             return encoded
-        slots = encoded.lengths + self._prefix
-        exact = self.cache.geometry.dtype == "fp32"
-        buffer = None if exact else KvBuffer(self.engine.model, len(group), int(slots.max()))
-        host = on_host(encoded.key_values)
-        for row, (found, count) in enumerate(zip(group, slots, strict=True)):
-            key_values = row_of(host, row, count)
-            self._store(found, key_values, None if buffer is None else buffer.row(row)[:, :, :count])
-            if buffer is not None:
-                buffer.clear_from(row, count)
-        return encoded if buffer is None else encoded.over(buffer)
+        slots, host = encoded.lengths + self._prefix, on_host(encoded.key_values)
+        if self.cache.geometry.dtype == "fp32":
+            for row, (lookup, count) in enumerate(zip(group, slots, strict=True)):
+                self._store(lookup, row_of(host, row, count), None)
+            return encoded
+        buffer = KvBuffer(self.engine.model, len(group), int(slots.max()))
+        for row, (lookup, count) in enumerate(zip(group, slots, strict=True)):
+            self._store(lookup, row_of(host, row, count), buffer.row(row)[:, :, :count])
+            buffer.clear_from(row, count)
+        return encoded.over(buffer)
 
     def _store(
-        self, found: Found, key_values: Sequence[NDArray[np.float32]], rounded: NDArray[np.float32] | None
+        self, lookup: Lookup, key_values: Sequence[NDArray[np.float32]], rounded: NDArray[np.float32] | None
     ) -> None:
-        """Put new slots into the lease, if there is one and there is room, and what they become into `rounded`."""
-        if found.lease is not None and found.lease.write(key_values, rounded):
-            return
-        if rounded is not None and self.cache is not None:
-            for index, values in zip(rounded, key_values, strict=True):
-                index[...] = as_stored(values, self.cache.geometry.dtype)
+        """Write new slots to the lease, if there is one and there is room; put the stored values into `rounded`."""
+        stored = lookup.lease is not None and lookup.lease.write(key_values, rounded)
+        if not stored and rounded is not None and self.cache is not None:
+            for out, values in zip(rounded, key_values, strict=True):
+                out[...] = as_stored(values, self.cache.geometry.dtype)
 
-    def _encode_new(self, group: Sequence[Found]) -> Encoded:
-        """Of requests of which the cache has a beginning, or all."""
-        assert self.cache is not None
-        histories = [found.asked.history for found in group]
+    def _encode_new(self, group: Sequence[Lookup]) -> Encoded:
+        """Encode requests of which the cache holds a beginning, or all."""
+        histories = [lookup.request.history for lookup in group]
         buffer = KvBuffer(self.engine.model, len(group), max(map(len, histories)) + self._prefix)
-        leases = [found.lease for found in group if found.lease is not None]
+        leases = [lookup.lease for lookup in group if lookup.lease is not None]
         for row, lease in enumerate(leases):
             lease.read(buffer.row(row))
             buffer.clear_from(row, lease.slots)
@@ -154,18 +147,18 @@ class HistoryEncoder:
             return past
         added = pad_histories([h.part(int(m)) for h, m in zip(histories, cached, strict=True)])
         encoded = self.engine.extend_in_place(buffer, past, added)
-        self.padding.add("extend", [found.new for found in group])
-        for row, (found, count) in enumerate(zip(group, added.lengths, strict=True)):
-            first = found.cached + self._prefix
+        self.padding.add("extend", [lookup.new for lookup in group])
+        for row, (lookup, count) in enumerate(zip(group, added.lengths, strict=True)):
+            first = lookup.cached + self._prefix
             new = buffer.row(row)[:, :, first : first + count]
-            self._store(found, list(new), new)
+            self._store(lookup, list(new), new)
         return encoded
 
 
 def event_records(history: History) -> bytes:
-    """One record for each event: item, time, surface, actions; of equal length for all events of a bundle.
+    """One record per event: item, time, surface, actions; all records of a bundle have equal length.
 
-    What stands for an item is in `history.item_rows`; where bundles share a cache, `Bundle.kv_item_keys`.
+    `history.item_rows` holds the keys of the items: `Bundle.kv_item_keys`, so that bundles can share a cache.
     """
     columns = (history.item_rows, history.timestamps_ms, history.surfaces)
     raw = [np.ascontiguousarray(column).view(np.uint8).reshape(len(history), -1) for column in columns]
@@ -174,10 +167,10 @@ def event_records(history: History) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one request needs: the stages, and their sizes.
+    """Stages and sizes of one request.
 
     Attributes:
-        kind: What the cache had; says which graphs run.
+        kind: hit, extended or miss; it decides which graphs run.
         slots: Slots of the whole history.
         new: Events to encode.
         candidates: Items to rank; 0 = the ranker does not run.
@@ -191,19 +184,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """Events (or candidates) that a stage was given, and that it computed, padding included."""
+    """Events (or candidates) of requests, and those that a stage computed, which include padding."""
 
-    given: int
+    useful: int
     computed: int
 
     @property
     def waste(self) -> float:
-        """Share of what was computed that was padding."""
-        return 1.0 - self.given / self.computed if self.computed else 0.0
+        """Share of padding among the computed events."""
+        return 1.0 - self.useful / self.computed if self.computed else 0.0
 
 
 class PaddingMeter:
-    """Counts given and computed events by stage; safe to use from several threads."""
+    """Counts useful and computed events by stage; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -212,10 +205,9 @@ class PaddingMeter:
     def add(self, stage: str, sizes: Sequence[int]) -> None:
         """Count one run over rows of these sizes."""
         with self._lock:
-            before = self._counts.get(stage, Padding(given=0, computed=0))
-            self._counts[stage] = Padding(
-                given=before.given + sum(sizes), computed=before.computed + len(sizes) * max(sizes)
-            )
+            before = self._counts.get(stage, Padding(useful=0, computed=0))
+            computed = before.computed + len(sizes) * max(sizes)
+            self._counts[stage] = Padding(useful=before.useful + sum(sizes), computed=computed)
 
     def snapshot(self) -> dict[str, Padding]:
         """Totals by stage: encode, extend, rank."""
@@ -224,10 +216,10 @@ class PaddingMeter:
 
 
 def grouped(works: Sequence[Work], prefill_chunk: int | None) -> list[list[int]]:
-    """Places of the requests that are computed together.
+    """Groups of requests to compute together, each as places in `works`.
 
     Args:
-        works: What each needs.
+        works: Stages and sizes of each request.
         prefill_chunk: Histories with more new events than this are encoded alone, in chunks; None = no limit.
     """
     buckets: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
@@ -244,7 +236,7 @@ def grouped(works: Sequence[Work], prefill_chunk: int | None) -> list[list[int]]
 
 
 def half_octave(count: int) -> int:
-    """Index of the range that a size falls into: up to 8, 12, 16, 24, 32, 48, ...; 0 has its own."""
+    """Index of the range that holds a size: up to 8, 12, 16, 24, 32, 48, ...; 0 has its own."""
     if count == 0:
         return -1
     index, limit = 0, 8

@@ -1,7 +1,7 @@
-"""What clients send to the server and get back, and how much of it at once.
+"""The JSON bodies of requests and answers, and their limits.
 
-Every POST takes one JSON object or a list of them, and answers in kind. Decoding checks shape and limits; whether a
-request makes sense to a bundle is checked by `Recommender.resolve`.
+A POST takes one JSON object or a list, and answers in kind. Decoding checks types and limits; `Recommender.resolve`
+checks a request against the bundle.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import msgspec
 
-from unipinrec.errors import ConfigError, RequestError, decoding
-from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request, Slate, SlateItem, StageTimes
+from unipinrec.errors import MALFORMED, ConfigError, RequestError
+from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request, Slate
 
 T = TypeVar("T")
 SHOWN_CHARACTERS = 500
@@ -22,17 +22,17 @@ SHOWN_CHARACTERS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may ask for at most.
+    """Limits of a request.
 
     Attributes:
-        body_bytes: Of the body of one HTTP request.
+        body_bytes: Bytes of the body of one HTTP request.
         batch: Requests in one HTTP request.
-        history: Events of a history that a request carries.
+        history: Events in the history of one request.
         events: Events that are appended in one HTTP request.
         candidates, k: See `RecommendOptions` and `Request`.
-        items: Items of one question for similar items.
-        id_characters: Of a user or event id.
-        ahead_ms: How far the time of an event may lie ahead of this machine's clock.
+        items: Items in a request for similar items.
+        id_characters: Characters of a user or event id.
+        ahead_ms: How far the time of an event may be ahead of this machine's clock.
     """
 
     body_bytes: int = 8 << 20
@@ -52,7 +52,7 @@ class Limits:
 
 
 class ApiError(Exception):
-    """An answer other than success, made for the client."""
+    """An error answer, written for the client."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -61,14 +61,14 @@ class ApiError(Exception):
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong: a code for programs, a message for people."""
+    """An error: `code` is for programs, `message` for their developers."""
 
     code: str
     message: str
 
 
 class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of every answer that is not a success."""
+    """The body of every error answer."""
 
     error: ErrorDetail
 
@@ -82,8 +82,9 @@ class RecommendBody(RecommendOptions, frozen=True, kw_only=True, forbid_unknown_
     """The k best items for a user, or after a history; with the fields of `RecommendOptions`.
 
     Attributes:
-        user: Whose encoded history is kept for the next request; without `history`, whose events the server knows.
-        history: All events, oldest first. It stands for itself: the events that the server knows are left alone.
+        user: The server caches this user's encoded history for the next request. Without `history` it uses the events
+            that it has stored of the user.
+        history: All events, oldest first. Stored events are then neither read nor changed.
         k: How many items.
     """
 
@@ -92,74 +93,48 @@ class RecommendBody(RecommendOptions, frozen=True, kw_only=True, forbid_unknown_
     k: int = 20
 
     def request(self, history: tuple[Event, ...]) -> Request:
-        """What the recommender is asked."""
+        """The request for the recommender."""
         return Request(history=history, k=self.k, options=self, user=self.user)
 
 
-class RecommendAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """A slate, see `Slate`, and what of the user's events it rests on.
+class RecommendAnswer(Slate, frozen=True, kw_only=True):
+    """A slate, see `Slate`, and what it says about the user's events.
 
     Attributes:
         events: How many events the history had.
-        skipped_events: Events known of the user that the bundle in service has no item for.
+        skipped_events: Stored events of the user whose items the active bundle lacks.
     """
 
-    items: tuple[SlateItem, ...]
-    source: str
-    order: str | None
-    stages_ms: StageTimes
-    kv: str
-    kv_reason: str | None
-    device: str
-    bundle: str
-    exact: str | None
     events: int
     skipped_events: int
-
-    @classmethod
-    def of(cls, slate: Slate, events: int, skipped: int) -> RecommendAnswer:
-        """Wrap a slate."""
-        return cls(
-            items=slate.items,
-            source=slate.source,
-            order=slate.order,
-            stages_ms=slate.stages_ms,
-            kv=slate.kv,
-            kv_reason=slate.kv_reason,
-            device=slate.device,
-            bundle=slate.bundle,
-            exact=slate.exact,
-            events=events,
-            skipped_events=skipped,
-        )
 
 
 class SentEvent(Event, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An event that a user just caused.
 
     Attributes:
-        id: Of the event, so that it can be sent again: of several with one id and user the first counts.
+        id: Makes a retry safe: of several events with one id and user the first counts.
     """
 
     id: str | None = None
 
 
 class EventsBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one user just did, oldest first."""
+    """New events of one user, oldest first."""
 
     user: str
     events: tuple[SentEvent, ...]
 
 
 class UserAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a user, oldest event first."""
+    """The stored events of a user, oldest first."""
 
     user: str
     events: tuple[SentEvent, ...]
 
 
 class ForgetAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What was known of a user who is forgotten now: how many events, and whether their keys and values were cached."""
+    """How many events of the user were deleted, and whether keys and values were cached."""
 
     user: str
     events: int
@@ -167,10 +142,10 @@ class ForgetAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimilarBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The k items most similar to some; what filters mean is said in `RecommendOptions`.
+    """The k items most similar to some items; `RecommendOptions` explains the filters.
 
     Attributes:
-        items: Items to start from; a result's similarity is that with the one it is most similar to.
+        items: Items to start from; the similarity of a result is that to the most similar of them.
     """
 
     items: tuple[str | int, ...]
@@ -182,7 +157,7 @@ class SimilarBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class SimilarItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item and the cosine of its vector with that of the item asked for."""
+    """An item, and the cosine of its vector and that of the item in the request."""
 
     item: str
     title: str | None
@@ -190,7 +165,7 @@ class SimilarItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimilarAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Most similar first; `exact` says why all items were scanned, None = the index found them."""
+    """Most similar first; `exact` says why all items were scanned, null = the index was searched."""
 
     items: tuple[SimilarItem, ...]
     exact: str | None
@@ -198,13 +173,13 @@ class SimilarAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the server answers, and with what.
+    """Whether the server is ready, and on what it runs.
 
     Attributes:
         status: loading, ready or draining.
-        device, device_reason: What runs, and why.
-        refused: What was preferred to it, each with the reason why it does not run.
-        bundle: Hash of the bundle.
+        device, device_reason: The device, and why it was chosen.
+        refused: Preferred devices that do not run here, each with the reason.
+        bundle: Hash of the active bundle.
     """
 
     status: str
@@ -225,86 +200,90 @@ def decode_recommend(body: bytes, limits: Limits) -> Recommends:
     """Read the body of POST /v1/recommend.
 
     Raises:
-        RequestError: It is not JSON of that form, or asks for more than is allowed.
+        RequestError: It is not such JSON, or it exceeds a limit.
     """
-    asked = _decode(_RECOMMEND, body)
-    for where, one in _each(asked, limits):
-        if one.user is None and one.history is None:
+    bodies = _decode(_RECOMMEND, body)
+    for where, request in _each(bodies, limits):
+        if request.user is None and request.history is None:
             raise RequestError(f"{where}neither user nor history is given; send a user, a history, or both")
-        _check_id(f"{where}user", one.user, limits)
-        _at_most(f"{where}history", len(one.history or ()), limits.history, "events")
-        _at_most(f"{where}k", one.k, limits.k)
-        _at_most(f"{where}candidates", one.candidates, limits.candidates)
-    return asked
+        check_id(f"{where}user", request.user, limits)
+        _at_most(f"{where}history", len(request.history or ()), limits.history, "events")
+        _at_most(f"{where}k", request.k, limits.k)
+        _at_most(f"{where}candidates", request.candidates, limits.candidates)
+    return bodies
 
 
 def decode_events(body: bytes, limits: Limits, now_ms: int) -> Posts:
     """Read the body of POST /v1/events.
 
     Raises:
-        RequestError: It is not JSON of that form, holds more than is allowed, or an event of the future.
+        RequestError: It is not such JSON, it exceeds a limit, or the time of an event is not plausible.
     """
-    posted = _decode(_EVENTS, body)
-    count = 0
-    for where, one in _each(posted, limits):
-        _check_id(f"{where}user", one.user, limits)
-        if not one.events:
+    bodies = _decode(_EVENTS, body)
+    latest_ms, count = now_ms + limits.ahead_ms, 0
+    for where, post in _each(bodies, limits):
+        check_id(f"{where}user", post.user, limits)
+        if not post.events:
             raise RequestError(f"{where}events is empty; send at least one")
-        count += len(one.events)
+        count += len(post.events)
         _at_most("the body", count, limits.events, "events")
-        for index, event in enumerate(one.events):
-            _check_id(f"{where}events[{index}].id", event.id, limits)
-            if event.timestamp_ms is not None:
-                _check_time(f"{where}events[{index}].timestamp_ms", event.timestamp_ms, now_ms + limits.ahead_ms)
-    return posted
+        for index, event in enumerate(post.events):
+            name, time_ms = f"{where}events[{index}]", event.timestamp_ms
+            check_id(f"{name}.id", event.id, limits)
+            if time_ms is not None and time_ms > latest_ms:
+                problem = f"is after {latest_ms}, too far in the future"
+                raise RequestError(f"{name}.timestamp_ms={time_ms} {problem}; send Unix time in ms")
+            if time_ms is not None and time_ms in AS_SECONDS:
+                raise RequestError(f"{name}.timestamp_ms={time_ms} is in 1970, or in seconds; send Unix time in ms")
+    return bodies
 
 
 def decode_similar(body: bytes, limits: Limits) -> SimilarBody:
     """Read the body of POST /v1/items/similar.
 
     Raises:
-        RequestError: It is not JSON of that form, or asks for more than is allowed.
+        RequestError: It is not such JSON, or it exceeds a limit.
     """
-    asked = _decode(_SIMILAR, body)
-    if not asked.items:
+    request = _decode(_SIMILAR, body)
+    if not request.items:
         raise RequestError("items is empty; send the ids of one or more items")
-    _at_most("items", len(asked.items), limits.items)
-    _at_most("k", asked.k, limits.k)
-    return asked
+    _at_most("items", len(request.items), limits.items)
+    _at_most("k", request.k, limits.k)
+    return request
 
 
 def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    with decoding(RequestError, "the body", "/openapi.json says what it must be, with examples"):
+    try:
         return decoder.decode(body)
+    except MALFORMED as error:
+        raise RequestError(f"the body: {error}; /openapi.json says what it must be, with examples") from error
 
 
-def _each(asked: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:
+def _each(bodies: T | tuple[T, ...], limits: Limits) -> Sequence[tuple[str, T]]:
     """Every request of a body, with its place for messages."""
-    if not isinstance(asked, tuple):
-        return [("", asked)]
-    if not asked:
+    if not isinstance(bodies, tuple):
+        return [("", bodies)]
+    if not bodies:
         raise RequestError("the body is an empty list; send at least one request")
-    _at_most("the list", len(asked), limits.batch, "requests")
-    return [(f"[{index}]: ", one) for index, one in enumerate(asked)]
+    _at_most("the list", len(bodies), limits.batch, "requests")
+    return [(f"[{index}]: ", body) for index, body in enumerate(bodies)]
 
 
-def _check_id(name: str, given: str | None, limits: Limits) -> None:
-    if given is not None and not 0 < len(given) <= limits.id_characters:
-        raise RequestError(f"{name} has {len(given)} characters; send from 1 to {limits.id_characters}")
+def check_id(name: str, value: str | None, limits: Limits) -> None:
+    """Check the length of an id.
+
+    Raises:
+        RequestError: It is empty or too long.
+    """
+    if value is not None and not 0 < len(value) <= limits.id_characters:
+        raise RequestError(f"{name} has {len(value)} characters; send from 1 to {limits.id_characters}")
 
 
-def _check_time(name: str, given_ms: int, latest_ms: int) -> None:
-    if given_ms > latest_ms:
-        raise RequestError(f"{name}={given_ms} is after {latest_ms}, too far in the future; send Unix time in ms")
-    if given_ms in AS_SECONDS:
-        raise RequestError(f"{name}={given_ms} is in 1970, or in seconds; send Unix time in ms")
-
-
-def _at_most(name: str, given: int, limit: int, unit: str = "") -> None:
-    if given > limit:
-        raise RequestError(f"{name}: {given} {unit}{' ' * bool(unit)}is more than this server allows ({limit})")
+def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
+    if value > limit:
+        raise RequestError(f"{name}: {value} {unit}{' ' * bool(unit)}is more than this server allows ({limit})")
 
 
 def whole_seconds(seconds: float) -> str:
-    """For the header Retry-After, which knows nothing smaller than a second."""
+    """The value of a Retry-After header: whole seconds, rounded up, at least 1."""
     return str(max(1, math.ceil(seconds)))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
-from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.graphs.backend import Graphs
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.library import LogLines, TensorRT
 from unipinrec.runtime.trt.load import EngineLoader, EnginePlan, LoadedEngine, uncovered
@@ -59,7 +59,7 @@ class TensorRtBackend:
         """
         self.trt, self.cuda, self.precision = trt, cuda, precision
         self._specs = specs
-        self._graphs: dict[str, LoadedEngine] = {}
+        self._graphs = Graphs[LoadedEngine]()
         self._reader = Reader(cuda)
         lines = LogLines()
         self._release = weakref.finalize(self, _release, self._graphs, self._reader, cuda)
@@ -80,7 +80,7 @@ class TensorRtBackend:
         """See `Backend.run`. Runs in one profile wait for each other."""
         spec = self._specs[graph]
         check_inputs(graph, spec.inputs, inputs)
-        loaded = opened(self._graphs, graph)
+        loaded = self._graphs[graph]
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         index = covering(loaded.profiles, shapes)
         if index is None:

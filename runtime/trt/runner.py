@@ -9,8 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor
-from unipinrec.runtime.graphs.backend import host_array
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, host_array
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.library import LogLines
 from unipinrec.runtime.trt.memory import DeviceBlock, DeviceTensor, Reader, Staging, layout, size_bytes

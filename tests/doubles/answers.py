@@ -52,7 +52,7 @@ def retrieved(
     retriever: Retriever, queries: NDArray[np.float32], wanted: int, excluded: NDArray[np.int64], **options: Any
 ) -> CandidateSet:
     """What one search finds."""
-    (found,) = retriever.retrieve([Search(queries=queries, wanted=wanted, excluded=excluded, **options)])
+    (found,) = retriever.retrieve([Search(queries=queries, k=wanted, excluded=excluded, **options)])
     return found
 
 

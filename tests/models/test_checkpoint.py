@@ -104,7 +104,7 @@ def test_a_damaged_file_is_an_error(folder: Path, name: str, damage: str) -> Non
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="a checkpoint folder is what `unipinrec train` writes"):
+    with pytest.raises(CheckpointError, match="pass a folder that `unipinrec train` wrote"):
         load_checkpoint(tmp_path / "nowhere")
 
 
@@ -168,7 +168,7 @@ def test_category_codes_must_be_those_of_words(folder: Path, code: int) -> None:
     arrays = load_file(folder / "catalogue.safetensors")
     arrays["categories"][3, 0] = code
     save_file(arrays, folder / "catalogue.safetensors")
-    with pytest.raises(CheckpointError, match=r"a category code of catalogue\.safetensors is not that of a word"):
+    with pytest.raises(CheckpointError, match=r"a category code of catalogue\.safetensors stands for no word"):
         load_checkpoint(folder)
 
 

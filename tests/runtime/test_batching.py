@@ -110,12 +110,12 @@ def test_closing_answers_what_is_queued_and_refuses_the_rest(recommender: Recomm
 def test_a_cancelled_request_is_not_computed(recommender: Recommender) -> None:
     batcher = Batcher(recommender, BatchOptions(max_wait_ms=60_000.0))
     first, second = (batcher.submit(request) for request in random_requests(recommender, 2))
-    before = recommender.padding()["rank"].given
+    before = recommender.padding()["rank"].useful
     assert first.cancel()
     batcher.close()
     assert first.cancelled()
     assert len(second.result(timeout=0).items) == 10
-    ranked = recommender.padding()["rank"].given - before
+    ranked = recommender.padding()["rank"].useful - before
     assert ranked == random_requests(recommender, 2)[1].options.candidates
 
 

@@ -151,7 +151,7 @@ def test_it_reads_on_until_enough_are_left(tmp_path: Path) -> None:
 def test_a_bundle_without_popularity_refuses(tmp_path: Path) -> None:
     recommender = Recommender.load(STORED)
     assert recommender.bundle.popularity is None
-    message = "the history is empty, and this bundle does not store what is popular; export it again with --data"
+    message = "this bundle stores no popularity; send events or a history first, or export it again with --data"
     good = Request(history=HISTORY, k=1)
     with pytest.raises(ColdStartError, match=message):
         recommender.recommend_many([good, Request(history=())])
@@ -174,9 +174,9 @@ RIGHT = np.full((2, 24), 1 / 24, np.float32)
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"other": RIGHT}, r"share is missing, expected float32 \(2, 24\); export the bundle again"),
-        ({"share": RIGHT[:1]}, r"share is float32 \(1, 24\), expected float32 \(2, 24\)"),
-        ({"share": RIGHT.astype(np.float64)}, r"share is float64 \(2, 24\), expected float32"),
+        ({"other": RIGHT}, "does not contain tensor share; export the bundle again"),
+        ({"share": RIGHT[:1]}, r"share is \('F32', \(1, 24\)\), expected \('F32', \(2, 24\)\)"),
+        ({"share": RIGHT.astype(np.float64)}, r"share is \('F64', \(2, 24\)\), expected \('F32'"),
         ({"share": np.where(np.eye(2, 24), np.nan, RIGHT).astype(np.float32)}, "not finite and more than 0 everywhere"),
         ({"share": RIGHT * (1 - np.eye(2, 24, dtype=np.float32))}, "not finite and more than 0 everywhere"),
     ],

@@ -69,8 +69,8 @@ def test_outputs_that_differ_are_reported_with_the_difference(copy: Path, reseal
     report = verify_bundle(copy)
     problems = {check.output: check.problem for check in report.golden if check.problem}
     assert not report.ok
-    assert problems["extend.present.1.key"] == "differs by up to 0.5, allowed are 0.0001"
-    assert problems["encoder.last_hidden_state"] == "differs by up to nan, allowed are 0.0001"
+    assert problems["extend.present.1.key"] == "differs by up to 0.5, at most 0.0001 is allowed"
+    assert problems["encoder.last_hidden_state"] == "differs by up to nan, at most 0.0001 is allowed"
     assert problems["retrieval.queries"] == "is (4, 1, 64), expected (1, 1, 64)"
     assert problems["ranker.logits"] == "is missing in golden.safetensors"
     assert len(problems) == 4

@@ -278,7 +278,7 @@ def test_case_6_every_reader_refuses_a_positive_action_that_never_happens() -> N
         items=items,
         split=None,
     )
-    with pytest.raises(DataError, match=r"positive actions \['buy'\] never happen in what is left, 1 events"):
+    with pytest.raises(DataError, match=r"positive actions \['buy'\] never happen in the 1 events"):
         build_dataset(raw)
     slates = events.with_columns(slate_id=1, position=0, action_buy=True)
     assert build_dataset(replace(raw, slates=slates)).events["action_view"].to_list() == [True]

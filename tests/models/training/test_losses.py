@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from unipinrec.models.batches import Batch, Batches, TrainBatchOptions
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.training.losses import LossOptions, Objective
+from unipinrec.models.training.config import TrainConfig
+from unipinrec.models.training.losses import Objective
 
 MakeData = Callable[..., Dataset]
 MakeModel = Callable[..., UniPinRec]
@@ -29,9 +31,11 @@ class Setup:
     data: Sequences
     batch: Batch
 
-    def losses(self, batch: Batch | None = None, **options: object) -> dict[str, Tensor]:
-        known: dict[str, object] = {"action_weights": WEIGHTS, **options}
-        objective = Objective(self.model, self.data.features, LossOptions(**known))  # type: ignore[arg-type]
+    def losses(
+        self, batch: Batch | None = None, action_weights: tuple[float, ...] = WEIGHTS, **options: Any
+    ) -> dict[str, Tensor]:
+        weights = dict(zip(self.model.vocabulary.actions, action_weights, strict=True))
+        objective = Objective(self.model, self.data.features, TrainConfig(action_weights=weights, **options))
         losses: dict[str, Tensor] = objective.eval()(batch or self.batch)
         return losses
 

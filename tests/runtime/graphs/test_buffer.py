@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.graphs.backend import HostTensor, row_of
-from unipinrec.runtime.graphs.engine import KvBuffer
+from unipinrec.runtime.graphs.engine import HostTensor, KvBuffer, row_of
 
 
 def numbered(count: int, first: float = 1.0) -> list[np.ndarray[tuple[int, int, int], np.dtype[np.float32]]]:

@@ -26,8 +26,7 @@ from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import open_engine
-from unipinrec.runtime.graphs.backend import HostTensor
-from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.engine import Engine, HostTensor, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, load_session, session_options
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend, misplaced, preload, provider_problem
 from unipinrec.runtime.machine import driver_problem

@@ -88,16 +88,16 @@ def test_waste_is_what_was_computed_and_not_given() -> None:
     meter.add("encode", [6])
     meter.add("rank", [200, 200])
     assert meter.snapshot() == {
-        "encode": Padding(given=30, computed=36),
-        "rank": Padding(given=400, computed=400),
+        "encode": Padding(useful=30, computed=36),
+        "rank": Padding(useful=400, computed=400),
     }
     assert meter.snapshot()["encode"].waste == pytest.approx(1 / 6)
     assert meter.snapshot()["rank"].waste == 0.0
-    assert Padding(given=0, computed=0).waste == 0.0
+    assert Padding(useful=0, computed=0).waste == 0.0
 
 
 def test_threads_count_together() -> None:
     meter = PaddingMeter()
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: meter.add("encode", [1, 3]), range(4000)))
-    assert meter.snapshot() == {"encode": Padding(given=16_000, computed=24_000)}
+    assert meter.snapshot() == {"encode": Padding(useful=16_000, computed=24_000)}

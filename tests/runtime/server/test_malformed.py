@@ -64,5 +64,5 @@ def test_manifests(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("content", [b'{"bundle": "\x82"}', DEEP], ids=["utf-8", "deep"])
 def test_the_file_that_names_what_serves(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "current.json").write_bytes(content)
-    with pytest.raises(UnipinrecError, match=r"current\.json must be a file such as"):
+    with pytest.raises(UnipinrecError, match=r"current\.json: .*must be a file such as"):
         read_current(tmp_path)

@@ -279,6 +279,6 @@ def test_a_loss_that_was_accepted_at_export_is_accepted_here(
             assert all(one.record.verified.passed for one in compiled(bundle, store, precision="bf16"))
         else:
             with pytest.raises(
-                BackendError, match=r"in bf16 were not installed: a logit is off by .*, allowed are 0.1"
+                BackendError, match=r"in bf16 were not installed: a logit is off by .*, at most 0.1 is allowed"
             ):
                 compiled(bundle, store, precision="bf16")

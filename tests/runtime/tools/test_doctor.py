@@ -166,7 +166,7 @@ def test_a_gpu_with_wrong_answers_leaves_the_cpu(machine: HostMachine, gpu: GpuI
     install_engines(stored, gpu, files={"ranker": wrong_ranker(stored, tmp_path)})
     found = examine(STORED, machine)
     assert found.auto.device is not None
-    assert (found.auto.device.name, found.auto.device.reason) == ("cpu", "asked for")
+    assert (found.auto.device.name, found.auto.device.reason) == ("cpu", "requested")
     assert "golden outputs do not reproduce on tensorrt-fp32" in str(found.auto.problem)
 
 

@@ -192,7 +192,7 @@ def test_retired_items_are_history_but_never_found(ids: list[str], updated: tupl
         options = msgspec.structs.replace(OPTIONS, exact=exact)
         slate = recommender.recommend(history, 299, options)
         assert {item.item for item in slate.items} == {*ids, "new-1", "new-2"} - {ids[17], ids[40], ids[299]}
-    with pytest.raises(RequestError, match="k=300 items were asked for, but only 299 of the 300 items are eligible"):
+    with pytest.raises(RequestError, match="k=300 items were requested, but only 299 of the 300 items are eligible"):
         recommender.recommend(history, 300, OPTIONS)
     only = msgspec.structs.replace(OPTIONS, allow=(ids[17], ids[5], "new-2"))
     assert {item.item for item in recommender.recommend(history, 2, only).items} == {ids[5], "new-2"}
@@ -264,7 +264,7 @@ def test_a_bundle_of_an_older_version_is_updated(tmp_path: Path) -> None:
     assert (report.items_before, report.items_after) == (24, 24)
     assert verify_bundle(tmp_path / "new").ok
     assert Bundle.open(tmp_path / "new").titles[24] == "Late"
-    with pytest.raises(RequestError, match="does not carry the words of its items"):
+    with pytest.raises(RequestError, match="does not store the words of its items"):
         Bundle.open(tmp_path / "new").catalogue.allowed(None, {"kind": ("a",)})
 
 

@@ -25,8 +25,7 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.golden_check import compare_golden
-from unipinrec.runtime.graphs.backend import row_of
-from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories
+from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories, row_of
 from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.load import EnginePlan
 from unipinrec.runtime.trt.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket

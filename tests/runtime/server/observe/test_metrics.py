@@ -21,8 +21,8 @@ from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.deployment import Deployment
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.observe.metrics import ServerMetrics, metrics_route
+from unipinrec.runtime.server.swap import Deployments
 
 NOW_MS = 1_760_000_000_000
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -152,7 +152,7 @@ def test_what_the_cache_had(client: TestClient, answers: list[dict[str, Any]], d
     assert value(samples, "kv_evictions_total") == 0
     assert value(samples, "device_fallbacks") == 0
     serving = {"bundle": "a", "version": deployments.current.version, "device": "cpu"}
-    assert value(samples, "serving_info", precision="fp32", reason="asked for", **serving) == 1
+    assert value(samples, "serving_info", precision="fp32", reason="requested", **serving) == 1
 
 
 def test_padding(client: TestClient) -> None:

@@ -62,7 +62,7 @@ def call(request_id: str, *items: str, user: str | None = "ann", now_ms: int | N
     body = RecommendBody(user=user, now_ms=now_ms, surface="home")
     made = Call(request=cast(Any, None), id=request_id, route="/v1/recommend", began=0.0, deadline=0.0)
     made.slates.append(slate(*items))
-    made.asked = {request_id: body}
+    made.requests = {request_id: body}
     return made
 
 
@@ -112,7 +112,7 @@ def test_a_call_that_recommended_nothing_leaves_no_file(opened: Callable[..., Se
     log = opened()
     refused = call("r-1", "a")
     refused.slates.clear()
-    refused.asked.clear()
+    refused.requests.clear()
     log.observe(refused)
     log.observe(call("r-2"))
     log.close()

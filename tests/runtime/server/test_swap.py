@@ -32,9 +32,8 @@ from unipinrec.runtime import (
     Request,
     Slate,
 )
-from unipinrec.runtime.server import deployments as server_state
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.tools.update_bundle import update_bundle
 
 NOW_MS = 1_760_000_000_000
@@ -317,7 +316,7 @@ def test_one_swap_at_a_time(
         assert go_on.wait(20)
         return really(*given, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(server_state.Deployment, "open", slow)
+    monkeypatch.setattr(Deployment, "open", slow)
     with ThreadPoolExecutor(1) as thread:
         first = thread.submit(deployments.swap, twins[1])
         assert entered.wait(20)
@@ -331,7 +330,7 @@ def test_one_swap_at_a_time(
 
 def test_rollback_brings_back_what_served(twins: tuple[Path, Path], deployments: Deployments) -> None:
     first = deployments.current.version
-    with pytest.raises(SwapError, match="nothing was replaced since the start"):
+    with pytest.raises(SwapError, match="no bundle was replaced since the start"):
         deployments.rollback()
     second = deployments.swap(twins[1]).version
     assert deployments.status().previous == first
@@ -347,7 +346,7 @@ def test_rollback_refuses_another_bundle_in_the_same_place(twins: tuple[Path, Pa
     second = deployments.swap(twins[1]).version
     index.rename(tmp_path / "moved")
     twin(index, seed=5)
-    with pytest.raises(SwapError, match="place is no longer the bundle that served"):
+    with pytest.raises(SwapError, match="place is no longer the bundle that was replaced"):
         deployments.rollback()
     assert deployments.current.version == second
     assert deployments.close(timeout_s=20)
