@@ -1,4 +1,4 @@
-"""What a caller asks and gets: types, and how JSON becomes them. Knows no bundle; `validation.py` checks against one."""
+"""What a caller asks and gets: types, and how JSON becomes them. Knows no bundle: `validation.py` has the rules."""
 
 from __future__ import annotations
 
