@@ -1,21 +1,20 @@
-"""How well the planner predicts the hit rate of a real cache: fitted on one week, replayed on the next.
+"""How well the planner predicts the hit rate of a real cache: fitted on one week, tested on the next.
 
     python bench/arrivals.py [FOLDER of KuaiRand-Pure]
 
 The log is read in two ways: "exposure", every exposure is a request; "slate", a request begins a slate (exposures of a
 user on one surface with pauses under 30 minutes). For each, the arrival model is fitted on 25 April to 1 May 2022, and
-an LRU cache is replayed over the real requests of 2 to 8 May. It starts warm: it has seen every earlier request, or, of
-before 25 April, at least the last one of each user (`history_users.csv`), so hardly a first request in the log is taken
-for a newcomer's.
+an LRU cache replays the real requests of 2 to 8 May. It starts warm, with every earlier request; of the time before
+25 April it has at least the last request of each user (`history_users.csv`), so that few known users count as new.
 
     by users    a cache of a share of the users, with and without a time to live from the last use
-    by memory   a cache of a share of the pages that all users take; histories as long as they really were
+    by memory   a cache of a share of the pages of all users, with the real lengths of histories
 
-    own log     the two weeks alone, as `unipinrec plan --arrivals` would read them: the cache starts empty, the first
-                week warms it, and the model is fitted on the second, which it is then compared with
+    own log     the two weeks alone, as for `unipinrec plan --arrivals`: the cache starts empty and is warm after the
+                first week; the second week is for the fit and for the comparison
     thinned     the cache over every second or fourth exposure: KuaiRand-Pure holds one in 224 of its users' exposures
 
-Beside each prediction stands that for users who all come equally often and at random (Poisson). The planner's default
+Each prediction stands beside that for users who all come equally often and at random (Poisson). The planner's default
 constants are the fit on both weeks, printed last.
 """
 
@@ -41,9 +40,9 @@ from unipinrec.models.data.validate import build_dataset
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.tools.arrivals import FOREVER, ArrivalModel, fit_arrivals, pauses_of
 from unipinrec.runtime.tools.capacity import (
-    Deployment,
+    CapacityInput,
     Footprint,
-    Histories,
+    HistoryLengths,
     histories_of_mean,
     memory_of_all,
     outcome,
@@ -78,7 +77,7 @@ class Log:
 
 
 def read_logs(folder: Path) -> dict[str, Log]:
-    """The log under both readings of what a request is."""
+    """The log under both definitions of a request."""
     dataset = build_dataset(read_kuairand(folder))
     events = dataset.events.select(pl.col("user_id").cast(pl.Int64), "timestamp_ms")
     timed = events.drop_nulls("timestamp_ms")
@@ -98,7 +97,7 @@ def read_logs(folder: Path) -> dict[str, Log]:
 
 
 def earlier_requests(folder: Path, events: pl.DataFrame) -> tuple[pl.DataFrame, Users]:
-    """The last request of each user before the timed log, and how many events there were; none where all has a time."""
+    """The last request of each user before the timed log, and the number of events; empty if all events have a time."""
     lengths = np.zeros(int(events["user_id"].to_numpy().max()) + 1, np.int64)
     paths = list(folder.glob("history_users.csv*"))
     if not paths:
@@ -109,7 +108,7 @@ def earlier_requests(folder: Path, events: pl.DataFrame) -> tuple[pl.DataFrame, 
 
 
 def replay(log: Log, capacity: float, ttl_hours: float, pages_of: Callable[[int, int], int]) -> tuple[float, float]:
-    """Requests of the test week that an LRU cache finds, and those whose user was never seen, as shares.
+    """Shares of the requests of the test week that are hits of an LRU cache, and that come from new users.
 
     Args:
         log: Requests; those before the test week only warm the cache.
@@ -138,7 +137,7 @@ def replay(log: Log, capacity: float, ttl_hours: float, pages_of: Callable[[int,
 
 
 def poisson(cached_share: float, ttl_hours: float, mean_hours: float) -> float:
-    """Hit rate where all users come at the same rate, independently: the cache holds whom it finds."""
+    """Hit rate if all users come independently at the same rate: the share of cached users."""
     pause = min(-math.log1p(-cached_share) * mean_hours, ttl_hours)
     return -math.expm1(-pause / mean_hours)
 
@@ -156,7 +155,7 @@ def by_users(log: Log, model: ArrivalModel) -> list[dict[str, Any]]:
     return rows
 
 
-def by_memory(log: Log, model: ArrivalModel, histories: Histories) -> list[dict[str, Any]]:
+def by_memory(log: Log, model: ArrivalModel, histories: HistoryLengths) -> list[dict[str, Any]]:
     """The same over shares of the pages that all histories take, without a time to live."""
     lengths = log.history_lengths(MIDDLE_MS)
     users = np.unique(log.users[log.times_ms < END_MS])
@@ -165,7 +164,7 @@ def by_memory(log: Log, model: ArrivalModel, histories: Histories) -> list[dict[
         time: SMALL_FP32.pages(log.history_lengths(time).astype(np.float64))
         for time in range(FIT_MS, END_MS, 86_400_000)
     }
-    deployment = Deployment(footprint=SMALL_FP32, histories=histories, users=len(users), qps=1.0, arrivals=model)
+    deployment = CapacityInput(footprint=SMALL_FP32, histories=histories, users=len(users), qps=1.0, arrivals=model)
     rows = []
     for share in SHARES:
 
@@ -180,7 +179,7 @@ def by_memory(log: Log, model: ArrivalModel, histories: Histories) -> list[dict[
 
 
 def own_log(log: Log) -> list[dict[str, Any]]:
-    """The log without what came before it, as a reader of `--arrivals` would have it."""
+    """The log without earlier events, as for `--arrivals`."""
     inside = (log.times_ms >= FIT_MS) & (log.times_ms < END_MS)
     part = replace(log, users=log.users[inside], times_ms=log.times_ms[inside])
     model = fit_arrivals(pauses_of(part.users, part.times_ms), "own log")
@@ -193,7 +192,7 @@ def own_log(log: Log) -> list[dict[str, Any]]:
 
 
 def thinned(log: Log) -> list[dict[str, Any]]:
-    """The replayed hit rate over a part of the requests, drawn at random; shares are of the users that are left."""
+    """The replayed hit rate over a random part of the requests; shares are of the users in that part."""
     rng = np.random.default_rng(0)
     rows = []
     for kept in (1.0, 0.5, 0.25):
@@ -261,7 +260,7 @@ def rounded(value: Any) -> Any:
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    """Print the tables for people."""
+    """Print the tables."""
     sys.stdout.write(f"\na request is one {name}: replayed / predicted / Poisson\n")
     heads = ["no TTL" if ttl == FOREVER else f"{ttl:g} h" for ttl in TTL_HOURS]
     sys.stdout.write("users  " + "".join(f"{head:>22}" for head in heads) + "\n")

@@ -1,9 +1,9 @@
-"""Retrieval baseline that others wrote: RecTools' EASE, a linear model, on the splits and metrics of our own rows.
+"""Retrieval baseline by other authors: RecTools' EASE, a linear model, on the splits and metrics of our own rows.
 
     python bench/baseline_ease.py ml1m     ml-1m_sasrec.txt.gz
     python bench/baseline_ease.py kuairand KUAIRAND_FOLDER
 
-Trained on what `baseline_rectools.py` trains on, and in the same environment. The regularisation with the best NDCG@10
+It has the training data and the environment of `baseline_rectools.py`. The regularisation with the best NDCG@10
 on the validation part is then measured on the test part; with --last-fit after a fit to the validation part as well.
 """
 
@@ -51,12 +51,12 @@ def ranks_of(
 ) -> NDArray[np.float64]:
     """0-based rank of each target among the items that its user has not seen, equal scores counted half."""
     ranks = np.empty(len(requests))
-    for place, (user, end) in enumerate(zip(requests.users.tolist(), requests.ends.tolist(), strict=True)):
+    for index, (user, end) in enumerate(zip(requests.users.tolist(), requests.ends.tolist(), strict=True)):
         rows = history_rows(data, user, end)
         liked = np.unique(rows[wanted[data.event_start[user] : end]])
         scores = weight[liked].sum(0)
-        target, wins = requests.targets[place], np.delete(scores, rows[rows != requests.targets[place]])
-        ranks[place] = (wins > scores[target]).sum() + ((wins == scores[target]).sum() - 1) / 2
+        target, wins = requests.targets[index], np.delete(scores, rows[rows != requests.targets[index]])
+        ranks[index] = (wins > scores[target]).sum() + ((wins == scores[target]).sum() - 1) / 2
     return ranks
 
 

@@ -1,10 +1,10 @@
-"""Ranking baseline that others wrote: LightGBM on rates, counts, author, tag, time, user and video features.
+"""Ranking baseline by other authors: LightGBM on rates, counts, author, tag, time, user and video features.
 
     python bench/baseline_lightgbm.py KUAIRAND_FOLDER [--threads 2]
 
 Rows, labels, split and metrics are those of `quality_kuairand.py`. Two sets of features: "before" takes rates from
-before the training days alone; "running" adds rates over all strictly earlier slates, so that it knows, as the
-sequence model does, what happened up to the request. Leave-one-out rates would leak the label and are not used.
+before the training days alone; "running" adds rates over all strictly earlier slates, so that it knows all events up
+to the request, as the sequence model does. Leave-one-out rates would leak the label and are not used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ACTIONS = ("click", "long_view", "like")
 KEYS = ("user", "item", "author", "tag")
 PAIRS = (("user", "tag"), ("user", "author"))
 PRIOR_ROWS = 20.0
-# The author as a category is learned by heart: long_view AUC on the validation day .7511 with it, .7578 without.
+# The author as a category overfits: long_view AUC on the validation day is 0.7511 with it, 0.7578 without.
 UNUSED = {"user", "slate", "item", "author", "time"}
 SETTINGS = {
     "objective": "binary",
@@ -47,7 +47,7 @@ SETTINGS = {
 
 
 def slate_table(data: Sequences, dataset: Dataset) -> pl.DataFrame:
-    """One row per shown item: keys, context, item features, labels, and which split it is of."""
+    """One row per shown item: keys, context, item features, labels, and its split."""
     sizes = np.diff(data.slate_start)
     times = np.repeat(data.slate_timestamp_ms, sizes)
     categories = list(dataset.spec.categories)
@@ -66,11 +66,11 @@ def slate_table(data: Sequences, dataset: Dataset) -> pl.DataFrame:
     }
     for name in ("video_type", "upload_type", "music_type"):
         table[name] = data.features.categories[data.slate_rows, categories.index(name)]
-    for place, name in enumerate(("log_duration", "age_days")):
-        table[name] = data.features.dense[data.slate_rows, place]
-    for place, action in enumerate(dataset.spec.actions):
+    for position, name in enumerate(("log_duration", "age_days")):
+        table[name] = data.features.dense[data.slate_rows, position]
+    for position, action in enumerate(dataset.spec.actions):
         if action in ACTIONS:
-            table[f"label_{action}"] = data.slate_actions[:, place].astype(np.float64)
+            table[f"label_{action}"] = data.slate_actions[:, position].astype(np.float64)
     return pl.DataFrame(table)
 
 
@@ -142,7 +142,7 @@ def fit_and_measure(table: pl.DataFrame, split: dict[str, np.ndarray[Any, Any]],
     """One booster per action: rounds chosen by the validation day, then fitted to it as well; metrics on the test.
 
     "request_gauc" is the AUC within requests alone, whose rows were scored with the same knowledge (docs/quality.md).
-    "early" is the booster that was stopped by the validation day, "refitted" the one that saw it.
+    "early" is the booster that the validation day stopped; "refitted" was trained on that day as well.
     """
     features = [c for c in table.columns if not c.startswith("label_") and c not in UNUSED]
     matrix = table.select(features).cast(pl.Float32).to_numpy()
@@ -183,7 +183,7 @@ def fit_and_measure(table: pl.DataFrame, split: dict[str, np.ndarray[Any, Any]],
 
 
 def splits(data: Sequences, dataset: Dataset) -> dict[str, np.ndarray[Any, Any]]:
-    """Row numbers of each part; the test rows are those that every scorer is measured on."""
+    """Row numbers of each part; all scorers are measured on the same test rows."""
     assert data.split is not None
     times = np.repeat(data.slate_timestamp_ms, np.diff(data.slate_start))
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])

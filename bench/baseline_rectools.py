@@ -1,4 +1,4 @@
-"""Retrieval baseline that others wrote: RecTools' SASRec (full softmax), on the splits and metrics of our own rows.
+"""Retrieval baseline by other authors: RecTools' SASRec (full softmax), on the splits and metrics of our own rows.
 
     python bench/baseline_rectools.py ml1m     ml-1m_sasrec.txt.gz [--epochs 30] [--seed 0]
     python bench/baseline_rectools.py kuairand KUAIRAND_FOLDER     [--epochs 10] [--last-fit]
@@ -6,7 +6,7 @@
 ML-1M: trained on all but the last two events of a user. KuaiRand: trained on long views before 30 April, with
 --last-fit to 30 April, as the rows of its table are; each test request is a user of its own with the long views before
 it. Seen items are left out, as for every other scorer. Needs an environment with `rectools[torch]`, whose numpy is
-older than the package's; nothing of this is in the package.
+older than the package's; the package contains none of this.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from unipinrec.models.metrics import retrieval_metrics
 
 
 def interactions(users: NDArray[np.int64], items: NDArray[np.int64]) -> Interactions:
-    """Events in the order given; the place stands for the time."""
+    """Events in input order; the index stands for the time."""
     when = pd.to_datetime(np.arange(len(users)), unit="s")
     return Interactions.construct(pd.DataFrame({"user_id": users, "item_id": items, "weight": 1.0, "datetime": when}))
 
@@ -61,8 +61,8 @@ def ranks_of(
         model: The fitted model.
         data: All events.
         requests: Those that have a target.
-        wanted: [events] which events the model may read.
-        known: [items] which items the model knows.
+        wanted: [events] whether the model may read each event.
+        known: [items] whether the model knows each item.
     """
     ranks = np.full(len(requests), float(data.num_items))
     histories = []
@@ -77,10 +77,10 @@ def ranks_of(
     best = min(int(known.sum()), max(CUTOFFS) + max(len(set(rows.tolist())) for rows in seen))
     context = interactions(owners, np.concatenate(histories))
     found = model.recommend(asked, context, k=best, filter_viewed=False, on_unsupported_targets="ignore")
-    for place, items in found.groupby("user_id", sort=False)["item_id"]:
-        left = items.to_numpy()[~np.isin(items.to_numpy(), seen[place])]
-        hits = np.flatnonzero(left == requests.targets[place])
-        ranks[place] = hits[0] if len(hits) else data.num_items
+    for index, items in found.groupby("user_id", sort=False)["item_id"]:
+        left = items.to_numpy()[~np.isin(items.to_numpy(), seen[index])]
+        hits = np.flatnonzero(left == requests.targets[index])
+        ranks[index] = hits[0] if len(hits) else data.num_items
     return ranks
 
 

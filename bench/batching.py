@@ -10,7 +10,7 @@ request once they have their answer. Ways, in turn for `--seconds` each, `--roun
     batched   all threads go through one `Batcher`
     two       the same with two batches at a time, as in the server
 
-`padding_waste` is the share of what was computed that was padding, by stage.
+`padding_waste` is the share of padding in the computed slots, by stage.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def requests_of(longest: int) -> list[Request]:
 
 
 def load(answer: Callable[[Request], object], requests: list[Request], clients: int, seconds: float) -> list[float]:
-    """Milliseconds of every request answered in the given time."""
+    """Milliseconds of every request that starts within `seconds`."""
     took: list[float] = []
     end = time.perf_counter() + seconds
 
     def client(first: int) -> None:
-        place = first
+        index = first
         while (began := time.perf_counter()) < end:
-            answer(requests[place % len(requests)])
+            answer(requests[index % len(requests)])
             took.append((time.perf_counter() - began) * 1e3)
-            place += clients
+            index += clients
 
-    threads = [threading.Thread(target=client, args=(place,)) for place in range(clients)]
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

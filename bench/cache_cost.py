@@ -1,17 +1,17 @@
-"""What the cache itself costs: finding a user among many and keeping the books, without any graph.
+"""The cost of the cache itself: finding a user among many and its bookkeeping, without any graph.
 
     OMP_NUM_THREADS=1 python bench/cache_cost.py [--users 100000] [--rounds 2000]
 
-Card: `--users` entries of 50 events each with one-page entries of a tiny model (the books do not know how large a page
-is). Each figure is for one request of a random user, whose history has 50 or 992 events; median with the 10th and 90th
-percentile, in microseconds:
+Card: `--users` entries of 50 events each with one-page entries of a tiny model (the bookkeeping does not depend on the
+size of a page). Each figure is for one request of a random user, whose history has 50 or 992 events; median with the
+10th and 90th percentile, in microseconds:
 
-    records    turn the history into the records that are compared
-    hash       blake2b over those records: what a fingerprint instead of a comparison would cost
+    records    turn the history into records for the comparison
+    hash       blake2b over those records: the cost of a fingerprint instead of a comparison
     lookup     find, compare, pin and unpin
-    keep       the same, with 8 new events: take pages, evict who must go, publish; all pages are in use
+    keep       the same, with 8 new events: take pages, evict users, publish; all pages are in use
 
-Bytes beside the budget are what Python allocates for an entry besides its pages, measured with tracemalloc.
+Bytes beside the budget are Python's allocations for an entry besides its pages, measured with tracemalloc.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common import card, finish, spread
 
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.kv.cache import CacheKey, KvCache
-from unipinrec.runtime.kv.histories import event_records
+from unipinrec.runtime.kv.encoder import event_records
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.requests import History
 
@@ -68,7 +68,7 @@ def key_of(user: int, history: History, count: int) -> CacheKey:
 
 
 def store(cache: KvCache, key: CacheKey) -> None:
-    """What a request does to the cache, but for reading and writing pages."""
+    """The work of a request in the cache, without reading and writing pages."""
     with cache.lookup(key) as lease:
         if cache.stage(lease, key.count):
             cache.publish(lease, key.count, LAST)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the card (machine, versions, commit, date) and the JSON that closes its output."""
+"""Shared by all benchmarks: the card (machine, versions, commit, date) and the JSON document at the end."""
 
 from __future__ import annotations
 

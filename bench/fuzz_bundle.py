@@ -1,12 +1,11 @@
-"""Whatever lies in a bundle's folder, opening and reading it ends with a `BundleError`, or with what can be served.
+"""Opening and reading any bundle folder ends with a `BundleError`, or with a bundle that can serve.
 
-Every input is a change to the stored bundle of the tests, whose manifest is then written anew, with hashes that are
-right: what is tried is not the hashes but everything behind them. The first byte of an input names a file; the rest is
-its content, or, where the second byte says so, a list of edits of its numbers, text and JSON. The graphs are left to
-the engines that load them.
+Every input changes the stored bundle of the tests, whose manifest is then written again with correct hashes, so that
+the checks behind the hashes are tested. The first byte of an input names a file; the rest is its content, or, by the
+second byte, a list of edits of its numbers, text and JSON. The graphs are left to the engines that load them.
 
-Or the second byte says that files are struck instead, before the bundle is opened or after, and that no manifest is
-written anew: written over, cut, touched, linked, moved, removed. Then the bundle is refused, or holds what it held.
+Another second byte damages files instead, before or after the bundle is opened, without a new manifest: they are
+overwritten, cut, touched, linked, moved or removed. Then the bundle is rejected, or its content stays the same.
 Usage: see bench/fuzzing.py.
 """
 
@@ -126,7 +125,7 @@ def _read(bundle: Bundle) -> None:
 
 
 def _strike(choose: _Choices) -> None:
-    """Faults of some files at some moments; sealed files hold what the manifest says, whatever comes."""
+    """Faults of some files at some moments; sealed files always hold the content that the manifest lists."""
     for folder in (FOLDER, SCRATCH / "other"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -151,7 +150,7 @@ def _strike(choose: _Choices) -> None:
 
 
 def _fault(choose: _Choices) -> None:
-    """One, if there still is a file to strike."""
+    """One fault, if a file is left to damage."""
     names = sorted(ORIGINAL)
     path, other = FOLDER / names[choose.number(len(names))], SCRATCH / "other" / names[choose.number(len(names))]
     if not path.is_file():
@@ -201,7 +200,7 @@ class _Choices:
 
     @property
     def left(self) -> bool:
-        """Whether there are any."""
+        """Whether any are left."""
         return self._place < len(self._data)
 
     def number(self, count: int) -> int:
@@ -229,14 +228,14 @@ def _edited(name: str, data: bytes) -> bytes:
 
 
 def _bytes_edited(content: bytes, choose: _Choices) -> bytes:
-    """Another number at some place, or an end that comes sooner."""
-    place = choose.number(max(1, len(content)))
+    """Another number at some place, or an earlier end."""
+    index = choose.number(max(1, len(content)))
     width = (1, 4, 8)[choose.number(3)]
     number = (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, choose.number(2**16))[choose.number(7)]
     if choose.number(8) == 7:
-        return content[:place]
-    place -= place % width
-    changed: bytes = content[:place] + (number % 2 ** (8 * width)).to_bytes(width, "little") + content[place + width :]
+        return content[:index]
+    index -= index % width
+    changed: bytes = content[:index] + (number % 2 ** (8 * width)).to_bytes(width, "little") + content[index + width :]
     return changed
 
 
@@ -249,7 +248,7 @@ def _json_edited(content: bytes, choose: _Choices) -> bytes:
 
 
 def _header_edited(content: bytes, choose: _Choices) -> bytes:
-    """A safetensors file whose header says something else."""
+    """A safetensors file with an altered header."""
     size = int.from_bytes(content[:8], "little")
     header = _json_edited(content[8 : 8 + size], choose)
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
@@ -271,9 +270,9 @@ def _with_another_value(document: Any, choose: _Choices) -> Any:
 
 
 def _seeds() -> list[bytes]:
-    whole = [bytes([place, 0]) + ORIGINAL.get(name, b"[1, 2]") for place, name in enumerate(FILES)]
-    edits = [bytes([place, way]) + bytes(range(way, way + 24)) for place in range(len(FILES)) for way in (1, 2, 3)]
-    struck = [bytes([0, 6, *(part for fault in range(7) for part in (place, 0, fault, 0))]) for place in range(14)]
+    whole = [bytes([index, 0]) + ORIGINAL.get(name, b"[1, 2]") for index, name in enumerate(FILES)]
+    edits = [bytes([index, way]) + bytes(range(way, way + 24)) for index in range(len(FILES)) for way in (1, 2, 3)]
+    struck = [bytes([0, 6, *(part for fault in range(7) for part in (index, 0, fault, 0))]) for index in range(14)]
     return [*whole, *edits, *struck]
 
 

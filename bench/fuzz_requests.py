@@ -1,7 +1,7 @@
-"""Whatever clients send is refused for a reason that was written for them, or answered as it should be.
+"""Every request of a client is rejected with a documented reason, or answered correctly.
 
-The first byte of an input says what it is: a body of one of the routes as it is, or the choices from which a body is
-made that is likely to be right. What is right is answered, over the stored bundle of the tests, and the answer checked.
+The first byte of an input selects its form: the raw body of a route, or choices that make a probably valid body. The
+stored bundle of the tests answers valid bodies, and the answer is checked.
 Usage: see bench/fuzzing.py.
 """
 
@@ -25,7 +25,7 @@ with contextlib.ExitStack() as stack:
     from unipinrec.errors import RequestError
     from unipinrec.runtime.recommender import Recommender
     from unipinrec.runtime.requests import parse_events
-    from unipinrec.runtime.server.api import Limits, Refusal, decode_events, decode_recommend, decode_similar
+    from unipinrec.runtime.server.bodies import ApiError, Limits, decode_events, decode_recommend, decode_similar
     from unipinrec.runtime.server.handlers import usable
     from unipinrec.runtime.server.similar import similar_items
     from unipinrec.runtime.server.v2.codec import decode_infer, encode_infer, wanted_outputs
@@ -52,7 +52,7 @@ def target(data: bytes) -> None:
     if not data:
         return
     kind, body = data[0] % 8, data[1:]
-    with contextlib.suppress(RequestError, Refusal):
+    with contextlib.suppress(RequestError, ApiError):
         if kind == 0:
             _recommend(body)
         elif kind == 1:
@@ -168,9 +168,9 @@ def _seeds() -> list[bytes]:
     graphs = {name: [spec.name for spec in BUNDLE.manifest.graphs[name].inputs] for name in GRAPHS}
     seeds = [bytes([kind]) + json.dumps(body).encode() for kind, body in bodies]
     seeds += [bytes([3, 2]) + json.dumps({"id": "x", "inputs": [hidden], "outputs": [{"name": "queries"}]}).encode()]
-    for place, names in enumerate(graphs.values()):
+    for index, names in enumerate(graphs.values()):
         inputs = [{"name": name, "shape": [1], "datatype": "INT64", "data": [1]} for name in names]
-        seeds.append(bytes([3, place]) + json.dumps({"inputs": inputs}).encode())
+        seeds.append(bytes([3, index]) + json.dumps({"inputs": inputs}).encode())
     return [*seeds, bytes([6]) + bytes(40), bytes([7]) + bytes(60), bytes([6]) + bytes(range(200))]
 
 

@@ -1,10 +1,10 @@
-"""What the fuzzers share: one process that fuzzes, guided by coverage (atheris, libFuzzer), one that reports.
+"""Shared by the fuzzers: one process fuzzes, guided by coverage (atheris, libFuzzer), another reports.
 
     python bench/fuzz_requests.py [--seconds 600] [--corpus DIR]      python bench/fuzz_requests.py FILE...
 
-With files it runs the target once on each, to reproduce what was found. What is interesting of the corpus is kept in
-`--corpus`, from where a later run goes on. Exits with 1 if anything was found: a fault that is no refusal, an input
-that takes longer than ten seconds, or more than 2 GiB.
+With files, it runs the target once on each, to reproduce a fault. `--corpus` keeps the interesting inputs, from which a
+later run continues. Exits with 1 after a fault: an unexpected exception, or an input that takes more than ten seconds
+or 2 GiB.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(
 
     Args:
         script: File of the fuzzer.
-        target: Raises whatever is a fault.
+        target: Raises an exception for a fault.
         seeds: Inputs to begin with.
         words: Worth inserting into inputs.
         longest: Bytes of an input.
@@ -119,7 +119,7 @@ def _report(
 
 
 def _run(command: list[str]) -> list[str]:
-    """Run the fuzzing process, show what it says, and return it."""
+    """Run the fuzzing process, pass on its output, and return it."""
     log = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stderr is not None

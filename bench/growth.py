@@ -38,7 +38,7 @@ STAGES = ("encode", "retrieve", "rank", "total")
 def curve(
     recommender: Recommender, points: dict[int, Request], rounds: int, before: dict[int, Request] | None = None
 ) -> dict[int, dict[str, float]]:
-    """Median stage times of each request; `before` is asked first each time, from an empty cache."""
+    """Median stage times of each request; the request `before` comes first each time, with an empty cache."""
     slates: dict[int, list[Slate]] = {point: [] for point in points}
 
     def ask(point: int) -> None:

@@ -40,8 +40,8 @@ class InterleavedModel(UniPinRec):
         )
         x = torch.cat([tokens, self._candidate_tokens(slate, known.gather(1, slate.cutoffs))], dim=1)
         events, cutoffs = tokens.shape[1], 2 * slate.cutoffs
-        places = torch.arange(events, device=x.device)[None].expand(len(x), -1)
-        rotation = self.rotary(torch.cat([places, cutoffs], dim=1))
+        indices = torch.arange(events, device=x.device)[None].expand(len(x), -1)
+        rotation = self.rotary(torch.cat([indices, cutoffs], dim=1))
         for block in self.layers():
             x = block.finish(x, self._joint_split(block, block.project(x, rotation), events, cutoffs))
         x = self.final_norm(x)

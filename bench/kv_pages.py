@@ -1,4 +1,4 @@
-"""Slots or pages: memory that real history lengths take, and the time to read them, in either layout.
+"""Slots or pages: the memory of real history lengths, and the time to read them, in either layout.
 
     OMP_NUM_THREADS=1 python bench/kv_pages.py DATA [--rounds 101]
 

@@ -1,4 +1,4 @@
-"""What storing keys and values in less precision costs and gains: memory, latency, and answers on real histories.
+"""Keys and values stored in less precision: memory, latency, and answers on real histories.
 
     python bench/kv_precision.py BUNDLE [--users 1000] [--rounds 31]
 
@@ -66,10 +66,10 @@ def request(sample: Sample, cut: int, now_ms: int | None) -> Request:
 
 def rank(recommender: Recommender, asked: ResolvedRequest, rows: NDArray[np.int64] | None) -> Answer:
     """Logits [k, C] of given rows, or of those that retrieval finds, through the cache; they are returned as well."""
-    with recommender.encoder.find([asked]) as found, recommender.encoder.encoding(found) as encoded:
+    with recommender.encoder.look_up([asked]) as found, recommender.encoder.encoding(found) as encoded:
         if rows is None:
             query = recommender.engine.retrieve(encoded, asked.outcomes[None])[0]
-            search = Search(queries=query, wanted=asked.candidates, excluded=asked.excluded)
+            search = Search(queries=query, k=asked.candidates, excluded=asked.excluded)
             rows = recommender.retriever.retrieve([search])[0].rows
         now = np.array([asked.surface]), np.array([asked.now_ms])
         logits = recommender.engine.rank(encoded, rows[None], *now)[0]

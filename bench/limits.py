@@ -1,9 +1,9 @@
-"""What the CPU allows: arithmetic over the measured rate of matrix products, and where the time above it goes.
+"""The limit of the CPU: arithmetic over the measured rate of matrix products, and where the time above it goes.
 
     OMP_NUM_THREADS=1 python bench/limits.py [--rounds 31]
 
 Card: the `small` size with random weights, one thread, ONNX Runtime. `limit_ms` of a stage is its multiplications over
-the rate that ONNX Runtime's own matrix product reaches at the model's widest layer: what it would take if softmax,
+the rate that ONNX Runtime's own matrix product reaches at the model's widest layer: the time if softmax,
 norms, rotations, copies and the narrow products of attention (32 columns) cost nothing. `share` is the part of the
 graph's time in each operator, from ONNX Runtime's profiler. `copy_gb_per_s` is the rate of copying 8 MB, the keys and
 values of 992 events. `openvino_bf16` says the same of OpenVINO in bf16, where the CPU computes in it: its own rate, the

@@ -1,4 +1,4 @@
-"""The plot of bench/server_load.py as SVG: latency and good answers over what was offered.
+"""The plot of bench/server_load.py as SVG: latency and good answers over the offered rate.
 
 python bench/load_plot.py [--out docs/server-load.svg]
 """
@@ -56,7 +56,7 @@ def _panel(title: str, lines: dict[str, Points], left: float, ticks: Sequence[fl
     top = ticks[-1] if ticks else max(y for points in lines.values() for _, y in points)
     low = scale(ticks[0]) if ticks else 0.0
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def index(x: float, y: float) -> tuple[float, float]:
         up = (min(max(scale(y), low), scale(top)) - low) / (scale(top) - low)
         return left + MARGIN + x / most * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - up * (HEIGHT - 2 * MARGIN)
 
@@ -64,23 +64,23 @@ def _panel(title: str, lines: dict[str, Points], left: float, ticks: Sequence[fl
     parts = [f'<rect {box} fill="none" stroke="#999"/>', _text(left + WIDTH / 2, 24, title, "middle", size=14)]
     parts.append(_text(left + WIDTH / 2, HEIGHT - 12, "requests offered a second", "middle"))
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(_text(place(share * most, top)[0], HEIGHT - MARGIN + 16, f"{share * most:.0f}", "middle"))
+        parts.append(_text(index(share * most, top)[0], HEIGHT - MARGIN + 16, f"{share * most:.0f}", "middle"))
     for y in ticks or [share * top for share in (0.0, 0.5, 1.0)]:
-        parts.append(_text(left + MARGIN - 6, place(0.0, y)[1] + 4, f"{y:g}" if ticks else f"{y:.0f}", "end"))
+        parts.append(_text(left + MARGIN - 6, index(0.0, y)[1] + 4, f"{y:g}" if ticks else f"{y:.0f}", "end"))
     for number, (name, points) in enumerate(lines.items()):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (index(*point) for point in points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="1.5"/>')
         parts.append(_text(left + MARGIN + 8, MARGIN + 16 + 14 * number, name, "start", colour=COLOURS[number]))
     return "\n".join(parts)
 
 
 def _text(x: float, y: float, words: str, anchor: str, *, size: int = 11, colour: str = "#333") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text {place} font-size="{size}" fill="{colour}">{words}</text>'
+    index = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {index} font-size="{size}" fill="{colour}">{words}</text>'
 
 
 def main() -> None:
-    """Draw what was measured last."""
+    """Draw the last result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "server-load.svg")
     options = parser.parse_args()

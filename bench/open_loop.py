@@ -2,10 +2,10 @@
 
 Arrivals are a Poisson process. A request's latency is counted from the moment it was due, not from when it was sent: a
 server that stalls does not stall the clock (no coordinated omission). Two generators: MLCommons LoadGen in its Server
-scenario (`bench/open_loop_mlperf.py`), and `arrive`, which needs no package and can run until told otherwise.
+scenario (`bench/open_loop_mlperf.py`), and `arrive`, which needs no package and can run until it is stopped.
 
-Connections are raw sockets, kept open: whoever issues writes at once, one thread reads all answers with epoll. An HTTP
-client library would take more of the two cores than the server does.
+Connections are raw sockets, kept open: the issuing thread writes at once, one thread reads all answers with epoll. An
+HTTP client library would take more of the two cores than the server does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 class Sample(NamedTuple):
     """A request that was made: which, when it was due and sent and answered, and what came back."""
 
-    place: int
+    position: int
     late_ms: float
     latency_ms: float
     answer: Answer
@@ -189,12 +189,12 @@ def poisson(port: int, messages: Sequence[bytes], qps: float, seconds: float) ->
 
     def issue(due: float) -> None:
         nonlocal sent
-        sent, place, late = sent + 1, rng.randrange(len(messages)), time.perf_counter() - due
+        sent, index, late = sent + 1, rng.randrange(len(messages)), time.perf_counter() - due
 
         def done(answer: Answer) -> None:
-            samples.append(Sample(place, late * 1e3, (time.perf_counter() - due) * 1e3, answer))
+            samples.append(Sample(index, late * 1e3, (time.perf_counter() - due) * 1e3, answer))
 
-        connections.send(messages[place], done)
+        connections.send(messages[index], done)
 
     with Connections(port) as connections:
         arrive(issue, qps, lambda: time.perf_counter() < end)

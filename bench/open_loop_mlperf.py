@@ -16,8 +16,7 @@ SAMPLE = re.compile(r'"ph":"b".*"sample_seq":(\d+),.*"sample_idx":(\d+),"issue_s
 def loadgen(port: int, messages: Sequence[bytes], qps: float, seconds: float, folder: Path) -> list[Sample]:
     """The same by MLCommons LoadGen, which leaves its own log in `folder`.
 
-    Latencies are those that LoadGen measured, from its trace. It knows no answer but success, so that it is told of
-    every answer alike, and what came back is kept here.
+    Latencies are from LoadGen's trace. LoadGen counts every answer as a success, so that the answers are kept here.
     """
     answers: list[tuple[int, list[Answer]]] = []
 
@@ -65,8 +64,8 @@ def _traced(path: Path, answers: Sequence[tuple[int, list[Answer]]]) -> list[Sam
     for line in path.read_text().splitlines():
         found = SAMPLE.search(line)
         if found is not None:
-            number, place, late_ns, latency_ns = map(int, found.groups())
+            number, position, late_ns, latency_ns = map(int, found.groups())
             index, got = answers[number]
-            assert index == place, f"LoadGen's sample {number} is {place}, ours {index}"
-            samples.append(Sample(place, late_ns / 1e6, latency_ns / 1e6, got[0]))
+            assert index == position, f"LoadGen's sample {number} is {position}, ours {index}"
+            samples.append(Sample(position, late_ns / 1e6, latency_ns / 1e6, got[0]))
     return samples

@@ -24,7 +24,7 @@ def panel(title: str, across: str, lines: list[Line], left: float) -> str:
     ys = [y for _, points in lines for _, y in points]
     spread = (max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0)
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def index(x: float, y: float) -> tuple[float, float]:
         return (
             left + MARGIN + (x - min(xs)) / spread[0] * (WIDTH - 2 * MARGIN),
             HEIGHT - MARGIN - (y - min(ys)) / spread[1] * (HEIGHT - 2 * MARGIN),
@@ -33,13 +33,13 @@ def panel(title: str, across: str, lines: list[Line], left: float) -> str:
     parts = [_text(left + WIDTH / 2, 22, title, size=14), _text(left + WIDTH / 2, HEIGHT - 10, across)]
     for share in (0.0, 0.5, 1.0):
         x, y = min(xs) + share * spread[0], min(ys) + share * spread[1]
-        parts.append(_text(place(x, min(ys))[0], HEIGHT - MARGIN + 16, f"{x:.3g}"))
-        parts.append(_text(left + MARGIN - 22, place(min(xs), y)[1] + 4, f"{y:.4f}"))
+        parts.append(_text(index(x, min(ys))[0], HEIGHT - MARGIN + 16, f"{x:.3g}"))
+        parts.append(_text(left + MARGIN - 22, index(min(xs), y)[1] + 4, f"{y:.4f}"))
     box = f'x="{left + MARGIN}" y="{MARGIN}" width="{WIDTH - 2 * MARGIN}" height="{HEIGHT - 2 * MARGIN}"'
     parts.append(f'<rect {box} fill="none" stroke="#999"/>')
     for number, (name, points) in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (index(*point) for point in points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts.append(_text(left + WIDTH - MARGIN - 60, HEIGHT - MARGIN - 10 - 14 * number, name, colour=colour))
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""What computing in less precision changes: logits, the best ten, and AUC, measured through the emulated graphs.
+"""The effect of less precision on logits, the best ten and AUC, measured through the emulated graphs.
 
     python bench/precision.py BUNDLE [--users 1000]
 
@@ -7,7 +7,7 @@ against fp32:
 
     logit error   of each action over the last events of each user, predicted from the events before them
     AUC change    of each action over the same events
-    agreement     what `export --precision` measures and judges: golden requests and the first users
+    agreement     the check of `export --precision`: golden requests and the first users
     conversions   how many Cast nodes the three graphs have more than in fp32
 
 `rounded_sums` is the same with the sums between blocks rounded too, as most tools for mixed precision would have it.
@@ -30,16 +30,16 @@ from numpy.typing import NDArray
 
 from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action, held_out_logits
 from unipinrec.export.precision.check import LOW_TYPES, emulation, sources_of
-from unipinrec.export.precision.typed import LowType, Plan, rewritten
+from unipinrec.export.precision.typed import LowType, PrecisionPlan, rewritten
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.graphs.engine import Engine
 
-PlanOf = Callable[[onnx.ModelProto, LowType], Plan]
+PlanOf = Callable[[onnx.ModelProto, LowType], PrecisionPlan]
 
 
-class RoundedSums(Plan):
-    """Cheap operators follow what they read, whoever reads them."""
+class RoundedSums(PrecisionPlan):
+    """Cheap operators compute in the type of their inputs."""
 
     def _follow_readers(self) -> None:
         pass
@@ -85,7 +85,10 @@ class Judge:
 
 
 def conversions(graphs: Mapping[str, onnx.ModelProto], low: LowType) -> dict[str, int]:
-    return {name: casts(rewritten(Plan(model, low), emulate=False)) - casts(model) for name, model in graphs.items()}
+    return {
+        name: casts(rewritten(PrecisionPlan(model, low), emulate=False)) - casts(model)
+        for name, model in graphs.items()
+    }
 
 
 def compare(judge: Judge) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def compare(judge: Judge) -> dict[str, Any]:
     precisions, rounded = {}, {}
     for precision, low in LOW_TYPES.items():
         graphs = sources_of(judge.bundle, precision, judge.histories)
-        precisions[precision] = {**judge.measure(graphs, low, Plan), "conversions": conversions(graphs, low)}
+        precisions[precision] = {**judge.measure(graphs, low, PrecisionPlan), "conversions": conversions(graphs, low)}
         if precision != "fp8":
             rounded[precision] = judge.measure(graphs, low, RoundedSums)
     return {"precisions": precisions, "rounded_sums": rounded}

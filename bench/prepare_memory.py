@@ -21,7 +21,7 @@ UNIPINREC = [sys.executable, "-c", "from unipinrec.cli import main; main()"]
 
 
 def run(*arguments: str) -> dict[str, Any]:
-    """Run one subcommand with --json; seconds, peak resident memory, and what it printed."""
+    """Run one subcommand with --json; seconds, peak resident memory, and its output."""
     began = time.monotonic()
     with subprocess.Popen([*UNIPINREC, *arguments, "--json"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Quality of what a checkpoint serves, on held-out requests of its data, beside other orders and baselines.
+"""Quality of a checkpoint's lists on held-out requests of its data, beside other orders and baselines.
 
 python bench/quality.py CHECKPOINT --data DATA --name kuairand_pure
 """

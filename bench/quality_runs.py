@@ -50,7 +50,7 @@ CUTOFFS = (1, 10, 50, 200)
 def trained(
     dataset: Dataset, config: RunConfig, out: Path, name: str, trainer: type[Trainer] = Trainer
 ) -> dict[str, Any]:
-    """Train and measure one run, or return what an earlier call left; also written to bench/results/quality."""
+    """Train and measure one run, or return an earlier result; also written to bench/results/quality."""
     result = out / "result.json"
     if result.exists():
         document: dict[str, Any] = json.loads(result.read_bytes())

@@ -1,4 +1,4 @@
-"""What a mark on masked events does, where a history holds engagements alone: simulated users, three ways of training.
+"""The effect of a mark on masked events, in histories of engagements alone: simulated users, three ways of training.
 
     python bench/quality_simulated.py --out RUNS [--seeds 0 1 2]
 

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md and README.md, written from bench/results/quality.
+"""The tables of docs/quality.md and docs/benchmarks.md, written from bench/results/quality.
 
     python bench/quality_tables.py [--check]
 
@@ -17,7 +17,7 @@ from typing import Any
 from common import ROOT
 from quality_runs import RESULTS, figures
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "quality.md")
+DOCUMENTS = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md")
 TABLE = re.compile(r"(?<=^<!-- table: )(\w+)( -->\n\n)(.*?)(?=\n\n)", re.MULTILINE | re.DOTALL)
 ACTIONS = ("click", "long_view", "like")
 RETRIEVAL = ("HR@10", "NDCG@10", "HR@50", "NDCG@50")

@@ -3,13 +3,13 @@
     python bench/replay.py DATA [--users 400] [--candidates 128] [--share 0.3]
 
 DATA is prepared KuaiRand (`unipinrec prepare kuairand`). A request begins where a user comes back after 30 minutes or
-more; its history is all that the user had done by then, at the times of the log, so histories and returns are what they
-were. The model is of the `small` size with random weights over the real catalogue. The first half of the requests warms
+more; its history is all earlier events of the user, at the times of the log, so that histories and returns are real.
+The model is of the `small` size with random weights over the real catalogue. The first half of the requests warms
 the cache, the second is timed, each request on both sides, in turn. The cache may hold `--share` of the pages that all
 users need in the end.
 
 `two models` encodes every history twice (see `bench/serving.py`). Throughput is requests over time of each side; the
-limit is what it would be if every request were a hit that took no time to read.
+limit is the throughput if every request were a hit that takes no time to read.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def replay(
     warm, times, slates = len(requests) // 2, [], []
     for request in requests[:warm]:
         cached.recommend_many([request])
-    for place, request in enumerate(requests[warm:]):
-        order = (cached, baseline) if place % 2 else (baseline, cached)
+    for index, request in enumerate(requests[warm:]):
+        order = (cached, baseline) if index % 2 else (baseline, cached)
         answers = {id(side): answered(side, request) for side in order}
         times.append((answers[id(baseline)][0], answers[id(cached)][0]))
         slates.append(answers[id(cached)][1])
@@ -99,8 +99,8 @@ def replay(
 def summary(times: list[tuple[float, float]], slates: list[Slate]) -> dict[str, Any]:
     two, one = np.array(times).T
     kinds: dict[str, list[int]] = defaultdict(list)
-    for place, slate in enumerate(slates):
-        kinds[slate.kv if slate.kv != "miss" else f"miss: {slate.kv_reason}"].append(place)
+    for index, slate in enumerate(slates):
+        kinds[slate.kv if slate.kv != "miss" else f"miss: {slate.kv_reason}"].append(index)
     encode = [slate.stages_ms.encode for slate in slates]
     return {
         "throughput_ratio": round(float(two.sum() / one.sum()), 3),
@@ -112,11 +112,11 @@ def summary(times: list[tuple[float, float]], slates: list[Slate]) -> dict[str, 
         "hit_rate": round(sum(slate.kv != "miss" for slate in slates) / len(slates), 4),
         "by_kind": {
             kind: {
-                "share": round(len(places) / len(slates), 4),
-                "ms": spread(one[places].tolist()),
-                "two_models_ms": spread(two[places].tolist()),
+                "share": round(len(indices) / len(slates), 4),
+                "ms": spread(one[indices].tolist()),
+                "two_models_ms": spread(two[indices].tolist()),
             }
-            for kind, places in sorted(kinds.items())
+            for kind, indices in sorted(kinds.items())
         },
     }
 

@@ -67,8 +67,8 @@ class Catalogue:
         """A share of the items: any, or whole topics and a part of one."""
         if kind == "random":
             return self.rng.random(len(self.vectors)) < share
-        place = self.rng.permutation(CENTRES)[self.topic] + self.rng.random(len(self.vectors))
-        return np.asarray(place <= np.quantile(place, share))
+        index = self.rng.permutation(CENTRES)[self.topic] + self.rng.random(len(self.vectors))
+        return np.asarray(index <= np.quantile(index, share))
 
     def ways(self) -> dict[str, tuple[Retriever, bool]]:
         """Retrievers that are bound to one way, and whether they are to scan."""
@@ -101,7 +101,7 @@ def one_share(catalogue: Catalogue, kind: str, share: float, wanted: int, rounds
     for query in catalogue.queries(rounds + WARM_UP)[:, None]:
         for name, (retriever, exact) in ways.items():
             began = time.perf_counter()
-            (found,) = retriever.retrieve([Search(queries=query, wanted=wanted, allowed=mask, exact=exact)])
+            (found,) = retriever.retrieve([Search(queries=query, k=wanted, allowed=mask, exact=exact)])
             times[name].append((time.perf_counter() - began) * 1e3)
             reasons[name][found.exact or "index"] += 1
     return {

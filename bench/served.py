@@ -80,7 +80,7 @@ class Served:
         return sum(int(one[1]) for one in found if one) / 1024
 
     def cpu_s(self) -> float:
-        """Processor time that it took so far."""
+        """Its processor time so far."""
         return sum(_cpu_s(pid) for pid in self.pids())
 
     def __enter__(self) -> Served:
@@ -112,7 +112,7 @@ def sent(user: str, events: Sequence[Event], ids: Sequence[str]) -> bytes:
 
 
 class AnsweredItem(msgspec.Struct, frozen=True):
-    """What of an item is compared."""
+    """The compared values of an item."""
 
     item: str
     score: float
@@ -120,7 +120,7 @@ class AnsweredItem(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """What of an answer is compared."""
+    """The compared values of an answer."""
 
     items: tuple[AnsweredItem, ...]
     bundle: str
@@ -137,7 +137,7 @@ def answered(answer: Answer) -> Answered:
 
 
 def fresh(recommender: Recommender, history: tuple[Event, ...], now_ms: int, candidates: int = 200) -> Slate:
-    """All that were candidates, ranked: a single request, nothing cached."""
+    """All candidates, ranked: a single request, without a cache."""
     options = RecommendOptions(now_ms=now_ms, candidates=candidates)
     manifest = recommender.bundle.manifest
     left = manifest.num_items - manifest.num_retired - len({event.item for event in history})
@@ -145,10 +145,10 @@ def fresh(recommender: Recommender, history: tuple[Event, ...], now_ms: int, can
 
 
 def difference(got: Answered, expected: Slate, tolerance: float, k: int = 20) -> str | None:
-    """What is wrong with an answer; None = nothing.
+    """The fault of an answer; None if it is correct.
 
-    Scores and similarities of the same item must agree, the order be that of the scores, and no better item be left
-    out. Which of two items within the tolerance of each other is first, or the last of the candidates, may differ.
+    Scores and similarities of the same item must agree, the order must be that of the scores, and no better item may be
+    missing. Two items within the tolerance of each other may swap, also as the last candidate.
     """
     known = {item.item: item for item in expected.items}
     similarity = {item.item: item.retrieval_score for item in expected.items if item.retrieval_score is not None}

@@ -1,4 +1,4 @@
-"""What the ten items that are served are truly worth, on the simulated data of the demo, in every order.
+"""True value of the ten items of a slate, on the simulated data of the demo, in every order.
 
     python bench/served_demo.py --out RUNS [--seeds 0 1 2] [--rows plain dropout ...]
 
@@ -141,7 +141,7 @@ def measured(model: UniPinRec, dataset: Dataset, data: Sequences, oracle: Oracle
 
 
 def shipped(checkpoint: Path, folder: Path, out: Path) -> dict[str, Any]:
-    """What `export --data` says of the lists that it serves, in the order that it chooses."""
+    """The figures of `export --data` for its own lists, in the order that it chooses."""
     source = source_from_checkpoint(checkpoint, folder)
     manifest = export_bundle(
         source,
@@ -154,7 +154,7 @@ def shipped(checkpoint: Path, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train and measure; what is in the result already is kept."""
+    """Train and measure; earlier results are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -63,8 +63,8 @@ def orders_of(lists: Lists, positive: NDArray[np.bool_], scale: float) -> dict[s
 def several(data: Sequences, positive: NDArray[np.bool_], limit: int) -> Requests:
     """Test requests whose slates have two items or more, drawn evenly: most have one, which no order can get wrong."""
     requests = held_out_requests(data, positive, "test")
-    places = np.flatnonzero(np.diff(data.slate_start)[requests.slates] > 1)
-    return requests.take(places[np.linspace(0, len(places) - 1, min(limit, len(places))).astype(np.int64)])
+    indices = np.flatnonzero(np.diff(data.slate_start)[requests.slates] > 1)
+    return requests.take(indices[np.linspace(0, len(indices) - 1, min(limit, len(indices))).astype(np.int64)])
 
 
 def within(
@@ -74,15 +74,15 @@ def within(
     found: dict[str, Any] = {}
     real = lists.rows >= 0
     users = np.repeat(requests.users[:, None], real.shape[1], axis=1)[real]
-    for place, action in enumerate(ACTIONS):
-        scored = {**orders, "its own probability": own[..., place]}
-        auc = {name: slate_auc(lists, labels[..., place], scores) for name, scores in scored.items()}
+    for index, action in enumerate(ACTIONS):
+        scored = {**orders, "its own probability": own[..., index]}
+        auc = {name: slate_auc(lists, labels[..., index], scores) for name, scores in scored.items()}
         both = ~np.isnan(auc["value"])
         found[action] = {
             "slates": int(both.sum()),
             "within_slates": compared({name: values[both] for name, values in auc.items()}, "value"),
             "users_gauc": {
-                name: action_metrics(users, labels[..., place][real], scores[real]).gauc
+                name: action_metrics(users, labels[..., index][real], scores[real]).gauc
                 for name, scores in scored.items()
             },
         }
@@ -110,13 +110,13 @@ def main() -> None:
     dataset = build_dataset(read_kuairand(options.folder))
     data = sequences_of(dataset)
     positive = np.array([name in dataset.spec.positive_actions for name in dataset.spec.actions])
-    places = [dataset.spec.actions.index(name) for name in ACTIONS]
+    positions = [dataset.spec.actions.index(name) for name in ACTIONS]
     test = held_out_requests(data, positive, "test", options.requests)
     with served(load_checkpoint(options.checkpoint).model, dataset, data) as (recommender, scale):
         lists = answers(recommender, data, test)
         parts = {"all requests": test, "slates of two and more": several(data, positive, options.requests)}
         shown = {name: answers(recommender, data, part, shown=True) for name, part in parts.items()}
-    labels = {name: shown_labels(shown[name], data, part)[..., places] for name, part in parts.items()}
+    labels = {name: shown_labels(shown[name], data, part)[..., positions] for name, part in parts.items()}
     tens = {name: lists.ten(scores) for name, scores in orders_of(lists, positive, scale).items()}
     has = test.targets != NO_TARGET
     hits = {name: hit_gains(ten[has], test.targets[has]) for name, ten in tens.items()}
@@ -134,7 +134,7 @@ def main() -> None:
         },
         "actions": {
             name: within(
-                found, labels[name], found.probabilities[..., places], orders_of(found, positive, scale), parts[name]
+                found, labels[name], found.probabilities[..., positions], orders_of(found, positive, scale), parts[name]
             )
             for name, found in shown.items()
         },

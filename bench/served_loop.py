@@ -1,8 +1,8 @@
-"""From a log without negatives to a taught ranker, by what a server itself logged: does it order better than retrieval?
+"""From a log without negatives to a ranker trained on a server's own log: does it order better than retrieval?
 
     python bench/served_loop.py --out FOLDER [--users 1500] [--items 1000] [--epochs 12] [--seeds 7 8 9]
 
-    1  Simulated users; what is known is who clicked what and when, before the last week. No slate, no other action.
+    1  Simulated users; the data is users, items and times of clicks before the last week. No slate, no other action.
     2  Train, export, and serve with `--log-served`.
     3  At each moment of the week at which a simulated user came, in order of time for each: POST /v1/recommend with
        the clicks so far, k = 10; the user looks at the list and clicks by the simulator's truth, which becomes events.
@@ -13,8 +13,8 @@
 
 The first bundle is served in the order of retrieval, since its ranker saw nothing but clicks; the second one by value,
 or by the blend that `export` chooses ("as_served_now").
-The user's interests are those of the simulator's own run: what the served lists do to them is not simulated. The true
-chance is that of an item that is looked at. Every step is the command that a user would type.
+The user's interests are those of the simulator's own run: the lists do not change them. The true chance is that of a
+viewed item. Every step is the command that a user would type.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from numpy.typing import NDArray
 from open_loop import ask, post
 from served import Served
 
+from unipinrec.models.config import DAY_MS
 from unipinrec.models.data.schema import Dataset, TimeSplit, event_columns, write_dataset
 from unipinrec.models.data.validate import RawTables, build_dataset
 from unipinrec.models.simulator.oracle import oracle_click_chances
 from unipinrec.models.simulator.simulator import examination, simulate
-from unipinrec.models.simulator.world import DAY_MS, DWELL_MS, SimulatorConfig
+from unipinrec.models.simulator.world import DWELL_MS, SimulatorConfig
 from unipinrec.runtime import Event, Recommender, RecommendOptions
 
 K, CANDIDATES, TOGETHER = 10, 200, 32
@@ -70,7 +71,7 @@ class Loop:
 
 @dataclass(kw_only=True)
 class World:
-    """What is known of the users, and the truth about them."""
+    """The known data of the users, and the truth about them."""
 
     data: Dataset
     moments: Sequence[Moment]
@@ -83,13 +84,13 @@ class World:
         events = self.histories.get(moment["user_id"], [])
         return [event for event in events if (event.timestamp_ms or 0) < moment["timestamp_ms"]]
 
-    def value(self, place: int, items: Sequence[str]) -> float:
+    def value(self, index: int, items: Sequence[str]) -> float:
         """Mean true chance of a click at a moment."""
-        return float(self.chances[place, [self.rows[item] for item in items]].mean())
+        return float(self.chances[index, [self.rows[item] for item in items]].mean())
 
 
 def world_of(loop: Loop) -> World:
-    """Simulate, and keep the clicks before the week as all that is known."""
+    """Simulate, and keep the clicks before the week as the known data."""
     data, oracle = simulate(loop.simulator)
     begins = loop.ends_ms - LOGGED_DAYS * DAY_MS
     clicks = data.events.filter(pl.col(f"action_{ACTION}") & (pl.col("timestamp_ms") < begins))
@@ -108,7 +109,7 @@ def world_of(loop: Loop) -> World:
 
 
 def write_known(world: World, folder: Path, split: TimeSplit) -> None:
-    """A prepared data set of all that is known: who clicked what and when."""
+    """A prepared data set of the known clicks."""
     rows = [
         (user, event.item, event.surface, event.timestamp_ms, True)
         for user, events in world.histories.items()
@@ -128,7 +129,7 @@ def write_known(world: World, folder: Path, split: TimeSplit) -> None:
 
 
 def command(*words: str | Path) -> None:
-    """Run one subcommand of `unipinrec`; what it says goes to standard error."""
+    """Run one subcommand of `unipinrec`; its output goes to standard error."""
     given = [str(word) for word in words]
     sys.stderr.write(f"$ unipinrec {' '.join(given)}\n")
     subprocess.run([sys.executable, "-m", "unipinrec", *given], check=True, stdout=sys.stderr)
@@ -148,12 +149,12 @@ def serve_the_week(loop: Loop, world: World, bundle: Path) -> tuple[Path, dict[i
     options = ("--log-served", log, "--threads", "1", "--deadline-ms", "30000")
     with _stopped(Served.of(bundle, loop.out, *options)) as server:
         for together in _visits(world.moments):
-            known = [place for place in together if world.before(world.moments[place])]
+            known = [index for index in together if world.before(world.moments[index])]
             for start in range(0, len(known), TOGETHER):
                 part = known[start : start + TOGETHER]
-                for place, items in zip(part, _recommended(server.port, world, part), strict=True):
-                    lists[place] = items
-                    _click(world, place, items, rng)
+                for index, items in zip(part, _recommended(server.port, world, part), strict=True):
+                    lists[index] = items
+                    _click(world, index, items, rng)
     return log, lists
 
 
@@ -161,13 +162,13 @@ def _visits(moments: Sequence[Moment]) -> Iterator[list[int]]:
     """Places of moments, the first of every user, then the second of every user, and so on: users are independent."""
     visits: dict[str, int] = {}
     rounds: dict[int, list[int]] = {}
-    for place, moment in enumerate(moments):
+    for index, moment in enumerate(moments):
         visits[moment["user_id"]] = visits.get(moment["user_id"], 0) + 1
-        rounds.setdefault(visits[moment["user_id"]], []).append(place)
+        rounds.setdefault(visits[moment["user_id"]], []).append(index)
     yield from rounds.values()
 
 
-def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[str]]:
+def _recommended(port: int, world: World, indices: Sequence[int]) -> list[list[str]]:
     """The items that the server recommends at these moments."""
     asked = [
         {
@@ -177,7 +178,7 @@ def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[st
             "now_ms": moment["timestamp_ms"],
             "surface": moment["surface"],
         }
-        for moment in (world.moments[place] for place in places)
+        for moment in (world.moments[index] for index in indices)
     ]
     (answer,) = ask(port, [post("/v1/recommend", msgspec.json.encode(asked))])
     if answer.status != 200 or b'"error"' in answer.content:
@@ -185,10 +186,10 @@ def _recommended(port: int, world: World, places: Sequence[int]) -> list[list[st
     return [[item["item"] for item in one["items"]] for one in msgspec.json.decode(answer.content)]
 
 
-def _click(world: World, place: int, items: Sequence[str], rng: np.random.Generator) -> None:
+def _click(world: World, index: int, items: Sequence[str], rng: np.random.Generator) -> None:
     """Let a user look at a list and click; clicks become events."""
-    moment = world.moments[place]
-    chance = examination(K) * world.chances[place, [world.rows[item] for item in items]]
+    moment = world.moments[index]
+    chance = examination(K) * world.chances[index, [world.rows[item] for item in items]]
     for position in np.flatnonzero(rng.random(K) < chance).tolist():
         clicked = Event(
             item=items[position],
@@ -215,24 +216,24 @@ def compared(loop: Loop, world: World, bundle: Path, lists: Mapping[int, Sequenc
         raise SystemExit(f"the second bundle is ordered by {recommender.order}: its ranker was taught nothing")
     names = ("as_served_now", "by_value", "by_retrieval", "best_of_candidates", "served")
     values: dict[str, list[float]] = {name: [] for name in names}
-    for place, moment in enumerate(world.moments):
-        if place not in lists or moment["timestamp_ms"] < held_out:
+    for index, moment in enumerate(world.moments):
+        if index not in lists or moment["timestamp_ms"] < held_out:
             continue
         options = RecommendOptions(
             surface=moment["surface"], now_ms=moment["timestamp_ms"], candidates=CANDIDATES, exact=True, order="value"
         )
         items = recommender.recommend(world.before(moment), CANDIDATES, options).items
         now = recommender.recommend(world.before(moment), K, msgspec.structs.replace(options, order=None)).items
-        values["as_served_now"].append(world.value(place, [item.item for item in now]))
+        values["as_served_now"].append(world.value(index, [item.item for item in now]))
         orders = {
             "by_value": [item.score for item in items],
             "by_retrieval": [item.retrieval_score or 0.0 for item in items],
-            "best_of_candidates": [float(world.chances[place, world.rows[item.item]]) for item in items],
+            "best_of_candidates": [float(world.chances[index, world.rows[item.item]]) for item in items],
         }
         for name, scores in orders.items():
             top = np.argsort(-np.array(scores), kind="stable")[:K]
-            values[name].append(world.value(place, [items[one].item for one in top]))
-        values["served"].append(world.value(place, lists[place]))
+            values[name].append(world.value(index, [items[one].item for one in top]))
+        values["served"].append(world.value(index, lists[index]))
     return values
 
 
@@ -274,7 +275,7 @@ def run(loop: Loop) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the loop for each setting, or take what an earlier call kept in the folder."""
+    """Run the loop for each setting, or take the folder's earlier result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--users", type=int, default=Loop.users)

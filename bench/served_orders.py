@@ -1,4 +1,4 @@
-"""What a bundle's answers are worth in every order: each request is answered once, with all its candidates.
+"""Quality of a bundle's answers in every order: each request is answered once, with all its candidates.
 
 A model is exported to a temporary bundle and driven by `Recommender`, as it is served: items of the history are left
 out, 200 candidates are ranked, ten are shown. The answers hold what every order is computed from: the similarity with
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_model
-from unipinrec.models.checkpoint import Catalogue
+from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.evaluate import NO_SLATE, Requests
@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lists:
-    """What R requests were answered: rows [R, K] i64, -1 where padded; similarity [R, K]; probabilities [R, K, C]."""
+    """Answers to R requests: rows [R, K] i64, -1 where padded; similarity [R, K]; probabilities [R, K, C]."""
 
     rows: NDArray[np.int64]
     similarity: Floats
@@ -52,9 +52,9 @@ class Lists:
 
 @contextmanager
 def served(model: UniPinRec, dataset: Dataset, data: Sequences) -> Iterator[tuple[Recommender, float]]:
-    """A recommender of the model's bundle, and by what a similarity is multiplied in retrieval's softmax."""
+    """A recommender of the model's bundle, and the factor of a similarity in retrieval's softmax."""
     scale = float(model.log_scale.detach().clamp(max=5.0).exp())
-    catalogue = Catalogue(item_ids=data.item_ids, titles=dataset.items["title"].to_list())
+    catalogue = ItemList(item_ids=data.item_ids, titles=dataset.items["title"].to_list())
     order = OrderSpec(by="product", retrieval_scale=scale, reason="this benchmark compares all orders")
     source = replace(source_from_model(model, catalogue, data.features), order=order)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,13 +67,13 @@ def answers(recommender: Recommender, data: Sequences, requests: Requests, *, sh
     """Answer requests with all their candidates, or with exactly the items of their slates where `shown`."""
     slates: list[Slate] = []
     for begin in range(0, len(requests), GROUP):
-        places = range(begin, min(begin + GROUP, len(requests)))
-        slates += recommender.recommend_many([_request(recommender, data, requests, i, shown) for i in places])
+        indices = range(begin, min(begin + GROUP, len(requests)))
+        slates += recommender.recommend_many([_request(recommender, data, requests, i, shown) for i in indices])
     return _lists(recommender, slates)
 
 
-def _request(recommender: Recommender, data: Sequences, requests: Requests, place: int, shown: bool) -> Request:
-    user, end, slate = int(requests.users[place]), int(requests.ends[place]), int(requests.slates[place])
+def _request(recommender: Recommender, data: Sequences, requests: Requests, index: int, shown: bool) -> Request:
+    user, end, slate = int(requests.users[index]), int(requests.ends[index]), int(requests.slates[index])
     manifest = recommender.bundle.manifest
     if slate == NO_SLATE:
         surface, now = int(data.surfaces[end]), int(data.timestamps_ms[end])
@@ -152,8 +152,8 @@ def shown_labels(lists: Lists, data: Sequences, requests: Requests) -> NDArray[n
         items = slice(data.slate_start[slate], data.slate_start[slate + 1])
         order = np.argsort(data.slate_rows[items])
         own = lists.rows[i, : len(order)]
-        places = order[np.searchsorted(data.slate_rows[items][order], own)]
-        labels[i, : len(order)] = data.slate_actions[items][places]
+        indices = order[np.searchsorted(data.slate_rows[items][order], own)]
+        labels[i, : len(order)] = data.slate_actions[items][indices]
     return labels
 
 

@@ -1,4 +1,4 @@
-"""What should order a slate where the data has no slates: retrieval, value, a product of both, or a taught ranker?
+"""The best order of a slate for data without slates: retrieval, value, a product of both, or a trained ranker?
 
     python bench/served_without_slates.py --out RUNS [--sets case_a always ...] [--rows marked ...] [--seeds 0 1]
 
@@ -113,13 +113,13 @@ class TaughtBatches(Batches):
         shape = (len(windows), width)
         return {
             "rows": np.where(real, rows, 0).reshape(shape),
-            "actions": (data.actions[at] * (first & real)[..., None]).reshape(*shape, -1),
-            "known": (known * real[..., None]).reshape(*shape, -1),
+            "actions": (data.actions[at] * (first & real)[..., None]).astype(np.float32).reshape(*shape, -1),
+            "known": (known * real[..., None]).astype(np.float32).reshape(*shape, -1),
             "surfaces": np.where(real, data.surfaces[at], 0).reshape(shape),
             "timestamps_ms": np.where(real, data.timestamps_ms[at], -1).reshape(shape),
             "cutoffs": np.where(real, at - begin, 0).reshape(shape),
             "valid": real.reshape(shape),
-            "logged": np.zeros(shape, bool),
+            "logged": np.zeros(shape, np.float32),
         }
 
 
@@ -224,7 +224,7 @@ def movielens(folder: Path) -> RawTables:
 
 
 def kuairand_log(folder: Path, users: int = 3000) -> RawTables:
-    """Engagements alone, of some users: what was shown and left alone is dropped, and so are slates and lists."""
+    """Engagements alone, of some users: without ignored items, slates and lists."""
     raw = read_kuairand(folder)
     engaged = pl.any_horizontal(pl.col(f"action_{name}") == 1 for name in ("click", "long_view", "like"))
     events = raw.events.filter(pl.col("timestamp_ms").is_not_null() & engaged)
@@ -346,7 +346,7 @@ def trained_model(dataset: Dataset, config: RunConfig, out: Path, trainer: type[
 
 
 def main() -> None:
-    """Train and measure; what is in the result already is kept."""
+    """Train and measure; earlier results are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="holds the folders ml-100k and kuairand-pure")

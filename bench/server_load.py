@@ -4,8 +4,8 @@
 
 BUNDLE has sample users. Their events are sent to the server first; then users drawn at random come back, each request
 one POST of /v1/recommend with the user's name (k = 20 of 200 candidates): the cache has all of them (int8, as the
-server does by default), so that little of the model's work hides what the server costs. Server, generator and whatever
-the machine does besides share its cores. Arrivals are Poisson (`bench/open_loop.py`); the generator is MLCommons
+server does by default), so that the server's cost is a large part. Server, generator and the machine's other processes
+share its cores. Arrivals are Poisson (`bench/open_loop.py`); the generator is MLCommons
 LoadGen or, with `--generator poisson`, ours, which needs no package.
 
 An answer is good if it is a 200 within 100 ms of the moment at which the request was due. Clients are patient, and
@@ -13,9 +13,9 @@ wait for the server's own deadline of 2 s, or hasty: their requests say `X-Deadl
 
     in process   `Recommender` and `Batcher` here, set as in the server, same users and cache; `--clients` threads in a
                  closed loop; before and after everything else
-    null         the same load on a Starlette route that answers as many bytes and computes nothing: what the generator,
-                 the sockets and HTTP take
-    peak         the highest rate found at which 99 % of what patient clients asked was good, by bisection
+    null         the same load on a Starlette route that answers as many bytes and computes nothing: the cost of the
+                 generator, the sockets and HTTP
+    peak         the highest rate at which 99 % of the answers to patient clients were good, by bisection
     curve        latencies and good answers of both kinds of clients at shares of the peak, past saturation too
 
 One answer in `--check` is compared with a fresh recommendation here, within 0.02. Exits with 1 if one was wrong, if a
@@ -76,7 +76,7 @@ Generator = Callable[[int, Sequence[bytes], float, float], list[Sample]]
 
 @dataclass(frozen=True, kw_only=True)
 class Users:
-    """Who comes back: the requests, and the histories that they rest on."""
+    """The returning users: their requests and histories."""
 
     names: list[str]
     histories: list[tuple[Event, ...]]
@@ -89,7 +89,7 @@ class Users:
         sampled = [bundle.user_events(name) for name, events in bundle.sample_users(most) if events]
         if not sampled:
             raise SystemExit(f"{bundle.path} carries no sample users; export it with --data")
-        names = [f"user-{place}" for place in range(most)]
+        names = [f"user-{index}" for index in range(most)]
         header = f"x-deadline-ms: {deadline_ms:g}"
         return cls(
             names=names,
@@ -100,7 +100,7 @@ class Users:
 
 
 class Judge:
-    """Counts what came back, and compares some of it."""
+    """Counts the answers, and compares some of them."""
 
     def __init__(self, recommender: Recommender, users: Users, check: int) -> None:
         self.recommender, self.users, self.check = recommender, users, check
@@ -108,28 +108,28 @@ class Judge:
         self.wrong: list[str] = []
 
     def see(self, samples: Sequence[Sample]) -> None:
-        for place, sample in enumerate(samples):
+        for index, sample in enumerate(samples):
             status, head, _ = sample.answer
             self.statuses[status] += 1
             if status not in DECLARED:
                 self.wrong.append(f"status {status}: {sample.answer.content[:200]!r}")
             if status == 429 and b"\r\nretry-after: " not in head.lower():
                 self.wrong.append("429 without Retry-After")
-            if status == 200 and place % self.check == 0:
+            if status == 200 and index % self.check == 0:
                 self._compare(sample)
 
     def _compare(self, sample: Sample) -> None:
-        got, history = answered(sample.answer), self.users.histories[sample.place]
+        got, history = answered(sample.answer), self.users.histories[sample.position]
         expected = fresh(self.recommender, history, NOW_MS)
         found = difference(got, expected, TOLERANCE)
         if found or got.bundle != expected.bundle or got.events != len(history):
-            self.wrong.append(f"{self.users.names[sample.place]}: {found}, {got.events} events")
+            self.wrong.append(f"{self.users.names[sample.position]}: {found}, {got.events} events")
         self.compared += 1
         self.kinds[got.kv] += 1
 
 
 def row(samples: Sequence[Sample], offered: float) -> dict[str, Any]:
-    """What a load of so many requests a second gave."""
+    """The result of a load at one rate."""
     good = [s for s in samples if s.answer.status == 200 and s.latency_ms <= LIMIT_MS]
     took = [s.latency_ms for s in samples if s.answer.status == 200] or [float("nan")]
     counts = Counter(sample.answer.status for sample in samples)
@@ -295,7 +295,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--steps", type=int, default=6, help="of the search for the peak")
-    parser.add_argument("--peak", type=float, help="a rate to take for the peak instead of searching for it")
+    parser.add_argument("--peak", type=float, help="peak rate; without it, the peak is searched")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the peak, for the curve")
     parser.add_argument("--processes", type=int, default=2, help="of the server")
     parser.add_argument("--users", type=int, default=5_000)

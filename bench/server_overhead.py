@@ -1,11 +1,11 @@
-"""What the server adds to `Recommender.recommend` with one request in flight.
+"""The time that the server adds to `Recommender.recommend` with one request in flight.
 
     python bench/server_overhead.py [--rounds 2000] [--size tiny] [--bundle FOLDER]
 
 Card: the `tiny` or the `small` size with random weights over 10,000 items, a history of 64 events, k = 20 of 200
 candidates, encoded histories cached as int8. Ways, each in turn with the first, one request at a time:
 
-    in_process   `recommend(history, user=...)` here: keys and values are cached, so that little hides what HTTP costs
+    in_process   `recommend(history, user=...)` here: keys and values are cached, so that the cost of HTTP shows
     inline       POST /v1/recommend of the same, history and all, to `unipinrec serve` in a process of its own
     known        POST /v1/recommend of the user alone, whose events the server keeps in memory
     sqlite       the same of a second server, which keeps them in a file
@@ -100,7 +100,7 @@ def message(path: str, body: Any) -> bytes:
 
 @contextmanager
 def started(words: list[str]) -> Iterator[Client]:
-    """A process that tells on stderr where it listens."""
+    """A process that prints its address on stderr."""
     with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -108,7 +108,7 @@ def started(words: list[str]) -> Iterator[Client]:
             port = next(
                 int(found[1]) for line in lines if (found := re.search(r"listening on http://[^:]+:(\d+)", line))
             )
-            # Whatever else it tells must not fill the pipe.
+            # Its later output must not fill the pipe.
             threading.Thread(target=lambda: list(lines), daemon=True).start()
             client = Client(port)
             while "serve" in words and not client.ready():
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--size", choices=["tiny", "small"], default="tiny")
-    parser.add_argument("--bundle", type=Path, help="where it is, or is to be kept")
+    parser.add_argument("--bundle", type=Path, help="folder to read the bundle from, or to keep it in")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = options.bundle or Path(folder) / "bundle"

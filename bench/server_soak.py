@@ -11,15 +11,15 @@ anew. One arrival in a hundred is malformed. Every `--swap-s` the other bundle i
 process serves, by another current.json where several do. In the middle of the time all processes are killed and started
 again; of several one is killed after a quarter of it, and replaced by its parent.
 
-What must be: an answer is a 200, and for nonsense a 4xx; 429, 503 and 504 are refusals that are declared; nothing else.
-Without an answer go those who ask between the kill and the start. Whoever had no answer to an event sends it again
-under the same id. Every answer to a recommendation names one of both bundles and rests on exactly the events that
+Required: an answer is a 200, or a 4xx for a malformed request; 429, 503 and 504 are declared rejections; nothing else.
+Requests between the kill and the start get no answer. A user without an answer to an event sends it again under the
+same id. Every answer to a recommendation names one of both bundles and rests on exactly the events that
 were acknowledged, by their number. One in `--check` is kept and, after the load, compared with a fresh single request
 in process, of the bundle that it names, after the very events that were acknowledged by then: scores and similarities
 within 1e-4. `noticed` is how many of 200 such comparisons fail when the last event of the history is left out. At
 the end every user's events are read back and compared one by one.
 
-The second command asks for more than can be answered: `answered_per_s` is the peak of this mix of requests.
+The second command sends more than the server can answer: `answered_per_s` is the peak of this mix of requests.
 
 Exits with 1 if anything of that is not so, or if memory grew by more than 2 % after the first tenth between two of
 start, kills and end.
@@ -83,7 +83,7 @@ class Kept(NamedTuple):
 
 
 class User:
-    """A user as the client knows them: what was acknowledged, and what is to be sent again."""
+    """The client's view of a user: acknowledged events, and events to send again."""
 
     def __init__(self, name: str) -> None:
         self.name, self.made = name, 0
@@ -94,7 +94,7 @@ class User:
 
 
 class Soak:
-    """The load, and what it found."""
+    """The load, and its failures."""
 
     def __init__(self, server: Served, bundles: dict[str, Recommender], options: argparse.Namespace) -> None:
         self.server, self.bundles, self.options = server, bundles, options
@@ -143,7 +143,7 @@ class Soak:
                     if answer.status == 429 and b"\r\nretry-after: " not in answer.head.lower():
                         self.failures.append(f"{kind}: 429 without Retry-After")
                 done(answer)
-            except Exception as error:  # whatever it is, it must show in the result
+            except Exception as error:  # any failure must show in the result
                 self.failures.append(f"{kind}: {error!r}")
 
         self.connections.send(message, counted)
@@ -210,11 +210,11 @@ class Soak:
             Event(
                 item=self.rng.choice(self.items),
                 actions=tuple(name for name in self.actions if self.rng.random() < 0.3),
-                timestamp_ms=START_MS + (made + place) * 60_000,
+                timestamp_ms=START_MS + (made + index) * 60_000,
             )
-            for place in range(count)
+            for index in range(count)
         )
-        return events, tuple(f"e{made + place}" for place in range(count))
+        return events, tuple(f"e{made + index}" for index in range(count))
 
     def run(self) -> list[list[float]]:
         """Load, swaps and kills; resident MiB once a second, up to each kill and after the last."""
@@ -284,7 +284,7 @@ class Soak:
         self._until(lambda: self._served_by() == [name] * self.options.processes)
 
     def _served_by(self) -> list[str]:
-        """What each process serves that answers to a scrape."""
+        """The bundle of each process that answers a scrape."""
         (answer,) = ask(self.server.port, [b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"])
         return re.findall(r'^unipinrec_serving_info\{bundle="([^"]*)"', answer.content.decode(), re.MULTILINE)
 
@@ -292,12 +292,12 @@ class Soak:
         limit = time.monotonic() + 60
         while not reached():
             if time.monotonic() > limit:
-                self.failures.append(f"after a minute {self._served_by()} serve")
+                self.failures.append(f"after a minute the processes still serve {self._served_by()}")
                 return
             time.sleep(0.2)
 
     def compare(self) -> dict[str, Any]:
-        """Every kept answer with a fresh one; and whether that would notice an event that is missing."""
+        """Compare every kept answer with a new one; and whether the comparison notices a missing event."""
         compared = Counter[str]()
         noticed = tried = 0
         for kept in self.kept:

@@ -34,7 +34,7 @@ from synthetic import random_bundle, random_events, request
 from unipinrec.runtime import CacheOptions, KvCache, Recommender, Slate
 from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.kv.histories import HistoryEncoder
+from unipinrec.runtime.kv.encoder import HistoryEncoder
 
 EVENTS, NEW, CANDIDATES = 992, 8, (128, 656)
 

@@ -1,7 +1,7 @@
 """The size budget of the house: functions, files, folders, and the code of each room. Fails when it is exceeded.
 
 A function or file is measured in lines of text; rooms in lines of code, without blanks, comments and docstrings
-(docs/decisions/0002-size-budget.md; the limits are those of 0017). Rooms are counted with all that lies below them.
+(docs/decisions/0002-size-budget.md; the limits are those of 0017). A room includes its subfolders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 MAX_FUNCTION, MAX_FILE, MAX_FILES = 60, 400, 15
-ROOMS = {"export": 2_010, "models": 3_900, "runtime": 11_250, "src/unipinrec": 2_330}
+ROOMS = {"export": 1_890, "models": 3_660, "runtime": 10_650, "src/unipinrec": 2_170}
 TESTS = "tests"
 STORED = "tests/fixtures"  # bundles, whose files are those of their format
 
@@ -36,7 +36,7 @@ def code_lines(text: str, tree: ast.AST) -> int:
 
 
 def files_of(room: str) -> list[Path]:
-    """The files below a room, not those behind links to other rooms."""
+    """The files of a room and its subfolders, without links to other rooms."""
     return [path for path in sorted((ROOT / room).rglob("*.py")) if not any(one.is_symlink() for one in path.parents)]
 
 

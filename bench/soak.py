@@ -1,4 +1,4 @@
-"""Hours of random use of the cache by several threads: are the answers right, and does memory stay where it was?
+"""Hours of random use of the cache by several threads: are the answers right, and does memory stay constant?
 
     python bench/soak.py BUNDLE [--minutes 60] [--threads 3] [--users 400] [--budget-mib 8] [--dtype fp32]
 
@@ -31,7 +31,7 @@ import numpy as np
 from common import card, finish
 
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate, SlateItem
-from unipinrec.runtime.kv.histories import HistoryEncoder
+from unipinrec.runtime.kv.encoder import HistoryEncoder
 
 START_MS, HOUR_MS, ITEMS = 1_700_000_000_000, 3_600_000, 20
 ACTIONS = ("append", "again", "edit", "truncate", "long", "batch", "invalidate", "clear")
@@ -39,7 +39,7 @@ CHANCES = (0.5, 0.2, 0.08, 0.06, 0.05, 0.08, 0.029, 0.001)
 
 
 class Soak:
-    """The load, and what it found."""
+    """The load, and its failures."""
 
     def __init__(self, recommender: Recommender, options: argparse.Namespace) -> None:
         self.fresh = recommender
@@ -64,7 +64,7 @@ class Soak:
             action = str(rng.choice(ACTIONS, p=CHANCES))
             try:
                 self._step(action, rng)
-            except Exception as error:  # whatever it is, it must show in the result
+            except Exception as error:  # any failure must show in the result
                 self.failures.append(f"{action}: {error!r}")
             with self.lock:
                 self.counts[action] += 1
@@ -94,7 +94,7 @@ class Soak:
 
     def _request(self, history: tuple[Event, ...], user: str | None) -> Request:
         ids, now_ms = self.fresh.bundle.item_ids, (history[-1].timestamp_ms or 0) + HOUR_MS
-        asked = tuple(ids[place] for place in np.linspace(0, len(ids) - 1, min(ITEMS, len(ids)), dtype=int))
+        asked = tuple(ids[index] for index in np.linspace(0, len(ids) - 1, min(ITEMS, len(ids)), dtype=int))
         options = RecommendOptions(now_ms=now_ms, candidates=len(asked), allow=asked, exclude_seen=False)
         return Request(history=history, k=len(asked), options=options, user=user)
 
@@ -112,8 +112,8 @@ class Soak:
         return (*history, *self._events(history, count, rng))
 
     def _edited(self, history: tuple[Event, ...], rng: np.random.Generator) -> tuple[Event, ...]:
-        place, other = int(rng.integers(len(history))), str(rng.choice(self.fresh.bundle.item_ids))
-        return (*history[:place], msgspec.structs.replace(history[place], item=other), *history[place + 1 :])
+        index, other = int(rng.integers(len(history))), str(rng.choice(self.fresh.bundle.item_ids))
+        return (*history[:index], msgspec.structs.replace(history[index], item=other), *history[index + 1 :])
 
     def _events(self, history: tuple[Event, ...], count: int, rng: np.random.Generator) -> tuple[Event, ...]:
         names, ids = self.fresh.bundle.manifest.actions, self.fresh.bundle.item_ids
@@ -122,9 +122,9 @@ class Soak:
             Event(
                 item=ids[int(rng.integers(len(ids)))],
                 actions=tuple(name for name in names if rng.random() < 0.3),
-                timestamp_ms=last + (place + 1) * 60_000,
+                timestamp_ms=last + (index + 1) * 60_000,
             )
-            for place in range(count)
+            for index in range(count)
         )
 
     def one_event_changes(self) -> float:

@@ -60,7 +60,7 @@ class Stages:
 
     def retrieve(self, encoded: Encoded) -> NDArray[np.int64]:
         queries = self.engine.retrieve(encoded, np.zeros((1, len(ACTIONS)), np.float32))
-        search = Search(queries=queries[0], wanted=self.candidates, excluded=self.seen)
+        search = Search(queries=queries[0], k=self.candidates, excluded=self.seen)
         return self.retriever.retrieve([search])[0].rows
 
     def rank(self, encoded: Encoded, rows: NDArray[np.int64]) -> NDArray[np.float32]:

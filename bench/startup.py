@@ -2,8 +2,8 @@
 
     python bench/startup.py [--items 100000] [--rough-index] [--bundle FOLDER] [--rounds 9] [--processes 2]
 
-Card: a bundle of the `small` size (4 layers, d = 256) with random weights and `--items` items, or the one given. A new
-process for each round, files in the page cache; median ms of the rounds:
+Card: a bundle of the `small` size (4 layers, d = 256) with random weights and `--items` items, or that of `--bundle`. A
+new process for each round, files in the page cache; median ms of the rounds:
 
     python      the interpreter, up to its first line
     import      numpy, ONNX Runtime, hnswlib and this package
@@ -126,7 +126,7 @@ def together(bundle: Path, count: int, shared: bool) -> float:
 
 
 def measure(bundle: Path, rounds: int, processes: int) -> dict[str, Any]:
-    """Medians of the rounds, after one that fills the page cache, and what was opened."""
+    """Medians of the rounds, after one that fills the page cache, and the size of the bundle."""
     one_start(bundle)
     found = [one_start(bundle) for _ in range(rounds)]
     starts, memory = [one["laps"] for one in found], [one["memory"] for one in found]
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--rough-index", action="store_true", help="built sooner; as large, but finds little")
+    parser.add_argument("--rough-index", action="store_true", help="a quick index of the same size, with low recall")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A `small` model with random weights, its bundle, and requests of any length: what the benchmarks run on."""
+"""A `small` model with random weights, its bundle, and requests of any length, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
-from unipinrec.models.checkpoint import Catalogue
+from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.config import SMALL, AttentionForm, ModelConfig, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
@@ -28,7 +28,7 @@ def random_source(form: AttentionForm, items: int, size: ModelConfig = SMALL) ->
         num_items=items, actions=ACTIONS, positive_actions=("save",), surfaces=("unknown",), dense={}, categories={}
     )
     torch.manual_seed(0)
-    catalogue = Catalogue(item_ids=[str(i) for i in range(items)], titles=[None] * items)
+    catalogue = ItemList(item_ids=[str(i) for i in range(items)], titles=[None] * items)
     nothing = ItemFeatures(dense=np.zeros((items, 0), np.float32), categories=np.zeros((items, 0), np.int64))
     return source_from_model(UniPinRec(config, vocabulary), catalogue, nothing)
 
@@ -57,5 +57,5 @@ def random_events(events: int, items: int, seed: int) -> tuple[Event, ...]:
 
 
 def request(events: tuple[Event, ...], candidates: int, user: str | None = None) -> Request:
-    """Ask for twenty items out of so many candidates."""
+    """Request twenty items from `candidates` candidates."""
     return Request(history=events, k=20, options=RecommendOptions(now_ms=NOW_MS, candidates=candidates), user=user)

@@ -36,7 +36,7 @@ class TimeRotary(Rotary):
 
     @contextmanager
     def at(self, times_ms: Tensor) -> Iterator[None]:
-        """Positions [B, s] that are asked for are those of tokens with these times [B, s], or of some of them."""
+        """The requested positions [B, s] are those of tokens with these times [B, s], or of some of them."""
         self._times_ms = times_ms
         try:
             yield

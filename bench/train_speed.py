@@ -30,7 +30,7 @@ from unipinrec.models.simulator.simulator import simulate
 from unipinrec.models.simulator.world import SimulatorConfig
 from unipinrec.models.training.config import RunConfig, TrainConfig
 from unipinrec.models.training.losses import Objective
-from unipinrec.models.training.train import batch_options, loss_options
+from unipinrec.models.training.train import batch_options
 
 STEPS = 6
 
@@ -44,7 +44,7 @@ class Workload:
         positive = np.array([name in vocabulary.positive_actions for name in vocabulary.actions])
         self.device, self.batches = device, Batches(data, positive, batch_options(config))
         self.model = UniPinRec(config.model, vocabulary)
-        self.objective = Objective(self.model, data.features, loss_options(config.train, vocabulary.actions)).to(device)
+        self.objective = Objective(self.model, data.features, config.train).to(device)
         self.optimizer = torch.optim.AdamW(self.objective.parameters(), lr=1e-4)
         self.bucketed = list(self.batches.epoch(0, range(min(STEPS, len(self.batches)))))
         self.mixed = self._mixed(config.train.batch_size)
@@ -75,7 +75,7 @@ def padding(batches: list[Batch]) -> float:
 
 
 def measure(work: Workload, rounds: int) -> dict[str, Any]:
-    """Tokens per second of each way, their ratios, and what making the batches takes."""
+    """Tokens per second of each way, their ratios, and the time to make the batches."""
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: work.train(work.bucketed, dense_mask=False),
         "dense mask": lambda: work.train(work.bucketed, dense_mask=True),

@@ -1,12 +1,12 @@
-"""Checkpoint to bundle, with proof that it computes the same.
+"""Write a checkpoint as a bundle, and prove that the bundle computes the same.
 
 bundle_writer.py      the path from a model to a bundle, all or nothing
-cases.py              inputs to compare with PyTorch on
-checkpoint_source.py  our own checkpoints under that contract
+cases.py              inputs to compare with PyTorch
+checkpoint_source.py  our own checkpoints as something to export
 data_histories.py     histories of real users, for golden requests
 golden.py             golden requests
 graphs.py             inputs, outputs and tracing of the graphs
-parity.py             the comparison
-protocol.py           what export asks of a model: five methods
+parity.py             the comparison with PyTorch
+protocol.py           the five methods that a model needs to be exported
 weights.py            one weight file for all graphs
 """

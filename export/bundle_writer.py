@@ -1,4 +1,4 @@
-"""`export_bundle`: the visible path from a model to a bundle. All or nothing: a failure leaves no folder behind."""
+"""`export_bundle`: the path from a model to a bundle. A failure leaves no folder behind."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from unipinrec import __version__
 from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
 from unipinrec.export.cases import CaseMaker
-from unipinrec.export.golden import golden_tensors, random_histories
+from unipinrec.export.golden import as_events, golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
 from unipinrec.export.lists.blend import chosen_blend, with_order
 from unipinrec.export.lists.evaluation import evaluate
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
-from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, Histories
+from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource, Histories
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
@@ -44,6 +44,7 @@ from unipinrec.runtime.bundle.bundle import (
 )
 from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index
@@ -56,14 +57,14 @@ TOOLS = ("torch", "onnx", "onnxscript", "hnswlib", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What may be chosen.
+    """Options of an export.
 
     Attributes:
-        users: How many of the histories, the first ones, go into the bundle, for `recommend --user`.
-        recall: Recall@100 that the index is to reach; where it cannot, the manifest says what it does reach.
-        accept_loss: Whether a precision may recommend something else than fp32, as fp8 often does.
-        data: Prepared data to choose the order of slates and to measure the served lists on; None = neither.
-        evaluated: On how many test requests of it; 0 = none.
+        users: Number of histories, from the first, that go into the bundle for `recommend --user`.
+        recall: Target recall@100 of the index. If the index misses it, the manifest holds the recall that it reaches.
+        accept_loss: Whether a precision may recommend other items than fp32, as fp8 often does.
+        data: Prepared data, to choose the order of slates and to measure the lists of the bundle. None skips both.
+        evaluated: Number of test requests to measure on; 0 skips the measurement.
     """
 
     users: int = 1000
@@ -90,18 +91,18 @@ def export_bundle(
     Args:
         source: The model and its catalogue.
         out: Folder to create; it must not exist.
-        histories: Real histories for the golden requests, the index's recall and the AUC of further precisions, with
-            the popularity of the items; random ones, no AUC and no popularity if None.
-        precisions: In which the graphs are written beside fp32: "bf16", "fp16", "fp8"; the last needs real histories.
-        options: What else may be chosen.
+        histories: Real histories, with the popularity of the items. They serve as golden requests, and to measure the
+            index's recall and each precision's AUC. None: random golden requests, no AUC, no popularity.
+        precisions: Further precisions of the graphs beside fp32: "bf16", "fp16", "fp8". fp8 needs real histories.
+        options: Further options.
         progress: Called with the name of each stage as it begins.
 
     Returns:
-        The manifest, with the parity report, the measured recall and what each precision changes.
+        The manifest, with the parity report, the measured recall and the change by each precision.
 
     Raises:
-        ParityError: A graph does not compute what PyTorch computes, or a precision does not recommend what fp32 does.
-        ExportError: Anything else that went wrong, the disk being full included.
+        ParityError: A graph does not compute what PyTorch computes, or a precision recommends other items than fp32.
+        ExportError: Any other failure, a full disk included.
     """
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
@@ -129,12 +130,12 @@ def export_bundle(
             progress("lists of the bundle")
             manifest = _with_quality(folder, manifest, options)
         except BundleError as error:
-            raise ExportError(f"what was written could not be served: {error}") from error
+            raise ExportError(f"the written bundle cannot be served: {error}") from error
     return manifest
 
 
 def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest:
-    """Serve what was written, the golden requests first; choose the order, and seal it with what is served."""
+    """Open the written bundle, choose the order of slates, measure the lists, and seal the results."""
     evaluation = None
     with Recommender.load(folder, "cpu") as opened:
         order = chosen_blend(opened, options.data) if options.data else None
@@ -157,7 +158,7 @@ def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> M
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch's sums differ in their last bits with the number of threads that share them; a bundle's must not."""
+    """Compute on one thread: the last bits of PyTorch's sums depend on the number of threads, a bundle must not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -168,7 +169,7 @@ def _one_thread() -> Iterator[None]:
 
 @torch.inference_mode()
 def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
-    """Embed the catalogue once; this one table feeds history look-up, index and ranker."""
+    """Embed the catalogue once, for histories, index and ranker alike."""
 
     def embedded(rows: torch.Tensor) -> NDArray[Any]:
         dense = torch.from_numpy(source.item_dense[rows.numpy()])
@@ -178,7 +179,7 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     chunks = torch.arange(len(source.item_ids)).split(EMBED_CHUNK)
     parts = [embedded(rows) for rows in chunks]
     if not np.allclose(parts[0], embedded(chunks[0]), atol=1e-4, equal_nan=True):
-        raise ExportError("embed_items gives other vectors when it is asked again; it must not draw random numbers")
+        raise ExportError("embed_items returns other vectors on the second call; it must not draw random numbers")
     vectors = np.concatenate(parts).astype(np.float32)
     rows = off_unit(vectors)
     if len(rows):
@@ -199,7 +200,7 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
 def _graphs(
     source: ExportSource, vectors: NDArray[np.float32], folder: Path, progress: Callable[[str], None]
 ) -> tuple[dict[str, GraphSpec], ParityReport]:
-    """Write every graph, then check every graph, so that one report shows all failures."""
+    """Write all graphs, then check them all, so that one report shows every failure."""
     weights, maker = SharedWeights(folder), CaseMaker(source, vectors)
     graphs = graphs_of(source)
     with torch.inference_mode():
@@ -221,22 +222,13 @@ def _graphs(
 
 @torch.inference_mode()
 def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Real queries to measure recall with: one per history, from its newest events."""
+    """Queries to measure recall with: one per history, from its newest events."""
     table = torch.from_numpy(vectors)
-    outcomes = torch.tensor([[float(a in source.positive_actions) for a in source.actions]])
+    outcomes = torch.from_numpy(source.positive)[None].float() if source.model.outcome_conditioned else None
     queries = []
-    for begin, end in zip(histories.offsets[:-1], histories.offsets[1:], strict=True):
-        span = slice(max(int(begin), int(end) - source.model.max_history), int(end))
-        rows = torch.from_numpy(histories.item_rows[span])
-        events = Events(
-            item_vectors=table[rows][None],
-            actions=torch.from_numpy(histories.actions[span].astype(np.float32))[None],
-            surfaces=torch.from_numpy(histories.surfaces[span])[None],
-            timestamps_ms=torch.from_numpy(histories.timestamps_ms[span])[None],
-            lengths=torch.tensor([len(rows)]),
-        )
-        last = source.servable.encode(events)[1]
-        queries.append(source.servable.retrieve(last, outcomes if source.model.outcome_conditioned else None)[0])
+    for history in histories.split():
+        events = as_events(pad_histories([history.part(-source.model.max_history)]), table)
+        queries.append(source.servable.retrieve(source.servable.encode(events)[1], outcomes)[0])
     return torch.cat(queries).numpy()
 
 
@@ -244,19 +236,15 @@ def _write_users(histories: Histories, users: int, folder: Path) -> None:
     user_ids = histories.user_ids[:users]
     events = slice(0, int(histories.offsets[len(user_ids)]))
     (folder / USER_IDS).write_bytes(msgspec.json.encode(user_ids))
-    arrays: dict[str, NDArray[Any]] = {
-        "offsets": histories.offsets[: len(user_ids) + 1],
-        "item_rows": histories.item_rows[events],
-        "actions": histories.actions[events],
-        "surfaces": histories.surfaces[events],
-        "timestamps_ms": histories.timestamps_ms[events],
-    }
-    write_arrays(folder / USERS, arrays)
+    columns = ("item_rows", "actions", "surfaces", "timestamps_ms")
+    arrays = {name: getattr(histories, name)[events] for name in columns}
+    write_arrays(folder / USERS, {"offsets": histories.offsets[: len(user_ids) + 1], **arrays})
 
 
 def _manifest(
     source: ExportSource, folder: Path, graphs: dict[str, GraphSpec], parity: ParityReport, index: IndexSpec
 ) -> Manifest:
+    versions = {name: importlib.metadata.version(name) for name in TOOLS}
     return Manifest(
         format_version=FORMAT_VERSION,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -276,15 +264,10 @@ def _manifest(
         parity=parity,
         metrics=source.metrics,
         data_fingerprint=_data_fingerprint(source),
-        tools=_tools(),
+        # onnxruntime comes in wheels of several names, so its module is read.
+        tools={"unipinrec": __version__, **versions, "onnxruntime": import_onnxruntime().__version__},
         order=source.order,
     )
-
-
-def _tools() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in TOOLS}
-    # The module knows: it comes in wheels of several names.
-    return {"unipinrec": __version__, **found, "onnxruntime": import_onnxruntime().__version__}
 
 
 def _data_fingerprint(source: ExportSource) -> str:

@@ -1,25 +1,36 @@
-"""Inputs on which exported graphs are traced and compared: random but plausible, at sizes that include the edges."""
+"""Inputs to trace and compare exported graphs with: random but plausible, at sizes that include the edges."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource
+from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, KeyValues
 
 START_MS = 1_700_000_000_000
-# None, a second, an hour, a day, 35 days (2^31 to 2^32 ms, where a 32-bit operation shows), ten years.
+# Zero, a second, an hour, a day, 35 days (2^31 to 2^32 ms, where 32-bit arithmetic fails), ten years.
 GAPS_MS = (0, 1_000, 3_600_000, 86_400_000, 3_000_000_000, 315_360_000_000)
+
+Sizes = tuple[Any, ...]  # arguments of a method of `CaseMaker`
+EXAMPLES: dict[str, Sizes] = {
+    "encoder": ([7, 3],),
+    "extend": ([5, 2], [4, 1]),
+    "retrieval": (2,),
+    "ranker": ([7, 3], 5),
+    "item_embedder": (6,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Named inputs of one graph; `valid_slots` [B] says how much of each row's key/value outputs is not padding."""
+    """Named inputs of one graph; `valid_slots` [B] counts the slots of each key/value output that are not padding."""
 
     name: str
     feeds: dict[str, Tensor]
@@ -36,30 +47,25 @@ class CaseMaker:
 
     def example(self, graph: str) -> dict[str, Tensor]:
         """Inputs to trace a graph with: every axis at least 2 and different from every other."""
-        sizes = {
-            "encoder": lambda: self.encoder([7, 3]),
-            "extend": lambda: self.extend([5, 2], [4, 1]),
-            "retrieval": lambda: self.retrieval(2),
-            "ranker": lambda: self.ranker([7, 3], 5),
-            "item_embedder": lambda: self.item_embedder(6),
-        }
-        return sizes[graph]().feeds
+        return self._case(graph, EXAMPLES[graph]).feeds
 
     def cases(self, graph: str) -> list[Case]:
         """Inputs to compare a graph on: single, full length, padded, one candidate, many."""
         full = self.source.model.max_history
         half = max(1, full // 2)
-        made = {
-            "encoder": lambda: [self.encoder(n) for n in ([1], [full, 1], [min(9, full), 1, min(4, full)])],
-            "extend": lambda: [
-                self.extend(p, m)
-                for p, m in (([1], [1]), ([half, 1], [1, max(1, full - half)]), ([3, 1, 2], [1, 4, 2]))
-            ],
-            "retrieval": lambda: [self.retrieval(b) for b in (1, 5)],
-            "ranker": lambda: [self.ranker(p, k) for p, k in (([1], 1), ([full, 1], 64), ([2, 5, 1], 3))],
-            "item_embedder": lambda: [self.item_embedder(count) for count in (1, 5)],
+        sizes: dict[str, list[Sizes]] = {
+            "encoder": [([1],), ([full, 1],), ([min(9, full), 1, min(4, full)],)],
+            "extend": [([1], [1]), ([half, 1], [1, max(1, full - half)]), ([3, 1, 2], [1, 4, 2])],
+            "retrieval": [(1,), (5,)],
+            "ranker": [([1], 1), ([full, 1], 64), ([2, 5, 1], 3)],
+            "item_embedder": [(1,), (5,)],
         }
-        return made[graph]()
+        return [self._case(graph, size) for size in sizes[graph]]
+
+    def _case(self, graph: str, sizes: Sizes) -> Case:
+        """The inputs of a graph, made by the method of that name."""
+        case: Case = getattr(self, graph)(*sizes)
+        return case
 
     def encoder(self, lengths: Sequence[int]) -> Case:
         """Histories of these lengths."""
@@ -76,26 +82,23 @@ class CaseMaker:
     def retrieval(self, batch: int) -> Case:
         """Last hidden states of short histories, with random outcomes where the model has them."""
         last = self.source.servable.encode(self._events([1 + i for i in range(batch)]))[1]
-        outcomes = self._bits(batch, len(self.source.actions))
-        feeds = {"last_hidden_state": last, "outcomes": outcomes}
-        if not self.source.model.outcome_conditioned:
-            del feeds["outcomes"]
-        return Case(name=f"batch={batch}", feeds=feeds)
+        outcomes = self._bits(batch, len(self.source.actions))  # drawn in any case: later cases stay the same
+        conditioned = {"outcomes": outcomes} if self.source.model.outcome_conditioned else {}
+        return Case(name=f"batch={batch}", feeds={"last_hidden_state": last, **conditioned})
 
     def ranker(self, past: Sequence[int], candidates: int) -> Case:
         """Candidates for histories of these lengths."""
-        batch, cached = len(past), self._past(past)
-        feeds = {
-            **cached,
+        batch, feeds = len(past), self._past(past)
+        feeds |= {
             "candidate_vectors": self._items(batch, candidates),
-            "surfaces": self._integers(batch, len(self.source.surfaces)),
-            "timestamps_ms": cached["past_timestamps_ms"] + self._gaps(batch),
+            "surfaces": self._integers((batch,), len(self.source.surfaces)),
+            "timestamps_ms": feeds["past_timestamps_ms"] + self._gaps(batch),
         }
         return Case(name=f"past={list(past)}, candidates={candidates}", feeds=feeds)
 
     def item_embedder(self, count: int) -> Case:
-        """Features of catalogue items, taken as if training had not known them."""
-        rows = self._integers(count, len(self.vectors)).numpy()
+        """Features of catalogue items, treated as unknown to training."""
+        rows = self._integers((count,), len(self.vectors)).numpy()
         feeds = {}
         if self.source.dense:
             feeds["dense"] = torch.from_numpy(self.source.item_dense[rows])
@@ -112,15 +115,14 @@ class CaseMaker:
             actions=self._bits(batch, width, len(self.source.actions)),
             surfaces=self._integers((batch, width), len(self.source.surfaces)),
             timestamps_ms=timestamps,
-            lengths=torch.tensor(list(lengths)),
+            lengths=torch.tensor(lengths),
         )
 
     def _past(self, lengths: Sequence[int]) -> dict[str, Tensor]:
         events = self._events(lengths)
         key_values, _ = self.source.servable.encode(events)
-        names = self.source.model.kv_names("past_key_values")
-        tensors = dict(zip(names, (t for pair in key_values for t in pair), strict=True))
-        last = events.timestamps_ms.gather(1, (events.lengths - 1)[:, None])[:, 0]
+        tensors = named_key_values(self.source, "past_key_values", key_values)
+        last = at_last(events.timestamps_ms, events.lengths)
         return {**tensors, "past_lengths": events.lengths, "past_timestamps_ms": last}
 
     def _gaps(self, *shape: int) -> Tensor:
@@ -132,6 +134,15 @@ class CaseMaker:
     def _bits(self, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=self.generator) < 0.3).float()
 
-    def _integers(self, shape: int | tuple[int, ...], high: int) -> Tensor:
-        size = (shape,) if isinstance(shape, int) else shape
-        return torch.randint(0, high, size, generator=self.generator)
+    def _integers(self, shape: tuple[int, ...], high: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=self.generator)
+
+
+def at_last(values: Tensor, lengths: Tensor) -> Tensor:
+    """Each row's last valid value [B] of right-padded values [B, n]."""
+    return values.gather(1, (lengths - 1)[:, None])[:, 0]
+
+
+def named_key_values(source: ExportSource, prefix: str, key_values: KeyValues) -> dict[str, Tensor]:
+    """Key/value tensors by name, see `ModelSpec.kv_names`."""
+    return dict(zip(source.model.kv_names(prefix), itertools.chain.from_iterable(key_values), strict=True))

@@ -1,4 +1,4 @@
-"""Our own model under the export contract, and a checkpoint folder as something to export."""
+"""Our own model under the export contract, and the source that export reads from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from torch import Tensor, nn
 
 from unipinrec.errors import DataError
 from unipinrec.export.lists.served_order import served_order
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
-from unipinrec.models.checkpoint import Catalogue, load_checkpoint, read_json
+from unipinrec.models.checkpoint import ItemList, load_checkpoint, read_json
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.data.schema import Dataset, read_dataset
@@ -30,7 +29,7 @@ class _Epoch(msgspec.Struct):
 
 
 class _Run(msgspec.Struct):
-    """What is read of `metrics.json`; earlier versions wrote no facts."""
+    """The fields of `metrics.json` that export reads; earlier versions wrote no facts."""
 
     epochs: list[_Epoch]
     config: RunConfig | None = None
@@ -73,33 +72,29 @@ class ServableUniPinRec(nn.Module):
 
 
 def _history(events: Events) -> HistoryTokens:
-    return HistoryTokens(
-        vectors=events.item_vectors,
-        actions=events.actions,
-        surfaces=events.surfaces,
-        timestamps_ms=events.timestamps_ms,
-        lengths=events.lengths,
-    )
+    tensors = dict(vars(events))
+    return HistoryTokens(vectors=tensors.pop("item_vectors"), **tensors)
 
 
 def source_from_checkpoint(folder: Path, data: Path | None = None) -> ExportSource:
-    """Read a checkpoint folder as something to export.
+    """Make an export source of a checkpoint folder.
 
     Args:
-        folder: What `train` wrote.
-        data: The prepared data that it was trained on. Of checkpoints of earlier versions, which did not keep what
-            there was to learn, it says what slates are ordered by.
+        folder: Written by `train`.
+        data: The prepared data that the checkpoint was trained on. Checkpoints of earlier versions lack the facts that
+            choose the order of slates; they are then counted on this data.
 
     Raises:
         CheckpointError: The folder is no usable checkpoint.
-        DataError: `data` is no prepared data set.
+        DataError: `data` is no prepared data set, or has other actions than the checkpoint.
     """
     checkpoint = load_checkpoint(folder)
     source = source_from_model(checkpoint.model, checkpoint.catalogue, checkpoint.features)
     if not (folder / "metrics.json").exists():
         return source
     run = read_json(folder / "metrics.json", _Run)
-    source = replace(source, metrics=_best_epoch(run))
+    best = [epoch.metrics for epoch in run.epochs if epoch.best]
+    source = replace(source, metrics={"split": "valid", **best[-1]} if best else None)
     facts = run.facts
     if facts is None and data is not None and run.config is not None:
         facts = _facts_of(read_dataset(data), run.config, checkpoint.model.vocabulary, data)
@@ -113,25 +108,17 @@ def _facts_of(dataset: Dataset, config: RunConfig, vocabulary: Vocabulary, folde
     if actions != vocabulary.actions:
         then, now = list(vocabulary.actions), list(actions)
         raise DataError(f"{folder} is not the data of the checkpoint: actions were {then}, are {now}")
-    positive = np.array([name in dataset.spec.positive_actions for name in actions])
-    return training_facts(sequences_of(dataset), positive, actions, fit_validation=config.train.fit_validation)
+    return training_facts(
+        sequences_of(dataset), dataset.spec.positive, actions, fit_validation=config.train.fit_validation
+    )
 
 
-def source_from_model(model: UniPinRec, catalogue: Catalogue, features: ItemFeatures) -> ExportSource:
-    """A model in memory as something to export; it is put in eval mode, and slates are ordered by value."""
+def source_from_model(model: UniPinRec, catalogue: ItemList, features: ItemFeatures) -> ExportSource:
+    """Make an export source of a model in memory. Puts the model in eval mode; its slates are ordered by value."""
     config, vocabulary = model.config, model.vocabulary
     return ExportSource(
         module=ServableUniPinRec(model).eval(),
-        model=ModelSpec(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            hidden_size=config.hidden_size,
-            item_dim=config.item_dim,
-            max_history=config.max_history,
-            kv_prefix_slots=config.kv_prefix_slots,
-            outcome_conditioned=config.outcome_conditioned,
-        ),
+        model=msgspec.convert(config, ModelSpec, from_attributes=True),
         actions=vocabulary.actions,
         positive_actions=vocabulary.positive_actions,
         surfaces=vocabulary.surfaces,
@@ -145,16 +132,11 @@ def source_from_model(model: UniPinRec, catalogue: Catalogue, features: ItemFeat
     )
 
 
-def _labels(catalogue: Catalogue, features: ItemFeatures, vocabulary: Vocabulary) -> list[str | None]:
-    """What people are shown of each item: its title, else its known category words, else nothing."""
+def _labels(catalogue: ItemList, features: ItemFeatures, vocabulary: Vocabulary) -> list[str | None]:
+    """A readable name of each item: its title, else its known category words, else None."""
     words = list(vocabulary.categories.items())
     labels: list[str | None] = []
     for title, codes in zip(catalogue.titles, features.categories.tolist(), strict=True):
         known = [f"{name} {names[code - 1]}" for (name, names), code in zip(words, codes, strict=True) if code]
         labels.append(title or ", ".join(known) or None)
     return labels
-
-
-def _best_epoch(run: _Run) -> dict[str, Any] | None:
-    best = [epoch for epoch in run.epochs if epoch.best]
-    return {"split": "valid", **best[-1].metrics} if best else None

@@ -18,37 +18,35 @@ def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histo
 
     Raises:
         DataError: The folder is no prepared data set.
-        ExportError: Its items, actions or surfaces are not those of the model, or it has no events, or none of them is
-            positive.
+        ExportError: The data has other items, actions or surfaces than the model, no events, or no positive event.
     """
     dataset = read_dataset(folder)
     data = sequences_of(dataset)
-    given = vocabulary_of(dataset)
+    vocabulary = vocabulary_of(dataset)
     same = {
         "items": data.item_ids == source.item_ids,
-        "actions": given.actions == source.actions,
-        "surfaces": given.surfaces == source.surfaces,
+        "actions": vocabulary.actions == source.actions,
+        "surfaces": vocabulary.surfaces == source.surfaces,
     }
-    if not all(same.values()):
-        differ = " and ".join(name for name, equal in same.items() if not equal)
-        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: {differ} differ")
+    differing = " and ".join(name for name, equal in same.items() if not equal)
+    if differing:
+        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: {differing} differ")
     counts = np.diff(data.event_start)
     if not counts.any():
         raise ExportError(f"{folder} has no events, so no histories; export without data")
     latest = np.where(counts > 0, data.timestamps_ms[np.maximum(data.event_start[1:] - 1, 0)], -1)
     users = np.argsort(-latest, kind="stable")
     users = users[counts[users] > 0][:limit]
-    spans = [
-        np.arange(max(data.event_start[u], data.event_start[u + 1] - source.model.max_history), data.event_start[u + 1])
-        for u in users
-    ]
+    ends = data.event_start[users + 1]
+    lengths = np.minimum(counts[users], source.model.max_history)
+    spans = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     events = np.concatenate([np.zeros(0, np.int64), *spans])
     return Histories(
         user_ids=[data.user_ids[u] for u in users],
-        offsets=np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item_rows=data.rows[events],
         actions=data.actions[events],
         surfaces=data.surfaces[events],
         timestamps_ms=data.timestamps_ms[events],
-        popularity=item_shares(data, given),
+        popularity=item_shares(data, vocabulary),
     )

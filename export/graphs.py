@@ -1,4 +1,4 @@
-"""The five graphs: which inputs and outputs each has, and how the model's methods become ONNX files."""
+"""The five graphs: their inputs and outputs, and how the methods of a model become ONNX files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
-from unipinrec.export.protocol import Candidates, Events, ExportSource, Past
+from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
+from unipinrec.runtime.bundle.manifest import ModelSpec
 
 OPSET = 24
 EVENT_INPUTS = ("item_vectors", "actions", "surfaces", "timestamps_ms", "lengths")
 PAST_INPUTS = ("past_lengths", "past_timestamps_ms")
-CANDIDATE_INPUTS = ("candidate_vectors", "surfaces", "timestamps_ms")
-# Bounds only steer the exporter; the files hold the names.
-AXES = {
-    "batch": torch.export.Dim("batch", min=1, max=4096),
-    "history": torch.export.Dim("history", min=1, max=65_536),
-    "new": torch.export.Dim("new", min=1, max=65_536),
-    "past": torch.export.Dim("past", min=1, max=65_536),
-    "candidates": torch.export.Dim("candidates", min=1, max=1_048_576),
-    "items": torch.export.Dim("items", min=1, max=1_048_576),
+# The bounds steer the exporter alone; a graph file holds only the names.
+LARGEST_SIZES = {
+    **{"batch": 4096, "history": 65_536, "new": 65_536, "past": 65_536},
+    **{"candidates": 1_048_576, "items": 1_048_576},
 }
+AXES = {name: torch.export.Dim(name, min=1, max=largest) for name, largest in LARGEST_SIZES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,65 +45,46 @@ class Graph:
 
 
 def graphs_of(source: ExportSource) -> list[Graph]:
-    """The graphs of a model; `item_embedder` only where it declares content features."""
-    graphs = [_encoder(source), _extend(source), _retrieval(source), _ranker(source)]
+    """The graphs of a model; `item_embedder` only if the model declares content features."""
+    model, servable = source.model, source.servable
+    outputs = (*model.kv_names("present"), "last_hidden_state")
+    retrieval_inputs = ("last_hidden_state", "outcomes") if model.outcome_conditioned else ("last_hidden_state",)
+    candidate_axes = {"candidate_vectors": {0: "batch", 1: "candidates"}, "surfaces": {0: "batch"}}
+    graphs = [
+        Graph(
+            name="encoder",
+            inputs=_event_axes("history"),
+            outputs=outputs,
+            compute=lambda feeds: _flat(*servable.encode(_events(feeds))),
+        ),
+        Graph(
+            name="extend",
+            inputs={**_event_axes("new"), **_past_axes(model)},
+            outputs=outputs,
+            compute=lambda feeds: _flat(*servable.extend(_events(feeds), _past(model, feeds))),
+        ),
+        Graph(
+            name="retrieval",
+            inputs={name: {0: "batch"} for name in retrieval_inputs},
+            outputs=("queries",),
+            compute=lambda feeds: (servable.retrieve(feeds["last_hidden_state"], feeds.get("outcomes")),),
+        ),
+        Graph(
+            name="ranker",
+            inputs={**_past_axes(model), **candidate_axes, "timestamps_ms": {0: "batch"}},
+            outputs=("logits",),
+            compute=lambda feeds: (servable.rank(_past(model, feeds), _candidates(feeds)),),
+        ),
+    ]
     return [*graphs, _item_embedder(source)] if source.has_content else graphs
-
-
-def _encoder(source: ExportSource) -> Graph:
-    def compute(feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        key_values, last = source.servable.encode(_events(feeds))
-        return (*(t for pair in key_values for t in pair), last)
-
-    return Graph(
-        name="encoder",
-        inputs=_event_axes("history"),
-        outputs=(*source.model.kv_names("present"), "last_hidden_state"),
-        compute=compute,
-    )
-
-
-def _extend(source: ExportSource) -> Graph:
-    def compute(feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        key_values, last = source.servable.extend(_events(feeds), _past(source, feeds))
-        return (*(t for pair in key_values for t in pair), last)
-
-    return Graph(
-        name="extend",
-        inputs={**_event_axes("new"), **_past_axes(source)},
-        outputs=(*source.model.kv_names("present"), "last_hidden_state"),
-        compute=compute,
-    )
-
-
-def _retrieval(source: ExportSource) -> Graph:
-    conditioned = source.model.outcome_conditioned
-    names = ("last_hidden_state", "outcomes") if conditioned else ("last_hidden_state",)
-    return Graph(
-        name="retrieval",
-        inputs={name: {0: "batch"} for name in names},
-        outputs=("queries",),
-        compute=lambda feeds: (source.servable.retrieve(feeds["last_hidden_state"], feeds.get("outcomes")),),
-    )
-
-
-def _ranker(source: ExportSource) -> Graph:
-    def compute(feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        candidates = Candidates(
-            item_vectors=feeds["candidate_vectors"], surfaces=feeds["surfaces"], timestamps_ms=feeds["timestamps_ms"]
-        )
-        return (source.servable.rank(_past(source, feeds), candidates),)
-
-    axes = {name: {0: "batch"} for name in CANDIDATE_INPUTS} | {"candidate_vectors": {0: "batch", 1: "candidates"}}
-    return Graph(name="ranker", inputs={**_past_axes(source), **axes}, outputs=("logits",), compute=compute)
 
 
 def _item_embedder(source: ExportSource) -> Graph:
     def compute(feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        given = next(iter(feeds.values()))
-        rows = torch.full_like(given[:, 0], -1, dtype=torch.int64)
-        dense = feeds.get("dense", given.new_zeros((given.shape[0], 0), dtype=torch.float32))
-        categories = feeds.get("categories", given.new_zeros((given.shape[0], 0), dtype=torch.int64))
+        features = next(iter(feeds.values()))
+        rows = torch.full_like(features[:, 0], -1, dtype=torch.int64)
+        dense = feeds.get("dense", features.new_zeros((features.shape[0], 0), dtype=torch.float32))
+        categories = feeds.get("categories", features.new_zeros((features.shape[0], 0), dtype=torch.int64))
         return (source.servable.embed_items(rows, dense, categories),)
 
     names = [name for name, declared in (("dense", source.dense), ("categories", source.categories)) if declared]
@@ -122,8 +100,8 @@ def _event_axes(length: str) -> dict[str, dict[int, str]]:
     return {name: {0: "batch"} if name == "lengths" else {0: "batch", 1: length} for name in EVENT_INPUTS}
 
 
-def _past_axes(source: ExportSource) -> dict[str, dict[int, str]]:
-    names = source.model.kv_names("past_key_values")
+def _past_axes(model: ModelSpec) -> dict[str, dict[int, str]]:
+    names = model.kv_names("past_key_values")
     return {name: {0: "batch", 2: "past"} for name in names} | {name: {0: "batch"} for name in PAST_INPUTS}
 
 
@@ -131,14 +109,24 @@ def _events(feeds: dict[str, Tensor]) -> Events:
     return Events(**{name: feeds[name] for name in EVENT_INPUTS})
 
 
-def _past(source: ExportSource, feeds: dict[str, Tensor]) -> Past:
-    tensors = [feeds[name] for name in source.model.kv_names("past_key_values")]
+def _past(model: ModelSpec, feeds: dict[str, Tensor]) -> Past:
+    tensors = [feeds[name] for name in model.kv_names("past_key_values")]
     pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
     return Past(key_values=pairs, lengths=feeds["past_lengths"], timestamps_ms=feeds["past_timestamps_ms"])
 
 
+def _candidates(feeds: dict[str, Tensor]) -> Candidates:
+    return Candidates(
+        item_vectors=feeds["candidate_vectors"], surfaces=feeds["surfaces"], timestamps_ms=feeds["timestamps_ms"]
+    )
+
+
+def _flat(key_values: KeyValues, last_hidden_state: Tensor) -> tuple[Tensor, ...]:
+    return (*(tensor for pair in key_values for tensor in pair), last_hidden_state)
+
+
 class _Traced(nn.Module):
-    """Gives the tracer a module whose forward takes the named inputs as one dictionary."""
+    """A module for the tracer; its forward takes the named inputs as one dictionary."""
 
     def __init__(self, graph: Graph, module: nn.Module) -> None:
         super().__init__()
@@ -149,7 +137,9 @@ class _Traced(nn.Module):
 
 
 def write_graph(graph: Graph, module: nn.Module, example: dict[str, Tensor], path: Path) -> None:
-    """Trace a graph with example inputs (sizes distinct and at least 2) and write it, weights inside or in PATH.data.
+    """Trace a graph with example inputs and write it, with its weights inside or in PATH.data.
+
+    The sizes of the example's axes must be distinct and at least 2.
 
     Raises:
         ExportError: The tracer cannot express the model.

@@ -1,4 +1,4 @@
-"""Proof that the written graphs are valid and compute what PyTorch computes. Collects all failures."""
+"""Checks that the written graphs are valid and compute what PyTorch computes. Collects all failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from torch import Tensor
 
 from unipinrec.errors import ParityError
 from unipinrec.export.cases import Case
@@ -39,18 +38,20 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 def check_graph(graph: Graph, path: Path, cases: list[Case]) -> list[ParityCheck]:
     """Check one written graph: format, names, axes, then shapes and values on every case."""
-    checks = [_named(graph, "onnx checker", format_problem(path))]
     spec = graph_spec(path)
     names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
     expected = tuple(graph.inputs), graph.outputs
-    checks.append(_named(graph, "names", None if names == expected else f"file has {names}, expected {expected}"))
-    checks.append(_named(graph, "axes", _axes_problem(graph, spec)))
+    checks = [
+        _check(graph, "onnx checker", format_problem(path)),
+        _check(graph, "names", None if names == expected else f"file has {names}, expected {expected}"),
+        _check(graph, "axes", _axes_problem(graph, spec)),
+    ]
     if any(check.problem for check in checks):
         return checks
     try:
         session = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises many types; each is a finding, not a crash
-        return [*checks, _named(graph, "loads", f"onnxruntime: {error}")]
+    except Exception as error:  # onnxruntime raises many types; each is a failed check, not a crash
+        return [*checks, _check(graph, "loads", f"onnxruntime: {error}")]
     return checks + [check for case in cases for check in _value_checks(graph, session, case)]
 
 
@@ -74,12 +75,8 @@ def require_parity(report: ParityReport) -> None:
         )
 
 
-def _named(graph: Graph, check: str, problem: str | None) -> ParityCheck:
-    return ParityCheck(graph=graph.name, check=check, case="file", max_abs_diff=None, problem=problem)
-
-
 def format_problem(path: Path) -> str | None:
-    """What makes a written graph invalid, if anything."""
+    """Why a written graph is invalid, or None."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -87,8 +84,12 @@ def format_problem(path: Path) -> str | None:
     return None
 
 
+def _check(graph: Graph, check: str, problem: str | None, case: str = "file", diff: float | None = None) -> ParityCheck:
+    return ParityCheck(graph=graph.name, check=check, case=case, max_abs_diff=diff, problem=problem)
+
+
 def _axes_problem(graph: Graph, spec: GraphSpec) -> str | None:
-    """An input axis that should be dynamic but was frozen, or the other way round."""
+    """An input axis that is frozen instead of dynamic, or the other way round."""
     for tensor in spec.inputs:
         dynamic = {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         if dynamic != graph.inputs[tensor.name]:
@@ -97,36 +98,26 @@ def _axes_problem(graph: Graph, spec: GraphSpec) -> str | None:
 
 
 def _value_checks(graph: Graph, session: Any, case: Case) -> Iterator[ParityCheck]:
-    expected = dict(zip(graph.outputs, graph.compute(case.feeds), strict=True))
+    expected = graph.compute(case.feeds)
     try:
         actual = session.run(list(graph.outputs), {name: case.feeds[name].numpy() for name in graph.inputs})
     except Exception as error:  # as above
-        yield ParityCheck(
-            graph=graph.name, check="runs", case=case.name, max_abs_diff=None, problem=f"onnxruntime: {error}"
-        )
+        yield _check(graph, "runs", f"onnxruntime: {error}", case.name)
         return
-    for (name, tensor), array in zip(expected.items(), actual, strict=True):
-        yield _compare(graph, name, case, tensor.numpy(), array)
-
-
-def _compare(
-    graph: Graph, name: str, case: Case, expected: NDArray[np.floating], actual: NDArray[np.floating]
-) -> ParityCheck:
-    difference, problem = None, None
-    if expected.shape != actual.shape:
-        problem = f"shape is {actual.shape}, PyTorch has {expected.shape}"
-    else:
-        valid = _valid(name, case, expected.shape)
-        difference = float(np.abs(expected - actual)[valid].max())
-        if not difference <= TOLERANCE:
-            problem = f"differs by {difference:.3g}, allowed {TOLERANCE:.0e}"
-    return ParityCheck(graph=graph.name, check=name, case=case.name, max_abs_diff=difference, problem=problem)
+    for name, tensor, array in zip(graph.outputs, expected, actual, strict=True):
+        exact, difference, problem = tensor.numpy(), None, None
+        if exact.shape != array.shape:
+            problem = f"shape is {array.shape}, PyTorch has {exact.shape}"
+        else:
+            difference = float(np.abs(exact - array)[_valid(name, case, exact.shape)].max())
+            if not difference <= TOLERANCE:
+                problem = f"differs by {difference:.3g}, allowed {TOLERANCE:.0e}"
+        yield _check(graph, name, problem, case.name, difference)
 
 
 def _valid(name: str, case: Case, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Everything but the padding of key/value outputs (batch, heads, slots, head_dim)."""
     valid = np.ones(shape, bool)
     if case.valid_slots is not None and name.startswith("present."):
-        slots: Tensor = case.valid_slots
-        valid &= (np.arange(shape[2]) < slots.numpy()[:, None])[:, None, :, None]
+        valid &= (np.arange(shape[2]) < case.valid_slots.numpy()[:, None])[:, None, :, None]
     return valid

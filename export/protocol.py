@@ -1,12 +1,14 @@
-"""What export asks of a model, and what it needs to know about it. Any module that keeps this contract can be exported.
+"""The contract between a model and the export. Any torch module that has the five methods can be exported.
 
     class MyModel(nn.Module):          # the five methods of ServableModel, with these names, shapes and dtypes
         def encode(self, ...): ...
     export_bundle(ExportSource(module=MyModel(), model=ModelSpec(...), ...), Path("bundle/"))
 
-Symbols: B rows, n events, m new events, p cached slots, k candidates, C actions, E item width, Q queries, F dense.
-Histories are right-padded; `lengths` counts real events. Key/value tensors are (B, kv heads, slots, head_dim); those of
-a history may begin with `kv_prefix_slots` slots of the model's own (a sink). A missing time is -1.
+Symbols: B rows, n events, m new events, p cached slots, k candidates, C actions, S surfaces, N items, E item width,
+d hidden size, Q queries, F width of all dense features.
+Histories are right-padded; `lengths` counts the real events. A missing time is -1.
+Key/value tensors are (B, kv heads, slots, head_dim) f32. Slots are `kv_prefix_slots` of the model's own (such as a
+sink), then one per event.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ MISSING_TIMESTAMP_MS = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """A history: item_vectors [B,n,E], actions [B,n,C] f32 0/1; surfaces, timestamps_ms [B,n] i64; lengths [B] i64."""
+    """Histories: item_vectors [B,n,E], actions [B,n,C] f32 0/1; surfaces, timestamps_ms [B,n] i64; lengths [B] i64."""
 
     item_vectors: Tensor
     actions: Tensor
@@ -41,7 +43,13 @@ class Events:
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """A cached history: per-layer (key, value); lengths [B] i64, in events; timestamps_ms [B] i64 of the last."""
+    """Cached histories.
+
+    Attributes:
+        key_values: Per layer (key, value) with p slots, the prefix included.
+        lengths: [B] i64, events per row.
+        timestamps_ms: [B] i64, time of each row's last event.
+    """
 
     key_values: KeyValues
     lengths: Tensor
@@ -50,7 +58,7 @@ class Past:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Items to rank: item_vectors [B,k,E] f32; surfaces [B] i64 and timestamps_ms [B] i64 ("now") shared by a row."""
+    """Items to rank: item_vectors [B,k,E] f32; surfaces [B] i64 and timestamps_ms [B] i64 ("now") hold for a row."""
 
     item_vectors: Tensor
     surfaces: Tensor
@@ -59,30 +67,71 @@ class Candidates:
 
 @runtime_checkable
 class ServableModel(Protocol):
-    """The five methods that become the five graphs. They must be pure, in eval mode, and free of branches on shapes."""
+    """The five methods that become the five graphs of a bundle.
+
+    Each is a pure function of its arguments: no random numbers, no state, no Python branch on a value or a shape.
+    Export calls them in eval mode. Padding must not change the result of a real event.
+    """
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
-        """Per-layer (key, value) with prefix + n slots, and the last hidden state [B, d]."""
+        """Encode whole histories.
+
+        Args:
+            events: n events per row, at least one of them real.
+
+        Returns:
+            Per layer (key, value) with `kv_prefix_slots` + n slots, and the hidden state [B, d] f32 of each row's last
+            real event. Keys and values of an event must not depend on later events.
+        """
 
     def extend(self, events: Events, past: Past) -> tuple[KeyValues, Tensor]:
-        """Per-layer (key, value) of the m new events alone, and the last hidden state [B, d]."""
+        """Encode new events after cached histories. Must give what `encode` gives for the whole history.
+
+        Args:
+            events: m new events per row, at least one of them real.
+            past: The cached histories, each with at least one event.
+
+        Returns:
+            Per layer (key, value) of the m new events alone, and the hidden state [B, d] f32 of each row's last event.
+        """
 
     def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None) -> Tensor:
-        """Queries [B, Q, E] of unit length; `outcomes` [B, C] f32 only where the model is outcome-conditioned."""
+        """Make the queries that search the index. An item's score is its largest dot product with a query.
+
+        Args:
+            last_hidden_state: [B, d] f32, from `encode` or `extend`.
+            outcomes: [B, C] f32, 1 for each action to aim at; None unless `ModelSpec.outcome_conditioned`.
+
+        Returns:
+            [B, Q, E] f32, each query of unit length.
+        """
 
     def rank(self, past: Past, candidates: Candidates) -> Tensor:
-        """Action logits [B, k, C]."""
+        """Score candidates against cached histories. Candidates must not influence each other.
+
+        Returns:
+            Action logits [B, k, C] f32.
+        """
 
     def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
-        """Item vectors [N, E] of unit length; rows [N] (-1: not in training), dense [N, F], categories [N, ...]."""
+        """Make item vectors. Export calls this once for the catalogue; the graph serves items added later.
+
+        Args:
+            rows: [N] i64 catalogue rows; -1 for an item that training did not know.
+            dense: [N, F] f32, the dense features side by side.
+            categories: [N, features] i64 codes; 0 for an unknown word.
+
+        Returns:
+            [N, E] f32, each vector of unit length.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histories:
-    """Event runs of some users, oldest first: user u has events offsets[u] .. offsets[u + 1].
+    """Events of some users, oldest first: user u has events offsets[u] up to offsets[u + 1].
 
-    item_rows, surfaces, timestamps_ms [M] i64; actions [M, C] u8. `popularity` [S, N] f32 is that of the data that they
-    are from, see `Bundle.popularity`; None = not known.
+    item_rows, surfaces, timestamps_ms [M] i64; actions [M, C] u8. `popularity` [S, N] f32 is that of the same data, see
+    `Bundle.popularity`; None if unknown.
     """
 
     user_ids: list[str]
@@ -94,7 +143,7 @@ class Histories:
     popularity: NDArray[np.float32] | None = None
 
     def split(self) -> list[History]:
-        """Each user's as the runtime takes it."""
+        """One history per user, as the runtime takes it."""
         events = History(
             item_rows=self.item_rows,
             actions=self.actions.astype(np.float32),
@@ -109,15 +158,15 @@ class ExportSource:
     """A trained model with everything that its bundle must carry.
 
     Attributes:
-        module: A torch module that keeps `ServableModel`.
+        module: A torch module with the methods of `ServableModel`.
         model: Its shapes.
         actions, positive_actions, surfaces: Names, in the order of the tensors.
-        dense, categories: Declared item features: widths, and words by feature.
-        item_ids, titles: External ids and names for people, in row order.
+        dense, categories: Width of each dense item feature, and words of each categorical one.
+        item_ids, titles: External ids and readable names, in row order.
         item_dense, item_categories: Raw features of the catalogue, [N, F] f32 and [N, features] i64.
-        config: Full description of the model, for people.
+        config: Full description of the model; informative.
         metrics: Offline metrics, if any.
-        order: What slates are ordered by; None = by value.
+        order: How slates are ordered; None means by value.
     """
 
     module: nn.Module
@@ -135,6 +184,11 @@ class ExportSource:
     metrics: dict[str, Any] | None = None
     order: OrderSpec | None = None
 
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
+
     def __post_init__(self) -> None:
         missing = [n for n in ("encode", "extend", "retrieve", "rank", "embed_items") if not hasattr(self.module, n)]
         if missing:
@@ -143,7 +197,7 @@ class ExportSource:
             )
         if self.model.max_history < 2:
             raise ExportError(
-                f"max_history={self.model.max_history}: no history could be extended; train with at least 2"
+                f"max_history={self.model.max_history} leaves no history to extend; train with at least 2"
             )
         if len({len(self.item_ids), len(self.titles), len(self.item_dense), len(self.item_categories)}) != 1:
             raise ExportError(
@@ -155,7 +209,7 @@ class ExportSource:
 
     @property
     def servable(self) -> ServableModel:
-        """The module under its contract."""
+        """The module, typed by its contract."""
         assert isinstance(self.module, ServableModel)
         return self.module
 

@@ -1,4 +1,4 @@
-"""Make a graph fit for a bundle: weights shared by all graphs of a precision, no traces of the exporting machine."""
+"""Prepare graphs for a bundle: all graphs of a precision share one weight file, and carry no exporter metadata."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ class SharedWeights:
         (folder / file).touch()
 
     def take(self, graph_file: str) -> None:
-        """Rewrite a graph so that its large weights live in the shared file and its nodes carry no source paths.
+        """Rewrite a graph file so that its large weights lie in the shared file, without source paths in its nodes.
 
-        Beyond 1.5 GiB torch puts them into a file of its own, whatever it is told; that is removed.
+        Beyond 1.5 GiB torch writes a weight file of its own, whatever its options say; this method deletes it.
         """
         self.put(onnx.load(self.folder / graph_file), graph_file)
         (self.folder / f"{graph_file}.data").unlink(missing_ok=True)
 
     def put(self, model: onnx.ModelProto, graph_file: str) -> None:
-        """Write a graph that has its weights inside, likewise; it is modified."""
-        for tensor in model.graph.initializer:
+        """Write a graph that holds its weights in the same way. Modifies `model`."""
+        graph = model.graph
+        for tensor in graph.initializer:
             if tensor.HasField("raw_data") and len(tensor.raw_data) >= MIN_SHARED_BYTES:
                 self._share(tensor)
-        _strip(model)
+        values = [*graph.input, *graph.output, *graph.value_info]
+        for part in (model, graph, *graph.node, *values, *graph.initializer):
+            part.ClearField("doc_string")
+            part.ClearField("metadata_props")
         (self.folder / graph_file).write_bytes(model.SerializeToString(deterministic=True))
 
     def _share(self, tensor: onnx.TensorProto) -> None:
@@ -48,19 +52,3 @@ class SharedWeights:
         external_data_helper.set_external_data(tensor, self.file, offset=self.offsets[digest], length=len(content))
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    model.ClearField("doc_string")
-    model.ClearField("metadata_props")
-    model.graph.ClearField("doc_string")
-    model.graph.ClearField("metadata_props")
-    for node in model.graph.node:
-        node.ClearField("doc_string")
-        node.ClearField("metadata_props")
-    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
-        value.ClearField("metadata_props")
-        value.ClearField("doc_string")
-    for tensor in model.graph.initializer:
-        tensor.ClearField("metadata_props")
-        tensor.ClearField("doc_string")

@@ -1,8 +1,8 @@
-"""The two attention forms, each as three views of one rule about which key slots a query sees.
+"""The two attention forms. Each is one rule about the key slots that a query sees, for events and for candidates.
 
-Keys and values are laid out in *slots*. In the "sink" form slot 0 is a learned sink and event i sits in slot i + 1;
-event i sees the slots before its own. In the "self" form event i sits in slot i and also sees itself. A candidate sees
-the slots of its history and, in the "self" form, itself; never another candidate (paper section 3.1.1).
+Keys and values are laid out in *slots*. In the "sink" form slot 0 is a learned sink; event i sits in slot i + 1 and
+sees the slots before its own. In the "self" form event i sits in slot i and also sees itself. A candidate sees the
+slots of its history and, in the "self" form, itself; never another candidate (paper section 3.1.1).
 
 All tensors are (batch, heads, slots or queries, head_dim); key/value heads may be fewer than query heads (GQA).
 """
@@ -32,18 +32,18 @@ def attend_history(form: AttentionForm, query: Tensor, key: Tensor, value: Tenso
 
 
 def attend_extension(query: Tensor, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
-    """Attention over past slots and m new events, of which `visible` (see `extension_mask`) allows some."""
+    """Attention over past slots and m new events, as far as `visible` (see `extension_mask`) allows."""
     key, value = torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
     return attend(query, key, value, visible[:, None])
 
 
 def extension_mask(form: AttentionForm, index: Tensor, past_slots: Tensor, slots: int, events: int) -> Tensor:
-    """What new events see of `slots` past slots and `events` new ones, (batch, queries, slots + events).
+    """Which of `slots` past slots and `events` new ones each new event sees, (batch, queries, slots + events).
 
     Args:
-        form: Which attention form.
+        form: The attention form.
         index: [B, q] i64, place of each query among the new events.
-        past_slots: [B] i64, how many of the past slots are valid.
+        past_slots: [B] i64, number of valid past slots.
         slots: Past slots, padding included.
         events: New events, padding included.
     """
@@ -57,13 +57,8 @@ def attend_valid(query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Te
     """Attention over the first `valid` [B] i64 slots of each row; the others are padding."""
     if torch.onnx.is_in_onnx_export():
         # nonpad_kv_seqlen: ONNX Runtime runs it without the mask's extra pass, a quarter faster.
-        attended: Tensor = torch.onnx.ops.symbolic(
-            "::Attention",
-            (query, key, value, None, None, None, valid),
-            dtype=query.dtype,
-            shape=query.shape,
-            version=24,
-        )
+        inputs, shape = (query, key, value, None, None, None, valid), query.shape
+        attended: Tensor = torch.onnx.ops.symbolic("::Attention", inputs, dtype=query.dtype, shape=shape, version=24)
         return attended
     slots = torch.arange(key.shape[2], device=key.device)
     mask = (slots[None, :] < valid[:, None])[:, None, None]
@@ -86,9 +81,9 @@ def joint_mask(form: AttentionForm, events: int, cutoffs: Tensor) -> Tensor:
     """The dense mask of one pass over [history ; candidates], (batch, n + k, slots of both).
 
     Args:
-        form: Which attention form.
+        form: The attention form.
         events: n, the padded history length.
-        cutoffs: [B, k] i64, how many events each candidate may see.
+        cutoffs: [B, k] i64, number of events that each candidate may see.
     """
     prefix = 1 if form == "sink" else 0
     candidates = cutoffs.shape[1]

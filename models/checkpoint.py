@@ -1,11 +1,11 @@
-"""A trained model as a folder: everything needed to export it, and nothing that has to be unpickled.
+"""A trained model as a folder: everything that export needs, and no pickled files.
 
 config.json             format version, architecture, vocabulary
 model.safetensors       weights (best by validation)
 metrics.json            metrics and settings of the run
 catalogue.json          external item ids and titles, in row order
 catalogue.safetensors   raw item features, in row order
-state.safetensors       what resuming needs (latest weights, optimizer, position); not needed to export
+state.safetensors       state to resume from (latest weights, optimizer, position); not needed to export
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from unipinrec.errors import CheckpointError, ConfigError
+from unipinrec.errors import MALFORMED, CheckpointError, ConfigError
 from unipinrec.models.config import ModelConfig, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `config.json` holds."""
+    """The content of `config.json`."""
 
     format_version: int
     model: ModelConfig
@@ -45,8 +45,8 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     format_version: int
 
 
-class Catalogue(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `catalogue.json` holds: one entry per catalogue row; titles are for people and may be null."""
+class ItemList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of `catalogue.json`: one entry per catalogue row; titles are for display and may be null."""
 
     item_ids: list[str]
     titles: list[str | None]
@@ -57,11 +57,11 @@ class Checkpoint:
     """A loaded checkpoint: the model in eval mode, and its catalogue with raw features."""
 
     model: UniPinRec
-    catalogue: Catalogue
+    catalogue: ItemList
     features: ItemFeatures
 
 
-def write_catalogue(folder: Path, catalogue: Catalogue, features: ItemFeatures) -> None:
+def write_catalogue(folder: Path, catalogue: ItemList, features: ItemFeatures) -> None:
     """Write the two catalogue files."""
     write_atomically(folder / "catalogue.json", msgspec.json.encode(catalogue))
     arrays = {"dense": torch.from_numpy(features.dense), "categories": torch.from_numpy(features.categories)}
@@ -85,7 +85,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
     Raises:
-        CheckpointError: It could not be written (disk full, no permission); the old content is still there.
+        CheckpointError: The file could not be written (disk full, no permission); the old content is untouched.
     """
     _replace(path, lambda partial: partial.write_bytes(content))
 
@@ -94,23 +94,23 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
-        partial.chmod(0o644)  # safetensors writes for the owner alone, but another account may serve
+        partial.chmod(0o644)  # safetensors writes files for the owner alone; another account may serve them
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}; what was there before is untouched") from error
+        raise CheckpointError(f"could not write {path}: {error}; the old file is untouched") from error
 
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read one of the checkpoint's JSON files.
 
     Raises:
-        CheckpointError: It is missing or not what it should be.
+        CheckpointError: The file is missing or malformed.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
-        raise CheckpointError(f"{path}: {error}; a checkpoint folder is what `unipinrec train` writes") from error
+    except (OSError, ConfigError, *MALFORMED) as error:
+        raise CheckpointError(f"{path}: {error}; pass a folder that `unipinrec train` wrote") from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -133,33 +133,29 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         features = ItemFeatures(dense=arrays["dense"], categories=arrays["categories"])
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder}: weights or catalogue do not load: {error}") from error
-    catalogue = read_json(folder / "catalogue.json", Catalogue)
+    catalogue = read_json(folder / "catalogue.json", ItemList)
     _check(folder, config.vocabulary, catalogue, features)
     return Checkpoint(model=model.eval(), catalogue=catalogue, features=features)
 
 
-def _check(folder: Path, vocabulary: Vocabulary, catalogue: Catalogue, features: ItemFeatures) -> None:
-    items = vocabulary.num_items
-    expected: dict[str, tuple[int, ...]] = {
-        "item_ids": (items,),
-        "titles": (items,),
-        "dense": (items, vocabulary.dense_width),
-        "categories": (items, len(vocabulary.categories)),
-    }
-    found = {
+def _check(folder: Path, vocabulary: Vocabulary, catalogue: ItemList, features: ItemFeatures) -> None:
+    items, dense, words = vocabulary.num_items, vocabulary.dense_width, len(vocabulary.categories)
+    expected = {"item_ids": (items,), "titles": (items,), "dense": (items, dense), "categories": (items, words)}
+    shapes = {
         "item_ids": (len(catalogue.item_ids),),
         "titles": (len(catalogue.titles),),
         "dense": features.dense.shape,
         "categories": features.categories.shape,
     }
-    if found != expected:
+    if shapes != expected:
         raise CheckpointError(
-            f"{folder}: the catalogue has the shapes {found}, config.json expects {expected}; the folder mixes two runs"
+            f"{folder}: the catalogue has the shapes {shapes}, config.json expects {expected}; the folder mixes two "
+            "runs, train again"
         )
     if not np.isfinite(features.dense).all():
         raise CheckpointError(f"{folder}: catalogue.safetensors holds non-finite item features; train again")
-    words = [len(known) for known in vocabulary.categories.values()]
-    if ((features.categories < 0) | (features.categories > words)).any():
+    largest = [len(known) for known in vocabulary.categories.values()]
+    if ((features.categories < 0) | (features.categories > largest)).any():
         raise CheckpointError(
-            f"{folder}: a category code of catalogue.safetensors is not that of a word; the folder mixes two runs"
+            f"{folder}: a category code of catalogue.safetensors stands for no word; the folder mixes two runs"
         )

@@ -1,4 +1,4 @@
-"""What a model is made of: its architecture, and the vocabulary it was trained for. Named sizes live here."""
+"""The architecture of a model, its vocabulary, and the named sizes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import math
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
 
 AttentionForm = Literal["sink", "self"]
 ItemForm = Literal["mlp", "residual"]
-MISSING_TIMESTAMP_MS = -1  # what stands for an unknown time in tensors; a value of its own, not 1970
+DAY_MS = 86_400_000
+MISSING_TIMESTAMP_MS = -1  # an unknown time in tensors; not 0, which is 1970
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,17 +32,17 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         feature_dim: Width of each action, surface, time and item-category embedding.
         attention: "sink": an event sees a learned sink key and strictly earlier events; "self": it sees earlier
             events and itself (the paper's form). docs/decisions/0001 holds the measurement.
-        outcome_conditioned: Whether a query is conditioned on the wanted actions.
-        mark_masked: Whether training marks events of the history whose actions are hidden, so that they differ from
-            candidates: an event is in the log because something was done, an item that is shown need not be. What
-            serves has no masked events, and no mark (docs/decisions/0013). False is the paper's form, and what training
-            takes where the data has no slates.
+        outcome_conditioned: Whether a query is conditioned on the actions to aim at.
+        mark_masked: Whether training marks events of the history whose actions are hidden, to tell them from
+            candidates: an event is in the log because of an action, a shown item need not be. Serving has no masked
+            events and no mark (docs/decisions/0013). False is the paper's form; training uses it if the data has no
+            slates.
         item_form: "mlp": an item's vector is an MLP of its id embedding and content; "residual": the id embedding plus
             that MLP, so that ids are learned directly (id_dim must equal item_dim).
         dropout: Dropout probability on each residual branch in training.
         token_dropout: Dropout probability on the tokens that enter the first block, in training.
-        id_dropout: Probability in training that an item's id is hidden where it has content, so that new items mean
-            something and ids are learned less by heart.
+        id_dropout: Probability in training that the id of an item with content is hidden. It trains the vector of new
+            items and reduces overfitting to ids.
         category_dropout: Probability in training that a category of an item is hidden.
         rope_theta: Base of the rotary position encoding, over the event index.
         norm_eps: Epsilon of every RMSNorm.
@@ -103,7 +106,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the model was trained for: everything that its weights' shapes owe to the data.
+    """The names and sizes from the data that determine the shapes of the model's weights.
 
     Attributes:
         num_items: Rows of the catalogue.
@@ -120,6 +123,11 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     surfaces: tuple[str, ...]
     dense: dict[str, int]
     categories: dict[str, tuple[str, ...]]
+
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
 
     @property
     def dense_width(self) -> int:
@@ -139,19 +147,18 @@ TINY = ModelConfig(
     feature_dim=16,
     mark_masked=True,
 )
-SMALL = ModelConfig(
+SMALL = msgspec.structs.replace(
+    TINY,
     num_layers=4,
     hidden_size=256,
     num_heads=8,
     num_kv_heads=8,
     intermediate_size=704,
     max_history=992,
-    item_dim=64,
-    id_dim=64,
     feature_dim=32,
-    mark_masked=True,
 )
-PAPER = ModelConfig(
+PAPER = msgspec.structs.replace(
+    TINY,
     num_layers=12,
     hidden_size=768,
     num_heads=12,
@@ -161,6 +168,5 @@ PAPER = ModelConfig(
     item_dim=256,
     id_dim=256,
     feature_dim=64,
-    mark_masked=True,
 )
 SIZES = {"tiny": TINY, "small": SMALL, "paper": PAPER}

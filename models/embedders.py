@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
+from unipinrec.models.config import DAY_MS, MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 
-DAY_MS = 86_400_000
 TIME_FEATURES = 7
 
 
 class ItemEmbedder(nn.Module):
     """Item vectors [N, E] of unit length from an id and optional content, shared by both heads (paper 3.0.1).
 
-    Row 0 of the id table stands for an item that training did not know; in training an id is replaced by it with
-    probability `id_dropout` where there is content to fall back on, so that the row means something.
+    Row 0 of the id table stands for an item that training did not know. In training, an item with content gets it with
+    probability `id_dropout`, so that the row is trained.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -32,9 +31,8 @@ class ItemEmbedder(nn.Module):
         self.dense_mean: Tensor
         self.dense_std: Tensor
         width = config.id_dim + vocabulary.dense_width + config.feature_dim * len(vocabulary.categories)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * config.item_dim), nn.SiLU(), nn.Linear(2 * config.item_dim, config.item_dim)
-        )
+        inner = 2 * config.item_dim
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, config.item_dim))
         self.residual = config.item_form == "residual"
         self.category_dropout = config.category_dropout
         self.id_dropout = config.id_dropout if vocabulary.dense_width or vocabulary.categories else 0.0
@@ -44,7 +42,7 @@ class ItemEmbedder(nn.Module):
 
         Args:
             rows: [N] i64 catalogue rows; -1 = an item that training did not know.
-            dense: [N, F] f32 raw dense features (standardised in here).
+            dense: [N, F] f32 raw dense features; this method standardises them.
             categories: [N, number of categorical features] i64 codes; 0 = unknown.
 
         Returns:
@@ -66,7 +64,7 @@ class TokenEmbedder(nn.Module):
     """[item vector ; action embedding ; surface ; time] on the feature axis -> input projector -> d (paper 3.1.1).
 
     The action embedding is linear over C + 1 bits; the extra bit is [MASK], so that "unknown" differs from "none".
-    `logged` is what training adds to events whose actions it hides (`ModelConfig.mark_masked`); None without.
+    Training adds `logged` to events whose actions it hides (`ModelConfig.mark_masked`); None without such a mark.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:

@@ -1,26 +1,26 @@
-"""Quality on held-out requests: a history, the item that followed, and the slate that was shown.
+"""Quality on held-out requests: a history, the next item, and the shown slate.
 
-One request per held-out slate, exactly as it would be served: all events before the slate (the last `max_history`
-of them), candidates = the shown items, retrieval target = the slate's first positive item. Items in the history are
-excluded from retrieval, as they are in serving, and so are targets that were seen before. Data that has times but no
-slates gives one request per held-out positive event whose item is new to its user, with all events before its time.
-Data without times is split leave-one-out: the target is the user's last event (test) or the one before (validation),
-where it is positive.
-With `repeats` nothing is excluded: for shops, where people buy the same again.
+- Data with slates: one request per held-out slate, as in serving. The history is the last `max_history` events before
+  the slate. The candidates are the shown items; the target is the slate's first positive item.
+- Data with times but no slates: one request per held-out positive event, with all events before its time.
+- Data without times is split leave-one-out: the target is the user's last event (test), or the event before it
+  (validation), if that is positive.
+
+Items of the history are excluded from retrieval, as in serving, and are no targets. With `repeats` nothing is excluded:
+in shops, people buy the same item again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unipinrec.models.batches import pad_rows
-from unipinrec.models.config import MISSING_TIMESTAMP_MS
+from unipinrec.models.batches import Indices, Mask, event_inputs, pad_rows, positive_events, slate_inputs
 from unipinrec.models.data.schema import TimeSplit
 from unipinrec.models.data.sequences import Sequences
 from unipinrec.models.metrics import Metrics, action_metrics, retrieval_metrics, target_ranks
@@ -38,35 +38,35 @@ SCORES_AT_ONCE = 2**24
 class Requests:
     """R held-out requests: user index, index of the first event *not* in the history, target row or -1, slate or -1.
 
-    Where `repeats` holds, items of the history may be targets and stay in the catalogue.
+    If `repeats`, items of the history may be targets and stay in the catalogue.
     """
 
-    users: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    slates: NDArray[np.int64]
+    users: Indices
+    ends: Indices
+    targets: Indices
+    slates: Indices
     repeats: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def take(self, index: NDArray[np.int64]) -> Requests:
-        """Some of the requests."""
-        return replace(
-            self,
-            users=self.users[index],
-            ends=self.ends[index],
-            targets=self.targets[index],
-            slates=self.slates[index],
-        )
+    def take(self, index: Indices) -> Requests:
+        """The requests at these places."""
+        parts = {name: getattr(self, name)[index] for name in ("users", "ends", "targets", "slates")}
+        return replace(self, **parts)
+
+    def chunks(self, size: int) -> Iterator[Requests]:
+        """The requests, `size` at a time."""
+        for begin in range(0, len(self), size):
+            yield self.take(np.arange(begin, min(begin + size, len(self))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """One scorer's answers.
+    """The scores of one scorer.
 
     Attributes:
-        ranks: 0-based rank of each target, over the requests that have one.
+        ranks: 0-based rank of each target, over the requests with a target.
         probabilities: [rows, C] per shown item, in the order of `shown_items`.
     """
 
@@ -75,34 +75,34 @@ class Scores:
 
 
 def held_out_requests(
-    data: Sequences, positive: NDArray[np.bool_], split: Split, limit: int | None = None, *, repeats: bool = False
+    data: Sequences, positive: Mask, split: Split, limit: int | None = None, *, repeats: bool = False
 ) -> Requests:
     """The requests of a split that have a history, at most `limit` of them (drawn evenly over the split)."""
     requests = held_out(data, positive, split, repeats=repeats)
     kept = requests.ends > data.event_start[requests.users]
     if data.split is not None and not len(data.slate_ids):
-        kept &= requests.targets != NO_TARGET  # there is nothing else to measure
+        kept &= requests.targets != NO_TARGET  # such a request has nothing to measure
     requests = requests.take(np.flatnonzero(kept))
     if limit is not None and len(requests) > limit:
         requests = requests.take(np.linspace(0, len(requests) - 1, limit).astype(np.int64))
     return requests
 
 
-def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repeats: bool) -> Requests:
-    """One request per held-out slate or event of a split, those of users without a history included."""
+def held_out(data: Sequences, positive: Mask, split: Split, *, repeats: bool) -> Requests:
+    """One request per held-out slate or event of a split, also for users without a history."""
     if data.split is not None and len(data.slate_ids):
         return _by_slate(data, data.split, positive, split, repeats=repeats)
-    wanted: NDArray[np.bool_] = np.any(data.actions[:, positive] > 0, axis=1)
+    eligible = positive_events(data, positive)
     if data.split is None:
         held = 1 if split == "test" else 2
         users = np.flatnonzero(np.diff(data.event_start) >= held)
-        users = users[wanted[data.event_start[users + 1] - held]]
+        users = users[eligible[data.event_start[users + 1] - held]]
         events = ends = data.event_start[users + 1] - held
     else:
-        wanted &= _inside(data.timestamps_ms, data.split, split)
-        events, owners = np.flatnonzero(wanted), event_users(data)
+        eligible &= _inside(data.timestamps_ms, data.split, split)
+        events, owners = np.flatnonzero(eligible), event_users(data)
         users = owners[events]
-        # Events of the same time are in no history of each other.
+        # Events of the same time are not in each other's history.
         later = (np.diff(owners, prepend=-1) != 0) | (np.diff(data.timestamps_ms, prepend=0) != 0)
         ends = np.flatnonzero(later)[np.cumsum(later)[events] - 1]
     targets = data.rows[events]
@@ -111,9 +111,7 @@ def held_out(data: Sequences, positive: NDArray[np.bool_], split: Split, *, repe
     return Requests(users=users, ends=ends, targets=targets, slates=np.full(len(users), NO_SLATE), repeats=repeats)
 
 
-def _by_slate(
-    data: Sequences, times: TimeSplit, positive: NDArray[np.bool_], split: Split, *, repeats: bool
-) -> Requests:
+def _by_slate(data: Sequences, times: TimeSplit, positive: Mask, split: Split, *, repeats: bool) -> Requests:
     slates = np.flatnonzero(_inside(data.slate_timestamp_ms, times, split))
     users = data.slate_user[slates]
     requests = Requests(
@@ -125,42 +123,40 @@ def _by_slate(
     )
     items = shown_items(data, requests)
     owners = np.repeat(np.arange(len(slates)), np.diff(data.slate_start)[slates])
-    wanted = np.any(data.slate_actions[items][:, positive] > 0, axis=1)
+    eligible = np.any(data.slate_actions[items][:, positive] > 0, axis=1)
     if not repeats:
-        wanted &= ~seen_before(data, users[owners], data.slate_rows[items], requests.ends[owners])
-    found, first = np.unique(owners[wanted], return_index=True)
-    requests.targets[found] = data.slate_rows[items[wanted][first]]
+        eligible &= ~seen_before(data, users[owners], data.slate_rows[items], requests.ends[owners])
+    targeted, first = np.unique(owners[eligible], return_index=True)
+    requests.targets[targeted] = data.slate_rows[items[eligible][first]]
     return requests
 
 
-def event_users(data: Sequences) -> NDArray[np.int64]:
+def event_users(data: Sequences) -> Indices:
     """[M] the user index of each event."""
     return np.repeat(np.arange(data.num_users), np.diff(data.event_start))
 
 
-def seen_before(
-    data: Sequences, users: NDArray[np.int64], rows: NDArray[np.int64], ends: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def seen_before(data: Sequences, users: Indices, rows: Indices, ends: Indices) -> Mask:
     """[R] whether each user has an event with that catalogue row before the event index in `ends`."""
     pairs, first = np.unique(event_users(data) * data.num_items + data.rows, return_index=True)
-    pairs, first = np.append(pairs, np.iinfo(np.int64).max), np.append(first, 0)  # a wanted pair may lie behind all
-    wanted = users * data.num_items + rows
-    at = np.searchsorted(pairs, wanted)
-    seen: NDArray[np.bool_] = (pairs[at] == wanted) & (first[at] < ends)
+    pairs, first = np.append(pairs, np.iinfo(np.int64).max), np.append(first, 0)  # `own` may lie behind all pairs
+    own = users * data.num_items + rows
+    at = np.searchsorted(pairs, own)
+    seen: Mask = (pairs[at] == own) & (first[at] < ends)
     return seen
 
 
-def request_times_ms(data: Sequences, requests: Requests) -> NDArray[np.int64]:
-    """[R] i64 Unix time in ms of each request: its slate's, else that of the held-out event; -1 where unknown."""
+def request_times_ms(data: Sequences, requests: Requests) -> Indices:
+    """[R] i64 Unix time in ms of each request: that of its slate, else of the held-out event; -1 if unknown."""
     return _of_each(requests, data.slate_timestamp_ms, data.timestamps_ms)
 
 
-def request_surfaces(data: Sequences, requests: Requests) -> NDArray[np.int64]:
-    """[R] i64 surface code of each request: its slate's, else that of the first event that is not in the history."""
+def request_surfaces(data: Sequences, requests: Requests) -> Indices:
+    """[R] i64 surface code of each request: that of its slate, else of the first event after the history."""
     return _of_each(requests, data.slate_surface, data.surfaces)
 
 
-def _of_each(requests: Requests, of_slates: NDArray[np.int64], of_events: NDArray[np.int64]) -> NDArray[np.int64]:
+def _of_each(requests: Requests, of_slates: Indices, of_events: Indices) -> Indices:
     shown = requests.slates != NO_SLATE
     values = np.zeros(len(requests), np.int64)
     values[shown] = of_slates[requests.slates[shown]]
@@ -168,29 +164,38 @@ def _of_each(requests: Requests, of_slates: NDArray[np.int64], of_events: NDArra
     return values
 
 
-def _inside(times_ms: NDArray[np.int64], times: TimeSplit, split: Split) -> NDArray[np.bool_]:
+def _inside(times_ms: Indices, times: TimeSplit, split: Split) -> Mask:
     after = times_ms >= times.test_start_ms
     return after if split == "test" else (times_ms >= times.valid_start_ms) & ~after
 
 
-def history_rows(data: Sequences, user: int, end: int) -> NDArray[np.int64]:
+def history_rows(data: Sequences, user: int, end: int) -> Indices:
     """Catalogue rows of the user's events before `end`."""
     return data.rows[data.event_start[user] : end]
 
 
-def shown_items(data: Sequences, requests: Requests) -> NDArray[np.int64]:
+def shown_items(data: Sequences, requests: Requests) -> Indices:
     """Indices of all slate items of the requests, request by request."""
-    spans = [np.arange(data.slate_start[s], data.slate_start[s + 1]) for s in requests.slates if s != NO_SLATE]
-    return np.concatenate([np.zeros(0, np.int64), *spans])
+    return np.concatenate([np.zeros(0, np.int64), *slate_spans(data, requests)])
+
+
+def slate_spans(data: Sequences, requests: Requests) -> list[Indices]:
+    """Per request the indices of its slate items; empty without a slate."""
+    return [np.arange(*data.slate_start[s : s + 2]) if s != NO_SLATE else np.zeros(0, int) for s in requests.slates]
+
+
+def slates_of(data: Sequences, items: Indices) -> Indices:
+    """The slate of each slate item."""
+    return np.searchsorted(data.slate_start, items, side="right") - 1
 
 
 def metrics_of(scores: Scores, data: Sequences, requests: Requests, actions: tuple[str, ...]) -> Metrics:
-    """Turn one scorer's answers into metrics."""
+    """Turn the scores of one scorer into metrics."""
     shown = shown_items(data, requests)
     retrieval = retrieval_metrics(scores.ranks)
     if not len(shown):
         return Metrics(retrieval=retrieval, ranking=None)
-    owner = data.slate_user[np.searchsorted(data.slate_start, shown, side="right") - 1]
+    owner = data.slate_user[slates_of(data, shown)]
     ranking = {
         name: action_metrics(owner, data.slate_actions[shown, c], scores.probabilities[:, c])
         for c, name in enumerate(actions)
@@ -201,12 +206,11 @@ def metrics_of(scores: Scores, data: Sequences, requests: Requests, actions: tup
 def rank_catalogue(
     data: Sequences, requests: Requests, scores_of: Callable[[Requests], NDArray[np.float32]]
 ) -> NDArray[np.float64]:
-    """Rank each target, in chunks, among the catalogue scores [requests, N] that `scores_of` gives."""
-    index = np.flatnonzero(requests.targets != NO_TARGET)
+    """Rank each target, in chunks, among the catalogue scores [requests, N] of `scores_of`."""
+    targeted = requests.take(np.flatnonzero(requests.targets != NO_TARGET))
     chunk = min(RANKED_AT_ONCE, max(1, SCORES_AT_ONCE // data.num_items))
-    chunks = [requests.take(part) for part in np.split(index, np.arange(chunk, len(index), chunk)) if len(part)]
-    parts = [target_ranks(scores_of(part), left_out(data, part), part.targets) for part in chunks]
-    return _joined(parts)
+    parts = [target_ranks(scores_of(part), left_out(data, part), part.targets) for part in targeted.chunks(chunk)]
+    return np.concatenate([np.zeros(0), *parts])
 
 
 @torch.inference_mode()
@@ -217,13 +221,12 @@ def model_scores(
     model.eval()
     device = model.log_scale.device
     vectors = item_vectors(model, data)
-    wanted = _wanted_outcomes(model, device)
-    for begin in range(0, len(requests), batch_size):
-        part = requests.take(np.arange(begin, min(begin + batch_size, len(requests))))
+    outcomes = torch.from_numpy(model.vocabulary.positive)[None].float().to(device)
+    for part in requests.chunks(batch_size):
         history, slate, shown = _inputs(model, data, part, vectors)
         hidden, candidates = model.joint(history, torch.zeros_like(history.timestamps_ms).float(), slate)
         last = hidden[torch.arange(len(part), device=device), history.lengths - 1]
-        queries = model.retrieve(last, wanted.expand(len(part), -1) if model.config.outcome_conditioned else None)
+        queries = model.retrieve(last, outcomes.expand(len(part), -1) if model.config.outcome_conditioned else None)
         has = part.targets != NO_TARGET
         chosen = part.take(np.flatnonzero(has))
         scores = (queries[:, 0] @ vectors.T).float().cpu().numpy()[has]
@@ -235,10 +238,10 @@ def model_scores(
 
 
 def gather_scores(parts: list[Scores]) -> Scores:
-    """Join what `model_scores` yields."""
+    """Join the parts that `model_scores` yields."""
     probabilities = [p.probabilities for p in parts]
     return Scores(
-        ranks=_joined([p.ranks for p in parts]),
+        ranks=np.concatenate([np.zeros(0), *(p.ranks for p in parts)]),
         probabilities=np.concatenate(probabilities) if probabilities else np.zeros((0, 0)),
     )
 
@@ -248,60 +251,43 @@ def item_vectors(model: UniPinRec, data: Sequences, chunk: int = 65_536) -> torc
     """Vectors [N, E] of the whole catalogue, on the model's device."""
     device = model.log_scale.device
     parts = []
-    for begin in range(0, data.num_items, chunk):
-        rows = torch.arange(begin, min(begin + chunk, data.num_items))
+    for rows in torch.arange(data.num_items).split(chunk):
         dense = torch.from_numpy(data.features.dense[rows.numpy()]).to(device)
         categories = torch.from_numpy(data.features.categories[rows.numpy()]).to(device)
         parts.append(model.embed_items(rows.to(device), dense, categories))
     return torch.cat(parts)
 
 
-def _wanted_outcomes(model: UniPinRec, device: torch.device) -> torch.Tensor:
-    vocabulary = model.vocabulary
-    return torch.tensor([[float(a in vocabulary.positive_actions) for a in vocabulary.actions]], device=device)
-
-
 def _inputs(
     model: UniPinRec, data: Sequences, part: Requests, vectors: torch.Tensor
-) -> tuple[HistoryTokens, CandidateTokens, NDArray[np.bool_]]:
+) -> tuple[HistoryTokens, CandidateTokens, Mask]:
     begins = np.maximum(data.event_start[part.users], part.ends - model.config.max_history)
     events = pad_rows([np.arange(b, e) for b, e in zip(begins, part.ends, strict=True)])
     real = events >= 0
-    spans = [
-        np.arange(data.slate_start[s], data.slate_start[s + 1]) if s >= 0 else np.zeros(0, int) for s in part.slates
-    ]
-    items = pad_rows(spans)
-    shown = items >= 0
-    at = part.slates[:, None]
-    times = np.where(shown, data.slate_timestamp_ms[at], MISSING_TIMESTAMP_MS) if items.size else items
-    surfaces = np.where(shown, data.slate_surface[at], 0) if items.size else items
+    lengths, items = real.sum(axis=1), pad_rows(slate_spans(data, part))
     device = vectors.device
 
-    def tensor(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    def spread(values: Indices) -> Indices:
+        return np.repeat(values[:, None], items.shape[1], axis=1)
+
+    def tensors(inputs: dict[str, NDArray[Any]], *names: str) -> dict[str, torch.Tensor]:
+        """Item vectors and the named inputs, on the model's device."""
+        arrays = {name: torch.from_numpy(inputs[name]).to(device) for name in ("rows", *names)}
+        return {"vectors": vectors[arrays.pop("rows")], **arrays}
 
     history = HistoryTokens(
-        vectors=vectors[tensor(data.rows[events])],
-        actions=tensor((data.actions[events] * real[..., None]).astype(np.float32)),
-        surfaces=tensor(np.where(real, data.surfaces[events], 0)),
-        timestamps_ms=tensor(np.where(real, data.timestamps_ms[events], MISSING_TIMESTAMP_MS)),
-        lengths=tensor(real.sum(axis=1)),
+        **tensors(event_inputs(data, events), "actions", "surfaces", "timestamps_ms"),
+        lengths=torch.from_numpy(lengths).to(device),
     )
     slate = CandidateTokens(
-        vectors=vectors[tensor(data.slate_rows[items] if items.size else items)],
-        surfaces=tensor(surfaces),
-        timestamps_ms=tensor(times),
-        cutoffs=tensor(np.repeat(real.sum(axis=1)[:, None], items.shape[1], axis=1)),
+        **tensors(slate_inputs(data, items, spread(part.slates)), "surfaces", "timestamps_ms"),
+        cutoffs=torch.from_numpy(spread(lengths)).to(device),
     )
-    return history, slate, shown
+    return history, slate, items >= 0
 
 
-def left_out(data: Sequences, requests: Requests) -> list[NDArray[np.int64]]:
-    """Per request the catalogue rows that are not eligible: those of its history, or none where repeats count."""
+def left_out(data: Sequences, requests: Requests) -> list[Indices]:
+    """Per request the catalogue rows that are not eligible: those of its history, or none if repeats count."""
     if requests.repeats:
         return [np.zeros(0, np.int64)] * len(requests)
     return [history_rows(data, u, e) for u, e in zip(requests.users, requests.ends, strict=True)]
-
-
-def _joined(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.concatenate([np.zeros(0), *parts])

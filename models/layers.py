@@ -32,10 +32,10 @@ def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, cut at the seam where attention looks at other tokens.
+    """Pre-norm transformer block, cut where attention looks at other tokens.
 
-    `project` makes queries, keys and values (`query` and `key_value` only what is named); the caller decides who sees
-    whom; `finish` does the rest. The same weights thus serve histories, extensions and candidates.
+    `project` makes queries, keys and values; `query` and `key_value` make a part of them. The caller attends, and
+    `finish` does the rest. So the same weights work for histories, extensions and candidates.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,21 +59,21 @@ class Block(nn.Module):
         return rotate(query, rotation), rotate(key, rotation), value
 
     def query(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """The query of `project` alone, for tokens that nothing looks at."""
+        """The query of `project` alone, for tokens that no other token sees."""
         return rotate(self._projected(x, (0,))[0], rotation)
 
     def key_value(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Key and value of `project` alone, for tokens that look at nothing."""
+        """Key and value of `project` alone, for tokens that see no other token."""
         key, value = self._projected(x, (1, 2))
         return rotate(key, rotation), value
 
     def _projected(self, x: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
-        """Chosen parts of (query, key, value), each by its own product: splitting a joint one copies it."""
+        """Chosen parts of (query, key, value), each by its own product: splitting a joint product would copy it."""
         normed, weights = self.attention_norm(x), self.qkv.weight.split(self.widths)
         return [F.linear(normed, weights[part]).unflatten(-1, (self.heads[part], -1)).transpose(1, 2) for part in parts]
 
     def with_prefix(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the sink, where this form has one, into slot 0 of a history's keys and values."""
+        """Put the sink, if this form has one, into slot 0 of a history's keys and values."""
         if self.sink is None:
             return key, value
         sink = self.sink[:, None].expand(-1, key.shape[0], -1, -1, -1).to(key.dtype)

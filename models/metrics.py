@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 
 class RetrievalMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Hit rate and NDCG by cut-off k, and MRR, over `targets` requests that have exactly one target each.
+    """Hit rate and NDCG by cut-off k, and MRR, over `targets` requests with one target each.
 
-    `hit_rate_se` and `ndcg_se` are their standard errors over the requests; empty where fewer than two have a target,
-    and in files of earlier versions.
+    `hit_rate_se` and `ndcg_se` are their standard errors over the requests; empty for fewer than two requests, and in
+    files of earlier versions.
     """
 
     hit_rate: dict[int, float]
@@ -30,7 +30,7 @@ class ActionMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         auc: Over all rows; None if only one class occurs.
-        gauc: AUC per user, weighted by rows, over users with both classes; None if there is none.
+        gauc: AUC per user, weighted by rows, over users with both classes; None without such users.
         logloss: Mean negative log-likelihood in nats.
         rate: Share of positive rows.
         rows: Rows scored.
@@ -44,24 +44,27 @@ class ActionMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Retrieval and ranking quality of one scorer; either part is None where the data cannot measure it."""
+    """Retrieval and ranking quality of one scorer; a part is None if the data cannot measure it."""
 
     retrieval: RetrievalMetrics | None
     ranking: dict[str, ActionMetrics] | None
 
     def trained_part(self, *, retrieval: bool, actions: Collection[str]) -> Metrics:
-        """Without the metrics of a head that was not trained, whose figures are chance; `actions` were."""
+        """The metrics of the trained heads; figures of others are chance. `actions` names the trained actions."""
         ranking = {name: measured for name, measured in (self.ranking or {}).items() if name in actions}
         return Metrics(retrieval=self.retrieval if retrieval else None, ranking=ranking or None)
 
     def selection_score(self) -> float:
-        """What "best by validation" means: NDCG@10 plus the mean AUC of the actions, weighted by their positive rows.
+        """The score that chooses the best epoch: NDCG@10 plus the mean AUC of the actions.
 
-        The weights keep an action with a handful of positives from deciding by chance.
+        AUCs are weighted by positive rows, so that an action with few positives does not decide by chance.
         """
+        score = self.retrieval.ndcg[10] if self.retrieval else 0.0
         measured = [(m.auc, m.rate * m.rows) for m in (self.ranking or {}).values() if m.auc is not None]
-        ndcg = self.retrieval.ndcg[10] if self.retrieval else 0.0
-        return ndcg + (_weighted_mean(measured) if measured else 0.0)
+        if measured:
+            aucs, weights = zip(*measured, strict=True)
+            score += float(np.average(aucs, weights=weights))
+        return score
 
 
 def target_ranks(
@@ -71,15 +74,15 @@ def target_ranks(
 
     Args:
         scores: [R, N]; overwritten where seen.
-        seen: Per row the catalogue rows to leave out; the target is never left out.
-        targets: [R] catalogue rows; one whose score is not a number ranks behind everything.
+        seen: Per row the catalogue rows to leave out; the target is never left out. Missing rows leave out nothing.
+        targets: [R] catalogue rows; a target whose score is not a number ranks behind everything.
     """
     at = np.arange(len(targets))
     own = scores[at, targets].copy()
     for row, items in enumerate(seen):
         scores[row, items] = -np.inf
     scores[at, targets] = own
-    # "Not lower or level" rather than "higher": a score that is not a number must never look good.
+    # "Not lower or level" instead of "higher": a score that is not a number must never look good.
     better = (~(scores <= own[:, None])).sum(axis=1)
     level = np.maximum((scores == own[:, None]).sum(axis=1) - 1, 0)
     ranks: NDArray[np.float64] = better + level / 2.0
@@ -102,7 +105,7 @@ def retrieval_metrics(ranks: NDArray[np.float64], cutoffs: tuple[int, ...] = (1,
 
 
 def hits(ranks: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """[R] 1 where the target of a 0-based rank is among the first k; their mean is the hit rate."""
+    """[R] 1 if the target of a 0-based rank is among the first k; their mean is the hit rate."""
     return (ranks < k).astype(np.float64)
 
 
@@ -113,9 +116,9 @@ def gains(ranks: NDArray[np.float64], k: int) -> NDArray[np.float64]:
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of at least two values.
+    """Standard error of the mean of at least two values.
 
-    For two scorers on the same requests, that of the differences of their values: the paired standard error.
+    To compare two scorers on the same requests, pass the differences of their values: the paired standard error.
     """
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
@@ -131,25 +134,19 @@ def action_metrics(
     probabilities = np.where(np.isnan(probabilities), worst, probabilities)
     frame = pl.DataFrame({"user": users, "label": labels.astype(np.float64), "score": probabilities})
     by_user = frame.group_by("user", maintain_order=True).agg(_auc(), pl.len().alias("rows")).drop_nulls("auc")
+    auc, rows = by_user["auc"].to_numpy(), by_user["rows"].to_numpy()
     clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)
     return ActionMetrics(
         auc=frame.select(_auc())["auc"][0],
-        gauc=float(np.average(by_user["auc"].to_numpy(), weights=by_user["rows"].to_numpy()))
-        if by_user.height
-        else None,
+        gauc=float(np.average(auc, weights=rows)) if len(rows) else None,
         logloss=float(-np.where(labels > 0, np.log(clipped), np.log1p(-clipped)).mean()),
         rate=float(labels.mean()),
         rows=len(labels),
     )
 
 
-def _weighted_mean(pairs: list[tuple[float, float]]) -> float:
-    values, weights = zip(*pairs, strict=True)
-    return float(np.average(values, weights=weights))
-
-
 def _auc() -> pl.Expr:
-    """Mann-Whitney AUC with ties at half; null where only one class occurs."""
+    """Mann-Whitney AUC with ties at half; null if only one class occurs."""
     positives = pl.col("label").sum()
     negatives = pl.len() - positives
     rank_sum = (pl.col("score").rank("average") * pl.col("label")).sum()

@@ -1,10 +1,10 @@
-"""The model: one causal transformer that encodes a history once, then retrieves and ranks from what it left.
+"""The model: one causal transformer that encodes a history once, then retrieves and ranks from its keys and values.
 
     encode   a history               -> per-layer keys/values, last hidden state
     extend   those + new events      -> the new events' keys/values, last hidden state
     retrieve last hidden state       -> query vectors
     rank     keys/values + candidates -> action logits
-    joint    history and candidates in one pass: what training runs, and what the four above must equal
+    joint    history and candidates in one pass, for training; the four above must give the same
 
 The first four have the signatures of the exported graphs. Histories are right-padded; `lengths` counts real events.
 """
@@ -18,15 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipinrec.models.attention import (
-    attend,
-    attend_extension,
-    attend_history,
-    attend_valid,
-    attend_with_own,
-    extension_mask,
-    joint_mask,
-)
+from unipinrec.models import attention
 from unipinrec.models.config import MISSING_TIMESTAMP_MS, ModelConfig, Vocabulary
 from unipinrec.models.embedders import ItemEmbedder, TokenEmbedder, previous_timestamps
 from unipinrec.models.layers import Block, Rotary
@@ -50,8 +42,8 @@ class HistoryTokens:
 class CandidateTokens:
     """Raw inputs of k candidates per row, which may belong to several slates.
 
-    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: how many events each may see; logged
-    [B,k] f32, in training alone: 1 for candidates that are events of the history. None: no candidate is one.
+    vectors [B,k,E] f32; surfaces, timestamps_ms [B,k] i64; cutoffs [B,k] i64: number of events that each may see;
+    logged [B,k] f32, in training alone: 1 for candidates that are events of the history. None means all 0.
     """
 
     vectors: Tensor
@@ -78,22 +70,19 @@ class ActionHeads(nn.Module):
 
 
 class RetrievalHead(nn.Module):
-    """Last hidden state [B, d], optionally with wanted outcomes [B, C], to one query [B, 1, E] of unit length."""
+    """Last hidden state [B, d], optionally with outcomes to aim at [B, C], to one query [B, 1, E] of unit length."""
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
-        self.outcome = nn.Linear(num_actions, config.hidden_size, bias=False) if config.outcome_conditioned else None
-        self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, config.hidden_size),
-            nn.SiLU(),
-            nn.Linear(config.hidden_size, config.item_dim),
-        )
+        d = config.hidden_size
+        self.outcome = nn.Linear(num_actions, d, bias=False) if config.outcome_conditioned else None
+        self.mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, config.item_dim))
 
     def forward(self, hidden: Tensor, outcomes: Tensor | None = None) -> Tensor:
-        """Map hidden (..., d) to unit queries (..., E); `outcomes` (..., C) f32 where the model has them."""
+        """Map hidden (..., d) to unit queries (..., E); `outcomes` (..., C) f32 if the model is conditioned on them."""
         if self.outcome is not None:
             if outcomes is None:
-                raise ValueError("this model's queries are conditioned on outcomes, but none were given")
+                raise ValueError("this model's queries are conditioned on outcomes; pass outcomes")
             hidden = hidden + self.outcome(outcomes)
         return F.normalize(self.mlp(hidden).float(), dim=-1)
 
@@ -141,12 +130,12 @@ class UniPinRec(nn.Module):
         for block in blocks:
             query, key, value = block.project(x, rotation)
             cache.append(block.with_prefix(key, value))
-            x = block.finish(x, attend_history(self.config.attention, query, *cache[-1]))
-        # Of what follows the last layer's keys and values, only the last event's share is ever used.
+            x = block.finish(x, attention.attend_history(self.config.attention, query, *cache[-1]))
+        # Behind the last layer's keys and values, only the last event is ever used.
         cache.append(final.with_prefix(*final.key_value(x, rotation)))
-        x, place = _pick(x, history.lengths - 1)
-        # Its place tells how many slots it sees: all before its own, and where there is no sink its own.
-        attended = attend_valid(final.query(x, self.rotary(place)), *cache[-1], history.lengths)
+        x, position = _pick(x, history.lengths - 1)
+        # The last event sees all slots before its own, and without a sink its own slot too.
+        attended = attention.attend_valid(final.query(x, self.rotary(position)), *cache[-1], history.lengths)
         return cache, self.final_norm(final.finish(x, attended)[:, 0])
 
     def extend(
@@ -157,7 +146,7 @@ class UniPinRec(nn.Module):
         Args:
             history: The new events alone.
             past: Per-layer keys/values of the past, right-padded to p slots.
-            past_lengths: [B] i64, how many *events* each row's past holds.
+            past_lengths: [B] i64, number of *events* in each row's past.
             past_timestamps_ms: [B] i64, the time of each row's last cached event.
 
         Returns:
@@ -167,18 +156,18 @@ class UniPinRec(nn.Module):
         rotation = self.rotary(_positions(history.surfaces) + past_lengths[:, None])
         slots = past_lengths + self.config.kv_prefix_slots
         form, sizes = self.config.attention, (past[0][0].shape[2], x.shape[1])
-        visible = extension_mask(form, _positions(history.surfaces), slots, *sizes)
+        visible = attention.extension_mask(form, _positions(history.surfaces), slots, *sizes)
         added: KeyValues = []
         *blocks, final = self.layers()
         for block, cached in zip(blocks, past, strict=False):
             query, key, value = block.project(x, rotation)
             added.append((key, value))
-            x = block.finish(x, attend_extension(query, cached, (key, value), visible))
+            x = block.finish(x, attention.attend_extension(query, cached, (key, value), visible))
         added.append(final.key_value(x, rotation))
-        x, place = _pick(x, history.lengths - 1)
-        visible = extension_mask(form, place, slots, *sizes)
-        query = final.query(x, self.rotary(place + past_lengths[:, None]))
-        attended = attend_extension(query, past[-1], added[-1], visible)
+        x, position = _pick(x, history.lengths - 1)
+        visible = attention.extension_mask(form, position, slots, *sizes)
+        query = final.query(x, self.rotary(position + past_lengths[:, None]))
+        attended = attention.attend_extension(query, past[-1], added[-1], visible)
         return added, self.final_norm(final.finish(x, attended)[:, 0])
 
     def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None = None) -> Tensor:
@@ -193,7 +182,7 @@ class UniPinRec(nn.Module):
             past: Per-layer keys/values, right-padded.
             past_lengths: [B] i64, events per row.
             past_timestamps_ms: [B] i64, time of each row's last event.
-            slate: The candidates; `cutoffs` is not read, every candidate sees the row's whole past.
+            slate: The candidates. `cutoffs` is not read: every candidate sees the row's whole past.
         """
         count = slate.vectors.shape[1]
         x = self._candidate_tokens(slate, past_timestamps_ms[:, None].expand(-1, count))
@@ -209,10 +198,10 @@ class UniPinRec(nn.Module):
     ) -> Tensor:
         """Attention of candidates over the `valid` [B] slots of the past and, in the "self" form, themselves."""
         if self.config.attention == "sink":
-            return attend_valid(block.query(x, rotation), *past, valid)
+            return attention.attend_valid(block.query(x, rotation), *past, valid)
         query, key, value = block.project(x, rotation)
         slots = torch.arange(past[0].shape[2], device=x.device)
-        return attend_with_own(query, past, (key, value), (slots[None, :] < valid[:, None])[:, None])
+        return attention.attend_with_own(query, past, (key, value), (slots[None, :] < valid[:, None])[:, None])
 
     def joint(
         self, history: HistoryTokens, masked: Tensor, slate: CandidateTokens, *, dense_mask: bool = False
@@ -221,37 +210,30 @@ class UniPinRec(nn.Module):
 
         Args:
             history: The events; their actions are hidden where `masked`.
-            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions; these events are marked as such.
+            masked: [B, n] f32, 1 where Masked Action Modeling hides the actions; these events carry a mark.
             slate: Candidates of one or more slates; each sees the events before its cutoff.
-            dense_mask: Attend through one dense (n + k) x (slots) mask instead of two calls. Same result, slower;
-                the reference that everything else is compared with.
+            dense_mask: Attend through one dense (n + k) x (slots) mask instead of two calls. The result is the same,
+                and slower; tests use it as the reference.
         """
         events = history.vectors.shape[1]
-        known = torch.cat(
-            [torch.full_like(history.timestamps_ms[:, :1], MISSING_TIMESTAMP_MS), history.timestamps_ms], dim=1
-        )
-        x = torch.cat(
-            [
-                self._event_tokens(history, masked, before=None),
-                self._candidate_tokens(slate, known.gather(1, slate.cutoffs)),
-            ],
-            dim=1,
-        )
+        last_times = F.pad(history.timestamps_ms, (1, 0), value=MISSING_TIMESTAMP_MS).gather(1, slate.cutoffs)
+        event_tokens = self._event_tokens(history, masked, before=None)
+        x = torch.cat([event_tokens, self._candidate_tokens(slate, last_times)], dim=1)
         if self.token_embedder.logged is not None:
             logged = torch.zeros_like(slate.vectors[..., 0]) if slate.logged is None else slate.logged
             x = x + torch.cat([masked, logged], dim=1)[..., None] * self.token_embedder.logged
         rotation = self.rotary(torch.cat([_positions(history.surfaces), slate.cutoffs], dim=1))
-        attention = self._joint_dense if dense_mask else self._joint_split
+        attend_joint = self._joint_dense if dense_mask else self._joint_split
         for block in self.layers():
             query, key, value = block.project(x, rotation)
-            x = block.finish(x, attention(block, (query, key, value), events, slate.cutoffs))
+            x = block.finish(x, attend_joint(block, (query, key, value), events, slate.cutoffs))
         x = self.final_norm(x)
         return x[:, :events], x[:, events:]
 
     def _joint_dense(self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor) -> Tensor:
         query, key, value = qkv
-        mask = joint_mask(self.config.attention, events, cutoffs)
-        return attend(query, *block.with_prefix(key, value), mask[:, None])
+        mask = attention.joint_mask(self.config.attention, events, cutoffs)
+        return attention.attend(query, *block.with_prefix(key, value), mask[:, None])
 
     def _joint_split(self, block: Block, qkv: tuple[Tensor, Tensor, Tensor], events: int, cutoffs: Tensor) -> Tensor:
         form = self.config.attention
@@ -262,10 +244,10 @@ class UniPinRec(nn.Module):
         slots = torch.arange(past[0].shape[2], device=query.device)
         visible = slots < (cutoffs + self.config.kv_prefix_slots)[:, :, None]
         if form == "sink":
-            attended = attend(query, *past, visible[:, None])
+            attended = attention.attend(query, *past, visible[:, None])
         else:
-            attended = attend_with_own(query, past, (key, value), visible)
-        return torch.cat([attend_history(form, past_query, *past), attended], dim=2)
+            attended = attention.attend_with_own(query, past, (key, value), visible)
+        return torch.cat([attention.attend_history(form, past_query, *past), attended], dim=2)
 
     def _event_tokens(self, history: HistoryTokens, masked: Tensor, before: Tensor | None) -> Tensor:
         times = history.timestamps_ms, previous_timestamps(history.timestamps_ms, before)
@@ -293,7 +275,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
-        # By fan-in, not a fixed 0.02: narrow models learn the order of events more than twice as fast.
+        # By fan-in: narrow models learn the order of events more than twice as fast as with a fixed 0.02.
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

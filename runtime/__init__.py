@@ -1,18 +1,18 @@
-"""Bundle to recommendations, without torch. The visible path stays here; rooms hold the rest.
+"""From a bundle to recommendations, without torch. These modules are the request path; folders hold the rest.
 
-agreement.py     whether bf16 still recommends what fp32 does
-batching.py      requests of concurrent threads, answered together
-device.py        which device serves, why, and why none before it
-golden_check.py  golden requests, replayed on the machine that serves
+agreement.py     agreement of devices that round with fp32
+batching.py      batches of concurrent requests
+device.py        choice of the device, and why the devices before it do not run
+golden_check.py  golden requests, replayed on this machine
 machine.py       CPU, threads and memory of this machine
-popular.py       popular items, where there is no history
+popular.py       popular items, for requests without a history
 ranking.py       from logits to the order of a slate
-recommender.py   the visible path: encode, retrieve, rank
-requests.py      what a caller asks and gets: types only
-sample.py        whether the sample users are served what they did next
+recommender.py   the request path: encode, retrieve, rank
+requests.py      types of requests and answers
+sample.py        hits of the sample users' next items
 serve.py         from the options of `unipinrec serve` to a running server
-validation.py    a request checked against a bundle
-verify.py        files, golden requests and sample users of a bundle, checked
+validation.py    checks of a request against a bundle
+verify.py        checks of a bundle: files, golden requests, sample users
 """
 
 from unipinrec.runtime.batching import Batcher, BatchOptions

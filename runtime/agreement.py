@@ -1,20 +1,18 @@
-"""Whether a backend that rounds to bf16 still recommends what fp32 recommends.
+"""Whether a backend that rounds, such as to bf16, still recommends the items that fp32 recommends.
 
-Rounded values never reproduce golden outputs to 1e-4, so they are judged by what a caller sees: over the golden
-requests, with PyTorch's outputs as the truth, and over sample users of the bundle, whose histories are longer, with
-fp32 ONNX Runtime as the truth and the candidates that it retrieves. Half of the requests are encoded at once, half are
-extended. Which requests, and how many, depends on the bundle alone; `MAX_USERS` and `MAX_EVENTS` keep it to about a
-second for a model that suits a CPU.
+Rounded values never reproduce golden outputs to 1e-4, so this compares recommendations. It uses the golden requests,
+with PyTorch's outputs as the reference, and sample users, whose histories are longer, with fp32 ONNX Runtime as the
+reference. Half of the requests are encoded at once, half are extended. The requests depend on the bundle alone;
+`MAX_USERS` and `MAX_EVENTS` keep the time to about a second for a model that suits a CPU.
 
-Three things must hold. No logit is off by more than `MAX_LOGIT_DIFF`, a `LOGIT_ROUNDING` of itself left aside, and no
-query turns beyond `MIN_COSINE`: bounds some times wider than what rounding was seen to do, which wrong arithmetic
-breaks. And the best ten, ranked and retrieved, overlap with those of fp32 by `MIN_OVERLAP` on average. There, two items
-may stand for each other if the fp32 values that order them are closer than rounding resolves: a model whose best scores
-lie close together would otherwise fail for swaps that are as good as a draw. Such a tie (`TIED_LOGIT`,
-`TIED_SIMILARITY`) is far narrower than the bounds, so that the overlap does not follow from them.
+Three conditions must hold. No logit differs by more than `MAX_LOGIT_DIFF`, plus a `LOGIT_ROUNDING` of itself. No query
+turns beyond `MIN_COSINE`. These bounds are several times wider than observed rounding; wrong arithmetic exceeds them.
+And the best ten, ranked and retrieved, overlap with those of fp32 by `MIN_OVERLAP` on average. There two items count as
+tied if their fp32 values are closer than rounding resolves; otherwise a model with close best scores would fail for
+harmless swaps. Ties (`TIED_LOGIT`, `TIED_SIMILARITY`) are far narrower than the bounds.
 
-A bundle may carry a precision that is known to fail this, accepted when it was exported. Then the manifest says what
-was lost, and a device may lose half as much again (`MARGIN`): rounding comes out differently everywhere.
+An export may accept a precision that fails this. The manifest then stores the loss, and a device may lose half as much
+again (`MARGIN`), because rounding differs between devices.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import Agreement, Manifest
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.ranking import Scoring, sigmoid
-from unipinrec.runtime.requests import History
+from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History
 
 TOP = 10
 MIN_OVERLAP = 0.99
@@ -41,8 +39,6 @@ LOGIT_ROUNDING = 2.0**-6  # four times what bf16 resolves
 MIN_COSINE, TIED_SIMILARITY = 0.999, 0.0005
 MARGIN = 1.5
 MAX_USERS, MAX_EVENTS, MAX_ITEMS = 48, 4096, 50_000
-CANDIDATES = 200
-SOON_MS = 60_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +67,16 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
 
     Raises:
         BundleError: The golden requests or the sample users cannot be read.
-        BackendError: A graph does not run, or ONNX Runtime, which gives the fp32 answers for users, is missing.
+        BackendError: A graph does not run, or ONNX Runtime, which computes the fp32 answers for users, is missing.
     """
     manifest = bundle.manifest
-    positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
+    positive = manifest.positive.astype(np.float32)
     items = bundle.item_vectors[:: -(-manifest.num_items // MAX_ITEMS)]
+    histories = bundle.sample_histories(MAX_USERS)
+    within = int((np.cumsum(list(map(len, histories))) <= MAX_EVENTS).sum())
+    cases = _golden_cases(bundle)
     with closing(Engine.on_cpu(bundle)) as exact:
-        users = [_user_case(exact, *user, positive) for user in enumerate(_users(bundle))]
-    cases = [*_golden_cases(bundle), *users]
+        cases += [_user_case(exact, *user, positive) for user in enumerate(histories[:within])]
     figures = np.array([_compare(engine, case, bundle, items) for case in cases])
     ranked, ranked_strict, retrieved, retrieved_strict = figures[:, :4].mean(axis=0).tolist()
     cosine, difference = float(figures[:, 4].min()), float(figures[:, 5].max())
@@ -95,26 +93,26 @@ def measure_agreement(engine: Engine, bundle: Bundle) -> Agreement:
 
 
 def _bounds(engine: Engine, bundle: Bundle) -> tuple[float, float, float]:
-    """Lowest overlap, lowest cosine and largest difference of a logit, as far as they are accepted."""
+    """Lowest accepted overlap and cosine, and largest accepted difference of a logit."""
     spec = bundle.manifest.precisions.get(engine.device.precision)
     if spec is None or spec.agreement.problem is None:
         return MIN_OVERLAP, MIN_COSINE, MAX_LOGIT_DIFF
-    lost = spec.agreement
-    overlap = min(lost.ranked_overlap, lost.retrieved_overlap)
+    accepted = spec.agreement
+    overlap = min(accepted.ranked_overlap, accepted.retrieved_overlap)
     return (
         min(MIN_OVERLAP, 1.0 - MARGIN * (1.0 - overlap)),
-        min(MIN_COSINE, 1.0 - MARGIN * (1.0 - lost.min_query_cosine)),
-        max(MAX_LOGIT_DIFF, MARGIN * lost.max_logit_diff),
+        min(MIN_COSINE, 1.0 - MARGIN * (1.0 - accepted.min_query_cosine)),
+        max(MAX_LOGIT_DIFF, MARGIN * accepted.max_logit_diff),
     )
 
 
 def _problem(overlap: float, cosine: float, difference: float, bounds: tuple[float, float, float]) -> str | None:
     min_overlap, min_cosine, max_difference = bounds
-    # Written so that a value that is no number is a problem too.
+    # `not` comes first so that NaN is a problem too.
     if not difference <= max_difference:
-        return f"a logit is off by {difference:.3g}, allowed are {max_difference:.3g}"
+        return f"a logit is off by {difference:.3g}, at most {max_difference:.3g} is allowed"
     if not cosine >= min_cosine:
-        return f"the cosine of a query with the exact one is {cosine:.6g}, at least {min_cosine:.6g} is needed"
+        return f"the cosine of a query with its fp32 query is {cosine:.6g}, at least {min_cosine:.6g} is needed"
     if not overlap >= min_overlap:
         return f"the best {TOP} items overlap by {overlap:.4f}, at least {min_overlap:.4g} is needed"
     return None
@@ -142,15 +140,8 @@ def _golden_cases(bundle: Bundle) -> list[_Case]:
     ]
 
 
-def _users(bundle: Bundle) -> list[History]:
-    """Histories of the first sample users, within the limits; none where the bundle carries none."""
-    histories = bundle.sample_histories(MAX_USERS)
-    events = np.cumsum([len(history) for history in histories])
-    return histories[: int((events <= MAX_EVENTS).sum())]
-
-
-def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np.float32]) -> _Case:
-    """What fp32 answers to a user soon after the last event; every other user is to be extended half-way."""
+def _user_case(exact: Engine, index: int, history: History, positive: NDArray[np.float32]) -> _Case:
+    """A request soon after a user's last event, and its fp32 answer; every second user is extended half-way."""
     encoded = exact.encode(pad_histories([history]))
     queries = exact.retrieve(encoded, positive[None])[0]
     candidates = _best(_similarity(exact.item_vectors, queries), CANDIDATES)
@@ -158,7 +149,7 @@ def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np
     now_ms = last if last < 0 else last + SOON_MS
     return _Case(
         history=history,
-        split=len(history) // 2 if place % 2 and len(history) > 1 else None,
+        split=len(history) // 2 if index % 2 and len(history) > 1 else None,
         candidates=candidates,
         surface=0,
         now_ms=now_ms,
@@ -168,50 +159,49 @@ def _user_case(exact: Engine, place: int, history: History, positive: NDArray[np
 
 
 def _compare(engine: Engine, case: _Case, bundle: Bundle, items: NDArray[np.float32]) -> tuple[float, ...]:
-    """Overlap of the ranked and of the retrieved, each with ties and strictly; lowest cosine; largest difference."""
+    """Overlaps of the ranked and the retrieved items, each with ties and strict; lowest cosine; largest difference."""
     manifest = bundle.manifest
-    positive = np.array([name in manifest.positive_actions for name in manifest.actions], np.float32)
+    positive = manifest.positive.astype(np.float32)
     encoded = engine.encode(pad_histories([case.history.part(0, case.split)]))
     if case.split is not None:
         encoded = engine.extend(encoded, pad_histories([case.history.part(case.split)]))
     queries = engine.retrieve(encoded, positive[None])[0]
     logits = engine.rank(encoded, case.candidates[None], np.array([case.surface]), np.array([case.now_ms]))[0]
     near = bundle.item_vectors[case.candidates]
-    exact, tied = _served(manifest, case.logits, _similarity(near, case.queries))
-    ranked = _best(_served(manifest, logits, _similarity(near, queries))[0], TOP)
+    exact, tied = _scores(manifest, case.logits, _similarity(near, case.queries))
+    ranked = _best(_scores(manifest, logits, _similarity(near, queries))[0], TOP)
     similarity = _similarity(items, case.queries)
-    found = _best(_similarity(items, queries), TOP)
+    retrieved = _best(_similarity(items, queries), TOP)
     return (
         _overlap(exact, ranked, tied[ranked]),
         _overlap(exact, ranked, 0.0),
-        _overlap(similarity, found, TIED_SIMILARITY),
-        _overlap(similarity, found, 0.0),
+        _overlap(similarity, retrieved, TIED_SIMILARITY),
+        _overlap(similarity, retrieved, 0.0),
         float((case.queries * queries).sum(axis=-1).min()),
         max(0.0, float((np.abs(case.logits - logits) - LOGIT_ROUNDING * np.abs(case.logits)).max())),
     )
 
 
-def _served(
+def _scores(
     manifest: Manifest, logits: NDArray[np.float32], similarity: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What the bundle orders candidates by [k], and how far apart two of them may be and still count as tied."""
-    positive = np.array([float(name in manifest.positive_actions) for name in manifest.actions])
-    chances, order = sigmoid(logits), manifest.order
-    values, tied = chances @ positive, TIED_LOGIT * (chances * (1.0 - chances)) @ positive
-    scoring = Scoring.of(manifest)
-    if order is None or scoring is None or order.by == "value":
+    """The bundle's scores of candidates [k], and the difference up to which each counts as tied."""
+    positive = manifest.positive.astype(np.float64)
+    probabilities, order, scoring = sigmoid(logits), manifest.default_order, Scoring.of(manifest)
+    values, tied = probabilities @ positive, TIED_LOGIT * (probabilities * (1.0 - probabilities)) @ positive
+    if scoring is None or order == "value":
         return values, tied
-    if order.by == "retrieval":
+    if order == "retrieval":
         return similarity.astype(np.float64), np.full(len(similarity), TIED_SIMILARITY)
     tied_share, tied_logit = tied / values, scoring.retrieval_scale * TIED_SIMILARITY
-    if order.by == "blend":
+    if order == "blend":
         scores = scoring.blend(values, similarity)
         return scores, scores * (tied_share + scoring.retrieval_weight * tied_logit)
     return scoring.product(logits, positive, similarity), tied_share + tied_logit
 
 
 def _similarity(items: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Similarity [N] of items [N, E] with the query, of [Q, E], that each is most similar to."""
+    """Similarity [N] of items [N, E] to the nearest of queries [Q, E]."""
     similarity: NDArray[np.float32] = (items @ queries.T).max(axis=1)
     return similarity
 
@@ -222,6 +212,6 @@ def _best(values: NDArray[Any], count: int) -> NDArray[np.int64]:
 
 
 def _overlap(exact: NDArray[Any], chosen: NDArray[np.int64], tied: NDArray[np.float64] | float) -> float:
-    """Share of the chosen that are among as many best by `exact`, or no more than `tied` below the last of them."""
+    """Share of the chosen n items that are among the n best by `exact`, or at most `tied` below the last of them."""
     last = exact[_best(exact, len(chosen))[-1]]
     return float((exact[chosen] >= last - tied).mean())

@@ -1,6 +1,6 @@
-"""Which device serves, why, and what was tried before it.
+"""Choose the device that computes.
 
-A wanted device stands for candidates, best first. The first that opens serves; each before it leaves a reason.
+A requested device stands for candidates, best first. The first that opens is used; each one before it leaves a reason.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
 from unipinrec.runtime.machine import driver_problem, has_bf16
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 from unipinrec.runtime.trt.library import FLAVORS, Flavor, TensorRT, import_tensorrt
 from unipinrec.runtime.trt.serving import ServingEngines
-from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore
 
 OPENVINO_DEVICES = ("openvino", "openvino-bf16")
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Machine:
-    """What this machine has of GPUs and their libraries. A test passes one of its own, in `DeviceRules`."""
+    """The GPUs of this machine and their libraries. A test passes its own, in `DeviceRules`."""
 
     ort_cuda: type[OrtCudaBackend] = OrtCudaBackend
 
@@ -41,7 +41,7 @@ class Machine:
         return driver_problem()
 
     def gpu(self) -> GpuInfo | str:
-        """The GPU, or why there is none."""
+        """The GPU, or why there is no GPU."""
         return probe_gpu()
 
     def cuda(self) -> Cuda:
@@ -53,7 +53,7 @@ class Machine:
         return import_tensorrt(flavor)
 
     def engines(self, trt: TensorRT, gpu: GpuInfo, allow_bundle_engines: bool) -> ServingEngines:
-        """Where compiled engines come from."""
+        """Source of compiled engines."""
         return ServingEngines(trt=trt, gpu=gpu, store=EngineStore(), allow_bundle_engines=allow_bundle_engines)
 
 
@@ -61,14 +61,15 @@ THIS_MACHINE = Machine()
 
 
 class DeviceRules(TypedDict, total=False):
-    """What an operator lays down beside the wanted device; what is left out is False.
+    """Rules for the choice of a device; the default of the first two is False.
 
     Attributes:
         strict: Fail instead of falling back to another device. With "auto": fail if this machine has an NVIDIA driver
-            and TensorRT does not serve.
-        allow_bundle_engines: Run engines that travel in the bundle, built elsewhere. They are executable code.
-        threads: How many compute on the CPU; None = as many as this process may use.
-        machine: Where to look for GPUs; left out = here.
+            and TensorRT does not run.
+        allow_bundle_engines: Run engines that are stored in the bundle and were built elsewhere. They are executable
+            code.
+        threads: Threads that compute on the CPU; None = as many as this process may use.
+        machine: Machine to look for GPUs; default = this machine.
     """
 
     strict: bool
@@ -79,26 +80,26 @@ class DeviceRules(TypedDict, total=False):
 
 def open_engine(
     bundle: Bundle,
-    wanted: str | Backend,
+    device: str | Backend,
     *,
     strict: bool = False,
     allow_bundle_engines: bool = False,
     threads: int | None = None,
     machine: Machine = THIS_MACHINE,
 ) -> Engine:
-    """Load a bundle's graphs on the wanted device or, where it does not run, on the next; see `DeviceRules`.
+    """Load a bundle's graphs on a device or, if it does not run, on the next candidate; see `DeviceRules`.
 
-    A backend of the caller's own is taken as it is.
+    The caller's own backend is used unchanged.
 
     Raises:
-        BackendError: There is no such device, or none that may be used runs; says why each does not.
+        BackendError: The device is unknown, or no allowed device runs; the message says why.
     """
-    if not isinstance(wanted, str):
-        own = Device(name=type(wanted).__name__, reason="passed in")
-        return Engine(wanted, bundle.manifest.model, bundle.item_vectors, own)
-    names = candidates(wanted, bundle.manifest)
-    has_driver = machine.driver_problem() is None
-    bound = strict and (wanted != "auto" or has_driver)
+    model, vectors = bundle.manifest.model, bundle.item_vectors
+    if not isinstance(device, str):
+        return Engine(device, model, vectors, Device(name=type(device).__name__, reason="passed in"))
+    names, has_driver = candidates(device, bundle.manifest), machine.driver_problem() is None
+    matters = device != "auto" or has_driver
+    bound = strict and matters
     refused: list[str] = []
     for name in names[:1] if bound else names:
         try:
@@ -108,63 +109,62 @@ def open_engine(
                 raise BackendError(f"{bundle.path} does not run on {name}: {error}") from error
             refused.append(f"{name}: {error}")
         else:
-            device = Device(
+            chosen = Device(
                 name=name,
-                reason=_reason(wanted, name, refused),
+                reason=_reason(device, name, refused),
                 precision=precision_of(name),
                 refused=tuple(refused),
-                fell_back=bool(refused) and (wanted != "auto" or has_driver),
+                fell_back=bool(refused) and matters,
             )
-            _tell(device, wanted)
-            return Engine(backend, bundle.manifest.model, bundle.item_vectors, device)
+            _log_refused(chosen, device)
+            return Engine(backend, model, vectors, chosen)
     rule = " and strict allows no other device" if bound else ""
-    raise BackendError(f"{bundle.path} does not run on {wanted}{rule}: {'; '.join(refused)}")
+    raise BackendError(f"{bundle.path} does not run on {device}{rule}: {'; '.join(refused)}")
 
 
-def candidates(wanted: str, manifest: Manifest) -> tuple[str, ...]:
-    """What a wanted device stands for with a bundle, best first.
+def candidates(device: str, manifest: Manifest) -> tuple[str, ...]:
+    """Devices to try for a requested device and a bundle, best first.
 
     Raises:
-        BackendError: There is no such device.
+        BackendError: The device is unknown.
     """
-    require_device(wanted)
+    require_device(device)
     tensorrt = "tensorrt-bf16" if "bf16" in manifest.precisions else "tensorrt-fp32"
-    if wanted in ("auto", "tensorrt"):
+    if device in ("auto", "tensorrt"):
         return tensorrt, "cuda", "cpu"
-    if wanted in TENSORRT_DEVICES:
-        return wanted, "cuda", "cpu"
-    if wanted in CUDA_DEVICES:
-        return wanted.removesuffix("-fp32"), "cpu"
-    return (wanted,)
+    if device in TENSORRT_DEVICES:
+        return device, "cuda", "cpu"
+    if device in CUDA_DEVICES:
+        return device.removesuffix("-fp32"), "cpu"
+    return (device,)
 
 
-def require_device(wanted: str) -> None:
-    """Check that there is such a device.
+def require_device(device: str) -> None:
+    """Check that a device is known.
 
     Raises:
-        BackendError: There is none.
+        BackendError: It is not.
     """
-    if wanted not in DEVICES:
-        raise BackendError(f"unknown device {wanted!r}; use one of {', '.join(DEVICES)}")
+    if device not in DEVICES:
+        raise BackendError(f"unknown device {device!r}; use one of {', '.join(DEVICES)}")
 
 
-def precision_of(name: str) -> Precision:
-    """What a device computes in."""
-    return cast(Precision, name.partition("-")[2] or "fp32")
+def precision_of(device: str) -> Precision:
+    """Precision that a device computes in."""
+    return cast(Precision, device.partition("-")[2] or "fp32")
 
 
 def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | None, machine: Machine) -> Backend:
     """Load a bundle's graphs on one device.
 
     Raises:
-        BackendError: It is not there or not installed, does not run a graph, or the bundle has nothing for it.
+        BackendError: The device is missing or not installed, or the bundle has no graphs that it runs.
     """
     kind, precision, manifest = name.partition("-")[0], precision_of(name), bundle.manifest
     if kind == "cpu":
         return OrtBackend(bundle.graph_files(), threads)
     if kind == "openvino":
-        rounded = precision == "bf16"
-        return OpenVinoBackend(bundle.graph_files(), manifest.graphs, threads, precision="bf16" if rounded else "fp32")
+        return OpenVinoBackend(bundle.graph_files(), manifest.graphs, threads, precision=precision)
     if precision not in (manifest.precision, *manifest.precisions):
         raise BackendError(
             f"the bundle has graphs in {', '.join((manifest.precision, *manifest.precisions))}, not in {precision}; "
@@ -176,7 +176,7 @@ def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | 
 
 
 class _TensorRtOnOwnGpu(TensorRtBackend):
-    """Closes what its GPU was opened with."""
+    """Closes its GPU too."""
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -185,17 +185,17 @@ class _TensorRtOnOwnGpu(TensorRtBackend):
 
 
 def _open_tensorrt(bundle: Bundle, precision: Precision, allow_bundle_engines: bool, machine: Machine) -> Backend:
-    """Load engines of the first installed TensorRT that has one for every graph."""
+    """Load engines of the first installed TensorRT that has an engine for every graph."""
     missing = machine.driver_problem()
     if missing:
         raise BackendError(missing)
-    installed, absent, problems = [], [], []
+    absent, problems = [], []
     for flavor in FLAVORS:
         try:
-            installed.append(machine.tensorrt(flavor))
+            trt = machine.tensorrt(flavor)
         except BackendError as error:
             absent.append(str(error))
-    for trt in installed:
+            continue
         try:
             return _open_engines(trt, bundle, precision, allow_bundle_engines, machine)
         except BackendError as error:
@@ -215,25 +215,22 @@ def _open_engines(
         raise
 
 
-def _reason(wanted: str, name: str, refused: list[str]) -> str:
-    if wanted != "auto":
-        return f"instead of {wanted}, which does not run here" if refused else "asked for"
+def _reason(device: str, name: str, refused: list[str]) -> str:
+    if device != "auto":
+        return f"instead of {device}, which does not run here" if refused else "requested"
     if name == "cpu":
-        return f"auto: ONNX Runtime on the CPU; {_others()}"
+        others = "openvino is not installed"
+        if find_spec("openvino") is not None:  # never chosen by "auto"
+            names = OPENVINO_DEVICES if has_bf16() else OPENVINO_DEVICES[:1]
+            others = f"{' and '.join(names)} can be requested"
+        return f"auto: ONNX Runtime on the CPU; {others}"
     return "auto: ONNX Runtime on the GPU" if name == "cuda" else "auto: engines of this bundle for this GPU"
 
 
-def _others() -> str:
-    """What else could be asked for on the CPU, which is never chosen unasked."""
-    if find_spec("openvino") is None:
-        return "openvino is not installed"
-    return f"{' and '.join(OPENVINO_DEVICES if has_bf16() else OPENVINO_DEVICES[:1])} can be asked for"
-
-
-def _tell(device: Device, wanted: str) -> None:
-    """Say what was not used; as a warning where somebody wanted it, or paid for a GPU."""
-    level = logging.WARNING if device.fell_back else logging.INFO
-    for reason in device.refused:
+def _log_refused(chosen: Device, device: str) -> None:
+    """Log the devices that do not run; as a warning after a fallback."""
+    level = logging.WARNING if chosen.fell_back else logging.INFO
+    for reason in chosen.refused:
         log.log(level, "not used: %s", reason)
-    if device.refused:
-        log.log(level, "%s was wanted, %s serves", wanted, device.name)
+    if chosen.refused:
+        log.log(level, "%s was requested, %s is used", device, chosen.name)

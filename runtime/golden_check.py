@@ -1,4 +1,4 @@
-"""Proof that a device computes here what PyTorch computed when the bundle was exported."""
+"""Check that a device here computes the outputs that PyTorch computed at export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
-from unipinrec.runtime.bundle.manifest import Tensor
+from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
 TOLERANCE = 1e-4
@@ -23,7 +23,7 @@ Outputs = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenCheck:
-    """One output compared with PyTorch's at its valid positions; `max_abs_diff` is None where that is impossible."""
+    """One output compared with PyTorch's at its valid positions; `max_abs_diff` is None if they do not compare."""
 
     output: str
     max_abs_diff: float | None
@@ -31,86 +31,85 @@ class GoldenCheck:
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
-    """Refuse to serve unless the golden requests' outputs reproduce, or nearly so where the device rounds.
+    """Check that the golden requests' outputs reproduce, or nearly so on a device that rounds.
 
     Raises:
         BundleError: They do not.
         BackendError: A graph does not run.
     """
+    device, kind = engine.device, engine.device.name.partition("-")[0]
     try:
-        _require_golden(engine, bundle)
+        golden, agreement = check_outputs(engine, bundle)
     except BackendError as error:
-        if engine.device.name == "cpu":
+        if device.name == "cpu":
             raise
-        raise BackendError(f"{bundle.path} does not run on {engine.device.name}: {error}; use device cpu") from error
-
-
-def _require_golden(engine: Engine, bundle: Bundle) -> None:
-    device = engine.device
-    kind = device.name.partition("-")[0]
-    if device.precision != "fp32":
-        agreement = measure_agreement(engine, bundle)
+        raise BackendError(f"{bundle.path} does not run on {device.name}: {error}; use device cpu") from error
+    if agreement is not None:
         log.info("%s on %s agrees with fp32: %s", bundle.path, device.name, agreement)
         if agreement.problem:
             raise BundleError(
                 f"{bundle.path}: {device.name} does not recommend what fp32 recommends: {agreement.problem}; "
                 f"use device {'tensorrt-fp32' if kind == 'tensorrt' else kind} or cpu"
             )
-        return
-    wrong = [check for check in compare_golden(engine, bundle) if check.problem]
+    wrong = [check for check in golden if check.problem]
     if wrong:
         exported = bundle.manifest.tools.get("onnxruntime", "another version")
         remedy = f"install onnxruntime {exported}, which exported it, or export it again"
         raise BundleError(
             f"{bundle.path}: {len(wrong)} golden outputs do not reproduce on {device.name} of this machine, first "
-            f"{wrong[0].output}: {wrong[0].problem}; it would serve wrong scores: "
+            f"{wrong[0].output}: {wrong[0].problem}; its scores would be wrong: "
             f"{remedy if kind == 'cpu' else 'use device cpu'}, or see `unipinrec verify`"
         )
+
+
+def check_outputs(engine: Engine, bundle: Bundle) -> tuple[tuple[GoldenCheck, ...], Agreement | None]:
+    """Compare golden outputs if the device computes in fp32, else measure the agreement with fp32.
+
+    Raises:
+        BundleError: The golden requests or the sample users cannot be read.
+        BackendError: A graph does not run.
+    """
+    if engine.device.precision == "fp32":
+        return compare_golden(engine, bundle), None
+    return (), measure_agreement(engine, bundle)
 
 
 def compare_golden(engine: Engine, bundle: Bundle) -> tuple[GoldenCheck, ...]:
     """Run the golden requests through all graphs and compare every output at its valid positions.
 
     Raises:
-        BundleError: The golden requests themselves cannot be read.
+        BundleError: The golden requests cannot be read.
         BackendError: A graph does not run.
     """
     golden, manifest = read_golden(bundle), bundle.manifest
-    histories, prefixes, expected = golden.histories, golden.prefixes, golden.outputs
-    names = manifest.model.kv_names("present")
+    histories, prefixes, names = golden.histories, golden.prefixes, manifest.model.kv_names("present")
     encoded = engine.encode(pad_histories(histories))
-    lengths = encoded.lengths
     before = engine.encode(pad_histories([h.part(0, int(m)) for h, m in zip(histories, prefixes, strict=True)]))
     after = pad_histories([h.part(int(m)) for h, m in zip(histories, prefixes, strict=True)])
     added, last = engine.encode_new(before, after)
-    outcomes = np.array([[name in manifest.positive_actions for name in manifest.actions]] * len(histories), np.float32)
-    slots = lengths + manifest.model.kv_prefix_slots
-    return (
-        *_compare_kv(expected, "encoder", dict(zip(names, encoded.key_values, strict=True)), slots),
-        _compare(expected, "encoder.last_hidden_state", encoded.last_hidden_state.numpy()),
-        *_compare_kv(expected, "extend", dict(zip(names, added, strict=True)), after.lengths),
-        _compare(expected, "extend.last_hidden_state", last.numpy()),
-        _compare(expected, "retrieval.queries", engine.retrieve(encoded, outcomes)),
-        _compare(expected, "ranker.logits", engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms)),
-    )
+    outcomes = np.tile(manifest.positive.astype(np.float32), (len(histories), 1))
+    slots = encoded.lengths + manifest.model.kv_prefix_slots
+    checks: list[tuple[str, NDArray[Any], NDArray[np.int64] | None]] = [
+        *((f"encoder.{name}", tensor.numpy(), slots) for name, tensor in zip(names, encoded.key_values, strict=True)),
+        ("encoder.last_hidden_state", encoded.last_hidden_state.numpy(), None),
+        *((f"extend.{name}", tensor.numpy(), after.lengths) for name, tensor in zip(names, added, strict=True)),
+        ("extend.last_hidden_state", last.numpy(), None),
+        ("retrieval.queries", engine.retrieve(encoded, outcomes), None),
+        ("ranker.logits", engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms), None),
+    ]
+    return tuple(_compare(golden.outputs, *check) for check in checks)
 
 
-def _compare_kv(
-    outputs: Outputs, graph: str, given: dict[str, Tensor], valid: NDArray[np.int64]
-) -> tuple[GoldenCheck, ...]:
-    """Compare keys/values [B, H_kv, slots, D], of which `valid` [B] slots count."""
-    return tuple(_compare(outputs, f"{graph}.{name}", tensor.numpy(), valid) for name, tensor in given.items())
-
-
-def _compare(outputs: Outputs, output: str, given: NDArray[Any], valid: NDArray[np.int64] | None = None) -> GoldenCheck:
+def _compare(outputs: Outputs, output: str, values: NDArray[Any], valid: NDArray[np.int64] | None) -> GoldenCheck:
+    """Compare an output; of keys/values [B, H_kv, slots, D] only the first `valid` [B] slots."""
     expected = outputs.get(output)
     if expected is None:
         return GoldenCheck(output=output, max_abs_diff=None, problem=f"is missing in {GOLDEN}")
-    if expected.shape != given.shape:
-        return GoldenCheck(output=output, max_abs_diff=None, problem=f"is {given.shape}, expected {expected.shape}")
-    difference = np.abs(given.astype(np.float64) - expected)
+    if expected.shape != values.shape:
+        return GoldenCheck(output=output, max_abs_diff=None, problem=f"is {values.shape}, expected {expected.shape}")
+    difference = np.abs(values.astype(np.float64) - expected)
     if valid is not None:
         difference = np.concatenate([row[:, :count].ravel() for row, count in zip(difference, valid, strict=True)])
     largest = float(difference.max())
-    problem = None if largest <= TOLERANCE else f"differs by up to {largest:.3g}, allowed are {TOLERANCE:g}"
+    problem = None if largest <= TOLERANCE else f"differs by up to {largest:.3g}, at most {TOLERANCE:g} is allowed"
     return GoldenCheck(output=output, problem=problem, max_abs_diff=largest)

@@ -1,4 +1,4 @@
-"""What is popular on each surface, for requests without a history."""
+"""Popular items of each surface, for requests without a history."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class PopularItems:
     """The items of a bundle by popularity; safe to use from several threads.
 
     Attributes:
-        bundle: With a `popularity`.
-        order: [S, N] i32, for each surface all rows, the most popular first, equal ones in row order.
-        device: What is said of the device in a slate.
+        bundle: A bundle with a `popularity`.
+        order: [S, N] i32, all rows for each surface, the most popular first, equal ones in row order.
+        device: Name of the device in a slate.
     """
 
     bundle: Bundle
@@ -35,7 +35,7 @@ class PopularItems:
 
     @classmethod
     def open(cls, bundle: Bundle, cold_start: str, device: str) -> PopularItems | None:
-        """Order the items of a bundle; None where it stores no popularity or `cold_start` is "refuse".
+        """Order the items of a bundle; None if it stores no popularity or `cold_start` is "refuse".
 
         Raises:
             ConfigError: `cold_start` is unknown.
@@ -45,16 +45,16 @@ class PopularItems:
         if cold_start == "refuse":
             return None
         if bundle.popularity is None:
-            log.info("%s stores no popularity: requests without events are refused", bundle.path)
+            log.info("%s stores no popularity: requests without events are rejected", bundle.path)
             return None
         order = np.stack([np.argsort(-share, kind="stable").astype(np.int32) for share in bundle.popularity])
         return cls(bundle=bundle, order=order, device=device)
 
-    def slate(self, asked: ResolvedRequest) -> Slate:
+    def slate(self, request: ResolvedRequest) -> Slate:
         """The k most popular eligible items on the surface of a request."""
         start, bundle = time.perf_counter(), self.bundle
         assert bundle.popularity is not None
-        rows = self.best(asked)
+        rows = self.best(request)
         items = tuple(
             SlateItem(
                 item=bundle.item_ids[row],
@@ -64,7 +64,7 @@ class PopularItems:
                 actions={},
                 retrieval_score=None,
             )
-            for row, share in zip(rows.tolist(), bundle.popularity[asked.surface, rows].tolist(), strict=True)
+            for row, share in zip(rows.tolist(), bundle.popularity[request.surface, rows].tolist(), strict=True)
         )
         took_ms = (time.perf_counter() - start) * 1e3
         return Slate(
@@ -79,28 +79,23 @@ class PopularItems:
             exact=None,
         )
 
-    def best(self, asked: ResolvedRequest) -> NDArray[np.int32]:
-        """The k first eligible rows [k]; reads the order only as far as they reach."""
-        order, seen = self.order[asked.surface], asked.k + len(asked.excluded)
+    def best(self, request: ResolvedRequest) -> NDArray[np.int32]:
+        """The first k eligible rows [k]; reads no more of the order than necessary."""
+        order, seen = self.order[request.surface], request.k + len(request.excluded)
         while True:
             rows: NDArray[np.int32] = order[:seen]
-            if asked.allowed is not None:
-                rows = rows[asked.allowed[rows]]
-            rows = rows[~np.isin(rows, asked.excluded)]
-            if len(rows) >= asked.k:
-                return rows[: asked.k]
+            if request.allowed is not None:
+                rows = rows[request.allowed[rows]]
+            rows = rows[~np.isin(rows, request.excluded)]
+            if len(rows) >= request.k:
+                return rows[: request.k]
             assert seen < len(order)  # a valid request leaves k rows
             seen *= 4
 
 
 def refusal(bundle: Bundle) -> ColdStartError:
-    """Why a request without a history is not answered where there are no `PopularItems`."""
+    """The error for a request without a history if there are no `PopularItems`."""
+    reason, remedy = "cold starts are refused here", "show popular items of your own"
     if bundle.popularity is None:
-        return ColdStartError(
-            "the history is empty, and this bundle does not store what is popular; export it again with --data, or "
-            "send events or a history first"
-        )
-    return ColdStartError(
-        "the history is empty, and cold starts are refused here; send events or a history first, or show what is "
-        "popular"
-    )
+        reason, remedy = "this bundle stores no popularity", "export it again with --data"
+    return ColdStartError(f"the history is empty, and {reason}; send events or a history first, or {remedy}")

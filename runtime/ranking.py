@@ -1,4 +1,4 @@
-"""What slates are ordered by, for all requests of a group at once (docs/ranking.md)."""
+"""Order the slates of a group of requests (docs/ranking.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.requests import ResolvedRequest
-from unipinrec.runtime.retrieval.retriever import Candidates
+from unipinrec.runtime.retrieval.retriever import CandidateSet
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,33 +19,28 @@ class Ranked:
 
     Attributes:
         order: [k] i64, their places among the candidates, best first, equal ones in row order.
-        scores: [k] f64, what they are ordered by.
-        values: [k] f64, weighted sums of their probabilities; None where the ranker did not run.
-        probabilities: [k, C] f64; None likewise.
+        scores: [k] f64, their scores.
+        values: [k] f64, weighted sums of their probabilities; None if the ranker did not run.
+        probabilities: [k, C] f64; None if the ranker did not run.
     """
 
     order: NDArray[np.int64]
     scores: NDArray[np.float64]
-    values: NDArray[np.float64] | None
-    probabilities: NDArray[np.float64] | None
+    values: NDArray[np.float64] | None = None
+    probabilities: NDArray[np.float64] | None = None
 
 
-def by_retrieval(candidates: Sequence[Candidates], asked: Sequence[ResolvedRequest]) -> list[Ranked]:
-    """The k candidates that are most similar to each request's queries, as retrieval orders them."""
+def by_retrieval(candidates: Sequence[CandidateSet], requests: Sequence[ResolvedRequest]) -> list[Ranked]:
+    """The k candidates most similar to each request's queries, in the order of retrieval."""
     return [
-        Ranked(
-            order=np.arange(one.k),
-            scores=found.similarity[: one.k].astype(np.float64),
-            values=None,
-            probabilities=None,
-        )
-        for found, one in zip(candidates, asked, strict=True)
+        Ranked(order=np.arange(request.k), scores=nearest.similarity[: request.k].astype(np.float64))
+        for nearest, request in zip(candidates, requests, strict=True)
     ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scoring:
-    """What the orders that take retrieval into account need of a bundle.
+    """Properties of a bundle for the orders that use retrieval.
 
     Attributes:
         positive: [C], 1 for each action that makes an event a target of retrieval.
@@ -58,19 +53,19 @@ class Scoring:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Scoring | None:
-        """None for a bundle that does not say how retrieval was trained."""
+        """None if the bundle does not store how retrieval was trained."""
         if manifest.order is None:
             return None
         return cls(
-            positive=np.array([float(name in manifest.positive_actions) for name in manifest.actions]),
+            positive=manifest.positive.astype(np.float64),
             retrieval_scale=manifest.order.retrieval_scale,
             retrieval_weight=manifest.order.retrieval_weight,
         )
 
     def blend(self, values: NDArray[np.float64], similarity: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Values [n] times a power of the chance that retrieval gives the items, up to a factor of the request.
+        """Values [n] times a power of retrieval's probability of the items, up to a factor per request.
 
-        A negative value is divided by it: the nearer item is the better one either way.
+        A negative value is divided by it, so that the nearer item is always better.
         """
         power = self.retrieval_weight * self.retrieval_scale * similarity.astype(np.float64)
         blended: NDArray[np.float64] = values * np.exp(np.sign(values) * power)
@@ -79,57 +74,55 @@ class Scoring:
     def product(
         self, logits: NDArray[np.float32], weights: NDArray[np.float64], similarity: NDArray[np.float32]
     ) -> NDArray[np.float64]:
-        """Logarithm [n] of value times the chance of an engagement, up to a constant of the request.
+        """Logarithm [n] of value times the probability of an engagement, up to a constant per request.
 
-        Retrieval learned which item comes next *if* the next event is positive. The chance of an engagement with an
-        item is therefore the chance that retrieval gives it, divided by the chance that the event is then positive.
+        Retrieval learned which item comes next *if* the next event is positive. So the probability of an engagement
+        with an item is retrieval's probability of it, divided by the probability of a positive event on it.
 
         Args:
             logits: [n, C].
-            weights: [C], none negative, one of them positive.
-            similarity: [n], with the request's queries.
+            weights: [C], none negative, at least one positive.
+            similarity: [n], to the request's queries.
         """
         wide = logits.astype(np.float64)
         with np.errstate(divide="ignore"):  # a weight of 0 adds nothing
             log_values = np.logaddexp.reduce(np.log(weights) - np.logaddexp(0.0, -wide), axis=-1)
-        no_positive = -(np.logaddexp(0.0, wide) @ self.positive)  # logarithm of the chance of none
+        no_positive = -(np.logaddexp(0.0, wide) @ self.positive)  # logarithm of the probability of none
         log_positive = np.log(np.maximum(-np.expm1(no_positive), np.finfo(np.float64).tiny))
         scores: NDArray[np.float64] = self.retrieval_scale * similarity.astype(np.float64) - log_positive + log_values
         return scores
 
 
 def rank(
-    candidates: Sequence[Candidates],
+    candidates: Sequence[CandidateSet],
     logits: NDArray[np.float32],
-    asked: Sequence[ResolvedRequest],
+    requests: Sequence[ResolvedRequest],
     scoring: Scoring | None,
 ) -> list[Ranked]:
     """Order the candidates of each request by value, by blend or by product.
 
     Args:
-        candidates: Of each of B requests.
-        logits: [B, n, C]; rows beyond a request's own candidates are padding.
-        asked: The requests; none is ordered by retrieval.
-        scoring: Of the bundle; None where all requests are ordered by value.
+        candidates: Candidates of each of B requests.
+        logits: [B, n, C]; rows after a request's own candidates are padding.
+        requests: The requests; none is ordered by retrieval.
+        scoring: Scoring of the bundle; None if all requests are ordered by value.
     """
-    probabilities, weights = sigmoid(logits), np.stack([one.weights for one in asked])
+    probabilities, weights = sigmoid(logits), np.stack([request.weights for request in requests])
     values = np.einsum("bnc,bc->bn", probabilities, weights)
     scores, rows = np.full(values.shape, -np.inf), np.full(values.shape, np.iinfo(np.int64).max)
-    for place, (found, one) in enumerate(zip(candidates, asked, strict=True)):
-        own = (place, slice(len(found.rows)))
-        rows[own], scores[own] = found.rows, values[own]
-        if scoring is not None and one.order == "blend":
-            scores[own] = scoring.blend(values[own], found.similarity)
-        elif scoring is not None and one.order == "product":
-            scores[own] = scoring.product(logits[own], weights[place], found.similarity)
-    # Far from 0 probabilities no longer differ where logits do.
+    for index, (nearest, request) in enumerate(zip(candidates, requests, strict=True)):
+        own = (index, slice(len(nearest.rows)))
+        rows[own], scores[own] = nearest.rows, values[own]
+        if scoring is not None and request.order == "blend":
+            scores[own] = scoring.blend(values[own], nearest.similarity)
+        elif scoring is not None and request.order == "product":
+            scores[own] = scoring.product(logits[own], weights[index], nearest.similarity)
+    # Logits far from 0 may differ although their probabilities are equal.
     saturated = np.einsum("bnc,bc->bn", logits.astype(np.float64), weights)
     order = np.lexsort((rows, -saturated, -scores), axis=-1)
     return [
-        Ranked(
-            order=best, scores=scores[place, best], values=values[place, best], probabilities=probabilities[place, best]
-        )
-        for place, best in enumerate(order[place, : one.k] for place, one in enumerate(asked))
+        Ranked(order=best, scores=scores[row, best], values=values[row, best], probabilities=probabilities[row, best])
+        for row, best in enumerate(order[row, : request.k] for row, request in enumerate(requests))
     ]
 
 

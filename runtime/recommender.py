@@ -1,4 +1,4 @@
-"""The request path: encode a history once, retrieve with what it left, rank with what it left."""
+"""The request path: encode a history once, then retrieve and rank with its keys and values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.backend import Backend, Device
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
 from unipinrec.runtime.kv.cache import KvCache
-from unipinrec.runtime.kv.histories import Found, HistoryEncoder, Padding, grouped
+from unipinrec.runtime.kv.encoder import HistoryEncoder, Lookup, Padding, grouped
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
@@ -41,7 +41,7 @@ from unipinrec.runtime.requests import (
     as_events,
     check_types,
 )
-from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
+from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 from unipinrec.runtime.validation import item_row, resolve_request
 
 DEFAULT_OPTIONS = RecommendOptions()
@@ -50,10 +50,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recommender:
-    """Serves one bundle on one device; safe to call from several threads.
+    """Recommends items from one bundle on one device: it encodes a history, retrieves candidates and ranks them.
 
-    It is its own context manager, which closes it. `popular` answers requests without a history; None = they are
-    refused.
+        with Recommender.load("bundle", "cpu", cache=CacheOptions()) as recommender:
+            history = [{"item": "item-7", "actions": ["click"], "surface": "home", "timestamp_ms": 1_760_000_000_000}]
+            slate = recommender.recommend(history, k=5, user="ann")
+            for item in slate.items:
+                print(item.item, item.title, item.score, item.actions)
+
+            history.append({"item": slate.items[0].item, "actions": ["click"], "timestamp_ms": 1_760_000_060_000})
+            options = RecommendOptions(surface="home", exclude=("item-9",), categories={"genre": ("drama",)})
+            slate = recommender.recommend(history, k=10, options=options, user="ann")  # encodes only the new event
+            print(slate.kv, slate.kv_reason, slate.stages_ms.total)
+
+    `load` checks the bundle, picks the device and verifies its outputs; `device` says which one runs and why. The
+    context manager, or `close`, frees the graphs and their memory.
+
+    A history lists events, oldest first, as `Event` or as dictionaries with its keys. `k` is the number of items.
+    `RecommendOptions` holds the filters, the surface, the time and the order of the slate. With a cache and a `user`,
+    the next request of that user encodes only its new events; it must still send the whole history.
+
+    A `Slate` holds the items, best first, each with its score, the probability of each action and its similarity to the
+    query. It also holds the time of each stage, the use of the cache, the device and the bundle's hash. An empty
+    history gets popular items, unless `popular` is None.
+
+    All methods are safe to call from several threads; `Batcher` combines concurrent requests. After a fork, load the
+    bundle in each process. `load` raises `BundleError`, `BackendError` or `ConfigError`. An invalid request raises
+    `RequestError`, which names the value and the remedy. A failed computation raises `BackendError`. All of them are
+    `UnipinrecError`.
     """
 
     bundle: Bundle
@@ -78,31 +102,31 @@ class Recommender:
         """Open a bundle for serving.
 
         Args:
-            bundle: Its folder, or opened; of the latter all files stay in memory as long as it does.
-            device: One of `runtime.device.DEVICES`; `Recommender.device` says what really runs, and why. A GPU device
-                that does not run is replaced by the next best unless `strict`. Or a backend of your own, such as
-                `MockBackend`.
-            verify: Refuse to serve if the golden requests' outputs do not reproduce on this machine.
-            cache: Keep encoded histories from request to request: how much of them, or the cache of a recommender that
-                this one replaces. None = encode every history anew.
-            window_slack: By how many events the window over a history that is too long moves at a time; None = an
-                eighth of the model's limit.
-            cold_start: Answer a request without a history with "popular" items, or "refuse" it; a bundle that stores no
-                popularity refuses it in any case.
+            bundle: Its folder, or an open bundle, whose files then all stay in memory.
+            device: One of `runtime.device.DEVICES`, or your own backend, such as `MockBackend`. If a GPU device does
+                not run, the next best device replaces it, unless `strict`; see `Recommender.device`.
+            verify: Check that the golden requests' outputs reproduce on this machine.
+            cache: Options of a new cache of encoded histories, or the cache of a recommender that this one replaces.
+                None = encode every history anew.
+            window_slack: Number of events by which the window over a long history moves at a time; None = an eighth of
+                the model's limit.
+            cold_start: "popular" answers an empty history with popular items, "refuse" rejects it; so does a bundle
+                without popularity.
             **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`; see `DeviceRules`.
 
         Raises:
-            BundleError: The bundle is damaged, of a newer format, or does not compute what PyTorch computed.
-            BackendError: The device is not available and nothing else may be used, or it does not run the graphs.
-            ConfigError: The cache or the slack cannot be had for this model, or `cold_start` is unknown.
+            BundleError: The bundle is damaged, has a newer format, or its outputs do not reproduce.
+            BackendError: The device does not run the graphs, and no other device may be used.
+            ConfigError: `cache`, `window_slack` or `cold_start` is invalid for this model.
         """
         opened_here = not isinstance(bundle, Bundle)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         model = bundle.manifest.model
-        _check_slack(window_slack, model)
+        if window_slack is not None and not (isinstance(window_slack, int) and 0 < window_slack <= model.max_history):
+            raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
         engine = open_engine(bundle, device, **rules)
-        with ExitStack() as unless_served:
-            unless_served.callback(engine.close)
+        with ExitStack() as on_failure:
+            on_failure.callback(engine.close)
             if verify:
                 require_golden(engine, bundle)
             namespace = f"{bundle.kv_namespace} {engine.device.precision}"
@@ -116,14 +140,13 @@ class Recommender:
             )
             if opened_here:
                 bundle.files.let_go(READ_WHILE_SERVING)
-            unless_served.pop_all()
-        running = engine.device
-        log.info("serving %s on %s (%s), bundle %s", bundle.path, running.name, running.reason, bundle.hash)
-        _say_order(bundle)
+            on_failure.pop_all()
+        log.info("serving %s on %s (%s), bundle %s", bundle.path, engine.device.name, engine.device.reason, bundle.hash)
+        _log_order(bundle)
         return recommender
 
     def close(self) -> None:
-        """Release the graphs and the memory that they take, a GPU's above all; later requests fail."""
+        """Release the graphs and their memory, also on a GPU; later requests fail."""
         self.engine.close()
 
     def __enter__(self) -> Recommender:
@@ -134,18 +157,17 @@ class Recommender:
 
     @property
     def device(self) -> Device:
-        """What runs, why, and what was tried before it."""
+        """The device that computes, why it was chosen, and the devices that were tried before it."""
         return self.engine.device
 
     @property
     def order(self) -> Order:
-        """What slates are ordered by where a request does not say."""
-        spec = self.bundle.manifest.order
-        return "value" if spec is None else spec.by
+        """Order of a slate if the request names none."""
+        return self.bundle.manifest.default_order
 
     @cached_property
     def scoring(self) -> Scoring | None:
-        """How retrieval takes part in the order; None for bundles that do not say how it was trained."""
+        """Weights of retrieval in the order; None if the bundle does not store how retrieval was trained."""
         return Scoring.of(self.bundle.manifest)
 
     @property
@@ -154,7 +176,7 @@ class Recommender:
         return self.encoder.cache
 
     def padding(self) -> dict[str, Padding]:
-        """What was computed beside what was asked, by stage: encode, extend, rank."""
+        """Events (or candidates) of requests and those computed, by stage: encode, extend, rank."""
         return self.encoder.padding.snapshot()
 
     def recommend(
@@ -165,22 +187,24 @@ class Recommender:
         *,
         user: str | None = None,
     ) -> Slate:
-        """The k best items after a history, given oldest event first as events or dictionaries with their keys.
+        """The k best items after a history (oldest event first), as events or dictionaries with their keys.
 
-        After an empty one they are the most popular ones, and `order` and `weights` have no effect. With a cache, what
-        is encoded of `user` serves the next request whose history begins with the same events.
+        An empty history gets the most popular items; `order` and `weights` then have no effect. With a cache, the next
+        request of `user` whose history begins with the same events encodes only the others.
 
         Raises:
-            ColdStartError: The history is empty, and popular items are not to be had.
-            RequestError: The request cannot be answered as given.
+            ColdStartError: The history is empty, and there are no popular items.
+            RequestError: The request is invalid.
+            BackendError: The computation failed.
         """
         return self.recommend_many([Request(history=as_events(history), k=k, options=options, user=user)])[0]
 
     def recommend_many(self, requests: Sequence[Request]) -> list[Slate]:
-        """Answer requests together, in their order; each gets the slate that it would get alone.
+        """Answer requests together, in their order; each slate is the same as alone.
 
         Raises:
-            RequestError: One of the requests cannot be answered as given; then none is.
+            RequestError: A request is invalid; then none is answered.
+            BackendError: The computation failed.
         """
         slates = []
         for answer in self.answer([self.resolve(request) for request in requests]):
@@ -193,9 +217,9 @@ class Recommender:
         """Validate a request.
 
         Raises:
-            ColdStartError: Its history is empty, and popular items are not to be had.
-            RequestError: It cannot be answered as given.
-            BackendError: This process is a fork of the one that loaded the bundle.
+            ColdStartError: Its history is empty, and there are no popular items.
+            RequestError: The request is invalid.
+            BackendError: This process is a fork of the process that loaded the bundle.
         """
         self.engine.require_process()
         if not request.history and self.popular is None:
@@ -206,57 +230,67 @@ class Recommender:
             check_types(request)
             raise
 
-    def answer(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
-        """Answer valid requests; those without a history take no part in what the model computes for the others."""
+    def answer(self, requests: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
+        """Answer valid requests; the model computes only those with a history."""
         answers: dict[int, Slate | Exception] = {}
         if self.popular is not None:
-            answers = {place: self.popular.slate(one) for place, one in enumerate(asked) if not len(one.history)}
-        modelled = [place for place in range(len(asked)) if place not in answers]
-        if modelled:
-            answers.update(zip(modelled, self._by_model([asked[place] for place in modelled]), strict=True))
-        return [answers[place] for place in range(len(asked))]
+            answers = {i: self.popular.slate(request) for i, request in enumerate(requests) if not len(request.history)}
+        rest = [index for index in range(len(requests)) if index not in answers]
+        if rest:
+            answers.update(zip(rest, self._by_model([requests[index] for index in rest]), strict=True))
+        return [answers[index] for index in range(len(requests))]
 
-    def _by_model(self, asked: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
-        """Answer requests in groups; those of a group that fails are answered one by one."""
+    def _by_model(self, requests: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
+        """Answer requests in groups; if a group fails, its requests are answered one by one."""
         answers: dict[int, Slate | Exception] = {}
         failed: list[int] = []
-        with self.engine.under_way(), self.encoder.find(asked) as found:
-            for places in grouped([self.encoder.work(one) for one in found], self.engine.backend.prefill_chunk):
+        with self.engine.under_way(), self.encoder.look_up(requests) as lookups:
+            works = [self.encoder.work(lookup) for lookup in lookups]
+            for indices in grouped(works, self.engine.backend.prefill_chunk):
                 try:
-                    answers.update(zip(places, self._answer([found[place] for place in places]), strict=True))
-                except Exception as error:  # it belongs to those who asked, not to the other groups
-                    answers.update(dict.fromkeys(places, error))
-                    failed += places if len(places) > 1 else []
-        for place in failed:  # one of them may have spoilt it for the others
-            answers[place] = self._by_model([asked[place]])[0]
-        return [answers[place] for place in range(len(asked))]
+                    answers.update(zip(indices, self._answer([lookups[index] for index in indices]), strict=True))
+                except Exception as error:  # the other groups must not fail with it
+                    answers.update(dict.fromkeys(indices, error))
+                    failed += indices if len(indices) > 1 else []
+        for index in failed:  # perhaps only one of them made the group fail
+            answers[index] = self._by_model([requests[index]])[0]
+        return [answers[index] for index in range(len(requests))]
 
-    def _answer(self, group: Sequence[Found]) -> list[Slate]:
-        asked, start = [found.asked for found in group], time.perf_counter()
+    def _answer(self, group: Sequence[Lookup]) -> list[Slate]:
+        requests, start = [lookup.request for lookup in group], time.perf_counter()
         with self.encoder.encoding(group) as encoded:
             encode_end = time.perf_counter()
-            queries = self.engine.retrieve(encoded, np.stack([one.outcomes for one in asked]))
-            candidates = self.retriever.retrieve([_search(*parts) for parts in zip(asked, queries, strict=True)])
+            outcomes = np.stack([request.outcomes for request in requests])
+            searches = [
+                Search(queries=query, k=each.candidates, excluded=each.excluded, allowed=each.allowed, exact=each.exact)
+                for each, query in zip(requests, self.engine.retrieve(encoded, outcomes), strict=True)
+            ]
+            candidates = self.retriever.retrieve(searches)
             retrieve_end = time.perf_counter()
-            ranked = self._rank(encoded, candidates, asked)
-        stages = _stages(start, encode_end, retrieve_end, time.perf_counter())
+            ranked = self._rank(encoded, candidates, requests)
+        times = np.array([start, encode_end, retrieve_end, time.perf_counter()])
+        encode, retrieve, rank_, total = (1e3 * np.append(np.diff(times), times[-1] - start)).tolist()
+        stages = StageTimes(encode=encode, retrieve=retrieve, rank=rank_, total=total)
         return [self._slate(*parts, stages) for parts in zip(group, candidates, ranked, strict=True)]
 
     def _rank(
-        self, encoded: Encoded, candidates: Sequence[Candidates], asked: Sequence[ResolvedRequest]
+        self, encoded: Encoded, candidates: Sequence[CandidateSet], requests: Sequence[ResolvedRequest]
     ) -> list[Ranked]:
         """Requests of one group are all ordered by retrieval, or none is."""
-        if asked[0].order == "retrieval":
-            return by_retrieval(candidates, asked)
-        surfaces, now_ms = np.array([one.surface for one in asked]), np.array([one.now_ms for one in asked])
-        logits = self.engine.rank(encoded, pad_rows([one.rows for one in candidates]), surfaces, now_ms)
-        self.encoder.padding.add("rank", [len(one.rows) for one in candidates])
-        return rank(candidates, logits, asked, self.scoring)
+        if requests[0].order == "retrieval":
+            return by_retrieval(candidates, requests)
+        rows = [each.rows for each in candidates]
+        surfaces = np.array([request.surface for request in requests])
+        now_ms = np.array([request.now_ms for request in requests])
+        logits = self.engine.rank(encoded, pad_rows(rows), surfaces, now_ms)
+        self.encoder.padding.add("rank", list(map(len, rows)))
+        return rank(candidates, logits, requests, self.scoring)
 
-    def _slate(self, request: Found, found: Candidates, ranked: Ranked, stages: StageTimes) -> Slate:
+    def _slate(self, lookup: Lookup, candidates: CandidateSet, ranked: Ranked, stages: StageTimes) -> Slate:
         bundle, actions = self.bundle, self.bundle.manifest.actions
+        columns = (candidates.rows[ranked.order], ranked.scores, candidates.similarity[ranked.order])
         values: Iterable[float | None] = repeat(None) if ranked.values is None else ranked.values.tolist()
-        chances: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()
+        by_action: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()
         items = tuple(
             SlateItem(
                 item=bundle.item_ids[row],
@@ -267,24 +301,19 @@ class Recommender:
                 retrieval_score=similarity,
             )
             for row, score, similarity, value, probabilities in zip(
-                found.rows[ranked.order].tolist(),
-                ranked.scores.tolist(),
-                found.similarity[ranked.order].tolist(),
-                values,
-                chances,
-                strict=False,
+                *(column.tolist() for column in columns), values, by_action, strict=False
             )
         )
         return Slate(
             items=items,
             source="model",
-            order=request.asked.order,
+            order=lookup.request.order,
             stages_ms=stages,
-            kv=request.kind,
-            kv_reason=request.reason,
+            kv=lookup.kind,
+            kv_reason=lookup.reason,
             device=self.device.name,
             bundle=bundle.hash,
-            exact=found.exact,
+            exact=candidates.exact,
         )
 
     def score(
@@ -295,77 +324,53 @@ class Recommender:
         *,
         extend_at: int | None = None,
     ) -> NDArray[np.float32]:
-        """Action logits [k, C] of given items, without retrieval.
+        """Action logits [k, C] of k items, without retrieval.
 
         Args:
             history: As in `recommend`.
             candidates: External ids of k items.
-            options: Of which surface, now_ms and truncate are read.
-            extend_at: Encode only this many events at first, from 1 to one less than all, and extend by the others;
-                the result is the same.
+            options: Only surface, now_ms and truncate have an effect.
+            extend_at: Encode this many events first, from 1 to one less than all, then extend by the others; the
+                result is the same.
 
         Raises:
-            RequestError: The request cannot be answered as given.
+            RequestError: The request is invalid.
         """
         events = as_events(history)
         if not events:
-            raise RequestError("the history is empty; to score items takes at least one event")
-        read = RecommendOptions(
-            surface=options.surface, now_ms=options.now_ms, truncate=options.truncate, exclude_seen=False
-        )
-        asked = self.resolve(Request(history=events, k=1, options=read))
+            raise RequestError("the history is empty; send at least one event to score items")
+        surface, now_ms, truncate = options.surface, options.now_ms, options.truncate
+        read = RecommendOptions(surface=surface, now_ms=now_ms, truncate=truncate, exclude_seen=False)
+        request = self.resolve(Request(history=events, k=1, options=read))
         items = as_ids(candidates, "candidates")
         if not items:
             raise RequestError("candidates is empty; name at least one item to score")
         rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in items]], np.int64)
-        if extend_at is not None and not 0 < extend_at < len(asked.history):
-            raise RequestError(f"extend_at={extend_at} must be from 1 to {len(asked.history) - 1}")
-        encoded = self.engine.prefill(pad_histories([asked.history.part(0, extend_at)]))
+        if extend_at is not None and not 0 < extend_at < len(request.history):
+            raise RequestError(f"extend_at={extend_at} must be from 1 to {len(request.history) - 1}")
+        encoded = self.engine.prefill(pad_histories([request.history.part(0, extend_at)]))
         if extend_at is not None:
-            encoded = self.engine.extend(encoded, pad_histories([asked.history.part(extend_at)]))
-        logits = self.engine.rank(encoded, rows, np.array([asked.surface]), np.array([asked.now_ms]))
+            encoded = self.engine.extend(encoded, pad_histories([request.history.part(extend_at)]))
+        logits = self.engine.rank(encoded, rows, np.array([request.surface]), np.array([request.now_ms]))
         return logits.reshape(rows.size, -1)
 
 
-def _check_slack(given: int | None, model: ModelSpec) -> None:
-    slack = model.max_history if given is None else given
-    if not isinstance(slack, int) or not 0 < slack <= model.max_history:
-        raise ConfigError(f"window_slack={given} must be an integer from 1 to {model.max_history}")
-
-
-def _say_order(bundle: Bundle) -> None:
+def _log_order(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if manifest.order is not None:
         log.info("slates are ordered by %s: %s", manifest.order.by, manifest.order.reason)
     elif manifest.metrics is not None and manifest.metrics.get("ranking") is None:
         log.warning(
-            "%s: slates are ordered by value, but its ranker was not measured on items that were shown and left alone "
-            "and may order by chance; export the checkpoint again with --data, or send order 'retrieval' with requests",
+            "%s: slates are ordered by value, but its ranker was not measured on items that were shown without an "
+            "action and may order at random; export the checkpoint again with --data, or request order 'retrieval'",
             bundle.path,
         )
 
 
-def _cache(wanted: CacheOptions | KvCache | None, model: ModelSpec) -> KvCache | None:
-    if not isinstance(wanted, KvCache):
-        return None if wanted is None else KvCache(model, wanted)
-    geometry = KvGeometry.of(model, wanted.geometry.dtype, wanted.geometry.page_slots)
-    if geometry != wanted.geometry:
-        raise ConfigError(
-            f"the cache was made for {wanted.geometry}, this model needs {geometry}; give it a cache of its own"
-        )
-    return wanted
-
-
-def _search(asked: ResolvedRequest, queries: NDArray[np.float32]) -> Search:
-    return Search(
-        queries=queries, wanted=asked.candidates, excluded=asked.excluded, allowed=asked.allowed, exact=asked.exact
-    )
-
-
-def _stages(start: float, encode_end: float, retrieve_end: float, rank_end: float) -> StageTimes:
-    return StageTimes(
-        encode=(encode_end - start) * 1e3,
-        retrieve=(retrieve_end - encode_end) * 1e3,
-        rank=(rank_end - retrieve_end) * 1e3,
-        total=(rank_end - start) * 1e3,
-    )
+def _cache(cache: CacheOptions | KvCache | None, model: ModelSpec) -> KvCache | None:
+    if not isinstance(cache, KvCache):
+        return None if cache is None else KvCache(model, cache)
+    geometry = KvGeometry.of(model, cache.geometry.dtype, cache.geometry.page_slots)
+    if geometry != cache.geometry:
+        raise ConfigError(f"the cache was made for {cache.geometry}, this model needs {geometry}; pass a new cache")
+    return cache

@@ -1,4 +1,4 @@
-"""What a caller asks and gets: types, and how JSON becomes them. Knows no bundle: `validation.py` has the rules."""
+"""Types of requests and answers, and how to read them from JSON. `validation.py` checks a request against a bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import MALFORMED, RequestError
+from unipinrec.errors import RequestError, decoding
 
 EVENT_FORMAT = (
     'a history is a list, oldest first, of {"item": "id", "actions": ["name"], "surface": "name", "timestamp_ms": 0}; '
@@ -23,6 +23,8 @@ Order = Literal["value", "blend", "product", "retrieval"]
 
 
 UNKNOWN_SURFACE = "unknown"
+CANDIDATES = 200  # default number of candidates that retrieval passes to ranking
+SOON_MS = 60_000  # samples and checks request this long after the last event
 AS_SECONDS = range(631_152_000, 10**10)  # Unix times from 1990 on in seconds: as milliseconds they are in early 1970
 YEAR_10000_MS = 253_402_300_800_000  # beyond it a time is in micro- or nanoseconds
 
@@ -33,7 +35,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     Attributes:
         item: External item id; an integer stands for its decimal string.
         actions: What the user did; empty = saw the item and did nothing.
-        surface: Where it happened; one of the bundle's surfaces.
+        surface: Where the user saw the item; one of the bundle's surfaces.
         timestamp_ms: Unix time in ms; None = unknown, allowed only before the first known time.
     """
 
@@ -48,28 +50,26 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     Attributes:
         surface: Where the items will be shown.
-        now_ms: Time of the request. None = the current time, or unknown where the whole history's times are: a model
-            of data without times has never seen one.
-        candidates: How many items retrieval hands to ranking; raised to k, lowered to what is eligible.
-        order: What the slate is ordered by: "value", "blend", "product" or "retrieval" (docs/ranking.md). None =
-            what the bundle says. With "retrieval" the ranker does not run.
-        weights: Weight of each action's probability in the value; an action left out weighs 0. None = 1 for each
+        now_ms: Time of the request. None = the current time; if all times of the history are unknown, so is this one.
+        candidates: How many items retrieval passes to ranking; raised to k, lowered to the number of eligible items.
+        order: Score that the slate is sorted by: "value", "blend", "product" or "retrieval" (docs/ranking.md). None =
+            the bundle's order. With "retrieval" the ranker does not run.
+        weights: Weight of each action's probability in the value; an omitted action weighs 0. None = 1 for each
             positive action of the bundle.
-        outcomes: Actions that retrieval aims at, where the model is conditioned on them. None = the positive actions.
+        outcomes: Actions that retrieval targets, for a model that is conditioned on them. None = the positive actions.
         exclude_seen: Leave out the items of the history.
-        exclude: Further item ids to leave out; ids that the catalogue lacks have no effect. As everywhere, an integer
-            stands for its decimal string.
-        allow: The only item ids that may be recommended; ids that the catalogue lacks have no effect. None = all.
-        categories: The words that are accepted of categorical item features, by feature; an item must have one of the
-            words of each. None = all.
-        exact: Scan all items instead of asking the index.
-        truncate: Of a history that is too long keep a window of the newest events (see `window_start`), instead of
-            refusing it.
+        exclude: More item ids to leave out; ids outside the catalogue have no effect. An integer stands for its
+            decimal string.
+        allow: The only item ids that may be recommended; ids outside the catalogue have no effect. None = all.
+        categories: Accepted words by categorical item feature; an item needs one of the words of each. None = all.
+        exact: Scan all items instead of searching the index.
+        truncate: Cut a history that is too long to a window of the newest events (see `window_start`) instead of
+            rejecting it.
     """
 
     surface: str = UNKNOWN_SURFACE
     now_ms: int | None = None
-    candidates: int = 200
+    candidates: int = CANDIDATES
     order: Order | None = None
     weights: dict[str, float] | None = None
     outcomes: tuple[str, ...] | None = None
@@ -82,10 +82,10 @@ class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One user's question: the k best items after this history (oldest event first).
+    """Ask for the k best items after a history (oldest event first).
 
-    Under `user` the encoded history is kept for the next request, where the recommender has a cache; the history itself
-    must come with every request.
+    A recommender with a cache keeps the encoded history under `user` for the next request. Every request must still
+    carry the whole history.
     """
 
     history: tuple[Event, ...]
@@ -109,22 +109,16 @@ class History:
 
     def part(self, start: int, stop: int | None = None) -> History:
         """Events `start` up to `stop`."""
-        window = slice(start, stop)
-        return History(
-            item_rows=self.item_rows[window],
-            actions=self.actions[window],
-            surfaces=self.surfaces[window],
-            timestamps_ms=self.timestamps_ms[window],
-        )
+        return History(**{name: values[start:stop] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """A valid request in the terms of its bundle.
+    """A valid request with rows and ids of its bundle.
 
-    `excluded` holds distinct catalogue rows, `allowed` is a mask [N] of the others or None (see `Catalogue`), `weights`
-    is [C] f64, `outcomes` [C] f32; k <= candidates, and at least `candidates` rows are allowed and not excluded.
-    `start` is the place of the first event of `history` among those that were sent.
+    `excluded` holds distinct catalogue rows; `allowed` is a mask [N] or None (see `Catalogue`). `weights` is [C] f64,
+    `outcomes` [C] f32. k <= candidates, and at least `candidates` rows are allowed and not excluded. `start` is the
+    place of the first event of `history` in the history of the request.
     """
 
     user: str | None
@@ -146,37 +140,35 @@ EventLike = Event | Mapping[str, Any]
 
 
 def parse_events(content: bytes, source: str = "history") -> tuple[Event, ...]:
-    """Read a JSON list of events; `source` names it in errors.
+    """Read a JSON list of events; errors name `source`.
 
     Raises:
-        RequestError: It is not JSON, or not a list of events; an unknown key is an error.
+        RequestError: The content is not JSON or not a list of events, or an event has an unknown key.
     """
-    try:
+    with decoding(RequestError, source, EVENT_FORMAT):
         return msgspec.json.decode(content.removeprefix(codecs.BOM_UTF8), type=tuple[Event, ...])
-    except MALFORMED as error:
-        raise RequestError(f"{source}: {error}; {EVENT_FORMAT}") from error
 
 
 def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
-    """Turn dictionaries with the keys of `Event` into events; events pass.
+    """Turn dictionaries with the keys of `Event` into events; keep events as they are.
 
     Raises:
         RequestError: An element is neither, lacks a key, has an unknown one or a value of the wrong type.
     """
     events = []
-    for position, given in enumerate(history):
+    for position, event in enumerate(history):
         try:
-            events.append(given if isinstance(given, Event) else msgspec.convert(given, type=Event))
+            events.append(event if isinstance(event, Event) else msgspec.convert(event, type=Event))
         except msgspec.ValidationError as error:
             raise RequestError(f"history[{position}]: {error}; {EVENT_FORMAT}") from error
     return tuple(events)
 
 
 def check_types(request: Request) -> None:
-    """Find what in a request is of a type that its fields do not take.
+    """Check the types of all values of a request.
 
     Raises:
-        RequestError: Something is; names it.
+        RequestError: A value has the wrong type; the message names it.
     """
     try:
         msgspec.convert(msgspec.to_builtins(request), Request)
@@ -189,11 +181,11 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         item: External id.
-        title: For people; None where the bundle has none.
-        score: What the slate is sorted by (see `Slate.order` and docs/ranking.md); the share of a popular item.
-        value: Weighted sum of the action probabilities; None where the ranker did not run.
-        actions: Probability of each action; empty where the ranker did not run.
-        retrieval_score: Similarity of the item with the user's query; None of a popular item.
+        title: Title for display; None if the bundle has none.
+        score: The slate is sorted by it (see `Slate.order` and docs/ranking.md); for a popular item its share.
+        value: Weighted sum of the action probabilities; None if the ranker did not run.
+        actions: Probability of each action; empty if the ranker did not run.
+        retrieval_score: Similarity of the item to the user's query; None for a popular item.
     """
 
     item: str
@@ -205,7 +197,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of each stage; of the whole batch where requests were answered together."""
+    """Milliseconds of each stage; requests of one group share them."""
 
     encode: float
     retrieve: float
@@ -218,14 +210,15 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         items: Best first.
-        source: What chose the items: "model"; "popular", as the history is empty.
-        order: What the score is: "value"; "blend", the value times a power of the chance that retrieval gives the item,
-            up to a factor of the request; "product", the logarithm of the value times the chance of an engagement, up
-            to a constant of the request; "retrieval", the retrieval score. None of popular items.
-        stages_ms: What each stage took.
-        kv: Where the history's keys and values came from.
-        kv_reason: Why they were not, or not wholly, cached.
-        device: What ran.
+        source: "model", or "popular" for an empty history.
+        order: Meaning of the score. "value": the value. "blend": the value times a power of the probability that
+            retrieval gives the item, up to a factor per request. "product": logarithm of the value times the
+            probability of an engagement, up to a constant per request. "retrieval": the retrieval score. None for
+            popular items.
+        stages_ms: Duration of each stage.
+        kv: Whether the cache held all of the history ("hit"), a beginning of it ("extended") or nothing ("miss").
+        kv_reason: Why it did not hold all of it; None for a hit.
+        device: Device that computed the answer.
         bundle: Hash of the bundle.
         exact: Why all items were scanned; None = the index found the candidates, or the items are popular ones.
     """
@@ -241,9 +234,6 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     exact: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """The documented JSON form; titles and `exact` are not part of it."""
+        """The JSON form, the same on the command line and over HTTP."""
         document: dict[str, Any] = msgspec.to_builtins(self)
-        del document["exact"]
-        for item in document["items"]:
-            del item["title"]
         return document

@@ -1,4 +1,4 @@
-"""Whether the sample users of a bundle are served what they did next: one figure that any machine can measure again."""
+"""Hits of the sample users' next items: a figure that any machine can measure again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BATCH = 32
 
 
 def sample_quality(recommender: Recommender) -> SampleQuality:
-    """Serve the first sample users, their last event held out.
+    """Count hits of the first sample users, with their last event held out.
 
     Raises:
         BundleError: The bundle's sample users cannot be read.
@@ -27,11 +27,9 @@ def sample_quality(recommender: Recommender) -> SampleQuality:
         few = bundle.catalogue.num_live - len(seen) < TOP
         if before and positive & set(last.actions) and last.item not in seen and not few:
             held_out.append((tuple(before), last))
-    served, retrieved = 0, 0
-    for start in range(0, len(held_out), BATCH):
-        part = held_out[start : start + BATCH]
-        served += _hits(recommender, part, None)
-        retrieved += _hits(recommender, part, "retrieval")
+    parts = [held_out[start : start + BATCH] for start in range(0, len(held_out), BATCH)]
+    served = sum(_hits(recommender, part, None) for part in parts)
+    retrieved = sum(_hits(recommender, part, "retrieval") for part in parts)
     return SampleQuality(users=len(held_out), served=served, retrieved=retrieved)
 
 

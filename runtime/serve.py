@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
@@ -26,59 +27,56 @@ from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
-from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Handler, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, StoreLimits
 from unipinrec.runtime.server.observe.log import LogOptions, RequestLog, configure_logs
-from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
+from unipinrec.runtime.server.observe.metrics import ServerMetrics, metrics_route
 from unipinrec.runtime.server.observe.metrics_together import metrics_together_route
 from unipinrec.runtime.server.observe.served_log import ServedLog, ServedLogOptions
 from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_route
 from unipinrec.runtime.server.openapi import openapi_route
 from unipinrec.runtime.server.page import page_routes
 from unipinrec.runtime.server.process.end import ending_with_its_threads
-from unipinrec.runtime.server.process.lifecycle import Place, RunOptions, run
+from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, run
 from unipinrec.runtime.server.process.peers import Peers
 from unipinrec.runtime.server.process.supervisor import serve_together
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 KEPT_HISTORIES = 2
-BATCH_OF_A_THREAD = 16  # a request waits for a batch, and is computed in another
+BATCH_OF_A_THREAD = 16
 MEBIBYTE = 1 << 20
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """How to serve; the options of `unipinrec serve`, whose help says more of each.
+class ServeOptions(RunOptions):
+    """The options of `unipinrec serve`, whose help explains each; five of them are those of `RunOptions`.
 
     Attributes:
-        host, port, drain_delay_s, drain_s, hung_s: See `RunOptions`.
-        processes: How many serve together; they share `threads`, `cache_mib` and `state`.
-        threads: That a process computes with; None = its share of what may be used.
+        processes: Number of processes; they share the CPU's threads, `cache_mib` and `state`.
+        threads: CPU threads of a process; None = its share of the available ones.
         device, strict, allow_bundle_engines, cold_start: See `Recommender.load`.
         state: A folder or URL for users' events; None = memory. See `open_store`.
-        max_users, events_mib, kept_events: How many users' events are kept, and how many of each; None = twice the
-            longest history of the model.
+        max_users, events_mib, kept_events: Most users, memory for their events, and most events of a user; None =
+            twice the longest history of the model.
         cache_mib, cache_dtype, cache_ttl_s: See `CacheOptions`; 0 MiB = no cache.
-        max_batch, batches, max_wait_ms: See `BatchOptions`; None = as the threads allow.
+        max_batch, batches, max_wait_ms: See `BatchOptions`; None = derived from the threads.
         queue, deadline_ms, max_deadline_ms: See `ServerOptions`.
-        bundles: The folder of all bundles; None = that of the bundle.
-        watch: Swap to what `current.json` names.
-        admin_token_file, admin_token_env: Where the token of /admin is found; None = there is no /admin.
+        bundles: The folder of all bundles; None = the folder that holds the bundle.
+        watch: Swap to the bundle that `current.json` names.
+        admin_token_file, admin_token_env: File or environment variable of the token of /admin; None = no /admin.
         page: Whether there is a page at /.
         log_format, log_level, log_users: See `LogOptions`.
-        log_served, log_served_mib: Folder of the log of served lists, and how large it may be.
+        log_served, log_served_mib: Folder of the log of recommendations, and its largest size.
         recall_share: Share of the index's searches that are compared with a scan.
-        traces, otel: Whether requests are traced, and spans sent.
+        traces, otel: Whether traces of requests are kept, and spans sent.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
     processes: int = 1
     threads: int | None = None
     device: str = "auto"
@@ -98,9 +96,6 @@ class ServeOptions:
     queue: int = 256
     deadline_ms: float = 2000.0
     max_deadline_ms: float = 30_000.0
-    drain_delay_s: float = 1.0
-    drain_s: float = 30.0
-    hung_s: float = 30.0
     bundles: Path | None = None
     watch: bool = False
     admin_token_file: Path | None = None
@@ -115,40 +110,64 @@ class ServeOptions:
     traces: bool = False
     otel: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("processes", "threads", "kept_events", "max_batch", "batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.cold_start not in get_args(ColdStart):
+            raise ConfigError(f"cold_start={self.cold_start!r} must be one of {', '.join(get_args(ColdStart))}")
+        if self.state == "":
+            raise ConfigError("state='' names no folder; leave it out to keep users' events in memory")
+        if self.bundles is not None and not Path(self.bundles).is_dir():
+            raise ConfigError(f"bundles={str(self.bundles)!r} is not a folder")
+        if self.processes > 1 and self.state is None:
+            raise ConfigError(f"{self.processes} processes need a --state, so that all read the same events of a user")
+        if self.processes > 1 and (self.admin_token_file or self.admin_token_env):
+            raise ConfigError(
+                f"{self.processes} processes swap by --watch, not by /admin: a restarted process must find the active "
+                f"bundle in {CURRENT}; leave the admin token out"
+            )
 
-def serve_bundle(bundle: Path, options: ServeOptions | None = None) -> None:
-    """Serve until a signal ends it, with one process or several.
+
+def serve_bundle(bundle: Path | str, options: ServeOptions | None = None) -> None:
+    """Serve in the main thread until SIGTERM or SIGINT, with one process or several.
+
+    It logs to stderr from then on, and handles both signals while it serves.
 
     Raises:
-        UnipinrecError: An option cannot be had, or the bundle cannot be served.
+        UnipinrecError: An option is not possible, or the bundle cannot be served.
     """
-    options = options or ServeOptions()
-    count = options.processes
-    _end_on_hangup()
-    if count == 1:
-        serve_here(bundle, options)
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError("serve_bundle handles signals: call it in the main thread, or in a process of its own")
+    options, bundle = options or ServeOptions(), Path(bundle)
+    if options.processes == 1:
+        _serve(bundle, options, None)
         return
-    if options.state is None:
-        raise ConfigError(f"{count} processes need a --state, for all of them must read the same events of a user")
-    if options.admin_token_file or options.admin_token_env:
-        raise ConfigError(
-            f"{count} processes are swapped by --watch, not by /admin: one that is started again must find in "
-            f"{CURRENT} what the others serve; leave the admin token out"
-        )
     configure_logs(_logs(options, None))
-    with _last_words():
-        serve_together(count, partial(serve_here, bundle, options), _run_options(options))
+    serve_together(options.processes, partial(serve_worker, bundle, options), options)
 
 
-def _end_on_hangup() -> None:
-    """A terminal that is closed ends the server as SIGTERM does, unless it was started to survive that (nohup)."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+def serve_command(bundle: Path, options: ServeOptions) -> None:
+    """`unipinrec serve`: as `serve_bundle`, but the process ends by it. The log has the error that ends it."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not started by nohup
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    configure_logs(_logs(options, None))
+    with ending_with_its_threads(), _logged_error():
+        serve_bundle(bundle, options)
+
+
+def serve_worker(bundle: Path, options: ServeOptions, worker: Worker) -> None:
+    """Serve with one of several processes, which ends with exit code 1 if it cannot."""
+    configure_logs(_logs(options, worker))
+    with ending_with_its_threads(), _logged_error():
+        _serve(bundle, options, worker)
 
 
 @contextmanager
-def _last_words() -> Iterator[None]:
-    """What ends a process is said in its log, in the form of all that it says."""
+def _logged_error() -> Iterator[None]:
+    """Log the error that ends the process, in the format of its log."""
     try:
         yield
     except UnipinrecError as error:
@@ -156,61 +175,54 @@ def _last_words() -> Iterator[None]:
         sys.exit(1)
 
 
-def serve_here(bundle: Path, options: ServeOptions, place: Place | None = None) -> None:
-    """Serve with this process, which may be one of several.
-
-    An option that cannot be had, or a bundle that cannot be served, ends it with exit code 1.
-    """
-    logs = _logs(options, place)
-    configure_logs(logs)
-    with ending_with_its_threads(), _last_words():
-        _serve(_chosen(bundle, options, place), options, logs, place)
+def _serve(bundle: Path, options: ServeOptions, worker: Worker | None) -> None:
+    configure_logs(logs := _logs(options, worker))
+    with assembled(_first_bundle(bundle, options, worker), options, worker) as (server, app, load):
+        server.observers.append(RequestLog(logs).observe)
+        run(server, app, load, options, worker)
 
 
-def _chosen(bundle: Path, options: ServeOptions, place: Place | None) -> Path:
-    """What to begin with: the bundle that was named, unless `current.json` or an earlier death says otherwise."""
-    folder = _folder(bundle, options)
-    last = place.last_served() if place is not None and place.again else None
+def _first_bundle(bundle: Path, options: ServeOptions, worker: Worker | None) -> Path:
+    """The bundle to load at first: `bundle`, unless `current.json` names another or it failed to load before."""
+    folder = Path(options.bundles) if options.bundles else bundle.absolute().parent
+    last = worker.last_served() if worker is not None and worker.again else None
     if last is not None:
-        log.error("what was to be served did not come up; %s, which served last, does", last)
+        log.error("the bundle could not be loaded; the last active one is used: %s", last)
         return last
     if options.watch and (folder / CURRENT).exists():
         named = read_current(folder)
         if named.absolute() != bundle.absolute():
-            log.warning("%s names %s, which is served instead of %s", folder / CURRENT, named.name, bundle)
+            log.warning("%s names %s, which is used instead of %s", folder / CURRENT, named.name, bundle)
         return named
     return bundle
 
 
-def _folder(bundle: Path, options: ServeOptions) -> Path:
-    """Where all bundles lie."""
-    return options.bundles or bundle.absolute().parent
-
-
-def _serve(bundle: Path, options: ServeOptions, logs: LogOptions, place: Place | None) -> None:
-    with assembled(bundle, options, place) as (server, app, load):
-        server.observers.append(RequestLog(logs).observe)
-        run(server, app, load, _run_options(options), place)
+def _logs(options: ServeOptions, worker: Worker | None) -> LogOptions:
+    process = worker.index if worker else None
+    return LogOptions(format=options.log_format, level=options.log_level, users=options.log_users, process=process)
 
 
 @contextmanager
 def assembled(
-    bundle: Path, options: ServeOptions, place: Place | None = None
+    bundle: Path, options: ServeOptions, worker: Worker | None = None
 ) -> Iterator[tuple[Server, Starlette, Callable[[], Deployments]]]:
-    """The server of a bundle, its application, and what loads the bundle for `Server.open`; all but its log and socket.
+    """The server of a bundle, its application, and a function that loads the bundle for `Server.open`.
+
+    The log and the socket are not part of it.
 
     Raises:
         UnipinrecError: See `serve_bundle`.
     """
-    folder = _folder(bundle, options)
+    folder = Path(options.bundles) if options.bundles else bundle.absolute().parent
     manifest, _ = read_manifest(bundle)
-    peers = Peers(place=place) if place else None
+    peers = Peers(worker=worker) if worker else None
     with ExitStack() as parts:
         sampler = RecallSampler(options.recall_share) if options.recall_share else None
         if sampler is not None:
             parts.callback(sampler.close)
-        deployment = _deployment(options, sampler, place)
+        deployment = _deployment(options, sampler, worker)
         server = _server(options, manifest.model.max_history)
+        parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
         routes += page_routes(server) if options.page else []
@@ -220,62 +232,38 @@ def assembled(
 
         def load() -> Deployments:
             deployments = Deployments(Deployment.open(bundle, deployment))
-            if place is not None:
-                _require_cpu(deployments, place)
-                place.note(deployments.current.path)
+            device = deployments.current.recommender.device.name
+            if worker is not None and not device.startswith(("cpu", "openvino")):
+                deployments.close()
+                raise ConfigError(
+                    f"{worker.count} processes would each load the bundle into the GPU's memory; {device} needs one "
+                    "process, several are for --device cpu and openvino"
+                )
+            if worker is not None:
+                worker.note(deployments.current.path)
             if options.watch:
-                watcher = CurrentWatcher(deployments, folder, swapped=place.note if place else lambda _: None)
+                watcher = CurrentWatcher(deployments, folder, swapped=worker.note if worker else lambda _: None)
                 parts.callback(watcher.stop)
                 watcher.start()
             return deployments
 
-        recommend: Handler = handlers.recommend
-        forget: Handler = handlers.forget_user
+        shared: dict[str, Handler] = {}
         if peers is not None:
-            recommend, forget = peers.at_owner(recommend), peers.forgetting(forget)
-        yield server, make_app(server, routes, recommend=recommend, forget=forget), load
-
-
-def _logs(options: ServeOptions, place: Place | None) -> LogOptions:
-    return LogOptions(
-        format=options.log_format,
-        level=options.log_level,
-        users=options.log_users,
-        process=place.index if place else None,
-    )
-
-
-def _run_options(options: ServeOptions) -> RunOptions:
-    return RunOptions(
-        host=options.host,
-        port=options.port,
-        drain_delay_s=options.drain_delay_s,
-        drain_s=options.drain_s,
-        hung_s=options.hung_s,
-    )
-
-
-def _require_cpu(deployments: Deployments, place: Place) -> None:
-    device = deployments.current.recommender.device.name
-    if not device.startswith(("cpu", "openvino")):
-        deployments.close()
-        raise ConfigError(
-            f"{place.count} processes would load what serves into the GPU's memory as often; {device} needs one, "
-            "processes are for --device cpu and openvino"
-        )
+            shared = {"recommend": peers.at_owner(handlers.recommend), "forget": peers.forgetting(handlers.forget_user)}
+        yield server, make_app(server, routes, **shared), load
 
 
 def _observed(
     server: Server, options: ServeOptions, sampler: RecallSampler | None, peers: Peers | None, parts: ExitStack
 ) -> list[BaseRoute]:
-    """Let metrics, the log of recommendations, traces and spans see every request; returns their routes."""
-    metrics = Metrics(server, sampler)
+    """Let metrics, the log of recommendations, traces and spans observe every request; returns their routes."""
+    metrics = ServerMetrics(server, sampler)
     server.observers.append(metrics.observe)
     scrape = metrics_together_route(server, metrics, peers) if peers else metrics_route(server, metrics)
     routes: list[BaseRoute] = [scrape]
     if options.log_served is not None:
         total_bytes = options.log_served_mib * MEBIBYTE
-        served = ServedLog(ServedLogOptions(folder=options.log_served, total_bytes=total_bytes))
+        served = ServedLog(ServedLogOptions(folder=Path(options.log_served), total_bytes=total_bytes))
         parts.callback(served.close)
         server.observers.append(served.observe)
         metrics.registry.register(served)
@@ -290,9 +278,9 @@ def _observed(
     return routes
 
 
-def _deployment(options: ServeOptions, sampler: RecallSampler | None, place: Place | None) -> DeploymentOptions:
-    """How bundles are opened; processes that serve together share memory and threads evenly."""
-    share = place.count if place else 1
+def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Worker | None) -> DeploymentOptions:
+    """How bundles are opened; processes share memory and threads evenly."""
+    share = worker.count if worker else 1
     budget_bytes = options.cache_mib * MEBIBYTE // share
     threads = options.threads or max(1, available_threads() // share)
     cache = CacheOptions(
@@ -311,31 +299,30 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, place: Pla
             workers=options.batches or min(2, threads),
         ),
         sampler=sampler,
-        shared=place.folder if place else None,
+        shared=worker.folder if worker else None,
     )
 
 
 def _server(options: ServeOptions, max_history: int) -> Server:
-    treatment = ServerOptions(
+    server = ServerOptions(
         limits=Limits(batch=min(Limits.batch, options.queue)),
         queue=options.queue,
         deadline_ms=options.deadline_ms,
         max_deadline_ms=options.max_deadline_ms,
     )
     kept = options.kept_events or KEPT_HISTORIES * max_history
-    memory_bytes = options.events_mib * MEBIBYTE
-    limits = StoreLimits(events=kept, users=options.max_users, memory_bytes=memory_bytes)
+    limits = StoreLimits(events=kept, users=options.max_users, memory_bytes=options.events_mib * MEBIBYTE)
     store = open_store(options.state, limits)
     log.info("users' events are kept in %s", store.description)
-    return make_server(treatment, store=store)
+    return make_server(server, store=store)
 
 
 def open_store(state: str | None, limits: StoreLimits) -> EventStore:
-    """The store that an operator asks for.
+    """The store of users' events.
 
     Args:
-        state: A folder, made if it is not there, or a URL of a Redis or Valkey server; None = this process's memory.
-        limits: How much it keeps; of a Redis server the number of users is its own affair (`maxmemory`).
+        state: A folder, made if missing, or a URL of a Redis or Valkey server; None = this process's memory.
+        limits: How much it keeps; a Redis server limits the number of users itself (`maxmemory`).
 
     Raises:
         BackendError: It cannot be opened.

@@ -1,7 +1,7 @@
-"""A request against a bundle: its validation into arrays, and which part of a long history is encoded.
+"""Check a request against a bundle, turn it into arrays, and choose the window of a long history.
 
-Knows which items, actions and surfaces a bundle accepts; refuses to know how a request is answered. Every refusal is a
-`RequestError` that names what was given, what is accepted, and what to do.
+This module knows the items, actions and surfaces that a bundle accepts, and nothing of how a request is answered. It
+rejects a request with a `RequestError` that names the value, the accepted values, and the remedy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError, TooFewItemsError
-from unipinrec.runtime.bundle.catalogue import Catalogue, as_ids
+from unipinrec.runtime.bundle.catalogue import Catalogue, Eligible, as_ids
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.requests import (
     AS_SECONDS,
@@ -39,13 +39,13 @@ def resolve_request(
     """Validate a request against a bundle and its items.
 
     Args:
-        request: What is asked.
-        manifest: Of the bundle.
+        request: The request.
+        manifest: The bundle's manifest.
         catalogue: The bundle's items.
         slack: See `window_start`; None = an eighth of the model's limit.
 
     Raises:
-        RequestError: The request cannot be answered as given.
+        RequestError: The request is invalid.
     """
     options, limit = request.options, manifest.model.max_history
     start = window_start(len(request.history), limit, slack or default_slack(limit)) if options.truncate else 0
@@ -54,25 +54,25 @@ def resolve_request(
     if options.exclude_seen:
         before = catalogue.known_rows(str(event.item) for event in request.history[:start])
         denied.update(history.item_rows.tolist(), before.tolist())
-    # Not np.unique: it lets another thread have the interpreter, and a server's event loop then waits to get it back.
+    # Not np.unique: it releases the interpreter's lock, and a server's event loop would then wait to get it back.
     excluded = np.array(sorted(denied), np.int64)
     allow = None if options.allow is None else as_ids(options.allow, "allow")
     allowed = catalogue.allowed(allow, options.categories)
-    eligible = catalogue.eligible(allowed, excluded)
+    eligible = Eligible(allowed=allowed, excluded=excluded).count(catalogue.num_rows)
     k, order = _at_least_one("k", request.k), _order(options.order, manifest)
     if k > eligible:
         unfiltered = options.allow is None and options.categories is None
         filtered = "" if unfiltered else " and those that allow or categories rule out"
-        remedy = f"ask for at most {eligible}" if eligible else "loosen the filters"
+        remedy = f"request at most {eligible}" if eligible else "loosen the filters"
         raise TooFewItemsError(
-            f"k={k} items were asked for, but only {eligible} of the {catalogue.num_live} items are eligible after "
+            f"k={k} items were requested, but only {eligible} of the {catalogue.num_live} items are eligible after "
             f"leaving out {len(excluded)} seen or excluded ones{filtered}; {remedy}"
         )
     return ResolvedRequest(
         user=_user(request.user),
         history=history,
         start=start,
-        surface=_look_up(options.surface, _surfaces(manifest), "surface", "the request"),
+        surface=_look_up(options.surface, _places(manifest.surfaces, UNKNOWN_SURFACE), "surface", "the request"),
         now_ms=_now(options.now_ms, history, manifest),
         k=k,
         candidates=min(max(_at_least_one("candidates", options.candidates), k), eligible),
@@ -90,9 +90,9 @@ def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str,
 
     Args:
         events: Oldest first.
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         rows: Catalogue row of each external item id.
-        first: Place of the first event in what the caller sent, for errors.
+        first: Place of the first event in the request's history, for errors.
 
     Raises:
         RequestError: The history is too long, names an item, action or surface that the bundle does not
@@ -101,133 +101,112 @@ def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str,
     limit = manifest.model.max_history
     if len(events) > limit:
         raise RequestError(
-            f"the history has {len(events)} events, this model takes at most {limit}; "
-            "send the newest ones, or set truncate to keep them"
+            f"the history has {len(events)} events, this model takes at most {limit}; send the newest, or set truncate"
         )
-    actions, surfaces, missing = _actions(manifest), _surfaces(manifest), manifest.missing_timestamp_ms
+    actions, surfaces = _places(manifest.actions), _places(manifest.surfaces, UNKNOWN_SURFACE)
     bits = np.zeros((len(events), len(actions)), np.float32)
     try:
-        for place, event in enumerate(events):
+        for index, event in enumerate(events):
             for action in event.actions:
-                bits[place, actions[action]] = 1.0
+                bits[index, actions[action]] = 1.0
         item_rows = np.array([rows[str(event.item)] for event in events], np.int64)
         surface_ids = np.array([surfaces[event.surface] for event in events], np.int64)
     except KeyError:
-        for place, event in enumerate(events, first):
-            _check_names(event, actions, surfaces, rows, f"history[{place}]")
+        for index, event in enumerate(events, first):
+            _check_names(event, manifest, rows, f"history[{index}]")
         raise
-    return History(
-        item_rows=item_rows, actions=bits, surfaces=surface_ids, timestamps_ms=_times(events, missing, first)
-    )
+    times = _times(events, manifest.missing_timestamp_ms, first)
+    return History(item_rows=item_rows, actions=bits, surfaces=surface_ids, timestamps_ms=times)
 
 
 def check_event(event: Event, manifest: Manifest, rows: Mapping[str, int], where: str) -> None:
-    """Check one event for itself; `where` names its place in what the caller sent.
+    """Check one event by itself; errors name its place `where`.
 
     Raises:
         RequestError: It names an item, action or surface that the bundle does not know, or its time is invalid.
     """
-    _check_names(event, _actions(manifest), _surfaces(manifest), rows, where)
+    _check_names(event, manifest, rows, where)
     if event.timestamp_ms is not None:
         _milliseconds(event.timestamp_ms, f"{where}.timestamp_ms")
 
 
-def _check_names(
-    event: Event, actions: Mapping[str, int], surfaces: Mapping[str, int], rows: Mapping[str, int], where: str
-) -> None:
+def _check_names(event: Event, manifest: Manifest, rows: Mapping[str, int], where: str) -> None:
     for action in event.actions:
-        _look_up(action, actions, "action", where)
+        _look_up(action, _places(manifest.actions), "action", where)
     item_row(str(event.item), rows, where)
-    _look_up(event.surface, surfaces, "surface", where)
+    _look_up(event.surface, _places(manifest.surfaces, UNKNOWN_SURFACE), "surface", where)
 
 
 def _times(events: Sequence[Event], missing: int, first: int) -> NDArray[np.int64]:
-    """Times of events [n] i64, in order, each at least the one before; `missing` stands for an unknown one."""
-    given = [event.timestamp_ms for event in events]
-    known = [time_ms for time_ms in given if time_ms is not None]
-    times = np.full(len(given), missing, np.int64)
+    """Times of events [n] i64, which must not decrease; `missing` stands for an unknown time."""
+    times_ms = [event.timestamp_ms for event in events]
+    known = [time_ms for time_ms in times_ms if time_ms is not None]
+    unknown = len(times_ms) - len(known)
+    times = np.full(len(times_ms), missing, np.int64)
     if all(type(time_ms) is int and 0 <= time_ms < YEAR_10000_MS for time_ms in known):
-        times[len(given) - len(known) :] = known
-        in_order = len(known) < 2 or (np.diff(known) >= 0).all()
-        if None not in given[len(given) - len(known) :] and in_order and not _any_in_seconds(known):
+        times[unknown:] = known
+        after_1990 = known[bisect.bisect_left(known, AS_SECONDS.start) :]
+        in_seconds = after_1990 and after_1990[0] in AS_SECONDS
+        if None not in times_ms[unknown:] and (np.diff(times[unknown:]) >= 0).all() and not in_seconds:
             return times
-    for place, time_ms in enumerate(given):
-        where = f"history[{first + place}]"
-        times[place] = missing if time_ms is None else _milliseconds(time_ms, f"{where}.timestamp_ms")
-        if place:
-            _check_order(int(times[place - 1]), int(times[place]), missing, where)
+    for index, time_ms in enumerate(times_ms):
+        where = f"history[{first + index}]"
+        times[index] = missing if time_ms is None else _milliseconds(time_ms, f"{where}.timestamp_ms")
+        if index:
+            _check_order(int(times[index - 1]), int(times[index]), missing, where)
     return times
 
 
-def _any_in_seconds(ordered: Sequence[int]) -> bool:
-    first = bisect.bisect_left(ordered, AS_SECONDS.start)
-    return first < len(ordered) and ordered[first] in AS_SECONDS
-
-
 def item_row(item: str, rows: Mapping[str, int], where: str) -> int:
-    """Catalogue row of an external item id; `where` names its place in the request.
+    """Catalogue row of an external item id; errors name its place `where`.
 
     Raises:
-        RequestError: It is not in the catalogue.
+        RequestError: The item is not in the catalogue.
     """
     row = rows.get(item)
     if row is None:
         raise RequestError(
-            f"{where}: item {item!r} is not among the {len(rows)} items of this bundle; "
-            "drop it, or export the bundle again with a catalogue that holds it"
+            f"{where}: item {item!r} is not among the {len(rows)} items of this bundle; drop it, or export a new bundle"
         )
     return row
 
 
-def _actions(manifest: Manifest) -> Mapping[str, int]:
-    return _places(manifest.actions)
-
-
-def _surfaces(manifest: Manifest) -> Mapping[str, int]:
-    return _places(manifest.surfaces, UNKNOWN_SURFACE)
-
-
 @lru_cache(maxsize=32)
 def _places(names: tuple[str, ...], *first: str) -> Mapping[str, int]:
-    """Place of each name, 0 of `first`; kept, since every event of every request is looked up there."""
-    return {name: place for place, name in enumerate(names)} | dict.fromkeys(first, 0)
+    """Place of each name, and 0 for `first`; cached, since every event of every request needs it."""
+    return {name: index for index, name in enumerate(names)} | dict.fromkeys(first, 0)
 
 
-def _look_up(given: str, known: Mapping[str, int], kind: str, where: str) -> int:
-    place = known.get(given)
-    if place is None:
-        raise RequestError(f"{where}: unknown {kind} {given!r}; this bundle knows {', '.join(known)}")
-    return place
+def _look_up(name: str, known: Mapping[str, int], kind: str, where: str) -> int:
+    index = known.get(name)
+    if index is None:
+        raise RequestError(f"{where}: unknown {kind} {name!r}; this bundle knows {', '.join(known)}")
+    return index
 
 
-def _milliseconds(given: Any, name: str) -> int:
+def _milliseconds(value: Any, name: str) -> int:
     try:
-        value = operator.index(given)
+        time_ms = operator.index(value)
     except TypeError as error:
-        raise RequestError(f"{name}={given!r} must be an integer, Unix time in ms") from error
-    if value in AS_SECONDS:
-        raise RequestError(f"{name}={value} is in 1970, or in seconds; send Unix time in ms")
-    if not 0 <= value < YEAR_10000_MS:
-        raise RequestError(f"{name}={value} must be a Unix time in ms, from 0 to {YEAR_10000_MS - 1}")
-    return value
+        raise RequestError(f"{name}={value!r} must be an integer, Unix time in ms") from error
+    if time_ms in AS_SECONDS:
+        raise RequestError(f"{name}={time_ms} is in 1970, or in seconds; send Unix time in ms")
+    if not 0 <= time_ms < YEAR_10000_MS:
+        raise RequestError(f"{name}={time_ms} must be a Unix time in ms, from 0 to {YEAR_10000_MS - 1}")
+    return time_ms
 
 
 def _check_order(before: int, after: int, missing: int, where: str) -> None:
     if after == missing != before:
-        raise RequestError(
-            f"{where} has no timestamp_ms, but the event before it has one; "
-            "events without a time may only come before all others"
-        )
+        raise RequestError(f"{where} has no timestamp_ms, but the event before it has; put events without a time first")
     if after < before:
-        raise RequestError(
-            f"{where} at {after} is earlier than the event before it at {before}; send events oldest first"
-        )
+        raise RequestError(f"{where} at {after} is earlier than the previous event at {before}; send the oldest first")
 
 
 def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
-    last = int(history.timestamps_ms[-1]) if len(history) else manifest.missing_timestamp_ms  # known if any is
+    last = int(history.timestamps_ms[-1]) if len(history) else manifest.missing_timestamp_ms  # known if any time is
     if now_ms is None:
-        # A clock that runs behind the one that stamped the last event must not make the request fail.
+        # The clock here may run behind the client's clock; that must not make the request fail.
         return last if last == manifest.missing_timestamp_ms else max(last, time.time_ns() // 1_000_000)
     now = _milliseconds(now_ms, "now_ms")
     if now < last:
@@ -235,66 +214,63 @@ def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
     return now
 
 
-def _user(given: str | None) -> str | None:
-    if given is not None and not (isinstance(given, str) and given):
-        raise RequestError(f"user={given!r} must be a text that is not empty, or None for an answer that is not kept")
-    return given
+def _user(user: str | None) -> str | None:
+    if user is not None and not (isinstance(user, str) and user):
+        raise RequestError(f"user={user!r} must be a non-empty string, or None to keep nothing in the cache")
+    return user
 
 
-def _at_least_one(name: str, given: int) -> int:
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise RequestError(f"{name}={given!r} must be an integer of at least 1")
-    return given
+def _at_least_one(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(f"{name}={value!r} must be an integer of at least 1")
+    return value
 
 
-def _order(given: Order | None, manifest: Manifest) -> Order:
+def _order(order: Order | None, manifest: Manifest) -> Order:
     spec = manifest.order
-    if given is None:
-        return "value" if spec is None else spec.by
-    if given not in get_args(Order):
-        raise RequestError(f"order={given!r} is unknown; send one of {', '.join(get_args(Order))}")
-    if given in ("blend", "product") and spec is None:
-        raise RequestError(
-            f"order={given!r} needs the scale of retrieval's logits, which this bundle lacks; export it again"
-        )
-    if given == "blend" and spec is not None and not spec.retrieval_weight:
+    if order is None:
+        return manifest.default_order
+    if order not in get_args(Order):
+        raise RequestError(f"order={order!r} is unknown; send one of {', '.join(get_args(Order))}")
+    if order in ("blend", "product") and spec is None:
+        raise RequestError(f"order={order!r} needs the scale of retrieval, which this bundle lacks; export it again")
+    if order == "blend" and spec is not None and not spec.retrieval_weight:
         raise RequestError("order='blend' needs a weight of retrieval, and this bundle has none; send 'value'")
-    return given
+    return order
 
 
-def _weights(given: Mapping[str, float] | None, order: Order, manifest: Manifest) -> NDArray[np.float64]:
-    if given is not None and order == "retrieval":
-        raise RequestError(f"weights={given} change nothing where order is 'retrieval'; leave them out")
+def _weights(by_action: Mapping[str, float] | None, order: Order, manifest: Manifest) -> NDArray[np.float64]:
+    if by_action is not None and order == "retrieval":
+        raise RequestError(f"weights={by_action} have no effect with order 'retrieval'; leave them out")
     weights = np.zeros(len(manifest.actions))
-    for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if given is None else given).items():
-        weights[_look_up(action, _actions(manifest), "action", "weights")] = weight
+    for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if by_action is None else by_action).items():
+        weights[_look_up(action, _places(manifest.actions), "action", "weights")] = weight
     if not ((np.abs(weights) <= MAX_WEIGHT).all() and weights.any()):
-        raise RequestError(f"weights={given} must be finite numbers up to {MAX_WEIGHT:g}, one of them other than 0")
+        raise RequestError(f"weights={by_action} must be finite numbers up to {MAX_WEIGHT:g}, one of them other than 0")
     if order == "product" and (weights < 0).any():
         raise RequestError(
-            f"weights={given} must not be negative where order is 'product', which takes the value's logarithm; "
-            "send order 'value', or weigh other actions"
+            f"weights={by_action} must not be negative with order 'product'; send order 'value', or weigh other actions"
         )
     return weights
 
 
-def _outcomes(given: Sequence[str] | None, manifest: Manifest) -> NDArray[np.float32]:
-    if given is not None and not manifest.model.outcome_conditioned:
+def _outcomes(outcomes: Sequence[str] | None, manifest: Manifest) -> NDArray[np.float32]:
+    if outcomes is not None and not manifest.model.outcome_conditioned:
         raise RequestError(
-            f"outcomes={list(given)} were asked for, but this model's retrieval is not conditioned on outcomes; "
+            f"outcomes={list(outcomes)} were sent, but this model's retrieval is not conditioned on outcomes; "
             "leave them out, or train with outcome_conditioned = true"
         )
     bits = np.zeros(len(manifest.actions), np.float32)
-    for action in manifest.positive_actions if given is None else given:
-        bits[_look_up(action, _actions(manifest), "action", "outcomes")] = 1.0
+    for action in manifest.positive_actions if outcomes is None else outcomes:
+        bits[_look_up(action, _places(manifest.actions), "action", "outcomes")] = 1.0
     return bits
 
 
 def window_start(count: int, limit: int, slack: int) -> int:
-    """Place of the first event that is encoded of a history of `count` events where the model takes `limit`.
+    """First event to encode of a history of `count` events, for a model that takes at most `limit`.
 
-    The window moves on by `slack` events at a time, so that between two moves new events only extend what is encoded:
-    a history that grows is encoded anew once in `slack` events. It holds more than `limit - slack` events.
+    The window moves by `slack` events at a time and holds more than `limit - slack` events. Between two moves new
+    events only extend the encoded history, so a growing history is encoded anew once in `slack` events.
     """
     return -(-max(0, count - limit) // slack) * slack
 

@@ -1,4 +1,4 @@
-"""Proof that a bundle is whole, computes here what PyTorch computed, and recommends as it did at export."""
+"""Check a bundle: its files, its outputs on this machine, and its recommendations against those at export."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Unpack
 
 from unipinrec.errors import BundleError
-from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.integrity import file_problems
 from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.bundle.quality import SampleQuality
 from unipinrec.runtime.device import DeviceRules, require_device
-from unipinrec.runtime.golden_check import TOLERANCE, GoldenCheck, compare_golden
+from unipinrec.runtime.golden_check import TOLERANCE, GoldenCheck, check_outputs
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.sample import sample_quality
 
-SAMPLE_TOLERANCE = 0.02  # of the users: where two items are all but level, rounding decides
+SAMPLE_TOLERANCE = 0.02  # share of the users: rounding decides between items of almost equal score
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileCheck:
-    """One file of a bundle; `problem` is None where it is what the manifest says."""
+    """One file of a bundle; `problem` is None if it matches the manifest."""
 
     file: str
     problem: str | None
@@ -32,7 +31,7 @@ class FileCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCheck:
-    """The lists of the bundle's sample users, at export and here; `problem` is None where they are as good."""
+    """Hits of the bundle's sample users at export and here; `problem` is None if they agree."""
 
     exported: SampleQuality
     here: SampleQuality
@@ -43,8 +42,8 @@ class SampleCheck:
 class VerifyReport:
     """All checks of a bundle.
 
-    `golden` judges a device that computes in fp32, `agreement` one that rounds; the other is empty or None. Both are,
-    and `device` is None, where damage kept the graphs from running. `sample` is None where the bundle carries no users.
+    `golden` checks a device that computes in fp32, `agreement` a device that rounds; the other is empty or None. If
+    damage keeps the graphs from running, both are, and `device` is None. `sample` is None if the bundle has no users.
     """
 
     bundle: str
@@ -67,7 +66,7 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
         **rules: See `DeviceRules`.
 
     Raises:
-        BackendError: The device is not available and nothing else may be used, or a graph does not run on it.
+        BackendError: The device does not run the graphs, and no other device may be used.
     """
     require_device(device)
     folder = Path(path)
@@ -77,17 +76,12 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
     if not any(check.problem for check in files):
         try:
             with Recommender.load(folder, device, verify=False, **rules) as recommender:
-                bundle, engine = recommender.bundle, recommender.engine
-                running = engine.device
-                if running.precision == "fp32":
-                    golden = compare_golden(engine, bundle)
-                else:
-                    agreement = measure_agreement(engine, bundle)
+                running = recommender.device
+                golden, agreement = check_outputs(recommender.engine, recommender.bundle)
                 sample = _check_sample(recommender)
         except BundleError as error:
             files = (*files, FileCheck(file="contents", problem=str(error)))
-    judged = golden if agreement is None else (agreement,)
-    judged_too = () if sample is None else (sample,)
+    checks = [check for check in (*files, *golden, agreement, sample) if check]
     return VerifyReport(
         bundle=str(folder),
         hash=digest,
@@ -97,7 +91,7 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
         golden=golden,
         agreement=agreement,
         sample=sample,
-        ok=bool(judged) and not any(check.problem for check in (*files, *judged, *judged_too)),
+        ok=bool(golden or agreement) and not any(check.problem for check in checks),
     )
 
 
@@ -111,9 +105,9 @@ def _check_sample(recommender: Recommender) -> SampleCheck | None:
     problem = None
     if here.users != exported.users or off > allowed:
         problem = (
-            f"{here.served} of {here.users} sample users are served their last item here, {here.retrieved} by "
-            f"retrieval alone; at export {exported.served} and {exported.retrieved} of {exported.users} were, and a "
-            f"difference of {allowed} is allowed"
+            f"{here.served} of {here.users} sample users get their last item here, {here.retrieved} by retrieval "
+            f"alone; at export {exported.served} and {exported.retrieved} of {exported.users} did; a difference of "
+            f"{allowed} is allowed"
         )
     return SampleCheck(exported=exported, here=here, problem=problem)
 
@@ -124,6 +118,5 @@ def _check_files(folder: Path) -> tuple[tuple[FileCheck, ...], str | None]:
     except BundleError as error:
         return (FileCheck(file="manifest.json", problem=str(error)),), None
     problems = file_problems(folder, manifest.files)
-    return tuple(
-        FileCheck(file=name, problem=problems.get(name)) for name in ("manifest.json", *manifest.files)
-    ), digest
+    names = ("manifest.json", *manifest.files)
+    return tuple(FileCheck(file=name, problem=problems.get(name)) for name in names), digest

@@ -1,4 +1,4 @@
-"""Runs every acceptance step in a process of its own, keeps what each found, and prints one JSON document.
+"""Runs every acceptance step in a process of its own, keeps the results, and prints one JSON document.
 
 A step that dies, hangs or is refused costs no other step. `bench/gpu/accept` calls this; `steps.py` holds the steps.
 """
@@ -33,9 +33,9 @@ class Step:
     """One process.
 
     Attributes:
-        name: What its result is kept under.
+        name: Key of its result.
         arguments: Of `steps.py`.
-        sites: Folders of carried packages that it sees, first ones first.
+        sites: Folders of carried packages for it, in order.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Runner:
 
     Attributes:
         work: Where results, models and engines lie.
-        ends: When everything has to be over, by `time.monotonic`.
-        results: What each step said, by name.
+        ends: Deadline of all steps, by `time.monotonic`.
+        results: Result of each step, by name.
     """
 
     work: Path
@@ -58,7 +58,7 @@ class Runner:
     results: dict[str, Any] = field(default_factory=dict)
 
     def run(self, step: Step) -> dict[str, Any]:
-        """What a step found: now, or in an earlier run at the same commit."""
+        """The result of a step, now or from an earlier run at the same commit."""
         path = self.work / "steps" / f"{step.name}.json"
         if path.exists():
             kept: dict[str, Any] = json.loads(path.read_text())
@@ -76,7 +76,7 @@ class Runner:
         return found
 
     def start(self, step: Step) -> subprocess.Popen[str]:
-        """Start a step whose result is read later, by `run`ning one that depends on what it leaves."""
+        """Start a step in the background; a later `run` of a step that depends on it reads its result."""
         return self._popen(step)
 
     def _process(self, step: Step, seconds: float) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def backends(work: Path, runner: Runner) -> Iterator[tuple[str, str, str, tuple[
 
 
 def check(size: str, precision: str, backend: tuple[str, str, str, tuple[str, ...]]) -> Step:
-    """Build where there is something to build, then invariants, golden requests and times."""
+    """Build engines if the backend needs them, then check invariants, golden requests and times."""
     name, device, target, sites = backend
     flavor = "tensorrt" if name == "tensorrt" else "tensorrt_rtx"
     engines = ("--flavor", flavor, "--target", target) if target else ()

@@ -3,7 +3,7 @@
 split        encoder -> keys/values -> ranker, and the query, against one pass of PyTorch with the dense joint mask
 extend       extending a past against encoding at once
 independent  a candidate alone, in another order, and in a padded batch
-golden       what PyTorch gave for the golden requests (fp32), or agreement with fp32 (other precisions)
+golden       PyTorch's answers to the golden requests (fp32), or agreement with fp32 (other precisions)
 same         the same request again, through a cache, alone and in a batch
 """
 
@@ -27,7 +27,7 @@ Differences = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What cases are made of: their longest history and most candidates."""
+    """Limits of the cases: their longest history and most candidates."""
 
     events: int
     candidates: int
@@ -50,9 +50,9 @@ def random_history(rng: np.random.Generator, engine: Engine, actions: int, event
 def cases(engine: Engine, actions: int, shape: Shape) -> Iterator[tuple[list[History], NDArray[np.int64]]]:
     """Batches of histories with candidates for each; the first is a single one at the full shape."""
     rng = np.random.default_rng(0)
-    for place in range(shape.cases):
-        lengths = [shape.events] if place == 0 else rng.integers(1, shape.events + 1, rng.integers(1, 5)).tolist()
-        count = shape.candidates if place == 0 else int(rng.integers(1, shape.candidates + 1))
+    for index in range(shape.cases):
+        lengths = [shape.events] if index == 0 else rng.integers(1, shape.events + 1, rng.integers(1, 5)).tolist()
+        count = shape.candidates if index == 0 else int(rng.integers(1, shape.candidates + 1))
         histories = [random_history(rng, engine, actions, length) for length in lengths]
         yield histories, rng.integers(0, len(engine.item_vectors), (len(lengths), count))
 

@@ -1,13 +1,12 @@
 """The steps of the acceptance, each in a process of its own: prints one JSON document as the last line of stdout.
 
-    machine                                  what it runs on
+    machine                                  the machine
     model --size SIZE                        a model with random weights, exported in three precisions
     probe --flavor F --target T              whether that TensorRT builds and runs an engine on this card
     probe-ort                                whether ONNX Runtime's CUDA provider runs
     check --size SIZE --device D [...]       build, golden requests, invariants, times
 
-`ran` says whether it did what it is for, `refused` why not, in the words of what refused; `problems` what it found
-wrong.
+`ran` says whether the step ran, `refused` the error if not; `problems` lists the failed checks.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def machine() -> dict[str, Any]:
 
 
 def export(work: Path, size: str) -> dict[str, Any]:
-    """The bundle, if it is not there."""
+    """The bundle, unless it exists."""
     folder = bundle_of(work, size)
     if not folder.exists():
         export_bundle(source_of(size), folder, precisions=REDUCED, options=ExportOptions(accept_loss=True))
@@ -89,7 +88,7 @@ def bundle_of(work: Path, size: str) -> Path:
 
 
 def command(*arguments: str) -> dict[str, Any]:
-    """Run one of our commands; its JSON document, or what it said on its way out."""
+    """Run one of our commands; its JSON document, or its error message."""
     done = subprocess.run(
         [sys.executable, "-m", "unipinrec", *arguments, "--json"], capture_output=True, text=True, check=False
     )
@@ -120,7 +119,7 @@ def probe(work: Path, flavor: str, target: str) -> dict[str, Any]:
 
 
 def compile_for(bundle: Path, flavor: str, target: str, precision: str, work: Path) -> tuple[Path, dict[str, Any]]:
-    """Build engines for this card, or ahead of time for a target: the bundle to serve, and what the command said."""
+    """Build engines for this card, or ahead of time for a target: the bundle to serve, and the command's document."""
     asked = ["compile", str(bundle), "--flavor", flavor, "--precision", precision]
     if target == "current":
         return bundle, command(*asked)
@@ -135,7 +134,7 @@ def flavor_version(flavor: str) -> str:
 
 
 def trusted(target: str) -> list[str]:
-    """What allows engines that travel in a bundle."""
+    """The option that allows a bundle's own engines."""
     return [] if target == "current" else ["--allow-bundle-engines"]
 
 
@@ -189,7 +188,7 @@ def checked(recommender: Recommender, shape: invariants.Shape, size: str) -> dic
 
 
 def problems(found: dict[str, Any], verified: bool) -> list[str]:
-    """What is out of bounds in fp32."""
+    """Violations in fp32."""
     bounds = {"split": FP32_TOLERANCE, "extend": FP32_TOLERANCE, "independent": INDEPENDENT, "same": FP32_TOLERANCE}
     over = [
         f"{name} {part} is {value:.3g}, allowed {bound:g}"
@@ -201,14 +200,14 @@ def problems(found: dict[str, Any], verified: bool) -> list[str]:
 
 
 def reduced_problems(found: dict[str, Any], verified: bool) -> list[str]:
-    """What is wrong in bf16 or fp16: what rounding explains is left to the agreement."""
+    """Violations in bf16 or fp16; the agreement covers rounding."""
     wrong = [] if verified else ["it does not recommend what fp32 recommends"]
     finite = all(np.isfinite(value) for name in ("split", "extend", "independent") for value in found[name].values())
     return wrong if finite else [*wrong, "values are not finite"]
 
 
 def times(engine: Engine, shape: invariants.Shape) -> dict[str, Any]:
-    """Encoding and ranking at the full shape for one request and for eight, and what sharing gains."""
+    """Encoding and ranking at the full shape for one request and for eight, and the gain of one shared encode."""
     rng = np.random.default_rng(5)
     measured: dict[str, Any] = {}
     for batch in (1, 8):
@@ -243,7 +242,7 @@ def main() -> None:
     parser.add_argument("--flavor", default="tensorrt_rtx")
     parser.add_argument("--target", default="")
     options = parser.parse_args()
-    # Of its own for each backend: else one would be served by engines that another compiled.
+    # A separate cache for each backend: else one backend would use another's engines.
     os.environ["UNIPINREC_CACHE"] = str(options.work / "cache" / f"{options.flavor}-{options.target or 'none'}")
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "machine": machine,

@@ -1,9 +1,9 @@
-"""What orders the lists of a bundle, and how good they are.
+"""How the lists of a bundle are ordered, and how good they are.
 
-blend.py              how much of retrieval the order by value takes
-evaluation.py         the lists that a bundle serves, measured on held-out requests
-held_out.py           how well users' last events are predicted
-held_out_requests.py  those requests, put as a client would put them
-popularity.py         how popular each item is, for users without events
-served_order.py       what slates of a model are ordered by, and why
+blend.py              the share of retrieval in the order by value
+evaluation.py         quality of the lists of a bundle on held-out requests
+held_out.py           how well the last events of users are predicted
+held_out_requests.py  sends held-out requests to a bundle, as a client would
+popularity.py         popularity of each item, for users without events
+served_order.py       chooses the order of slates of a model, with the reason
 """

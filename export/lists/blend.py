@@ -1,7 +1,7 @@
-"""How much of retrieval the order by value takes: chosen on slates of the validation part, by their own labels.
+"""Choose the weight of retrieval in the order by value, on the labels of validation slates.
 
-Both items of a pair were shown in one slate, so that the choice does not follow what the policy of the log showed. A
-hit rate of the logged next item would: it grows with retrieval's share while lists get worse (docs/decisions/0014).
+Both items of a pair were shown in one slate, so the logging policy does not bias the choice. The hit rate of the logged
+next item would: it grows with retrieval's weight while lists get worse (docs/decisions/0014).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import NothingHeldOutError
 from unipinrec.export.lists.held_out_requests import Client, HeldOut
-from unipinrec.models.evaluate import NO_SLATE
+from unipinrec.models.evaluate import NO_SLATE, Requests
 from unipinrec.runtime import Recommender
 from unipinrec.runtime.bundle.manifest import OrderSpec
 
@@ -26,13 +26,13 @@ BATCH = 64
 
 
 def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
-    """For a bundle that is ordered by value: a blend, or retrieval, where that orders validation slates better.
+    """For a bundle that is ordered by value: a blend, or retrieval, if that orders validation slates better.
 
     Returns:
-        The order, or None where it stays as it is.
+        The new order, or None to keep the old one.
 
     Raises:
-        DataError: The data is not that of the bundle.
+        DataError: The data does not belong to the bundle.
     """
     spec = recommender.bundle.manifest.order
     if spec is None or spec.by != "value":
@@ -43,60 +43,50 @@ def chosen_blend(recommender: Recommender, folder: Path) -> OrderSpec | None:
         held = replace(held, requests=client.answerable(held.requests))
     except NothingHeldOutError:
         return None
-    places = _telling_slates(held)
-    if len(places) < FEWEST_SLATES:
+    worth = held.data.slate_actions[:, held.positive].sum(axis=1, dtype=np.int64)
+    indices = _telling_slates(held, worth)
+    if len(indices) < FEWEST_SLATES:
         return None
-    places = places[np.linspace(0, len(places) - 1, min(MOST_SLATES, len(places))).astype(np.int64)]
-    agreements = _agreements(client, held, places, spec.retrieval_scale)
+    indices = indices[np.linspace(0, len(indices) - 1, min(MOST_SLATES, len(indices))).astype(np.int64)]
+    agreements = _agreements(client, held.requests.take(indices), worth, spec.retrieval_scale)
     by_value, retrieved = agreements[:, 0].mean(), agreements[:, -1].mean()
     best = int(agreements[:, :-1].mean(axis=0).argmax())
-    pairs = f"of the pairs within {len(places)} validation slates are in the right order"
+    pairs = f"of the pairs within {len(indices)} validation slates are in the right order"
     ahead = agreements[:, -1] - agreements[:, best]
     if ahead.mean() > SURE * ahead.std() / len(ahead) ** 0.5:
         reason = f"by retrieval {retrieved:.4f} {pairs}, by value {by_value:.4f}: the ranker learned too little"
         return msgspec.structs.replace(spec, by="retrieval", reason=reason)
     if best == 0:
         return None
-    return msgspec.structs.replace(
-        spec,
-        by="blend",
-        retrieval_weight=WEIGHTS[best],
-        reason=f"{spec.reason}; with {WEIGHTS[best]:g} of retrieval's logit {agreements[:, best].mean():.4f} {pairs}, "
-        f"by value alone {by_value:.4f}",
-    )
+    figure = f"{WEIGHTS[best]:g} of retrieval's logit {agreements[:, best].mean():.4f}"
+    reason = f"{spec.reason}; with {figure} {pairs}, by value alone {by_value:.4f}"
+    return msgspec.structs.replace(spec, by="blend", retrieval_weight=WEIGHTS[best], reason=reason)
 
 
-def _telling_slates(held: HeldOut) -> NDArray[np.int64]:
-    """Places of the requests whose slates show items of different worth."""
-    worth, start = _worth(held), held.data.slate_start
+def _telling_slates(held: HeldOut, worth: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the requests whose slates show items of different worth; `worth` [K] counts positive actions."""
+    start = held.data.slate_start
     slated = np.flatnonzero(held.requests.slates != NO_SLATE)
     spans = [worth[start[slate] : start[slate + 1]] for slate in held.requests.slates[slated]]
     return slated[[len(span) > 1 and span.min() < span.max() for span in spans]]
 
 
-def _worth(held: HeldOut) -> NDArray[np.int64]:
-    """[K] how many positive actions each slate item got."""
-    worth: NDArray[np.int64] = held.data.slate_actions[:, held.positive].sum(axis=1, dtype=np.int64)
-    return worth
-
-
-def _agreements(client: Client, held: HeldOut, places: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
-    """[slates, weights + 1] share of the pairs of different worth that each weight, and retrieval, orders rightly."""
-    worth, start, found = _worth(held), held.data.slate_start, []
-    some = held.requests.take(places)
-    judged = [items for part in held.chunks(BATCH, some) for items in client.shown(part)]
-    for slate, items in zip(some.slates, judged, strict=True):
+def _agreements(client: Client, requests: Requests, worth: NDArray[np.int64], scale: float) -> NDArray[np.float64]:
+    """[slates, weights + 1] share of the pairs of different worth that each weight, and retrieval, orders correctly."""
+    start, agreements = client.held.data.slate_start, []
+    shown = [items for part in requests.chunks(BATCH) for items in client.shown(part)]
+    for slate, items in zip(requests.slates, shown, strict=True):
         own = worth[start[slate] : start[slate + 1]]
         better, worse = np.nonzero(own[:, None] > own[None, :])
         values = np.array([item.value for item in items], np.float64)
         similarity = np.array([item.retrieval_score for item in items], np.float64)
         scores = np.vstack([values * np.exp(np.outer(WEIGHTS, scale * similarity)), similarity])
         ahead = scores[:, better] - scores[:, worse]
-        found.append(((ahead > 0) + 0.5 * (ahead == 0)).mean(axis=1))
-    return np.array(found)
+        agreements.append(((ahead > 0) + 0.5 * (ahead == 0)).mean(axis=1))
+    return np.array(agreements)
 
 
 def with_order(recommender: Recommender, order: OrderSpec) -> Recommender:
-    """The same recommender, its slates ordered otherwise."""
+    """The same recommender with another order of slates."""
     manifest = msgspec.structs.replace(recommender.bundle.manifest, order=order)
     return replace(recommender, bundle=replace(recommender.bundle, manifest=manifest))

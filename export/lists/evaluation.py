@@ -1,12 +1,11 @@
-"""The lists that a bundle serves, measured on held-out requests of prepared data.
+"""Measure the lists of a bundle on held-out requests of prepared data.
 
-Each request is answered as a client would get it. The 200 candidates that come back hold every figure: the served list
-is the first ten of them, and the same candidates in another order are what that order would serve.
+Each request is answered as for a client. All figures come from its 200 candidates: the first ten are the served list,
+and sorting the candidates otherwise gives the list of another order.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,17 +15,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.export.lists.held_out_requests import CANDIDATES, MISSING, Client, HeldOut
-from unipinrec.models.baselines import Scorer, baselines_of
-from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, shown_items
-from unipinrec.models.metrics import action_metrics, target_ranks
+from unipinrec.export.lists.held_out_requests import MISSING, Client, HeldOut
+from unipinrec.models.baselines import baselines_of
+from unipinrec.models.evaluate import NO_SLATE, NO_TARGET, Split, left_out, shown_items, slates_of
+from unipinrec.models.metrics import action_metrics, gains, hits, standard_error, target_ranks
 from unipinrec.models.training.sheet import data_sheet
 from unipinrec.runtime import Recommender
 from unipinrec.runtime.bundle.quality import ActionQuality, Estimate, Evaluation, ListQuality, named
+from unipinrec.runtime.requests import CANDIDATES
 
 TOP = 10
 BATCH = 64
-CELLS = 1 << 23  # of [requests, items] at once
+CELLS = 1 << 23  # of one [requests, items] array of scores
 POPULAR = "popular_all_time"
 SURE = 2.0  # standard errors
 Progress = Callable[[int, int], None]
@@ -34,28 +34,28 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """One list per request: 0-based ranks of the T targets, inf where a list lacks its target, and true values [R]."""
+    """One list per request: 0-based ranks of the T targets, inf if a list lacks its target, and true values [R]."""
 
     ranks: list[NDArray[np.float64]] = field(default_factory=list)
     true_values: list[NDArray[np.float64]] = field(default_factory=list)
 
     @cached_property
     def hits(self) -> NDArray[np.float64]:
-        """[T] whether the target is among the ten."""
-        return (np.concatenate([np.zeros(0), *self.ranks]) < TOP).astype(np.float64)
+        """[T] 1 if the target is among the ten."""
+        return hits(np.concatenate([np.zeros(0), *self.ranks]), TOP)
 
     @cached_property
     def gains(self) -> NDArray[np.float64]:
         """[T] NDCG@10."""
-        return self.hits / np.log2(np.concatenate([np.zeros(0), *self.ranks]) + 2.0)
+        return gains(np.concatenate([np.zeros(0), *self.ranks]), TOP)
 
     @cached_property
     def truth(self) -> NDArray[np.float64]:
-        """[R] true values; empty where they are not known."""
+        """[R] true values; empty if unknown."""
         return np.concatenate([np.zeros(0), *self.true_values])
 
     def quality(self, target_values: NDArray[np.float64] | None, served: Measured) -> ListQuality:
-        """With standard errors, and compared with the served list; see `HeldOut.target_values`."""
+        """Quality with standard errors, compared with the served list; see `HeldOut.target_values`."""
         targets = len(self.hits)
         ahead = served.truth - self.truth if len(self.truth) else served.hits - self.hits
         return ListQuality(
@@ -79,32 +79,32 @@ def evaluate(
     """Answer held-out requests of prepared data and measure the lists.
 
     Args:
-        recommender: Of the bundle.
+        recommender: The opened bundle.
         folder: Prepared data of the same items, actions and surfaces.
-        split: Which part.
-        limit: Answer at most so many requests, drawn evenly; None = all.
-        repeats: Serve items that the user had before, and count them as targets.
-        on_batch: Called with how many requests are answered, and how many there are.
+        split: The part to measure.
+        limit: Answer at most this many requests, drawn evenly; None answers all.
+        repeats: Recommend items that the user had before, and count them as targets.
+        on_batch: Called with the number of answered requests and the number of all.
 
     Raises:
-        DataError: The data cannot be read, has nothing to measure, or is not that of the bundle.
+        DataError: The data cannot be read, has nothing to measure, or does not belong to the bundle.
     """
     held = HeldOut.read(folder, split, limit, repeats=repeats)
     client = Client(recommender, held)
     held = replace(held, requests=client.answerable(held.requests))
-    found, lists = _served(client, held, on_batch)
+    retrieved, lists = _served(client, held, on_batch)
     lists |= _baselines(held, split)
     qualities = {name: measured.quality(held.target_values, lists["served"]) for name, measured in lists.items()}
     sheet = data_sheet(held.data, held.positive, split, repeats=repeats)
     return Evaluation(
         split=split,
         requests=len(held.requests),
-        targets=len(found),
+        targets=len(retrieved),
         repeats=repeats,
         order=recommender.order,
         candidates=CANDIDATES,
         items=held.data.num_items,
-        found=estimate(found) if len(found) else None,
+        found=estimate(retrieved) if len(retrieved) else None,
         lists=qualities,
         actions={} if recommender.order == "retrieval" else _actions(client, held),
         gap_closed=_gap_closed(qualities),
@@ -114,9 +114,8 @@ def evaluate(
 
 
 def estimate(values: NDArray[np.float64]) -> Estimate:
-    """Mean and standard error of values [R], of which there is at least one."""
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return Estimate(mean=float(values.mean()), error=error)
+    """Mean and standard error of at least one value."""
+    return Estimate(mean=float(values.mean()), error=standard_error(values) if len(values) > 1 else 0.0)
 
 
 def _ratio(parts: NDArray[np.float64], wholes: NDArray[np.float64]) -> Estimate:
@@ -125,12 +124,12 @@ def _ratio(parts: NDArray[np.float64], wholes: NDArray[np.float64]) -> Estimate:
 
 
 def _served(client: Client, held: HeldOut, on_batch: Progress) -> tuple[NDArray[np.float64], dict[str, Measured]]:
-    """Whether each target is among the candidates, and the candidates in each order."""
-    found, lists, done = [np.zeros(0)], defaultdict[str, Measured](Measured), 0
-    for part in held.chunks(BATCH):
+    """For each target, 1 if it is among the candidates; and the measured lists of each order."""
+    retrieved, lists, done = [np.zeros(0)], defaultdict[str, Measured](Measured), 0
+    for part in held.requests.chunks(BATCH):
         answers, has, truth = client.candidates(part), part.targets != NO_TARGET, held.chances(part)
         targets = part.targets[has, None]
-        found.append((answers.rows[has] == targets).any(axis=1).astype(np.float64))
+        retrieved.append((answers.rows[has] == targets).any(axis=1).astype(np.float64))
         for name, rows in answers.orders().items():
             at = rows[has, :TOP] == targets
             lists[name].ranks.append(np.where(at.any(axis=1), at.argmax(axis=1), np.inf))
@@ -138,11 +137,11 @@ def _served(client: Client, held: HeldOut, on_batch: Progress) -> tuple[NDArray[
                 lists[name].true_values.append(_mean_chance(truth, rows[:, :TOP]))
         done += len(part)
         on_batch(done, len(held.requests))
-    return np.concatenate(found), dict(lists)
+    return np.concatenate(retrieved), dict(lists)
 
 
 def _mean_chance(truth: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of the listed items [R, 10], where MISSING is none, the mean of truth [R, N]."""
+    """Mean true chance [R] of the listed items [R, 10], without MISSING ones; `truth` is [R, N]."""
     chances = np.take_along_axis(truth, np.maximum(rows, 0), axis=1).astype(np.float64)
     known = rows != MISSING
     means: NDArray[np.float64] = (chances * known).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
@@ -150,18 +149,16 @@ def _mean_chance(truth: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray
 
 
 def _baselines(held: HeldOut, split: Split) -> dict[str, Measured]:
-    """The whole catalogue, but for what is not served, in the order of each baseline, and of the truth.
+    """Lists of each baseline and of the truth, from the catalogue without the items that are left out.
 
-    Baselines know all that came before the part that is measured.
+    Baselines know everything before the measured part.
     """
-    scorers: dict[str, Scorer] = baselines_of(
-        held.data, held.positive, fit_validation=split == "test", repeats=held.requests.repeats
-    )
+    scorers = baselines_of(held.data, held.positive, fit_validation=split == "test", repeats=held.requests.repeats)
     if held.oracle is not None:
         scorers["best"] = held.known_chances
     lists = {name: Measured() for name in scorers}
-    for part in held.chunks(max(1, CELLS // held.data.num_items)):
-        seen, truth, has = held.seen(part), held.chances(part), part.targets != NO_TARGET
+    for part in held.requests.chunks(max(1, CELLS // held.data.num_items)):
+        seen, truth, has = left_out(held.data, part), held.chances(part), part.targets != NO_TARGET
         for name, scores_of in scorers.items():
             scores = scores_of(part)
             for row, items in enumerate(seen):
@@ -169,24 +166,23 @@ def _baselines(held: HeldOut, split: Split) -> dict[str, Measured]:
             if truth is not None:
                 best = np.argpartition(-scores, min(TOP, held.data.num_items) - 1, axis=1)[:, :TOP]
                 lists[name].true_values.append(_mean_chance(truth, best))
-            nothing = [np.zeros(0, np.int64)] * int(has.sum())  # it is left out above
-            lists[name].ranks.append(target_ranks(scores[has], nothing, part.targets[has]))
+            lists[name].ranks.append(target_ranks(scores[has], [], part.targets[has]))  # seen items are out already
     return lists
 
 
 def _actions(client: Client, held: HeldOut) -> dict[str, ActionQuality]:
-    """How the probabilities order what slates showed."""
+    """Quality of the action probabilities on shown items."""
     slated = held.requests.take(np.flatnonzero(held.requests.slates != NO_SLATE))
     if not len(slated):
         return {}
     data, shown = held.data, shown_items(held.data, slated)
-    judged = [items for part in held.chunks(BATCH, slated) for items in client.shown(part)]
+    judged = [items for part in slated.chunks(BATCH) for items in client.shown(part)]
     names = held.dataset.spec.actions
     probabilities = np.array([[item.actions[name] for name in names] for items in judged for item in items])
-    slates = np.searchsorted(data.slate_start, shown, side="right") - 1
+    slates = slates_of(data, shown)
     measured = {}
-    for place, name in enumerate(names):
-        labels, chances = data.slate_actions[shown, place], probabilities[:, place]
+    for index, name in enumerate(names):
+        labels, chances = data.slate_actions[shown, index], probabilities[:, index]
         by_user = action_metrics(data.slate_user[slates], labels, chances)
         measured[name] = ActionQuality(
             auc=by_user.auc,
@@ -208,7 +204,7 @@ def _gap_closed(lists: Mapping[str, ListQuality]) -> float | None:
 
 
 def _beaten(lists: Mapping[str, Measured], *, slates: bool) -> list[str]:
-    """A sentence about each baseline that beats what is served or is as good, and about a ranker that loses by far."""
+    """One sentence per baseline that beats or equals the served list, and one if ranking loses by far to retrieval."""
     served, sentences = lists["served"], []
     policy = "; the policy of the log chose to show that item, so look at the ranking metrics too" if slates else ""
     for name, baseline in lists.items():

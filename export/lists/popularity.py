@@ -1,4 +1,4 @@
-"""How popular each item is now, for users of whom nothing is known."""
+"""Current popularity of each item, for users without events."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.sequences import Sequences
 
 RECENT_MS = 7 * 86_400_000
-PRIOR_EVENTS = 100  # what is known on a wider scale counts as much as so many events
-UNIFORM_EVENTS = 1  # so does the same chance for every item: enough that none has a chance of 0
+PRIOR_EVENTS = 100  # the prior of the next wider scale counts as much as this many events
+UNIFORM_EVENTS = 1  # the same for the uniform prior, which keeps every chance above 0
 
 
 def item_shares(data: Sequences, vocabulary: Vocabulary) -> NDArray[np.float32]:
-    """The estimated chance [S, N] that a positive event on a surface is of an item; row 0 is for all surfaces together.
+    """Estimate the chance [S, N] that a positive event on a surface is of an item; row 0 is for all surfaces together.
 
-    It counts the positive events of the last `RECENT_MS` before the newest event, all events where none has a time. A
-    surface is shrunk towards all surfaces together, these towards all of the time, and that towards equal chances. All
-    parts of the split count: what is exported will serve later users.
+    Counts positive events within `RECENT_MS` of the newest event, or all if no event has a time. The counts of a
+    surface are shrunk towards all surfaces together, these towards all time, and those towards equal chances. All
+    parts of the split count, since the bundle will serve later users.
 
     Raises:
         ExportError: No event is positive.
     """
-    positive = [vocabulary.actions.index(name) for name in vocabulary.positive_actions]
-    liked = data.actions[:, positive].any(axis=1)
+    liked = data.actions[:, vocabulary.positive].any(axis=1)
     if not liked.any():
         raise ExportError(
-            f"no event of the data has a positive action ({', '.join(vocabulary.positive_actions)}), so nothing is "
+            f"no event of the data has a positive action ({', '.join(vocabulary.positive_actions)}), so no item is "
             "popular; export without data, or declare other positive_actions"
         )
     items, surfaces = data.num_items, len(vocabulary.surfaces)
@@ -44,6 +43,6 @@ def item_shares(data: Sequences, vocabulary: Vocabulary) -> NDArray[np.float32]:
 
 
 def _shrunk(counts: NDArray[np.int64], towards: NDArray[np.float64], events: float) -> NDArray[np.float64]:
-    """Shares of counts [..., N], to which as many events are added as `towards` [N] would have them."""
+    """Shares of counts [..., N] after adding a number of events, spread as the shares `towards` [N]."""
     shares: NDArray[np.float64] = (counts + events * towards) / (counts.sum(axis=-1, keepdims=True) + events)
     return shares

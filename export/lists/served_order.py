@@ -1,4 +1,4 @@
-"""Which order slates of a trained model are served in, by what its ranker could learn (docs/ranking.md)."""
+"""Choose the order of a model's slates by what its ranker could learn (docs/ranking.md)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from unipinrec.runtime.bundle.manifest import OrderSpec
 from unipinrec.runtime.requests import Order
 
 MAX_LOG_SCALE = 5.0  # as in training
-FEWEST_LEFT_ALONE = 1000  # with fewer the ranker has learned nothing of them that holds
+FEWEST_LEFT_ALONE = 1000  # fewer do not teach the ranker anything reliable
 
 
 def served_order(model: UniPinRec, train: TrainConfig, facts: TrainingFacts) -> OrderSpec:
-    """The order of a model's slates.
+    """The order of a model's slates, with the reason.
 
-    By value where the ranker saw enough items that were shown and left alone; it then knows the chance of an action on
-    whatever is shown. Without such items it knows at most the chance of an action given an engagement, and retrieval
-    knows which item comes next if the next event is positive: by their product. By retrieval alone where all positive
-    events are worth the same.
+    - By value if the ranker saw enough items that were shown and left alone: it knows the chance of an action on any
+      shown item.
+    - By product otherwise: the ranker knows the chance of an action after an engagement, and retrieval the next
+      positive item.
+    - By retrieval alone if all positive events are worth the same.
     """
     scale = float(model.log_scale.detach().clamp(max=MAX_LOG_SCALE).exp())
     by, reason = _decide(model, train, facts)

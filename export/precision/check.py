@@ -1,7 +1,7 @@
-"""Graphs in further precisions for a bundle: written, measured through their emulation, and refused if they stray.
+"""Write graphs in further precisions, measure them by their emulation, and reject those that stray from fp32.
 
-What is measured are the recommendations: agreement with fp32 on golden requests and sample users, as every machine
-measures it that serves in such a precision, and the change of each action's AUC on events held out from real users.
+Two figures are measured. Agreement with fp32 on golden requests and sample users is measured again on every machine
+that serves in this precision. The change of each action's AUC is measured on held-out events of real users.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import onnx
 
 from unipinrec.errors import BackendError, ExportError, ParityError
@@ -25,7 +24,7 @@ from unipinrec.export.precision.typed import LowType, emulated_graph, typed_grap
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH, fingerprint, seal
+from unipinrec.runtime.bundle.derived import seal_derived
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, PrecisionSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.engine import Engine
@@ -33,8 +32,12 @@ from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
 Precision = Literal["bf16", "fp16", "fp8"]
-LOW_TYPES: dict[Precision, LowType] = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}  # of what is not quantised
-GRAPHS = ("encoder", "extend", "ranker")  # the others stay fp32: they are small, and order the items
+LOW_TYPES: dict[Precision, LowType] = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp8": "bf16",
+}  # of all values that are not quantised
+GRAPHS = ("encoder", "extend", "ranker")  # the others stay fp32: they are small, and they order the items
 HELD_OUT_EVENTS = 32_768
 REMEDY = "no bundle was written; leave this precision out, or try bf16, which has the range of fp32"
 LOSS_REMEDY = "no bundle was written; leave this precision out, or pass --accept-loss if that is good enough for you"
@@ -43,11 +46,11 @@ Sources = Mapping[str, onnx.ModelProto]
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a precision is measured against.
+    """The fp32 side of a comparison.
 
     Attributes:
         bundle: The bundle in fp32 alone.
-        histories: Of real users, or none.
+        histories: Histories of real users, if any.
         exact_auc: AUC of each action in fp32.
     """
 
@@ -56,28 +59,28 @@ class Judged:
     exact_auc: dict[str, float]
 
 
-def known_precisions(wanted: Sequence[str], histories: Sequence[History]) -> list[Precision]:
-    """Those that are wanted, each once.
+def known_precisions(names: Sequence[str], histories: Sequence[History]) -> list[Precision]:
+    """Check the names of precisions, and remove repeats.
 
     Args:
-        wanted: Names.
-        histories: Of real users, none where there are none.
+        names: Requested precisions.
+        histories: Histories of real users, if any.
 
     Raises:
-        ExportError: One is not known, or needs real histories and there are none, or only short ones.
+        ExportError: A name is unknown, or fp8 has no histories, or only short ones.
     """
-    unknown = sorted(set(wanted) - set(LOW_TYPES))
+    unknown = sorted(set(names) - set(LOW_TYPES))
     if unknown:
         raise ExportError(f"unknown precision {unknown[0]!r}; beside fp32 there are {', '.join(LOW_TYPES)}")
-    if "fp8" in wanted and not histories:
+    if "fp8" in names and not histories:
         raise ExportError("precision fp8 is calibrated on histories of real users; pass --data")
     longest = max(map(len, histories), default=0)
-    if "fp8" in wanted and longest <= LAST_EVENTS:
+    if "fp8" in names and longest <= LAST_EVENTS:
         raise ExportError(
             f"precision fp8 is calibrated on users with more than {LAST_EVENTS} events, and the longest history has "
             f"{longest}; leave fp8 out, or pass --data with more events"
         )
-    return [precision for precision in LOW_TYPES if precision in wanted]
+    return [precision for precision in LOW_TYPES if precision in names]
 
 
 def add_precisions(
@@ -92,21 +95,22 @@ def add_precisions(
 
     Args:
         folder: The bundle.
-        precisions: As `known_precisions` gives them.
-        histories: Of real users, none where there are none. Those with too few events are left out, and of the others
-            the first ones are taken.
-        accept_loss: Take a precision that recommends something else than fp32; the manifest says what is out of bounds.
+        precisions: From `known_precisions`.
+        histories: Histories of real users, if any. Uses the first ones that are long enough.
+        accept_loss: Accept a precision that recommends other items than fp32; the manifest names the problem.
         progress: Called with the name of each stage as it begins.
 
     Returns:
         The new manifest.
 
     Raises:
-        ParityError: A precision does not recommend what fp32 recommends.
-        ExportError: A graph has no form in a precision.
+        ParityError: A precision recommends other items than fp32.
+        ExportError: A graph cannot be written in a precision.
     """
     bundle = Bundle.open(folder)
-    chosen = _chosen(histories)
+    long_enough = [history for history in histories if len(history) > LAST_EVENTS]
+    events = itertools.accumulate(map(len, long_enough))
+    chosen = [history for history, total in zip(long_enough, events, strict=True) if total <= HELD_OUT_EVENTS]
     progress("held-out events in fp32")
     with closing(Engine.on_cpu(bundle)) as exact:
         judged = Judged(bundle=bundle, histories=chosen, exact_auc=_auc(exact, bundle, chosen))
@@ -120,25 +124,14 @@ def add_precisions(
         problem = specs[precision].agreement.problem
         if problem and not accept_loss:
             raise ParityError(f"{precision} does not recommend what fp32 recommends: {problem}; {LOSS_REMEDY}")
-    content = (path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, MANIFEST_HASH))
-    files = {path.name: fingerprint(path) for path in content}
-    manifest = msgspec.structs.replace(bundle.manifest, precisions=specs, files=files)
-    seal(folder, manifest)
-    return manifest
-
-
-def _chosen(histories: Sequence[History]) -> list[History]:
-    """The first that have events before those held out, as many as are quickly measured."""
-    long_enough = [history for history in histories if len(history) > LAST_EVENTS]
-    events = itertools.accumulate(map(len, long_enough))
-    return [history for history, total in zip(long_enough, events, strict=True) if total <= HELD_OUT_EVENTS]
+    return seal_derived(folder, bundle, precisions=specs)
 
 
 def sources_of(bundle: Bundle, precision: Precision, histories: Sequence[History]) -> dict[str, onnx.ModelProto]:
-    """The fp32 graphs that those of a precision are made from; for fp8 quantised, for which histories are needed.
+    """The fp32 graphs to convert to a precision; for fp8 they are quantised, on `histories`.
 
     Raises:
-        ExportError: There is nothing to quantise.
+        ExportError: No graph has a layer to quantise.
     """
     sources = {}
     for name in GRAPHS:
@@ -174,7 +167,7 @@ def _measured(judged: Judged, precision: Precision, sources: Sources, graphs: di
 
 
 def emulation(bundle: Bundle, graphs: Mapping[str, onnx.ModelProto], scratch: Path) -> Engine:
-    """An engine on the CPU in which emulated graphs, written to a folder, take the place of those of fp32."""
+    """An engine on the CPU with emulated graphs, written to `scratch`, in place of fp32 graphs of the same name."""
     files = bundle.graph_files()
     for name, model in graphs.items():
         path = scratch / f"{name}.onnx"

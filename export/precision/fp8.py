@@ -1,13 +1,14 @@
 """FP8 (E4M3) for linear layers: explicit QuantizeLinear/DequantizeLinear, calibrated on real histories.
 
-The quantisation itself is ONNX Runtime's. Scales are per tensor: the largest value that was seen, or that a weight has,
-is the largest that E4M3 holds. Quantised are the layers between the first norm or attention and the last product, with
-sizes that are multiples of 16; the first and last layers of a graph lose most and cost least. What is not quantised is
-as in bf16, and so are the scales, since TensorRT wants them in the type of the values.
+ONNX Runtime does the quantisation. Scales are per tensor: the largest value of the calibration, or of a weight, becomes
+the largest of E4M3. Only layers between the first norm or attention and the last product are quantised, if their sizes
+are multiples of 16; the first and last layers of a graph lose most and cost least. All else is as in bf16, the scales
+too, since TensorRT needs them in the type of the values.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -22,54 +23,52 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from unipinrec.errors import ExportError
-from unipinrec.export.precision.typed import CHEAP, MOVES, PRODUCTS, Plan
+from unipinrec.export.precision.typed import CHEAP, MOVES, PRODUCTS, PrecisionPlan
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.manifest import Tensor
-from unipinrec.runtime.graphs.backend import Backend, host_array
+from unipinrec.runtime.bundle.manifest import Tensor, host_array
+from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.requests import History
+from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History
 
 E4M3, LARGEST = ml_dtypes.float8_e4m3fn, 448.0
 MULTIPLE = 16
 MAX_EVENTS = 16_384
-CANDIDATES = 200
-SOON_MS = 60_000
 Inputs = dict[str, NDArray[Any]]
 
 
 class Quantizer:
-    """Watches what goes into an fp32 graph, and then makes one whose inner linear layers multiply fp8 values."""
+    """Watches the inputs of an fp32 graph, then makes a graph whose inner linear layers multiply fp8 values."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """Prepare.
+        """Choose the layers to quantise.
 
         Args:
             model: An fp32 graph with its weights inside and distinct names of nodes; not modified.
         """
         self.graph = _with_folded_weights(model)
-        self.plan = Plan(self.graph, "bf16")
-        self.layers = [self.plan.nodes[place] for place in _inner_layers(self.plan)]
+        self.plan = PrecisionPlan(self.graph, "bf16")
+        self.layers = [self.plan.nodes[index] for index in _inner_layers(self.plan)]
         self.calibrator = _calibrator(self.graph) if self.layers else None
 
     def watch(self, inputs: Inputs) -> None:
-        """Run the graph once more, and note the smallest and largest value of what products read."""
+        """Run the graph, and record the smallest and largest value of each input of a product."""
         if self.calibrator is not None:
             self.calibrator.collect_data(_Once(inputs))
 
     def quantized(self) -> onnx.ModelProto:
-        """The new graph, fp32 but for what is between a QuantizeLinear and its DequantizeLinear."""
+        """The new graph, in fp32 except between a QuantizeLinear and its DequantizeLinear."""
         if self.calibrator is None:
             return self.graph
-        # Imported here: it loads slowly, and who does not quantise needs none of it.
+        # Imported here: it loads slowly, and only fp8 needs it.
         from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorsData  # noqa: PLC0415
 
-        found, kind = self.calibrator.compute_data(), QuantType.QFLOAT8E4M3FN
-        ranges = {layer.input[0]: found[layer.input[0]] for layer in self.layers}
-        largest = {name: np.abs(seen.range_value).max() for name, seen in ranges.items()}
+        measured, kind = self.calibrator.compute_data(), QuantType.QFLOAT8E4M3FN
+        ranges = {layer.input[0]: measured[layer.input[0]] for layer in self.layers}
+        largest = {name: np.abs(values.range_value).max() for name, values in ranges.items()}
         largest |= {layer.input[1]: np.abs(self.plan.array(layer.input[1])).max() for layer in self.layers}
         quantizer = QDQQuantizer(
-            _copy(self.graph),
+            copy.deepcopy(self.graph),
             per_channel=False,
             reduce_range=False,
             weight_qType=kind,
@@ -87,14 +86,14 @@ class Quantizer:
             },
         )
         quantizer.quantize_model()
-        _give_back(quantizer.model.model, self.graph, {layer.name for layer in self.layers})
-        quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
+        _restore_inputs(quantized, self.graph, {layer.name for layer in self.layers})
+        quantizer.model.topological_sort()
         return quantized
 
 
 class _Watched:
-    """A backend that shows to quantizers what goes into each graph; see `Backend`."""
+    """A backend that passes the inputs of each graph to its quantizer; see `Backend`."""
 
     prefill_chunk: int | None = None
     rank_chunk: int | None = None
@@ -106,7 +105,7 @@ class _Watched:
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
         if graph in self.quantizers:
-            self.quantizers[graph].watch({name: host_array(given) for name, given in inputs.items()})
+            self.quantizers[graph].watch({name: host_array(value) for name, value in inputs.items()})
         return self.inner.run(graph, inputs)
 
     def close(self) -> None:
@@ -115,27 +114,27 @@ class _Watched:
 
 
 class _Once:
-    """Inputs in the way that ONNX Runtime asks for them."""
+    """ONNX Runtime's reader of calibration data, with one batch of inputs."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.left = [inputs]
+        self.batches = [inputs]
 
     def get_next(self) -> Inputs | None:
-        """The next, None at the end."""
-        return self.left.pop() if self.left else None
+        """The next batch; None at the end."""
+        return self.batches.pop() if self.batches else None
 
 
 def quantized_graphs(
     bundle: Bundle, models: Mapping[str, onnx.ModelProto], histories: Sequence[History]
 ) -> dict[str, onnx.ModelProto]:
-    """fp32 graphs of a bundle, by name, with fp8 in them; calibrated by answering real users.
+    """Graphs of a bundle, by name, with fp8 layers, calibrated on requests of real users.
 
-    Each user is encoded at once, extended half-way, and ranked for.
+    Each history is encoded, extended half-way, and ranked for.
 
     Args:
         bundle: The bundle.
         models: Its graphs with their weights inside.
-        histories: Of at least two events; the first are taken, up to MAX_EVENTS events, and always one.
+        histories: Histories of at least two events. Uses the first ones, up to MAX_EVENTS events, and at least one.
 
     Raises:
         ExportError: No graph has a layer to quantise.
@@ -143,8 +142,8 @@ def quantized_graphs(
     quantizers = {name: Quantizer(model) for name, model in models.items()}
     if not any(quantizer.layers for quantizer in quantizers.values()):
         raise ExportError(
-            "no linear layer for fp8: it needs a norm or attention before it, a product behind it, and sizes that are "
-            f"multiples of {MULTIPLE}; leave fp8 out"
+            "no linear layer for fp8: a layer needs a norm or attention before it, a product behind it, and sizes that "
+            f"are multiples of {MULTIPLE}; leave fp8 out"
         )
     watched = _Watched(OrtBackend(bundle.graph_files()), quantizers)
     with closing(Engine(watched, bundle.manifest.model, bundle.item_vectors)) as engine:
@@ -159,7 +158,7 @@ def quantized_graphs(
 
 def _answer(engine: Engine, bundle: Bundle, history: History) -> None:
     manifest, half = bundle.manifest, len(history) // 2
-    positive = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
+    positive = manifest.positive[None].astype(np.float32)
     engine.extend(engine.encode(pad_histories([history.part(0, half)])), pad_histories([history.part(half)]))
     encoded = engine.encode(pad_histories([history]))
     similarity = (bundle.item_vectors @ engine.retrieve(encoded, positive)[0].T).max(axis=1)
@@ -168,37 +167,37 @@ def _answer(engine: Engine, bundle: Bundle, history: History) -> None:
     engine.rank(encoded, candidates, history.surfaces[-1:], np.where(last < 0, last, last + SOON_MS))
 
 
-def _give_back(quantized: onnx.ModelProto, exact: onnx.ModelProto, layers: set[str]) -> None:
-    """Let all nodes but some layers read what they read before: the quantiser gives them fp8 values too."""
+def _restore_inputs(quantized: onnx.ModelProto, exact: onnx.ModelProto, layers: set[str]) -> None:
+    """Undo the quantiser for all nodes except `layers`: it gives fp8 values to other nodes too."""
     graph = quantized.graph
     inputs = {node.name: node.input for node in exact.graph.node}
     for node in graph.node:
         if node.name in inputs and node.name not in layers:
             node.input[:] = inputs[node.name]
-    for tensor in graph.initializer:  # some lie in fields that no file beside the graph can hold
+    for tensor in graph.initializer:  # some use fields that an external weight file cannot hold
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
     read, kept = {name for node in graph.node for name in node.input}, {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(t for t in exact.graph.initializer if t.name in read - kept)
 
 
 def _scale(largest: Any) -> NDArray[np.float32]:
-    """What one step of E4M3 stands for, as bf16 holds it."""
+    """The value of one step of E4M3, rounded to bf16."""
     scale: NDArray[np.float32] = np.array(max(largest, 1e-30) / LARGEST, ml_dtypes.bfloat16).astype(np.float32)
     return scale
 
 
 def _with_folded_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which what only moves constants is a constant, as a weight of its own is what gets quantised."""
+    """A copy in which nodes that only move constants are constants: only a weight of its own can be quantised."""
     weights, nodes = {tensor.name: tensor for tensor in model.graph.initializer}, []
     for node in model.graph.node:
         if node.op_type not in MOVES or not all(name in weights for name in node.input):
             nodes.append(node)
             continue
-        given = {name: numpy_helper.to_array(weights[name]) for name in node.input}
-        for name, array in zip(node.output, ReferenceEvaluator(node).run(None, given), strict=True):
+        inputs = {name: numpy_helper.to_array(weights[name]) for name in node.input}
+        for name, array in zip(node.output, ReferenceEvaluator(node).run(None, inputs), strict=True):
             weights[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
     used = {name for node in nodes for name in node.input}
-    folded = _copy(model)
+    folded = copy.deepcopy(model)
     folded.graph.ClearField("node")
     folded.graph.ClearField("initializer")
     folded.graph.node.extend(nodes)
@@ -206,32 +205,26 @@ def _with_folded_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return folded
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-def _inner_layers(plan: Plan) -> Iterator[int]:
-    """Places of products with a weight that have a norm or attention before them and a product behind them."""
-    computed: set[str] = set()  # by products, and what was made of it
-    normed: set[str] = set()  # by whatever is neither a product nor cheap
+def _inner_layers(plan: PrecisionPlan) -> Iterator[int]:
+    """Indices of products with a weight, a norm or attention before them, and a product behind them."""
+    computed: set[str] = set()  # values that depend on a product
+    normed: set[str] = set()  # those of them that also depend on an operator that is neither a product nor cheap
     for node in plan.nodes:
         if node.op_type in PRODUCTS or computed.intersection(node.input):
             computed.update(node.output)
             if node.op_type == "Attention" or node.op_type not in PRODUCTS | CHEAP or normed.intersection(node.input):
                 normed.update(node.output)
-    wanted: set[str] = set()  # by products
-    for place in reversed(range(len(plan.nodes))):
-        node = plan.nodes[place]
-        behind = bool(wanted.intersection(node.output))
+    needed: set[str] = set()  # values that a product depends on
+    for index in reversed(range(len(plan.nodes))):
+        node = plan.nodes[index]
+        behind = bool(needed.intersection(node.output))
         if behind or node.op_type in PRODUCTS:
-            wanted.update(node.input)
-        if behind and plan.low[place] and _is_linear(plan, node) and node.input[0] in normed:
-            yield place
+            needed.update(node.input)
+        if behind and plan.low[index] and _is_linear(plan, node) and node.input[0] in normed:
+            yield index
 
 
-def _is_linear(plan: Plan, node: onnx.NodeProto) -> bool:
+def _is_linear(plan: PrecisionPlan, node: onnx.NodeProto) -> bool:
     if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in plan.weights:
         return False
     sizes = plan.weights[node.input[1]].dims

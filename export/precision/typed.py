@@ -1,17 +1,18 @@
 """A graph in less precision: which of its values become bf16 or fp16, and which stay fp32.
 
-Works on any fp32 ONNX graph. Matrix products and attention compute in the low type, and so do the cheap operators
-between two of them. fp32 are norms, softmax and every other operator that is not listed here, the cheap operators
-between a product and one of those (the residual stream is such), what is computed from positions and times, and all
-inputs and outputs but keys and values (docs/decisions/0009-precision-in-the-graph.md).
+Works on any fp32 ONNX graph (docs/decisions/0009-precision-in-the-graph.md).
+- Low: matrix products, attention, the cheap operators between two of them, keys and values.
+- fp32: norms, softmax and every operator that is not listed here; the cheap operators between a product and one of
+  those, such as the residual stream; values computed from positions and times; all other inputs and outputs.
 
-The same decisions make a second graph, the emulation: fp32 throughout, but every value that the typed graph holds in
-the low type is rounded to it. It computes what the typed graph computes on hardware that accumulates in fp32, and runs
-where the typed one does not: on ONNX Runtime's CPU, which has no bf16 product.
+The same decisions make a second graph, the emulation. It is fp32 throughout, and rounds each value that the typed graph
+holds in the low type. It gives the results of the typed graph on hardware that accumulates in fp32. It also runs on
+ONNX Runtime's CPU, which has no bf16 product.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import ml_dtypes
@@ -40,33 +41,33 @@ CHEAP = MOVES | {
     *("Sigmoid", "Sub", "Swish", "Tanh", "Where"),
 }
 BLIND = {"Shape", "Size"}  # they read no values
-SMALL_BYTES = 1024  # weights that shape inference may want to read
+SMALL_BYTES = 1024  # shape inference may read weights up to this size
 
 
 def typed_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
-    """A graph whose types say what runs.
+    """The graph with low types.
 
     Args:
         model: An fp32 graph with its weights inside; not modified.
-        precision: What products compute in; `past_key_values.*` and `present.*` have this type as well.
+        precision: Type of products, and of `past_key_values.*` and `present.*`.
 
     Raises:
         ExportError: A weight does not fit the type, or the graph has control flow.
     """
-    return rewritten(Plan(model, precision), emulate=False)
+    return rewritten(PrecisionPlan(model, precision), emulate=False)
 
 
 def emulated_graph(model: onnx.ModelProto, precision: LowType) -> onnx.ModelProto:
-    """An fp32 graph, fp32 at its border too, that rounds every value that `typed_graph` holds in the low type.
+    """The emulation: an fp32 graph, fp32 at its border too, that rounds each value which is low in `typed_graph`.
 
     Raises:
-        ExportError: As `typed_graph`.
+        ExportError: See `typed_graph`.
     """
-    return rewritten(Plan(model, precision), emulate=True)
+    return rewritten(PrecisionPlan(model, precision), emulate=True)
 
 
-def rewritten(plan: Plan, *, emulate: bool) -> onnx.ModelProto:
-    """What `typed_graph` and `emulated_graph` make of a plan.
+def rewritten(plan: PrecisionPlan, *, emulate: bool) -> onnx.ModelProto:
+    """Write the graph of a plan, with low types or as their emulation.
 
     Raises:
         ExportError: A weight does not fit the type.
@@ -74,8 +75,8 @@ def rewritten(plan: Plan, *, emulate: bool) -> onnx.ModelProto:
     return _Writer(plan, emulate=emulate).write()
 
 
-class Plan:
-    """An fp32 graph, and which of its nodes are to compute in less precision.
+class PrecisionPlan:
+    """An fp32 graph, and the nodes that will compute in less precision.
 
     Attributes:
         floats: Names of all f32 values.
@@ -87,12 +88,18 @@ class Plan:
         self.model, self.precision = model, precision
         self.nodes = list(model.graph.node)
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._require_flat()
+        nested = [node.op_type for node in self.nodes if any(a.HasField("g") or a.graphs for a in node.attribute)]
+        nested += [function.name for function in model.functions]
+        if nested:
+            raise ExportError(
+                f"{model.graph.name}: {nested[0]} contains a graph, which less precision does not support; export in "
+                "fp32 alone"
+            )
         self.floats = _float_values(model)
         self.readers: dict[str, list[int]] = {}
-        for place, node in enumerate(self.nodes):
+        for index, node in enumerate(self.nodes):
             for name in set(node.input) & self.floats if node.op_type not in BLIND else ():
-                self.readers.setdefault(name, []).append(place)
+                self.readers.setdefault(name, []).append(index)
         self.outputs = {value.name for value in model.graph.output} & self.floats
         self.low = [False] * len(self.nodes)
         self._follow_inputs()
@@ -107,13 +114,13 @@ class Plan:
         """Values of a weight in the low type.
 
         Raises:
-            ExportError: A finite one becomes infinite.
+            ExportError: A finite value becomes infinite.
         """
         array = self.array(weight)
         rounded, lost = _round(array, self.precision)
         if lost.any():
             raise ExportError(
-                f"{self.model.graph.name}: {weight} holds {float(array[lost][0]):g}, which {self.precision} cannot; "
+                f"{self.model.graph.name}: {weight} holds {float(array[lost][0]):g}, too large for {self.precision}; "
                 "export in bf16, which has the range of fp32, or in fp32 alone"
             )
         return rounded
@@ -122,52 +129,43 @@ class Plan:
         """Whether an input or output of the graph is low."""
         return name.startswith(KEY_VALUES)
 
-    def _require_flat(self) -> None:
-        nested = [node for node in self.nodes if any(a.HasField("g") or a.graphs for a in node.attribute)]
-        if nested or self.model.functions:
-            found = nested[0].op_type if nested else self.model.functions[0].name
-            raise ExportError(
-                f"{self.model.graph.name}: {found} holds a graph of its own, which has no form in less "
-                "precision; export in fp32 alone"
-            )
-
     def _follow_inputs(self) -> None:
-        """Products are low, and cheap operators on what they give, up to the next operator that must be exact."""
+        """Products are low, and so are cheap operators behind them, up to the next operator that must be exact."""
         states: dict[str, State] = dict.fromkeys(self.floats, "plain")
         states |= {v.name: "low" for v in self.model.graph.input if v.name in self.floats and self.at_border(v.name)}
-        for place, node in enumerate(self.nodes):
-            given = {states[name] for name in node.input if name in self.floats}
+        for index, node in enumerate(self.nodes):
+            inputs = {states[name] for name in node.input if name in self.floats}
             if node.op_type in PRODUCTS | CONVERSIONS:
                 state: State = "low"
-            elif node.op_type in CHEAP and "careful" not in given and not self._misfit(node):
-                state = "low" if "low" in given else "plain"
+            elif node.op_type in CHEAP and "careful" not in inputs and not self._misfit(node):
+                state = "low" if "low" in inputs else "plain"
             else:
-                state = "careful" if given - {"plain"} else "plain"
-            self.low[place] = state == "low"
+                state = "careful" if inputs - {"plain"} else "plain"
+            self.low[index] = state == "low"
             states |= {name: state for name in node.output if name in self.floats}
 
     def _follow_readers(self) -> None:
-        """Cheap operators that only exact ones read are exact, and values are moved in the type that is read."""
+        """Cheap operators that only exact ones read are exact, and values are moved in the type of their readers."""
         final = [False] * len(self.nodes)
-        for place in reversed(range(len(self.nodes))):
-            node = self.nodes[place]
+        for index in reversed(range(len(self.nodes))):
+            node = self.nodes[index]
             outputs = [name for name in node.output if name in self.floats]
             readers = [reader for name in outputs for reader in self.readers.get(name, [])]
-            wanted = {self.low[reader] for reader in readers}
-            wanted |= {self.at_border(name) for name in outputs if name in self.outputs}
-            # Nothing but cheap operators between here and the outputs: they stay fp32 to the last product.
-            final[place] = (
+            read_low = {self.low[reader] for reader in readers}
+            read_low |= {self.at_border(name) for name in outputs if name in self.outputs}
+            # Only cheap operators lie between this node and the outputs: fp32 from the last product on.
+            final[index] = (
                 node.op_type in CHEAP | {"Gemm", "MatMul"}
-                and wanted == {False}
+                and read_low == {False}
                 and all(final[reader] and self.nodes[reader].op_type in CHEAP for reader in readers)
             )
-            if final[place] or (node.op_type in CHEAP and wanted == {False}):
-                self.low[place] = False
-            elif node.op_type in MOVES - {"Concat"} and wanted == {True}:
-                self.low[place] = True
+            if final[index] or (node.op_type in CHEAP and read_low == {False}):
+                self.low[index] = False
+            elif node.op_type in MOVES - {"Concat"} and read_low == {True}:
+                self.low[index] = True
 
     def _misfit(self, node: NodeProto) -> bool:
-        """Whether it reads a constant that the low type cannot hold, such as a mask's -1e9."""
+        """Whether the node reads a constant that the low type cannot hold, such as a mask's -1e9."""
         if node.op_type in MOVES:
             return False
         constants = (name for name in node.input if name in self.weights and name in self.floats)
@@ -175,7 +173,7 @@ class Plan:
 
 
 def _round(array: NDArray[np.float32], precision: LowType) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
-    """Values in a low type, and which of them were finite and are not any more."""
+    """Values in a low type, and which finite values became infinite."""
     with np.errstate(over="ignore"):
         rounded = array.astype(NUMPY_TYPES[precision])
     lost: NDArray[np.bool_] = np.isfinite(array) & ~np.isfinite(rounded.astype(np.float32))
@@ -186,7 +184,7 @@ def _float_values(model: onnx.ModelProto) -> set[str]:
     """Names of all f32 values of a graph."""
     graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node, output=model.graph.output)
     graph.input.extend(model.graph.input)
-    for tensor in model.graph.initializer:  # large ones only by type: inference takes no more than 2 GiB
+    for tensor in model.graph.initializer:  # large ones by type alone: inference takes at most 2 GiB
         if tensor.ByteSize() < SMALL_BYTES:
             graph.initializer.append(tensor)
         else:
@@ -202,14 +200,14 @@ def _float_values(model: onnx.ModelProto) -> set[str]:
     for node in model.graph.node:
         for name in node.output:
             if name and not kinds.get(name):
-                raise ExportError(f"{graph.name}: {node.op_type} is not of standard ONNX; export in fp32 alone")
+                raise ExportError(f"{graph.name}: {node.op_type} is not a standard ONNX operator; export in fp32 alone")
     return {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
 
 
 class _Writer:
-    """Writes a graph anew, with conversions where types meet, each value converted once."""
+    """Writes a new graph with conversions where types meet. Converts each value at most once."""
 
-    def __init__(self, graph: Plan, *, emulate: bool) -> None:
+    def __init__(self, graph: PrecisionPlan, *, emulate: bool) -> None:
         self.graph, self.emulate = graph, emulate
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, TensorProto] = {}
@@ -218,8 +216,7 @@ class _Writer:
 
     def write(self) -> onnx.ModelProto:
         """The graph."""
-        graph, new = self.graph, onnx.ModelProto()
-        new.CopyFrom(graph.model)
+        graph, new = self.graph, copy.deepcopy(self.graph.model)
         for field in ("node", "initializer", "value_info"):
             new.graph.ClearField(field)
         for value in new.graph.input:
@@ -237,37 +234,36 @@ class _Writer:
     def _enter(self, name: str) -> None:
         self.low[name] = low = self.graph.at_border(name)
         self.names[name, low] = self._suffixed(name, low) if low and self.emulate else name
-        if low and self.emulate:  # what comes from outside is not known to be rounded
+        if low and self.emulate:  # inputs may not be rounded yet
             self._convert(name, self.names[name, low], low=True)
 
     def _add(self, node: NodeProto, low: bool) -> None:
-        written = NodeProto()
-        written.CopyFrom(node)
-        for place, name in enumerate(node.input):
-            written.input[place] = self._read(name, self.low.get(name, False) if node.op_type in BLIND else low)
+        written = copy.deepcopy(node)
+        for index, name in enumerate(node.input):
+            written.input[index] = self._read(name, self.low.get(name, False) if node.op_type in BLIND else low)
         self.nodes.append(written)
-        for place, name in enumerate(node.output):
+        for index, name in enumerate(node.output):
             if name in self.graph.floats:
-                written.output[place] = self._computed(node, name, low)
+                written.output[index] = self._computed(node, name, low)
 
     def _computed(self, node: NodeProto, name: str, low: bool) -> str:
-        """Note what a node computes; returns what the node itself is to call it."""
+        """Register an output of a node; returns its name in the new node."""
         self.low[name] = low
-        wanted = self.graph.at_border(name) if name in self.graph.outputs else low
+        final = self.graph.at_border(name) if name in self.graph.outputs else low
         if self.emulate and low and node.op_type not in MOVES:
             self.names[name, True] = name
             self._convert(f"{name}_exact", name, low=True)
             return f"{name}_exact"
-        if wanted == low or (self.emulate and low):
+        if final == low or (self.emulate and low):
             self.names[name, low] = name
             return name
         own = self._suffixed(name, low)
-        self.names[name, low], self.names[name, wanted] = own, name
-        self._convert(own, name, low=wanted)
+        self.names[name, low], self.names[name, final] = own, name
+        self._convert(own, name, low=final)
         return own
 
     def _read(self, name: str, low: bool) -> str:
-        """The name under which a value is read in a type."""
+        """The name of a value in a type; converts the value if needed."""
         if name not in self.graph.floats:
             if name in self.graph.weights:
                 self.weights[name] = self.graph.weights[name]
@@ -275,7 +271,7 @@ class _Writer:
         if name in self.graph.weights:
             return self._weight(name, low)
         if self.emulate and not low and self.low[name]:
-            low = True  # a rounded value is an fp32 one
+            low = True  # a rounded value is in fp32
         if (name, low) not in self.names:
             self.names[name, low] = self._suffixed(name, low)
             self._convert(self.names[name, not low], self.names[name, low], low=low)
@@ -285,23 +281,19 @@ class _Writer:
         if not low:
             self.weights[name] = self.graph.weights[name]
             return name
-        given = self._suffixed(name, low)
-        if given not in self.weights:
+        own = self._suffixed(name, low)
+        if own not in self.weights:
             rounded = self.graph.rounded(name)
-            self.weights[given] = numpy_helper.from_array(
-                rounded.astype(np.float32) if self.emulate else rounded, given
-            )
-        return given
+            self.weights[own] = numpy_helper.from_array(rounded.astype(np.float32) if self.emulate else rounded, own)
+        return own
 
     def _convert(self, name: str, to: str, *, low: bool) -> None:
-        """Convert a value, which in the emulation is to round it."""
+        """Convert a value; the emulation rounds it."""
         kind = TYPES[self.graph.precision] if low else TensorProto.FLOAT
-        if not self.emulate:
-            self.nodes.append(helper.make_node("Cast", [name], [to], name=f"cast {to}", to=kind))
-            return
-        between = f"{to}_as_{self.graph.precision}"
-        self.nodes.append(helper.make_node("Cast", [name], [between], name=f"cast {between}", to=kind))
-        self.nodes.append(helper.make_node("Cast", [between], [to], name=f"cast {to}", to=TensorProto.FLOAT))
+        rounded = f"{to}_as_{self.graph.precision}" if self.emulate else to
+        self.nodes.append(helper.make_node("Cast", [name], [rounded], name=f"cast {rounded}", to=kind))
+        if self.emulate:
+            self.nodes.append(helper.make_node("Cast", [rounded], [to], name=f"cast {to}", to=TensorProto.FLOAT))
 
     def _suffixed(self, name: str, low: bool) -> str:
         return f"{name}_{self.graph.precision if low else 'fp32'}"

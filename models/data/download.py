@@ -1,8 +1,8 @@
 """Fetches a public data set from its owner's published address, verifies it and unpacks it.
 
-The checksums are those that the owners publish (GroupLens beside each file, KuaiRand in its README and its
-Zenodo record); the SHA-256 of the MovieLens files are of archives with the published MD5. Nothing unverified
-is unpacked, and a folder under its final name is always complete.
+The owners publish the checksums: GroupLens next to each file, KuaiRand in its README and its Zenodo record. The SHA-256
+of the MovieLens files are of archives with the published MD5. Only a verified archive is unpacked, and a folder under
+its final name is always complete.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Archive:
     """A published `.zip` or `.tar.gz`.
 
     Attributes:
-        name: Short name, for people and for the cache folder.
+        name: Short name, also of the cache folder.
         url: The owner's address.
         digests: Hexadecimal digest by hashlib name; all must match.
-        licence: The terms, for people to read before the download.
+        licence: The terms, printed before the download.
     """
 
     name: str
@@ -57,7 +57,7 @@ KUAIRAND_PURE = Archive(
     digests={"md5": "0820331067a3784d9691136f772b35a7"},
     licence=(
         "KuaiRand-Pure, licence CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/): share and "
-        "adapt with attribution, under the same licence, saying what was changed. Cite Gao et al., KuaiRand, "
+        "adapt with attribution, under the same licence, with a note of the changes. Cite Gao et al., KuaiRand, "
         "CIKM 2022, doi 10.1145/3511808.3557624."
     ),
 )
@@ -82,11 +82,11 @@ ML_1M = Archive(
 
 
 def download(archive: Archive, folder: Path, on_progress: Report) -> Path:
-    """Fetch, verify and unpack an archive; does nothing if the folder is already there.
+    """Fetch, verify and unpack an archive, unless the folder is there.
 
     Args:
-        archive: What to fetch.
-        folder: Where the unpacked files go; it appears only when it is complete.
+        archive: The archive to fetch.
+        folder: The folder of the unpacked files; it appears only when it is complete.
         on_progress: Called with the bytes received so far and the announced total, if there is one.
 
     Returns:
@@ -108,17 +108,12 @@ def download(archive: Archive, folder: Path, on_progress: Report) -> Path:
             unpacked.rename(folder)
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
-            f"could not fetch {archive.url}: {error}; fetch and unpack it by hand and give its folder instead"
+            f"could not fetch {archive.url}: {error}; fetch and unpack it by hand, and give its folder instead"
         ) from error
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(
-            f"{archive.url} could not be unpacked: {_first_line(error)}; nothing was left behind"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{archive.url} could not be unpacked: {reason}; nothing was left behind") from error
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _fetch(archive: Archive, target: Path, on_progress: Report) -> None:
@@ -141,16 +136,16 @@ def _verify(archive: Archive, packed: Path) -> None:
     for algorithm, expected in archive.digests.items():
         with packed.open("rb") as file:
             digest = functools.partial(hashlib.new, algorithm, usedforsecurity=False)
-            found = hashlib.file_digest(file, digest).hexdigest()
-        if found != expected:
+            actual = hashlib.file_digest(file, digest).hexdigest()
+        if actual != expected:
             raise DataError(
-                f"{archive.url}: {algorithm} is {found}, published is {expected}; the transfer was damaged "
-                "or the file was replaced, it was not unpacked"
+                f"{archive.url}: {algorithm} is {actual}, published is {expected}; the transfer was damaged "
+                "or the file was replaced, and it was not unpacked"
             )
 
 
 def _unpack(packed: Path, folder: Path) -> None:
-    """Unpack a zip or tar; what leads outside the folder is refused before anything is written."""
+    """Unpack a zip or tar; members outside the folder are rejected before a file is written."""
     if zipfile.is_zipfile(packed):
         with zipfile.ZipFile(packed) as bundle:
             for member in bundle.infolist():

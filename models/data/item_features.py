@@ -1,4 +1,4 @@
-"""The content of the items as arrays: what an item embedder reads. Needs no data set."""
+"""The content of the items as arrays, the input of an item embedder. Needs no data set."""
 
 from __future__ import annotations
 

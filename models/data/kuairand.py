@@ -1,17 +1,16 @@
 """KuaiRand: exposures of short videos with eight kinds of feedback, split by time.
 
-Two layouts are read. The owner's files (`log_standard_*.csv`, `video_features_basic_*.csv`, in the folder or
-its `data/`), where every exposure has a time; and a reduced form (`impressions*.csv`, `history*.csv`,
-`videos.csv` or `video_features_basic_*.csv`), where older exposures are a list per user, ordered by `pos`,
-without times. `.csv.gz` is read as well. The random-exposure log and the statistic features, which are
-aggregated over the whole period and leak, are not read.
+There are two layouts. In the owner's files (`log_standard_*.csv`, `video_features_basic_*.csv`, in the folder or
+its `data/`) every exposure has a time. In a reduced form (`impressions*.csv`, `history*.csv`, `videos.csv` or
+`video_features_basic_*.csv`) older exposures are a list per user without times, ordered by `pos`. Files may end in
+`.csv.gz`. The random-exposure log is not read, and neither are the statistic features, which leak the future.
 
-What is worth knowing of the data:
-- Every row is an exposure, engaged or not: all are events, and the timed ones also form slates.
-- History lists carry `long_view` and `is_like` alone. 99.65 % of the long views of KuaiRand-Pure are clicks,
-  so a long view there counts as a click; the other 30 % of clicks, and all other actions, are unknown there.
-- Lists precede every timed row, so what they tell of an item leaks nothing: `dense_past_item` and `dense_past_author`
-  are the log count of exposures there and the log-odds of long view and like, shrunk towards all items' by 20 rows.
+Facts about the data:
+- Every row is an exposure, engaged or not: all are events, and rows with a time also form slates.
+- History lists have only `long_view` and `is_like`. 99.65 % of the long views of KuaiRand-Pure are clicks, so a long
+  view there counts as a click. The other 30 % of clicks and all other actions are unknown there.
+- Lists precede every row with a time, so features made from them do not leak. `dense_past_item` and
+  `dense_past_author` are the log count of exposures and the log-odds of long view and like, shrunk by 20 rows.
 - Log rows repeat (2.6 % of KuaiRand-Pure's later log); `build_dataset` merges and counts them.
 - Split times are midnights in Beijing on `time_ms`; the `date` column disagrees with it near midnight.
 """
@@ -27,16 +26,8 @@ from unipinrec.models.data.schema import TimeSplit
 from unipinrec.models.data.table import read_table
 from unipinrec.models.data.validate import DEFAULT_GAP_MS, RawTables, slates_from_events
 
-ACTION_SOURCES = {
-    "click": "is_click",
-    "long_view": "long_view",
-    "like": "is_like",
-    "follow": "is_follow",
-    "comment": "is_comment",
-    "forward": "is_forward",
-    "hate": "is_hate",
-    "profile_enter": "is_profile_enter",
-}
+ACTIONS = ("click", "long_view", "like", "follow", "comment", "forward", "hate", "profile_enter")
+IDS = {"user_id": "user_id", "item_id": "video_id"}
 VIDEO_TYPES: dict[str, pl.DataType] = {
     **dict.fromkeys(("video_id", "author_id"), pl.Int64()),
     **dict.fromkeys(("video_type", "upload_dt", "upload_type", "tag"), pl.String()),
@@ -49,7 +40,7 @@ SPLIT = TimeSplit(
 )
 SOURCE = (
     "KuaiRand, Gao et al., CIKM 2022, doi 10.1145/3511808.3557624, https://kuairand.com; licence "
-    "CC BY-SA 4.0, which asks to keep the attribution, the licence and the note that the data was changed"
+    "CC BY-SA 4.0, which requires the attribution, the licence and a note that the data was changed"
 )
 
 
@@ -70,9 +61,9 @@ def read_kuairand(folder: Path, gap_ms: int = DEFAULT_GAP_MS) -> RawTables:
     return RawTables(
         name="kuairand",
         source=SOURCE,
-        actions=tuple(ACTION_SOURCES),
+        actions=ACTIONS,
         positive_actions=("long_view",),
-        events=pl.concat([*past, timed], how="diagonal"),
+        events=pl.concat([*past, timed], how="diagonal"),  # columns that the lists lack are null
         items=_with_past(items, pl.concat(past)) if past else items,
         slates=slates_from_events(timed, gap_ms),
         split=SPLIT,
@@ -94,30 +85,22 @@ def _files(folder: Path, *names: str) -> list[Path]:
 
 
 def _read_log(path: Path) -> pl.DataFrame:
-    columns = ["user_id", "video_id", "tab", "time_ms", *ACTION_SOURCES.values()]
-    frame = read_table(path, columns, dict.fromkeys(columns, pl.Int64()))
-    return frame.select(
-        "user_id",
-        pl.col("video_id").alias("item_id"),
-        pl.format("tab_{}", "tab").alias("surface"),
-        pl.col("time_ms").alias("timestamp_ms"),
-        *(pl.col(source).alias(f"action_{name}") for name, source in ACTION_SOURCES.items()),
-    )
+    actions = {f"action_{name}": name if name == "long_view" else f"is_{name}" for name in ACTIONS}
+    frame = _read_integers(path, {**IDS, "surface": "tab", "timestamp_ms": "time_ms", **actions})
+    return frame.with_columns(pl.format("tab_{}", "surface").alias("surface"))
 
 
 def _read_history(path: Path) -> pl.DataFrame:
-    columns = ["user_id", "video_id", "pos", "long_view", "is_like"]
+    actions = {"action_click": "long_view", "action_long_view": "long_view", "action_like": "is_like"}
+    frame = _read_integers(path, {**IDS, "order": "pos", **actions})
+    return frame.with_columns(pl.col("action_click").replace(0, None))
+
+
+def _read_integers(path: Path, sources: dict[str, str]) -> pl.DataFrame:
+    """Integer columns, each under its new name."""
+    columns = set(sources.values())
     frame = read_table(path, columns, dict.fromkeys(columns, pl.Int64()))
-    clicked = pl.when(pl.col("long_view") == 1).then(pl.lit(1, pl.Int64))
-    known = {"click": clicked, "long_view": pl.col("long_view"), "like": pl.col("is_like")}
-    return frame.select(
-        "user_id",
-        pl.col("video_id").alias("item_id"),
-        pl.lit(None, pl.String).alias("surface"),
-        pl.lit(None, pl.Int64).alias("timestamp_ms"),
-        pl.col("pos").alias("order"),
-        *(known.get(name, pl.lit(None, pl.Int64)).alias(f"action_{name}") for name in ACTION_SOURCES),
-    )
+    return frame.select(pl.col(column).alias(name) for name, column in sources.items())
 
 
 def _read_videos(paths: list[Path]) -> pl.DataFrame:
@@ -127,7 +110,7 @@ def _read_videos(paths: list[Path]) -> pl.DataFrame:
     return frame.select(
         pl.col("video_id").alias("item_id"),
         pl.lit(None, pl.String).alias("title"),
-        # Pictures have no duration: 0 seconds.
+        # The duration of pictures is 0 seconds.
         ((pl.col("video_duration").fill_null(0) / 1000).log1p()).alias("dense_log_duration"),
         age.fill_null(age.median()).alias("dense_age_days"),
         pl.col("tag").str.split(",").list.first().alias("category_tag"),
@@ -139,7 +122,7 @@ def _read_videos(paths: list[Path]) -> pl.DataFrame:
 
 
 def _with_past(items: pl.DataFrame, past: pl.DataFrame) -> pl.DataFrame:
-    """Add what the history lists tell of each item and of its author."""
+    """Add the counts and rates of the history lists for each item and its author."""
     labels = ("action_long_view", "action_like")
     counts = past.group_by("item_id").agg(pl.len().alias("shown"), *(pl.col(label).sum() for label in labels))
     totals = past.select(pl.col(labels).sum()).row(0, named=True)

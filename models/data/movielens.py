@@ -1,11 +1,11 @@
 """MovieLens 100K and 1M: ratings as events, rating sessions as slates, genres and decade as item features.
 
 Every rating is an event with the action `rate`; ratings of 4 and 5 are also `like`, the positive action.
-People rate what they saw elsewhere, in sittings: a session's slate says what was rated together, not what was
-shown.
+Users rate movies that they saw elsewhere, several in one sitting: a slate holds the movies that were rated together,
+not the movies that were shown.
 
-A copy of ML-1M without ratings and times (`interactions_chronological.csv` with `user_id, movie_id, pos`) is
-read as one action `rate`, without slates, split leave-one-out. The text files are Latin-1.
+A copy of ML-1M without ratings and times (`interactions_chronological.csv` with `user_id, movie_id, pos`) has only the
+action `rate`, no slates, and a leave-one-out split. The text files are Latin-1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ SOURCE = (
     "https://grouplens.org/datasets/movielens; GroupLens terms: research only, cite, no "
     "redistribution and no commercial use without permission"
 )
-LIST_NAMES = ("interactions_chronological.csv", "interactions_chronological.csv.gz")
 
 
 def read_movielens(folder: Path, gap_ms: int = DEFAULT_GAP_MS) -> RawTables:
@@ -46,15 +45,12 @@ def read_movielens(folder: Path, gap_ms: int = DEFAULT_GAP_MS) -> RawTables:
         DataError: The files are missing or not in their published form.
     """
     for home in (folder, folder / "ml-100k", folder / "ml-1m"):
-        if (home / "u.data").exists():
-            items = _movies_100k(home / "u.item")
-            return _rated("ml-100k", _read_rows(home / "u.data", "\t", RATING_COLUMNS), items, gap_ms)
-        if (home / "ratings.dat").exists():
-            ratings = _read_rows(home / "ratings.dat", "::", RATING_COLUMNS)
-            return _rated("ml-1m", ratings, _movies_1m(home / "movies.dat"), gap_ms)
-        for name in LIST_NAMES:
-            if (home / name).exists():
-                return _listed(home / name, _movies_1m(home / "movies.dat"))
+        if (path := home / "u.data").exists():
+            return _rated("ml-100k", _read_rows(path, "\t", RATING_COLUMNS), _movies_100k(home / "u.item"), gap_ms)
+        if (path := home / "ratings.dat").exists():
+            return _rated("ml-1m", _read_rows(path, "::", RATING_COLUMNS), _movies_1m(home / "movies.dat"), gap_ms)
+        for path in sorted(home.glob("interactions_chronological.csv*")):
+            return _listed(path, _movies_1m(home / "movies.dat"))
     raise DataError(f"{folder}: no MovieLens data; it must hold u.data and u.item, or ratings.dat and movies.dat")
 
 
@@ -87,14 +83,9 @@ def _listed(path: Path, items: pl.DataFrame) -> RawTables:
         pl.col("pos").alias("order"),
         pl.lit(True).alias("action_rate"),
     )
+    only = ("rate",)
     return RawTables(
-        name="ml-1m",
-        source=SOURCE,
-        actions=("rate",),
-        positive_actions=("rate",),
-        events=events,
-        items=items,
-        split=None,
+        name="ml-1m", source=SOURCE, actions=only, positive_actions=only, events=events, items=items, split=None
     )
 
 
@@ -105,8 +96,8 @@ def _movies_100k(path: Path) -> pl.DataFrame:
 
 def _movies_1m(path: Path) -> pl.DataFrame:
     movies = _read_rows(path, "::", dict.fromkeys(("item_id", "title", "genres"), pl.String))
-    listed = pl.col("genres").fill_null("").str.split("|")
-    return _movies(movies.with_columns(listed.list.contains(genre).cast(pl.Int8).alias(genre) for genre in GENRES))
+    genres = pl.col("genres").fill_null("").str.split("|")
+    return _movies(movies.with_columns(genres.list.contains(genre).cast(pl.Int8).alias(genre) for genre in GENRES))
 
 
 def _movies(movies: pl.DataFrame) -> pl.DataFrame:

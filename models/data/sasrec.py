@@ -1,7 +1,7 @@
 """Benchmark files of interactions in time order, without times: SASRec ("user item" per line) and S3-Rec
-("user item item ..." per line). Both are lines of a user and the next items, so one reader serves both.
+("user item item ..." per line). One reader reads both.
 
-There is one action, `interact`, and no impressions: no slates, and a leave-one-out split as in those papers.
+The only action is `interact`. There are no slates, and the split is leave-one-out, as in those papers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unipinrec.errors import DataError
 from unipinrec.models.data.validate import RawTables
 
 
-def read_sasrec(path: Path, source: str = "unknown; ask whoever published the file for its licence") -> RawTables:
+def read_sasrec(path: Path, source: str = "unknown; ask the publisher of the file for its licence") -> RawTables:
     """Read a `.txt` file, plain or `.gz`.
 
     Args:

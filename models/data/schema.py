@@ -1,8 +1,8 @@
-"""The one input format: a folder of typed Parquet tables and a `dataset.json` that declares them.
+"""The input format: a folder of typed Parquet tables and a `dataset.json` that declares them.
 
-    dataset.json     DatasetSpec: action names, surfaces, item features, split times, counts of what was dropped
+    dataset.json     DatasetSpec: action names, surfaces, item features, split times, counts of dropped rows
     events.parquet   the history stream; per user in chronological order
-    slates.parquet   what was shown, engaged or not, with labels; one row per shown item (may be empty)
+    slates.parquet   shown items, engaged or not, with labels; one row per item (may be empty)
     items.parquet    the catalogue; the row number is the internal item id everywhere downstream
 
 | table  | column                 | type          | null | meaning                                                    |
@@ -10,19 +10,19 @@
 | events | user_id, item_id       | String        | no   | external ids                                               |
 | events | surface                | String        | no   | where it happened; one of `surfaces`                       |
 | events | timestamp_ms           | Int64         | yes  | Unix time in ms, UTC; null = unknown, before all known     |
-| events | action_{name}          | Boolean       | yes  | one column per declared action; null = nobody knows        |
+| events | action_{name}          | Boolean       | yes  | one column per declared action; null = unknown             |
 | slates | slate_id               | Int64         | no   | groups the rows of one impression slate                    |
 | slates | the columns of events  | as above      | no   | timestamp_ms: when the slate was shown                     |
 | slates | action_{name}          | Boolean       | no   | the labels                                                 |
 | slates | position               | Int32         | yes  | rank at which the item was shown, 0 = first                |
 | items  | item_id                | String        | no   | unique                                                     |
-| items  | title                  | String        | yes  | for people                                                 |
+| items  | title                  | String        | yes  | to display                                                 |
 | items  | dense_{name}           | List(Float32) | no   | a finite vector of the declared width                      |
 | items  | category_{name}        | String        | yes  | null or a word outside the vocabulary = unknown            |
 
 Events and slates may refer only to items of the catalogue. All rows of a slate have one user, surface and timestamp,
 and an item at most once. A slate's history is every event of its user with a null timestamp or a timestamp before the
-slate's. This module knows the format and nothing of where data comes from.
+slate's. This module knows the format, and no source of data.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from unipinrec.errors import DataError, listed
+from unipinrec.errors import DataError, decoding, listed
 
 FORMAT_VERSION = 1
 EARLIEST_MS, LATEST_MS = 631_152_000_000, 4_102_444_800_000  # 1990 and 2100: other times are in another unit
 UNITS_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 UNKNOWN_SURFACE = "unknown"
+PREPARE_AGAIN = "run `unipinrec prepare` again"
 ACTION_PREFIX = "action_"
 DENSE_PREFIX = "dense_"
 CATEGORY_PREFIX = "category_"
@@ -61,7 +64,7 @@ class TimeSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `dataset.json` holds.
+    """The content of `dataset.json`.
 
     Attributes:
         actions: Names of all actions, in the order of every action vector (C names).
@@ -72,7 +75,7 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         split: Times of the split; None for data without usable times, which is split leave-one-out
             (last event = test, the one before = validation).
         dropped: Number of rows or users dropped, by reason.
-        source: Where the data came from and under which licence, for people.
+        source: Origin and licence of the data, as text.
     """
 
     format_version: int
@@ -86,11 +89,16 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dropped: dict[str, int]
     source: str
 
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
+
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             raise DataError(
                 f"dataset.json: format_version is {self.format_version}, this version reads {FORMAT_VERSION}; "
-                "run `unipinrec prepare` again"
+                + PREPARE_AGAIN
             )
         if not self.actions or len(set(self.actions)) != len(self.actions):
             raise DataError(f"actions must be a non-empty list of distinct names, got {list(self.actions)}")
@@ -140,19 +148,28 @@ def item_columns(spec: DatasetSpec) -> dict[str, pl.DataType]:
     }
 
 
+def require_new(folder: Path) -> None:
+    """Check that a folder to write does not exist.
+
+    Raises:
+        DataError: It exists.
+    """
+    if folder.exists():
+        raise DataError(f"{folder} exists; choose another --out or remove it first")
+
+
 def write_dataset(dataset: Dataset, folder: Path, also: Callable[[Path], None] = lambda folder: None) -> None:
-    """Write a validated data set as a folder; a half-written folder never appears under its final name.
+    """Write a validated data set as a folder, which appears only when it is complete.
 
     Args:
-        dataset: What to write.
-        folder: Where; it must not exist.
-        also: Writes further files into the folder that it is given, before that gets its final name.
+        dataset: The data set.
+        folder: The folder to write; it must not exist.
+        also: Writes further files into the unfinished folder, before that gets its final name.
 
     Raises:
         DataError: The folder exists, or it could not be written (disk full, no permission).
     """
-    if folder.exists():
-        raise DataError(f"{folder} exists; choose another --out or remove it first")
+    require_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as unfinished:
@@ -173,7 +190,13 @@ def read_dataset(folder: Path) -> Dataset:
     Raises:
         DataError: The folder is no prepared data set, or a table is not in the format of the module docstring.
     """
-    spec = read_spec(folder)
+    declaration = folder / "dataset.json"
+    try:
+        content = declaration.read_bytes()
+    except OSError as error:
+        raise DataError(f"{folder} is not a prepared data set ({error}); make one with `unipinrec prepare`") from error
+    with decoding(DataError, declaration, PREPARE_AGAIN):
+        spec = msgspec.json.decode(content, type=DatasetSpec)
     tables = {}
     for name, columns in {
         "events": event_columns(spec.actions),
@@ -181,15 +204,17 @@ def read_dataset(folder: Path) -> Dataset:
         "items": item_columns(spec),
     }.items():
         path = folder / f"{name}.parquet"
-        tables[name] = read_parquet(path, "run `unipinrec prepare` again")
+        tables[name] = read_parquet(path, PREPARE_AGAIN)
         if dict(tables[name].schema) != columns:
             raise DataError(f"{path}: columns are {listed(tables[name].schema.items())}, expected {columns}")
         if "timestamp_ms" in columns:
             require_times(tables[name]["timestamp_ms"], f"{path}: timestamp_ms")
     if spec.split is not None:
         for name, start_ms in msgspec.structs.asdict(spec.split).items():
-            require_times(pl.Series([float(start_ms)]), f"{folder / 'dataset.json'}: {name}")
-    _require_order(folder / "events.parquet", tables["events"])
+            require_times(pl.Series([float(start_ms)]), f"{declaration}: {name}")
+    time = pl.col("timestamp_ms").fill_null(-1)
+    early = tables["events"].filter(time < time.shift().over("user_id")).select("user_id", "timestamp_ms")
+    _refuse(folder / "events.parquet", early, "a user's events must be in order of time, unknown times first")
     _require_items(folder / "items.parquet", tables["items"], spec)
     return Dataset(spec=spec, **tables)
 
@@ -201,17 +226,17 @@ def read_parquet(path: Path, remedy: str) -> pl.DataFrame:
         DataError: It is not readable; the message ends with the remedy.
     """
     try:
-        path.open("rb").close()  # of a folder all files would be read
+        path.open("rb").close()  # fails for a folder, of which polars would read all files
         return pl.read_parquet(path.absolute(), glob=False)
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}; {remedy}") from error
 
 
 def require_times(times: pl.Series, what: str, unit: str = "ms") -> None:
-    """Refuse numbers that are no Unix time of 1990 to 2100 in this unit: events of other years come from a wrong unit.
+    """Reject numbers that are no Unix time of 1990 to 2100 in this unit: other years come from a wrong unit.
 
     Raises:
-        DataError: There is such a number; the message says in which unit it would be a time. Nulls are unknown times.
+        DataError: There is such a number; the message names the unit that fits. Nulls are unknown times.
     """
     wrong = times.filter(~(times * UNITS_MS[unit]).is_between(EARLIEST_MS, LATEST_MS))
     if wrong.len():
@@ -219,14 +244,8 @@ def require_times(times: pl.Series, what: str, unit: str = "ms") -> None:
         looks = f", but looks like Unix time in {fits[0]}" if fits else ""
         raise DataError(
             f"{what} is {wrong[0]:.16g}: as Unix time in {unit} it is not between 1990 and 2100{looks} "
-            f"({wrong.len()} such values); correct the unit, leave unknown times empty, and give mere counts as `order`"
+            f"({wrong.len()} such values); correct the unit, leave unknown times empty, and give counters as `order`"
         )
-
-
-def _require_order(path: Path, events: pl.DataFrame) -> None:
-    time = pl.col("timestamp_ms").fill_null(-1)
-    early = events.filter(time < time.shift().over("user_id")).select("user_id", "timestamp_ms")
-    _refuse(path, early, "a user's events must be in order of time, unknown times first")
 
 
 def _require_items(path: Path, items: pl.DataFrame, spec: DatasetSpec) -> None:
@@ -234,28 +253,17 @@ def _require_items(path: Path, items: pl.DataFrame, spec: DatasetSpec) -> None:
     _refuse(path, again, "each item_id must stand in one row")
     for name, width in spec.dense.items():
         column = pl.col(DENSE_PREFIX + name)
-        finite = column.list.eval(pl.element().is_finite().fill_null(False)).list.all()
-        bad = items.filter(column.is_null() | ~finite | (column.list.len() != width))
+        bad = items.filter(~is_finite(DENSE_PREFIX + name) | (column.list.len() != width))
         rule = f"{DENSE_PREFIX}{name} of each item must be finite numbers, {width} of them"
         _refuse(path, bad.select("item_id", column.list.head(5)), rule)
+
+
+def is_finite(column: str) -> pl.Expr:
+    """Whether a vector is there, and all of its numbers are finite."""
+    return pl.col(column).list.eval(pl.element().is_finite().fill_null(False)).list.all().fill_null(False)
 
 
 def _refuse(path: Path, bad: pl.DataFrame, rule: str) -> None:
     if bad.height:
         first = bad.row(0, named=True)
-        raise DataError(f"{path}: {rule}; wrong rows: {bad.height}, first {first}; run `unipinrec prepare` again")
-
-
-def read_spec(folder: Path) -> DatasetSpec:
-    """Read `dataset.json` alone.
-
-    Raises:
-        DataError: The folder or the file is missing, or the declaration is invalid.
-    """
-    path = folder / "dataset.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=DatasetSpec)
-    except OSError as error:
-        raise DataError(f"{folder} is not a prepared data set ({error}); make one with `unipinrec prepare`") from error
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: {error}; run `unipinrec prepare` again") from error
+        raise DataError(f"{path}: {rule}; wrong rows: {bad.height}, first {first}; {PREPARE_AGAIN}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -16,6 +17,8 @@ from unipinrec.models.config import MISSING_TIMESTAMP_MS, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.data.schema import ACTION_PREFIX, CATEGORY_PREFIX, DENSE_PREFIX, Dataset, TimeSplit
 
+IntArray = NDArray[np.int64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
@@ -27,8 +30,8 @@ class Sequences:
         features: Item features by catalogue row.
         event_start: [U + 1] where each user's events begin.
         rows, actions, surfaces, timestamps_ms: Per event: catalogue row, [M, C] u8, i64, i64 (-1 = missing).
-        actions_known: [M, C] u8, 0 where nobody knows whether the event had the action; `actions` is 0 there.
-        slate_user, slate_cutoff: Per slate: its user, and how many of the user's events precede it.
+        actions_known: [M, C] u8, 0 where the action of the event is unknown; `actions` is 0 there.
+        slate_user, slate_cutoff: Per slate: its user, and the number of the user's events before it.
         slate_ids, slate_surface, slate_timestamp_ms: Per slate: id in the data set, surface, time.
         slate_start: [S + 1] where each slate's items begin.
         slate_rows, slate_actions: Per slate item: catalogue row, [K, C] u8 labels.
@@ -38,19 +41,19 @@ class Sequences:
     user_ids: list[str]
     item_ids: list[str]
     features: ItemFeatures
-    event_start: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    event_start: IntArray
+    rows: IntArray
     actions: NDArray[np.uint8]
     actions_known: NDArray[np.uint8]
-    surfaces: NDArray[np.int64]
-    timestamps_ms: NDArray[np.int64]
-    slate_user: NDArray[np.int64]
-    slate_cutoff: NDArray[np.int64]
-    slate_ids: NDArray[np.int64]
-    slate_surface: NDArray[np.int64]
-    slate_timestamp_ms: NDArray[np.int64]
-    slate_start: NDArray[np.int64]
-    slate_rows: NDArray[np.int64]
+    surfaces: IntArray
+    timestamps_ms: IntArray
+    slate_user: IntArray
+    slate_cutoff: IntArray
+    slate_ids: IntArray
+    slate_surface: IntArray
+    slate_timestamp_ms: IntArray
+    slate_start: IntArray
+    slate_rows: IntArray
     slate_actions: NDArray[np.uint8]
     split: TimeSplit | None
 
@@ -66,7 +69,7 @@ class Sequences:
 
 
 def vocabulary_of(dataset: Dataset) -> Vocabulary:
-    """What a model for this data set must know."""
+    """The vocabulary of a model for this data set."""
     spec = dataset.spec
     return Vocabulary(
         num_items=dataset.items.height,
@@ -83,10 +86,9 @@ def sequences_of(dataset: Dataset) -> Sequences:
     users = pl.concat([dataset.events["user_id"], dataset.slates["user_id"]]).unique().sort()
     events = _coded(dataset, dataset.events, users)
     slates = _coded(dataset, dataset.slates, users).sort("user", "timestamp_ms", "slate_id", maintain_order=True)
-    heads = slates.group_by("slate_id", maintain_order=True).agg(
-        pl.first("user"), pl.first("surface"), pl.first("timestamp_ms"), pl.len()
-    )
-    event_start = np.concatenate([[0], np.cumsum(_counts(events["user"], len(users)))])
+    heads = slates.group_by("slate_id", maintain_order=True).agg(pl.first("user", "surface", "timestamp_ms"), pl.len())
+    counts = np.bincount(events["user"].to_numpy(), minlength=len(users))
+    event_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     timestamps = events["timestamp_ms"].fill_null(MISSING_TIMESTAMP_MS).to_numpy()
     slate_user, slate_time = heads["user"].to_numpy(), heads["timestamp_ms"].to_numpy()
     return Sequences(
@@ -112,9 +114,8 @@ def sequences_of(dataset: Dataset) -> Sequences:
 
 
 def fingerprint(data: Sequences, vocabulary: Vocabulary) -> str:
-    """16 hex digits that differ where the ids, arrays or split of two data sets, or what their codes mean, differ."""
-    arrays = {field.name: getattr(data, field.name) for field in fields(data)}
-    arrays |= {field.name: getattr(data.features, field.name) for field in fields(data.features)}
+    """16 hex digits that identify the ids, arrays and split of a data set, and the meaning of its codes."""
+    arrays = {field.name: getattr(part, field.name) for part in (data, data.features) for field in fields(part)}
     words = [vocabulary, data.split, data.user_ids, data.item_ids]
     digest = hashlib.sha256(msgspec.json.encode(words))
     for name, array in arrays.items():
@@ -126,7 +127,7 @@ def fingerprint(data: Sequences, vocabulary: Vocabulary) -> str:
 
 def item_features(dataset: Dataset) -> ItemFeatures:
     """Dense features side by side in declared order, categories as codes."""
-    count = dataset.items.height
+    empty = np.zeros((dataset.items.height, 0))
     dense = [
         np.asarray(dataset.items[DENSE_PREFIX + name].list.to_array(width).to_numpy(), dtype=np.float32)
         for name, width in dataset.spec.dense.items()
@@ -136,8 +137,8 @@ def item_features(dataset: Dataset) -> ItemFeatures:
         for name, words in dataset.spec.categories.items()
     ]
     return ItemFeatures(
-        dense=np.concatenate([*dense, np.zeros((count, 0), np.float32)], axis=1),
-        categories=np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int64),
+        dense=np.column_stack([empty.astype(np.float32), *dense]),
+        categories=np.column_stack([empty.astype(np.int64), *codes]),
     )
 
 
@@ -150,19 +151,14 @@ def _coded(dataset: Dataset, table: pl.DataFrame, users: pl.Series) -> pl.DataFr
     return coded.sort("user", maintain_order=True)
 
 
-def _codes(
-    values: pl.Series, words: list[str] | tuple[str, ...], *, unknown: int = -1, offset: int = 0
-) -> NDArray[np.int64]:
+def _codes(values: pl.Series, words: Sequence[str], *, unknown: int = -1, offset: int = 0) -> IntArray:
     """Position of each value in `words` plus `offset`; `unknown` < 0 makes an unknown word an error."""
-    table = pl.DataFrame(
-        {"word": words, "code": np.arange(len(words), dtype=np.int64) + offset},
-        schema_overrides={"word": pl.String},
-    )
-    joined = pl.DataFrame({"word": values}).join(table, on="word", how="left", maintain_order="left")["code"]
-    if unknown < 0 and joined.null_count():
-        missing = values.filter(joined.is_null())[0]
+    numbers = range(offset, offset + len(words))
+    codes = values.replace_strict(words, numbers, default=unknown, return_dtype=pl.Int64)
+    if (codes < 0).any():
+        missing = values.filter(codes < 0)[0]
         raise DataError(f"{values.name}={missing!r} is not in the catalogue; run `unipinrec prepare` again")
-    return joined.fill_null(unknown).to_numpy()
+    return codes.to_numpy()
 
 
 def _actions(dataset: Dataset, table: pl.DataFrame) -> NDArray[np.uint8]:
@@ -170,21 +166,12 @@ def _actions(dataset: Dataset, table: pl.DataFrame) -> NDArray[np.uint8]:
     return np.stack(columns, axis=1)
 
 
-def _counts(users: pl.Series, num_users: int) -> NDArray[np.int64]:
-    return np.bincount(users.to_numpy(), minlength=num_users).astype(np.int64)
-
-
-def _cutoffs(
-    event_start: NDArray[np.int64],
-    timestamps_ms: NDArray[np.int64],
-    slate_user: NDArray[np.int64],
-    slate_time: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """How many of its user's events lie strictly before each slate; missing times precede all known ones."""
+def _cutoffs(event_start: IntArray, times_ms: IntArray, slate_user: IntArray, slate_time: IntArray) -> IntArray:
+    """Number of the user's events strictly before each slate; missing times precede all known times."""
     cutoffs = np.zeros(len(slate_user), np.int64)
     bounds = np.flatnonzero(np.diff(slate_user, prepend=-1, append=-1))
     for begin, end in pairwise(bounds):
         user = slate_user[begin]
-        times = timestamps_ms[event_start[user] : event_start[user + 1]]
+        times = times_ms[event_start[user] : event_start[user + 1]]
         cutoffs[begin:end] = np.searchsorted(times, slate_time[begin:end], side="left")
     return cutoffs

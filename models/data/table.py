@@ -1,13 +1,14 @@
-"""Any CSV or Parquet files, described by a small TOML file of column names. docs/data.md shows one.
+"""Any CSV or Parquet files, described by a small TOML file of column names; docs/data.md has an example.
 
 Files may be `.csv`, `.tsv` (either also as `.gz`) or `.parquet`. Ids in text files are read as text, so "007"
-stays "007". A gap in an action column means that the action did not happen. Values are compared by what they mean,
-however a file stores them: true, 1, 1.0 and the text "1" are one. What cannot be what the map says is refused.
+stays "007". A gap in an action column means that the action did not happen. Values are compared by meaning: true, 1,
+1.0 and the text "1" are equal. Columns that do not fit the map are rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -17,20 +18,11 @@ import msgspec
 import polars as pl
 
 from unipinrec.errors import DataError, listed
-from unipinrec.models.data.schema import (
-    ACTION_PREFIX,
-    CATEGORY_PREFIX,
-    DENSE_PREFIX,
-    EARLIEST_MS,
-    LATEST_MS,
-    UNITS_MS,
-    read_parquet,
-    require_times,
-)
+from unipinrec.models.config import DAY_MS
+from unipinrec.models.data import schema
 from unipinrec.models.data.validate import LONGEST_GAP_MINUTES, RawTables, slates_from_events
 
 TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-DAY_MS = 86_400_000
 UNORDERED = "events: neither time nor order, in the file's order (kept)"
 SEVERAL = "a column map reads several files with `files`"
 # A date, hours and minutes, seconds, their fraction, and an offset in hours and minutes.
@@ -39,9 +31,9 @@ ISO_8601 = rf"^([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})(?:[T ]{CLOCK}{OFFSET})?$"
 
 
 class ActionRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The action happened where `column` is one of `equals`, or is a number of `at_least` this much.
+    """The action happened where `column` equals one of `equals`, or is a number of at least `at_least`.
 
-    With neither, the column itself says so as true/false or 1/0.
+    Without both, the column holds true/false or 1/0.
     """
 
     column: str
@@ -54,7 +46,7 @@ class ActionRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class EventColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Columns of the events or the slates; `slate` in events: they are exposures of that slate.
+    """Columns of the events or the slates; with `slate`, events are the exposures of that slate.
 
     `file` is a name, `files` a pattern of names such as "part-*.parquet"; `timestamp_format` is for strptime.
     """
@@ -89,10 +81,10 @@ class ItemColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     categories: dict[str, str] = {}
 
     def __post_init__(self) -> None:
-        if none := [name for name, columns in self.dense.items() if not columns]:
-            raise ValueError(f"`dense`: {none[0]!r} names no column; give one or several, or leave it out")
+        if empty := [name for name, columns in self.dense.items() if not columns]:
+            raise ValueError(f"`dense`: {empty[0]!r} names no column; give one or several, or omit it")
         if wrong := [name for name in self.categories if "=" in name]:
-            raise ValueError(f'`categories`: {wrong[0]!r} has a "=", so that no filter can name it; call it otherwise')
+            raise ValueError(f'`categories`: {wrong[0]!r} has a "=", so that no filter can name it; rename it')
 
 
 class ColumnMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,23 +131,23 @@ def read_mapped(source: Path, columns: ColumnMap) -> RawTables:
         columns: The map.
 
     Raises:
-        DataError: A file is not readable, a mapped column does not exist or does not hold what the map says, or a
-            positive action never happens.
+        DataError: A file is not readable, a mapped column is missing or does not fit the map, or a positive action
+            never happens.
     """
     folder = source if source.is_dir() else source.parent
     if source.is_file() and (columns.events.files or columns.events.file not in (None, source.name)):
-        said = columns.events.files or columns.events.file
-        raise DataError(f"{source} is a file, but [events] of the column map names {said!r}; give the folder as SOURCE")
+        name = columns.events.files or columns.events.file
+        raise DataError(f"{source} is a file, but [events] of the column map names {name!r}; give the folder as SOURCE")
     paths = _paths(folder, columns.events) if source.is_dir() else [source]
     rules = {name: ActionRule(column=rule) if isinstance(rule, str) else rule for name, rule in columns.actions.items()}
     events = _joined(paths, partial(_events, columns.events, rules))
     slates = _slates(folder, columns, events, rules)
     positive = [name for name in rules if name in columns.positive_actions]
     for name in positive:
-        if not any(table[ACTION_PREFIX + name].any() for table in (events, slates) if table.width):
+        if not any(table[schema.ACTION_PREFIX + name].any() for table in (events, slates) if table.width):
             held = _held(paths[0], [rules[name]])
             raise DataError(f"{paths[0]}: the positive action {name!r} never happens; {held}")
-    if columns.slates and slates.height and not any(slates[ACTION_PREFIX + name].any() for name in positive):
+    if columns.slates and slates.height and not any(slates[schema.ACTION_PREFIX + name].any() for name in positive):
         path = _paths(folder, columns.slates)[0]
         held = _held(path, [rules[name] for name in positive])
         raise DataError(f"{path}: no positive action of {positive} happens in any slate, but in events; {held}")
@@ -182,7 +174,7 @@ def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.Data
     """Read these columns of the CSV, TSV or Parquet file of exactly this name.
 
     Args:
-        path: The file; its ending says what it is.
+        path: The file; its ending names its format.
         columns: Names to read.
         types: Types of columns in text files that should not be guessed.
 
@@ -190,19 +182,19 @@ def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.Data
         DataError: The file is not readable, or lacks a column; the message lists those it has.
     """
     if path.suffix == ".parquet":
-        return _select(read_parquet(path, SEVERAL), path, columns)
+        return _select(schema.read_parquet(path, SEVERAL), path, columns)
     if not path.name.endswith(TEXT_ENDINGS):
         raise DataError(f"{path}: reads {', '.join(TEXT_ENDINGS)} and .parquet; convert it first")
     read = partial(pl.read_csv, path.absolute(), glob=False, separator="\t" if ".tsv" in path.suffixes else ",")
     try:
-        path.open("rb").close()  # of a folder all files would be read
+        path.open("rb").close()  # fails for a folder, of which polars would read all files
         header = read(n_rows=0)
         if any("\r" in name for name in header.columns):
             raise DataError(f"{path}: its lines end in CR; write it with LF or CR LF at the end of lines")
-        wanted = _select(header, path, columns).columns
-        if twice := [name for name in wanted if f"{name}_duplicated_0" in header.columns]:
+        names = _select(header, path, columns).columns
+        if twice := [name for name in names if f"{name}_duplicated_0" in header.columns]:
             raise DataError(f"{path}: has column {twice[0]!r} more than once")
-        return read(columns=wanted, schema_overrides=types, infer_schema_length=None)
+        return read(columns=names, schema_overrides=types, infer_schema_length=None)
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder; {SEVERAL}") from error
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -221,35 +213,37 @@ def _paths(folder: Path, mapped: EventColumns | ItemColumns) -> list[Path]:
         raise DataError(f"each section of a column map needs `file`, a name in {folder}, or `files`, a pattern")
     if mapped.file is not None:
         return [folder / mapped.file]
-    found = sorted(path for path in folder.iterdir() if fnmatchcase(path.name, mapped.files or ""))
-    if not found:
+    paths = sorted(path for path in folder.iterdir() if fnmatchcase(path.name, mapped.files or ""))
+    if not paths:
         raise DataError(f"{folder}: no name in it is like {mapped.files!r}, the `files` of the column map")
-    return found
+    return paths
 
 
 def _joined(paths: list[Path], read: Callable[[Path], pl.DataFrame]) -> pl.DataFrame:
     try:
         return pl.concat([read(path) for path in paths], how="vertical_relaxed")
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{paths[0]} and the files like it differ: {error}") from error
+        raise DataError(f"{paths[0]} and the other files of its pattern differ: {error}") from error
 
 
 def _events(mapped: EventColumns, rules: Mapping[str, ActionRule], path: Path) -> pl.DataFrame:
     names = {"user_id": mapped.user, "item_id": mapped.item, "slate_id": mapped.slate, "surface": mapped.surface}
     numbers = {"position": mapped.position, "order": mapped.order}
-    given = {name: column for name, column in {**names, **numbers}.items() if column is not None}
-    wanted = {*given.values(), *(rule.column for rule in rules.values()), mapped.timestamp or mapped.user}
-    frame = read_table(path, wanted, {column: pl.String() for column in names.values() if column is not None})
+    sources = {name: column for name, column in {**names, **numbers}.items() if column is not None}
+    columns = {*sources.values(), *(rule.column for rule in rules.values()), mapped.timestamp or mapped.user}
+    frame = read_table(path, columns, {column: pl.String() for column in names.values() if column is not None})
     unknown = pl.repeat(None, frame.height, dtype=pl.Int64, eager=True)
     try:
-        for name in names.keys() & given.keys():
-            _text(frame[given[name]], name.removesuffix("_id"))  # fails for what is no id
+        for name in names.keys() & sources.keys():
+            _text(frame[sources[name]], name.removesuffix("_id"))  # fails if it is no id
         return pl.DataFrame(
             {
                 "surface": unknown.cast(pl.String),
-                **{n: _numbers(frame[column], n) if n in numbers else frame[column] for n, column in given.items()},
+                **{n: _numbers(frame[column], n) if n in numbers else frame[column] for n, column in sources.items()},
                 "timestamp_ms": _time(frame[mapped.timestamp], mapped) if mapped.timestamp else unknown,
-                **{ACTION_PREFIX + name: _action(frame[rule.column], rule, name) for name, rule in rules.items()},
+                **{
+                    schema.ACTION_PREFIX + name: _action(frame[rule.column], rule, name) for name, rule in rules.items()
+                },
             }
         )
     except (DataError, pl.exceptions.PolarsError) as error:
@@ -270,13 +264,13 @@ def _slates(folder: Path, columns: ColumnMap, events: pl.DataFrame, rules: Mappi
             name, span = long.row(0)
             raise DataError(
                 f"slate {name!r} of events.slate spans {span / 3_600_000:.1f} hours, more than 24 ({long.height} such "
-                "slates): its id stands for several; make ids unique, such as by adding the user and the day"
+                "slates): several slates share its id; make ids unique, such as by adding the user and the day"
             )
         slates = slates.with_columns(time.min().over("slate_id"))
     else:
         return pl.DataFrame()
-    place = [] if "position" in slates.columns else [pl.lit(None, pl.Int32).alias("position")]
-    return slates.with_columns(place).drop("order", strict=False)
+    position = [] if "position" in slates.columns else [pl.lit(None, pl.Int32).alias("position")]
+    return slates.with_columns(position).drop("order", strict=False)
 
 
 def _action(column: pl.Series, rule: ActionRule, name: str) -> pl.Series:
@@ -288,28 +282,26 @@ def _action(column: pl.Series, rule: ActionRule, name: str) -> pl.Series:
     if rule.equals is None and not values.drop_nulls().is_in(["1", "0", "", "NaN"]).all():
         raise DataError(
             f"actions: {name}: column {column.name!r} is neither true/false nor 0/1, it holds "
-            f"{listed(column.unique(maintain_order=True))}; say with `equals` or `at_least` when the action happened"
+            f"{listed(column.unique(maintain_order=True))}; define the action with `equals` or `at_least`"
         )
     return values.is_in(["1"] if rule.equals is None else words).fill_null(False)
 
 
 def _text(column: pl.Series, option: str) -> pl.Series:
-    try:
+    with suppress(pl.exceptions.PolarsError):
         if not column.dtype.is_nested():
             return column.cast(pl.String)
-    except pl.exceptions.PolarsError:
-        pass
     raise DataError(f"{option}: column {column.name!r} is {column.dtype}; give text or whole numbers")
 
 
 def _meaning(values: pl.Series) -> pl.Series:
-    """As text that is the same for true, 1 and 1.0, stored as whatever type."""
+    """As text that is the same for true, 1 and 1.0, of any type."""
     text = values.cast(pl.String).str.replace("(?i)^true$", "1").str.replace("(?i)^false$", "0")
     return text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
 
 
 def _numbers(column: pl.Series, option: str) -> pl.Series:
-    """The column, as numbers where it holds them as text."""
+    """The column, with text converted to numbers."""
     if column.dtype.is_numeric() or column.dtype == pl.Boolean:
         return column
     wrong = column
@@ -318,14 +310,13 @@ def _numbers(column: pl.Series, option: str) -> pl.Series:
         wrong = column.filter(numbers.is_null() & column.is_not_null())
         if not wrong.len():
             return numbers
-    raise DataError(
-        f"{option}: column {column.name!r} is {column.dtype}, {listed(wrong.head(1).to_list())} is no number"
-    )
+    value = listed(wrong.head(1).to_list())
+    raise DataError(f"{option}: column {column.name!r} is {column.dtype}, {value} is no number")
 
 
 def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
     """Unix time, to the nearest ms."""
-    given, unit = column, mapped.timestamp_unit or "iso"
+    original, unit = column, mapped.timestamp_unit or "iso"
     if unit == "iso" and not column.dtype.is_temporal():
         column = _parsed(column, mapped.timestamp_format)
     if column.dtype == pl.Date:
@@ -336,29 +327,29 @@ def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
     if column.dtype.is_float() and column.dtype != pl.Float64:
         raise DataError(f"timestamp: column {column.name!r} is {column.dtype}, too coarse for times; write Float64")
     times = _numbers(column, f"timestamp_unit={unit!r}").cast(pl.Float64)
-    times_ms = times * UNITS_MS[unit]
-    wrong = ~times_ms.is_between(EARLIEST_MS, LATEST_MS)
+    times_ms = times * schema.UNITS_MS[unit]
+    wrong = ~times_ms.is_between(schema.EARLIEST_MS, schema.LATEST_MS)
     if dated and wrong.any():
         year = f"a time of about the year {1970 + times_ms.filter(wrong)[0] / 31_557_600_000:.0f}"
-        said = year if given.dtype.is_temporal() else listed(given.filter(wrong).to_list(), 1)
+        value = year if original.dtype.is_temporal() else listed(original.filter(wrong).to_list(), 1)
         raise DataError(
-            f"timestamp: column {given.name!r} holds {said}, not between 1990 and 2100; leave unknown times empty"
+            f"timestamp: column {original.name!r} holds {value}, not between 1990 and 2100; leave unknown times empty"
         )
-    require_times(times, f"timestamp: column {given.name!r}", unit)
+    schema.require_times(times, f"timestamp: column {original.name!r}", unit)
     return times_ms.round().cast(pl.Int64)
 
 
 def _parsed(column: pl.Series, form: str | None) -> pl.Series:
-    text = given = _text(column, "timestamp")
+    text = original = _text(column, "timestamp")
     if form is None:
-        date, clock, second, fraction, hours, minutes = given.str.extract_groups(ISO_8601).struct.unnest()
+        date, clock, second, fraction, hours, minutes = original.str.extract_groups(ISO_8601).struct.unnest()
         text = date + "T" + clock.fill_null("00:00") + second.fill_null(":00") + "." + fraction.fill_null("0")
         text += hours.fill_null("+00") + minutes.fill_null("00")
     times = text.str.to_datetime(form or "%Y-%m-%dT%H:%M:%S%.f%z", time_unit="us", strict=False)
-    if wrong := given.filter(times.is_null() & given.is_not_null()).to_list():
+    if wrong := original.filter(times.is_null() & original.is_not_null()).to_list():
         raise DataError(
             f"timestamp: column {column.name!r} holds {listed(wrong, 1)}, not {form or 'ISO 8601'}; correct "
-            'timestamp_unit, or give the form as timestamp_format, such as "%d/%m/%Y %H:%M"'
+            'timestamp_unit, or give the format as timestamp_format, such as "%d/%m/%Y %H:%M"'
         )
     return times
 
@@ -368,19 +359,16 @@ def _items(folder: Path, mapped: ItemColumns | None, tables: list[pl.DataFrame])
         ids = pl.concat([frame["item_id"].cast(pl.String) for frame in tables if frame.width])
         ids = ids.drop_nulls().unique().sort()
         return pl.DataFrame({"item_id": ids, "title": pl.Series([None] * ids.len(), dtype=pl.String)})
-    parts = {name: [columns] if isinstance(columns, str) else columns for name, columns in mapped.dense.items()}
-    flat = {column for columns in parts.values() for column in columns}
-    wanted = {mapped.item, *flat, *mapped.categories.values()} | ({mapped.title} if mapped.title else set())
-    text = {name: pl.String() for name in wanted - flat}
-    frame = _joined(_paths(folder, mapped), partial(read_table, columns=wanted, types=text))
+    dense = {schema.DENSE_PREFIX + name: [of] if isinstance(of, str) else of for name, of in mapped.dense.items()}
+    flat = {column for columns in dense.values() for column in columns}
+    columns = {mapped.item, *flat, *mapped.categories.values()} | ({mapped.title} if mapped.title else set())
+    text = {name: pl.String() for name in columns - flat}
+    frame = _joined(_paths(folder, mapped), partial(read_table, columns=columns, types=text))
     return frame.select(
         pl.col(mapped.item).alias("item_id"),
         (pl.col(mapped.title) if mapped.title else pl.lit(None, pl.String)).alias("title"),
-        *(
-            pl.concat_list(_vector(frame[column]) for column in columns).alias(DENSE_PREFIX + name)
-            for name, columns in parts.items()
-        ),
-        *(pl.col(column).alias(CATEGORY_PREFIX + name) for name, column in mapped.categories.items()),
+        *(pl.concat_list(_vector(frame[column]) for column in of).alias(name) for name, of in dense.items()),
+        *(pl.col(column).alias(schema.CATEGORY_PREFIX + name) for name, column in mapped.categories.items()),
     )
 
 

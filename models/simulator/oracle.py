@@ -1,9 +1,9 @@
-"""The truth behind a simulated data set: how good can any model get on it?
+"""The truth behind a simulated data set, which bounds the score of any model.
 
     oracle.parquet         one row per row of slates.parquet, in its order: slate_id, item_id,
                            p_{action} (chance of the action if looked at), engaged (any action was taken)
     oracle_slates.parquet  one row per slate: slate_id, user_id, state (the user's interests and the hour),
-                           view (what the policy goes by), exploration (share of impressions without a view)
+                           view (the vector that the policy uses), exploration (share of random impressions)
     oracle_items.parquet   the items in catalogue order: item_id, share (chance within the item's category),
                            centre (of its category), bias_{action}, vector_{action}
 
@@ -11,9 +11,9 @@
     chance that an impression is i  = (1 - exploration) * share_i * exp(centre_i . view) / sum over all items
                                       + exploration * share_i / number of categories
 
-The chance of an action at a position is examination[position] * p_{action}. No metric is computed here: rank
-the shown rows by `p_{action}` and the catalogue by `oracle_item_scores`, with the metrics that models are
-given. docs/simulator.md says how exact these ceilings are.
+The chance of an action at a position is examination[position] * p_{action}. This module computes no metric: rank the
+shown rows by `p_{action}` and the catalogue by `oracle_item_scores`, and use the metrics of the models.
+docs/simulator.md says how exact these bounds are.
 """
 
 from __future__ import annotations
@@ -81,26 +81,26 @@ def read_oracle(folder: Path) -> Oracle:
 
 
 def oracle_item_scores(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Score the catalogue for the next positive event at the moment each slate was shown, knowing the truth.
+    """Score the catalogue for the next positive event at the moment each slate was shown, by the truth.
 
     The score of item i is exposure_i * p_click_i: the chance that one impression is i and is clicked when
     looked at. It is 0 for items the user has engaged with before, which are never shown again.
 
-    This order is the best possible one for the first impression of a slate, exactly, and for the first click
-    of a whole slate where every item's chance of exposure is small: within a slate nothing is shown twice, so
-    an item whose chance is near 1 / slate size takes less than its proportion of the later positions, which
-    the score leaves out. Refusing engaged items scales the chances of all others alike and moves no rank.
+    For the first impression of a slate this order is exactly the best. For the first click of a whole slate it is the
+    best if every item's chance of exposure is small. A slate shows no item twice, so an item with a chance near
+    1 / slate size gets less than its share of later positions, which the score ignores. Excluding engaged items scales
+    the chances of all others alike and changes no rank.
 
-    The score knows the user's true state, the policy's view of it and the surface. A model is told none of
-    them, so it cannot be expected to reach this.
+    The score uses the user's true state, the policy's view and the surface. A model has none of them, so it cannot
+    reach this score.
 
     Args:
         oracle: The truth.
         slate_ids: Slates to score, in any order, repeats allowed.
 
     Returns:
-        (len(slate_ids), items) float32; columns are the rows of `items.parquet`. Ask for a few thousand
-        slates at a time where the catalogue is large.
+        (len(slate_ids), items) float32; columns are the rows of `items.parquet`. Score a few thousand
+        slates per call if the catalogue is large.
 
     Raises:
         DataError: A slate id is unknown.
@@ -124,7 +124,7 @@ def oracle_click_chances(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np
 
     Args:
         oracle: The truth.
-        slate_ids: Slates whose moments are meant, in any order, repeats allowed.
+        slate_ids: The slates, in any order, repeats allowed.
 
     Returns:
         (len(slate_ids), items) float32; columns are the rows of `items.parquet`.
@@ -143,10 +143,8 @@ def oracle_click_chances(oracle: Oracle, slate_ids: Sequence[int]) -> NDArray[np
 
 def _slates_of(oracle: Oracle, slate_ids: Sequence[int]) -> pl.DataFrame:
     """`oracle.slates` in the order of these ids, and `row`, the place among them."""
-    asked = pl.DataFrame(
-        {"row": range(len(slate_ids)), "slate_id": slate_ids}, schema={"row": pl.Int64, "slate_id": pl.Int64}
-    )
-    slates = asked.join(oracle.slates, on="slate_id", how="left", maintain_order="left")
+    requests = pl.DataFrame({"slate_id": slate_ids}, schema={"slate_id": pl.Int64}).with_row_index("row")
+    slates = requests.join(oracle.slates, on="slate_id", how="left", maintain_order="left")
     unknown = slates.filter(pl.col("user_id").is_null())["slate_id"].to_list()
     if unknown:
         raise DataError(f"slates {unknown[:5]} are not in the oracle; give ids of this data set's slates.parquet")
@@ -154,7 +152,7 @@ def _slates_of(oracle: Oracle, slate_ids: Sequence[int]) -> pl.DataFrame:
 
 
 def _engaged_before(oracle: Oracle, slates: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(row, item) pairs of what each slate's user had engaged with; slate ids ascend in a user's time."""
+    """(row, item) pairs of the items that each slate's user had engaged with; a user's slate ids ascend with time."""
     users = slates.select("row", "user_id", now="slate_id")
     engaged = (
         oracle.rows.filter("engaged")

@@ -1,29 +1,28 @@
-"""Simulated users in front of an imperfect policy: a data set with a known truth, in place of real data.
+"""Simulated users of an imperfect policy: a data set with a known truth, in place of real data.
 
-One slate: the policy picks a category from its own, blurred and late view of the user and an item of that
-category by popularity, again and again until the slate is full; the user looks at each position with a known
-chance and then acts by a logit that is linear in the user's state. What was clicked pulls the state towards
-it; between sessions the state drifts back to the long-term interest, and on to a new mood. docs/simulator.md
-gives the formulas.
+For each place in a slate, the policy draws a category by its blurred and late view of the user, then an item of that
+category by popularity. The user looks at each position with a known chance, and acts by a logit that is linear in the
+user's state. Clicked items pull the state towards them. Between sessions the state drifts back to the long-term
+interest, and to a new mood. docs/simulator.md has the formulas.
 
-Users are simulated side by side, in blocks that bound memory; the only loops are over sessions and slates.
+Users are simulated in parallel, in blocks that bound memory; the only loops are over sessions and slates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from unipinrec.models.config import DAY_MS
 from unipinrec.models.data.schema import ACTION_PREFIX, FORMAT_VERSION, Dataset, DatasetSpec, TimeSplit
 from unipinrec.models.simulator.oracle import ACTIONS, POSITIVE, Oracle, marginal
 from unipinrec.models.simulator.world import (
     CONTENT_DIM,
-    DAY_MS,
     DWELL_MS,
     PAUSE_MS,
     SESSION_GAP_MS,
@@ -51,29 +50,99 @@ _BLOCK_CELLS = 1 << 23
 Columns = dict[str, NDArray[Any]]
 
 
-@dataclass(kw_only=True)
 class _Crowd:
-    """A block of users in the course of time; changed in place.
+    """A block of users over time; its methods change it.
 
     Attributes:
         interest: Long-term interest, (users, latent_dim), unit length.
-        state: Interest right now, the truth behind every action; same shape.
-        view: What the policy believes; same shape.
+        state: Interest at the moment, on which every action depends; same shape.
+        view: The policy's estimate of the state; same shape.
         error: The policy's error in this session; same shape.
-        last: Latent vector of the last clicked item, of no use before the first click; same shape.
+        last: Latent vector of the last clicked item, meaningless before the first click; same shape.
         clicked: Whether the user has clicked before, (users,).
-        clock_ms: End of the last thing that happened, (users,).
+        clock_ms: End of the last event, (users,).
         engaged: Items with any action so far, (users, items).
     """
 
-    interest: FloatArray
-    state: FloatArray
-    view: FloatArray
-    error: FloatArray
-    last: FloatArray
-    clicked: NDArray[np.bool_]
-    clock_ms: IntArray
-    engaged: NDArray[np.bool_]
+    def __init__(self, world: World, config: SimulatorConfig, users: int, rng: np.random.Generator) -> None:
+        self._world, self._config, self._rng = world, config, rng
+        favourite = rng.integers(0, len(world.centres), users)
+        noise = rng.standard_normal((users, config.latent_dim)) / np.sqrt(config.latent_dim)
+        self.interest = unit(world.centres[favourite] + noise)
+        self.state, self.view, self.last = (self.interest.copy() for _ in range(3))
+        self.error = np.zeros_like(self.interest)
+        self.clicked = np.zeros(users, dtype=np.bool_)
+        self.clock_ms = np.full(users, config.start_ms - DAY_MS, dtype=np.int64)
+        self.engaged = np.zeros((users, config.items), dtype=np.bool_)
+
+    def open_session(self, present: IntArray, start_ms: IntArray) -> None:
+        """Let the time since the last session pass: interests drift, the mood changes, the policy gets a new error."""
+        config, dim = self._config, self._config.latent_dim
+        start_ms = np.maximum(start_ms, self.clock_ms[present] + SESSION_GAP_MS)
+        days = (start_ms - self.clock_ms[present])[:, None] / DAY_MS
+        noise = self._rng.standard_normal((3, len(present), dim)) / np.sqrt(dim)
+        interest = unit(self.interest[present] + config.drift * np.sqrt(days) * noise[0])
+        kept = np.exp(-days / MOOD_DAYS)
+        mood = config.mood * np.sqrt(1 - kept**2) * noise[1]
+        self.interest[present] = interest
+        self.state[present] = unit(kept * self.state[present] + (1 - kept) * interest + mood)
+        self.error[present] = config.policy_noise * noise[2]
+        self.clock_ms[present] = start_ms
+
+    def show(self, users: IntArray) -> tuple[Columns, Columns]:
+        """Show one slate to each of these users, let them act, and move their states."""
+        config, rng = self._config, self._rng
+        now = self.clock_ms[users] + (PAUSE_MS * (1 + rng.exponential(3.0, len(users)))).astype(np.int64)
+        angle = 2 * np.pi * (now % DAY_MS) / DAY_MS
+        state = np.concatenate([self.state[users], np.cos(angle)[:, None], np.sin(angle)[:, None]], axis=1)
+        surface = self._surfaces(users, angle)
+        view = self._policy_view(users, surface)
+        policy = category_chances(view, self._world, config)
+        item = draw_slates(policy, self.engaged[users], self._world, config.slate_size, rng)
+        conditional = _conditional_chances(self._world, item, state)
+        acted = _act(conditional, rng) & (item >= 0)[..., None]
+        self._move(users, item, acted)
+        self.clock_ms[users] = now + DWELL_MS * (config.slate_size + 1)
+        user, position = np.nonzero(item >= 0)
+        rows: Columns = {
+            "user": users[user],
+            "time_ms": now[user],
+            "event_ms": now[user] + DWELL_MS * (position + 1) + rng.integers(0, DWELL_MS, len(user)),
+            "surface": surface[user],
+            "position": position,
+            "item": item[user, position],
+            "acted": acted[user, position],
+            "chance": marginal(conditional[user, position]).astype(np.float32),
+        }
+        some = item[:, 0] >= 0
+        vectors = {"state": state[some].astype(np.float32), "view": view[some].astype(np.float32)}
+        return rows, {"user": users[some], "time_ms": now[some], **vectors}
+
+    def _surfaces(self, users: IntArray, angle: FloatArray) -> IntArray:
+        draw = self._rng.random(len(angle))
+        search = 0.2 - 0.1 * np.cos(angle)  # most at noon
+        return np.where(draw < search, SEARCH, np.where(self.clicked[users] & (draw > 0.85), RELATED, HOME))
+
+    def _policy_view(self, users: IntArray, surface: IntArray) -> FloatArray:
+        """The vector that the policy uses, (users, latent_dim): its view, in search the state, or the last click."""
+        view = np.where((surface == SEARCH)[:, None], self.state[users], self.view[users]) + self.error[users]
+        view = np.where((surface == RELATED)[:, None], self.last[users], view)
+        return POLICY_SHARPNESS * unit(view)
+
+    def _move(self, users: IntArray, item: IntArray, acted: NDArray[np.bool_]) -> None:
+        """After a slate, move the state towards the clicks and the view towards the state, and mark engaged items."""
+        latent, clicks = self._world.latent, acted[..., ACTIONS.index(POSITIVE)]
+        count = clicks.sum(axis=1)
+        clickers = count > 0
+        mean = (clicks[..., None] * latent[item]).sum(axis=1) / np.maximum(count, 1)[:, None]
+        pull = self._config.momentum * clickers[:, None]
+        self.state[users] = unit((1 - pull) * self.state[users] + pull * mean)
+        self.view[users] += POLICY_RATE * (self.state[users] - self.view[users])
+        final = clicks.shape[1] - 1 - np.argmax(clicks[:, ::-1], axis=1)
+        self.last[users[clickers]] = latent[item[clickers, final[clickers]]]
+        self.clicked[users] |= clickers
+        user, position = np.nonzero(acted.any(axis=-1))
+        self.engaged[users[user], item[user, position]] = True
 
 
 def examination(slate_size: int) -> FloatArray:
@@ -87,15 +156,14 @@ def simulate(config: SimulatorConfig, on_users: Callable[[int], None] | None = N
 
     Args:
         config: Settings; the same settings give the same tables.
-        on_users: Called with the number of users that were finished since the last call.
+        on_users: Called with the number of users finished since the last call.
 
     Returns:
-        The data set, valid as `data_schema` defines it, and the truth behind it.
+        The data set, in the format of `schema`, and the truth behind it.
     """
     world, items = make_world(config, np.random.default_rng([config.seed, 0]))
     size = int(np.clip(_BLOCK_CELLS // config.items, 64, _BLOCK_USERS))
-    rows: list[Columns] = []
-    slates: list[Columns] = []
+    rows, slates = [], []
     for block, first in enumerate(range(0, config.users, size)):
         users = min(size, config.users - first)
         rng = np.random.default_rng([config.seed, 1 + block])
@@ -112,19 +180,19 @@ def simulate(config: SimulatorConfig, on_users: Callable[[int], None] | None = N
 def _simulate_block(
     world: World, config: SimulatorConfig, users: int, rng: np.random.Generator
 ) -> Iterator[tuple[Columns, Columns]]:
-    """Yield the shown rows and the slates of one step of all users who take part in it."""
+    """Yield rows and slates step by step: a step shows one slate to each of its users."""
     start_ms = _session_starts(config, users, rng)
-    crowd = _new_crowd(world, config, users, rng)
+    crowd = _Crowd(world, config, users, rng)
     for session in range(start_ms.shape[1]):
         present = np.flatnonzero(start_ms[:, session] >= 0)
-        _open_session(crowd, present, start_ms[present, session], config, rng)
+        crowd.open_session(present, start_ms[present, session])
         slates = 1 + rng.poisson(config.slates_per_session - 1, len(present))
         for slate in range(int(slates.max())):
-            yield _show(crowd, present[slates > slate], world, config, rng)
+            yield crowd.show(present[slates > slate])
 
 
 def _session_starts(config: SimulatorConfig, users: int, rng: np.random.Generator) -> IntArray:
-    """Ascending start times, (users, most sessions of any user), -1 past a user's last; most at night."""
+    """Ascending start times, (users, most sessions of any user), -1 after a user's last; most in the evening."""
     sessions = 1 + rng.poisson(config.sessions_per_user - 1, users)
     shape = (users, int(sessions.max()))
     rhythm = 1 + 0.6 * np.cos(2 * np.pi * (np.arange(24) - 20) / 24)
@@ -134,95 +202,10 @@ def _session_starts(config: SimulatorConfig, users: int, rng: np.random.Generato
     return np.where(absent, -1, np.sort(np.where(absent, np.iinfo(np.int64).max, at), axis=1))
 
 
-def _new_crowd(world: World, config: SimulatorConfig, users: int, rng: np.random.Generator) -> _Crowd:
-    favourite = rng.integers(0, len(world.centres), users)
-    noise = rng.standard_normal((users, config.latent_dim)) / np.sqrt(config.latent_dim)
-    interest = unit(world.centres[favourite] + noise)
-    return _Crowd(
-        interest=interest,
-        state=interest.copy(),
-        view=interest.copy(),
-        error=np.zeros_like(interest),
-        last=interest.copy(),
-        clicked=np.zeros(users, dtype=np.bool_),
-        clock_ms=np.full(users, config.start_ms - DAY_MS, dtype=np.int64),
-        engaged=np.zeros((users, config.items), dtype=np.bool_),
-    )
-
-
-def _open_session(
-    crowd: _Crowd, present: IntArray, start_ms: IntArray, config: SimulatorConfig, rng: np.random.Generator
-) -> None:
-    """Let the time since the last session pass: interests drift, the mood changes, the policy errs anew."""
-    start_ms = np.maximum(start_ms, crowd.clock_ms[present] + SESSION_GAP_MS)
-    days = (start_ms - crowd.clock_ms[present])[:, None] / DAY_MS
-    noise = rng.standard_normal((3, len(present), config.latent_dim)) / np.sqrt(config.latent_dim)
-    interest = unit(crowd.interest[present] + config.drift * np.sqrt(days) * noise[0])
-    kept = np.exp(-days / MOOD_DAYS)
-    mood = config.mood * np.sqrt(1 - kept**2) * noise[1]
-    crowd.interest[present] = interest
-    crowd.state[present] = unit(kept * crowd.state[present] + (1 - kept) * interest + mood)
-    crowd.error[present] = config.policy_noise * noise[2]
-    crowd.clock_ms[present] = start_ms
-
-
-def _show(
-    crowd: _Crowd, users: IntArray, world: World, config: SimulatorConfig, rng: np.random.Generator
-) -> tuple[Columns, Columns]:
-    """Show one slate to each of these users, let them act, and move their states."""
-    now = crowd.clock_ms[users] + (PAUSE_MS * (1 + rng.exponential(3.0, len(users)))).astype(np.int64)
-    angle = 2 * np.pi * (now % DAY_MS) / DAY_MS
-    state = np.concatenate([crowd.state[users], np.cos(angle)[:, None], np.sin(angle)[:, None]], axis=1)
-    surface = _surfaces(crowd.clicked[users], angle, rng)
-    view = _policy_view(crowd, users, surface)
-    policy = category_chances(view, world, config)
-    item = draw_slates(policy, crowd.engaged[users], world, config.slate_size, rng)
-    conditional = _conditional_chances(world, item, state)
-    acted = _act(conditional, rng) & (item >= 0)[..., None]
-    _move(crowd, users, world, item, acted, config.momentum)
-    crowd.clock_ms[users] = now + DWELL_MS * (config.slate_size + 1)
-    user, position = np.nonzero(item >= 0)
-    event_ms = now[user] + DWELL_MS * (position + 1) + rng.integers(0, DWELL_MS, len(user))
-    rows: Columns = {
-        "user": users[user],
-        "time_ms": now[user],
-        "event_ms": event_ms,
-        "surface": surface[user],
-        "position": position,
-        "item": item[user, position],
-        "acted": acted[user, position],
-        "chance": marginal(conditional[user, position]).astype(np.float32),
-    }
-    some = item[:, 0] >= 0
-    slates: Columns = {
-        "user": users[some],
-        "time_ms": now[some],
-        "state": state[some].astype(np.float32),
-        "view": view[some].astype(np.float32),
-    }
-    return rows, slates
-
-
-def _surfaces(clicked: NDArray[np.bool_], angle: FloatArray, rng: np.random.Generator) -> IntArray:
-    draw = rng.random(len(angle))
-    search = 0.2 - 0.1 * np.cos(angle)  # most at noon
-    related = clicked & (draw > 0.85)
-    return np.where(draw < search, SEARCH, np.where(related, RELATED, HOME))
-
-
-def _policy_view(crowd: _Crowd, users: IntArray, surface: IntArray) -> FloatArray:
-    """What the policy goes by, (users, latent_dim): on home late, on search timely, else the last click."""
-    view = np.where((surface == SEARCH)[:, None], crowd.state[users], crowd.view[users]) + crowd.error[users]
-    view = np.where((surface == RELATED)[:, None], crowd.last[users], view)
-    return POLICY_SHARPNESS * unit(view)
-
-
 def _conditional_chances(world: World, item: IntArray, state: FloatArray) -> FloatArray:
-    """Chances along the path of actions, (users, slate_size, actions); see `simulator_oracle.marginal`."""
-    logits = [
-        bias[item] + np.einsum("usd,ud->us", vector[item], state)
-        for bias, vector in zip(world.bias, world.vector, strict=True)
-    ]
+    """Chances along the path of actions, (users, slate_size, actions); see `oracle.marginal`."""
+    actions = zip(world.bias, world.vector, strict=True)
+    logits = [bias[item] + np.einsum("usd,ud->us", vector[item], state) for bias, vector in actions]
     chances: FloatArray = 1 / (1 + np.exp(-np.stack(logits, axis=-1)))
     return chances
 
@@ -236,24 +219,6 @@ def _act(conditional: FloatArray, rng: np.random.Generator) -> NDArray[np.bool_]
     return acted & looked[..., None]
 
 
-def _move(
-    crowd: _Crowd, users: IntArray, world: World, item: IntArray, acted: NDArray[np.bool_], momentum: float
-) -> None:
-    """After a slate: move the state towards the clicks and the view after it, and note what was engaged."""
-    clicks = acted[..., ACTIONS.index(POSITIVE)]
-    count = clicks.sum(axis=1)
-    mean = (clicks[..., None] * world.latent[item]).sum(axis=1) / np.maximum(count, 1)[:, None]
-    pull = momentum * (count > 0)[:, None]
-    crowd.state[users] = unit((1 - pull) * crowd.state[users] + pull * mean)
-    crowd.view[users] += POLICY_RATE * (crowd.state[users] - crowd.view[users])
-    final = clicks.shape[1] - 1 - np.argmax(clicks[:, ::-1], axis=1)
-    clickers = count > 0
-    crowd.last[users[clickers]] = world.latent[item[clickers, final[clickers]]]
-    crowd.clicked[users] |= clickers
-    user, position = np.nonzero(acted.any(axis=-1))
-    crowd.engaged[users[user], item[user, position]] = True
-
-
 def _sorted(parts: list[Columns]) -> Columns:
     """Join the parts, by user and time; rows of one slate keep their order."""
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -265,7 +230,7 @@ def _tables(
     rows: Columns, slates: Columns, world: World, items: pl.DataFrame, config: SimulatorConfig
 ) -> tuple[Dataset, Oracle]:
     new = (np.diff(rows["user"]) != 0) | (np.diff(rows["time_ms"]) != 0)
-    width = len(str(config.users - 1))  # by padding, the order of ids as text is that of the tables
+    width = len(str(config.users - 1))  # padded, so that ids sort as text in the order of the tables
     names = pl.Series([f"user-{user:0{width}}" for user in range(config.users)])
     shown = pl.DataFrame(
         {

@@ -1,9 +1,8 @@
-"""Settings of the simulator, the catalogue that it invents, and how a policy draws from that catalogue.
+"""Settings of the simulator, its invented catalogue, and the draws of a policy from that catalogue.
 
-Every action's chance is a logit that is linear in the user's state and the hour:
-bias[a, i] + vector[a, i] . state, where state = [unit interest vector, cos(hour), sin(hour)]. Two arrays per
-action therefore hold the whole truth about an item, which is what lets the oracle be a small file. Nothing
-here knows of time or of single users.
+The logit of an action is linear in the user's state and the hour: bias[a, i] + vector[a, i] . state, where
+state = [unit interest vector, cos(hour), sin(hour)]. Two arrays per action hold the whole truth about an item, so the
+oracle is a small file. This module has neither time nor single users.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
+from unipinrec.models.config import DAY_MS
 from unipinrec.models.simulator.oracle import ACTIONS
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-DAY_MS = 86_400_000
 DWELL_MS = 3_000  # from one position to the next
 PAUSE_MS = 10_000  # least time between slates; the mean is four times that
 SESSION_GAP_MS = 1_800_000
@@ -62,7 +61,7 @@ class SimulatorConfig:
         latent_dim: Width of the hidden interest space.
         sessions_per_user: Mean number of sessions per user, at least 1.
         slates_per_session: Mean number of slates per session, at least 1.
-        slate_size: Items per slate; a slate is shorter only when a user has engaged with nearly everything.
+        slate_size: Items per slate; a slate is shorter only if the user has engaged with nearly all items.
         days: Length of the simulated time.
         start_ms: Its beginning (Unix ms, UTC).
         drift: Random walk of the long-term interest (length 1), in lengths per square root of a day.
@@ -136,10 +135,10 @@ class World:
         category: Category of each item, (items,).
         latent: Unit vector per item, (items, latent_dim).
         share: Chance of the item once its category is drawn, (items,); sums to 1 within a category.
-        bias: Part of each action's logit that the user does not change, (actions, items).
+        bias: Part of each action's logit that is the same for all users, (actions, items).
         vector: Weights of the state in each action's logit, (actions, items, latent_dim + 2).
         order: Items sorted by category, (items,).
-        cumulative: Category number + cumulative share along `order`, (items,): one line for all draws.
+        cumulative: Category number + cumulative share along `order`, (items,): one scale for all draws.
     """
 
     centres: FloatArray
@@ -162,11 +161,12 @@ def make_world(config: SimulatorConfig, rng: np.random.Generator) -> tuple[World
     """Invent a catalogue.
 
     Returns:
-        The truth, and the `items` table of the data format: noisy views of that truth.
+        The truth, and the `items` table of the data format: noisy views of the truth.
     """
     items, categories, dim = config.items, config.categories, config.latent_dim
     centres = unit(rng.standard_normal((categories, dim)))
-    rest = rng.choice(categories, items - categories, p=_category_sizes(categories))
+    sizes = np.arange(1, categories + 1, dtype=np.float64) ** -0.5
+    rest = rng.choice(categories, items - categories, p=sizes / sizes.sum())
     category = rng.permutation(np.concatenate([np.arange(categories), rest]))
     latent = unit(centres[category] + CATEGORY_SPREAD * rng.standard_normal((items, dim)) / np.sqrt(dim))
     creator, creators = _creators(category, categories, rng)
@@ -180,14 +180,8 @@ def make_world(config: SimulatorConfig, rng: np.random.Generator) -> tuple[World
     return world, _catalogue(world, creator, quality, config, rng)
 
 
-def _category_sizes(categories: int) -> FloatArray:
-    sizes: FloatArray = np.arange(1, categories + 1, dtype=np.float64) ** -0.5
-    shares: FloatArray = sizes / sizes.sum()
-    return shares
-
-
 def _creators(category: IntArray, categories: int, rng: np.random.Generator) -> tuple[IntArray, int]:
-    """A creator per item, most of them at home in one category; and the number of creators."""
+    """A creator per item, most with items in one category; and the number of creators."""
     per_category = max(1, len(category) // (ITEMS_PER_CREATOR * categories))
     home = np.where(rng.random(len(category)) < 0.9, category, rng.integers(0, categories, len(category)))
     return home * per_category + rng.integers(0, per_category, len(category)), categories * per_category
@@ -225,16 +219,14 @@ def _catalogue(
     projection = rng.standard_normal((config.latent_dim, CONTENT_DIM)) / np.sqrt(CONTENT_DIM)
     noise = config.content_noise * rng.standard_normal((items, CONTENT_DIM)) / np.sqrt(CONTENT_DIM)
     duration = 3.5 + 0.5 * quality + 0.5 * rng.standard_normal(items)
-    untold = rng.random(items) < TOPIC_UNKNOWN
+    hidden = rng.random(items) < TOPIC_UNKNOWN
     return pl.DataFrame(
         {
             "item_id": [f"item-{i}" for i in range(items)],
             "title": [f"Topic {c} · item {i}" for i, c in enumerate(world.category)],
             "dense_content": vector_series(world.latent @ projection + noise),
             "dense_log_duration": vector_series(duration[:, None]),
-            "category_topic": [
-                None if hidden else f"topic-{c}" for c, hidden in zip(world.category, untold, strict=True)
-            ],
+            "category_topic": [None if h else f"topic-{c}" for c, h in zip(world.category, hidden, strict=True)],
             "category_creator": [f"creator-{c}" for c in creator],
         },
         schema_overrides={"category_topic": pl.String},
@@ -256,9 +248,9 @@ def category_chances(view: FloatArray, world: World, config: SimulatorConfig) ->
 def draw_slates(
     policy: FloatArray, engaged: NDArray[np.bool_], world: World, slate_size: int, rng: np.random.Generator
 ) -> IntArray:
-    """Items of each slate, (users, slate_size), -1 where nothing is left to show.
+    """Items of each slate, (users, slate_size), -1 where no item is left.
 
-    They are the first of endless draws that are neither engaged with nor in the slate yet.
+    A slate holds the first items of an endless series of draws, without engaged and repeated items.
     """
     draws = _draw_items(policy, 4 * slate_size, world, rng)
     order = np.argsort(draws, axis=1, kind="stable")
@@ -287,10 +279,10 @@ def _draw_items(policy: FloatArray, count: int, world: World, rng: np.random.Gen
 
 
 def _fill(slate: IntArray, weight: FloatArray, rng: np.random.Generator) -> None:
-    """Fill the open end of a slate in place: go on drawing, now over the whole catalogue at once."""
+    """Fill the open end of a slate in place, with draws over the whole catalogue at once."""
     taken = slate[slate >= 0]
     weight[taken] = 0.0
     left = np.flatnonzero(weight)
-    arrival = rng.exponential(size=len(left)) / weight[left]  # the order of arrival is the order of such draws
+    arrival = rng.exponential(size=len(left)) / weight[left]  # arrivals come in the order of such draws
     drawn = left[np.argsort(arrival)[: len(slate) - len(taken)]]
     slate[len(taken) : len(taken) + len(drawn)] = drawn

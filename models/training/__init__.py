@@ -1,11 +1,11 @@
 """The one-stage objective, and the loop that minimises it.
 
-config.py        its settings
-cost.py          what a run would cost: parameters, arithmetic, memory
-log.py           what a run leaves to look at
+config.py        settings of a run
+cost.py          cost of a run before it starts: parameters, arithmetic, memory
+log.py           log.csv and TensorBoard events
 losses.py        the one-stage objective
-sheet.py         what a data set can show and teach, with warnings
+sheet.py         what a data set can measure and teach, with warnings
 softmax_loss.py  cross-entropy over many items, in chunks
-state.py         what resuming needs
+state.py         state to resume a run from
 train.py         the training loop
 """

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,9 @@ import msgspec
 
 from unipinrec.errors import ConfigError
 from unipinrec.models.config import SIZES, ModelConfig
+
+COUNTS = {"epochs", "batch_size", "num_negatives", "max_candidates", "max_targets", "valid_requests", "log_every"}
+WEIGHTS = {"retrieval_weight", "ranking_weight", "masked_weight", "weight_decay"}
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,25 +34,25 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         learning_rate: Peak of the schedule.
         weight_decay: AdamW decay of matrices; embeddings, norms and biases have none.
         warmup_steps: Steps of linear warm-up.
-        schedule: After it: "cosine" falls to a tenth over the run, "constant" stays.
+        schedule: After the warm-up: "cosine" falls to a tenth over the run, "constant" stays.
         grad_clip: Largest gradient norm.
         mask_probability: p of Masked Action Modeling (paper: 0.2).
-        num_negatives: Random items added to the in-batch ones; at or above the catalogue's size: full softmax.
+        num_negatives: Random items added to the in-batch ones; at the catalogue's size or above, a full softmax.
         label_smoothing: Share of a retrieval target's probability that is spread over the sampled items.
-        max_candidates: Shown items per window and step; whole slates are left out at random beyond it. Of a slate that
-            is larger by itself so many of its items are drawn, in steps that show no other slate of its window.
-        history_candidates: History events per window that are scored as candidates too, each with the events before it:
-            more labels for the action heads, without hiding context as a higher `mask_probability` does.
+        max_candidates: Shown items per window and step. Beyond it, whole slates are left out at random. A larger slate
+            is drawn alone, with this many of its items.
+        history_candidates: History events per window that are also scored as candidates, each after the events before
+            it. They give the action heads more labels, without hiding context as a higher `mask_probability` does.
         max_targets: Retrieval targets per step; more are subsampled.
-        action_weights: w_c by action name; actions not named weigh 1.
+        action_weights: w_c by action name; other actions weigh 1.
         retrieval_weight: Weight of the retrieval loss; 0 trains a ranking-only model.
         ranking_weight: Weight of the action losses; 0 trains a retrieval-only model.
-        masked_weight: Weight among them of the loss at masked events (paper: 1). Less of it leaves retrieval more.
+        masked_weight: Weight of the action losses at masked events (paper: 1). A lower one favours retrieval.
         precision: "fp32", "bf16" or "fp16" (needs a GPU) autocast, or "auto": bf16 on a GPU that has it, else fp32.
         patience: Stop after this many epochs without a better validation score; None = never.
         valid_requests: Held-out requests scored after each epoch.
-        fit_validation: Train on the validation part too, as a last fit before serving; nothing is left to choose an
-            epoch by, so the latest weights are kept.
+        fit_validation: Train on the validation part too, as a last fit before serving. No epoch is chosen then; the
+            latest weights are kept.
         log_every: Steps per row of log.csv.
         seed: Of initial weights, order, masks and negatives.
     """
@@ -80,25 +82,18 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = (
-            "epochs",
-            "batch_size",
-            "num_negatives",
-            "max_candidates",
-            "max_targets",
-            "valid_requests",
-            "log_every",
-        )
-        _require(self, counts, lambda value: value >= 1, "at least 1")
-        _require(self, ("learning_rate", "grad_clip"), lambda value: 0 < value < 1e30, "positive and below 1e30")
-        _require(self, ("mask_probability", "label_smoothing"), lambda value: 0 <= value < 1, "in [0, 1)")
-        weights = {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
-        parts = ("retrieval_weight", "ranking_weight", "masked_weight")
-        for name in ("weight_decay", "warmup_steps", "history_candidates", *parts):
-            weights[name] = getattr(self, name)
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ConfigError(f"{name}={weight} must be finite and not negative")
+        values = msgspec.structs.asdict(self)
+        values |= {f"action_weights[{name!r}]": weight for name, weight in self.action_weights.items()}
+        for name, value in values.items():
+            if name in COUNTS and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+            if name in ("learning_rate", "grad_clip") and not 0 < value < 1e30:
+                raise ConfigError(f"{name}={value} must be positive and below 1e30")
+            if name in ("mask_probability", "label_smoothing") and not 0 <= value < 1:
+                raise ConfigError(f"{name}={value} must be in [0, 1)")
+            weight = name in WEIGHTS or name.startswith("action_weights[")
+            if (weight or name in ("warmup_steps", "history_candidates")) and not 0 <= value < math.inf:
+                raise ConfigError(f"{name}={value} must be finite and not negative")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience} must be at least 1; leave it out to never stop early")
         if self.patience is not None and self.fit_validation:
@@ -112,7 +107,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """w_c in the order of `actions`.
 
         Raises:
-            ConfigError: A weight names an action that the data does not have, or nothing has a weight.
+            ConfigError: A weight names an action that the data does not have, or all weights are 0.
         """
         foreign = set(self.action_weights) - set(actions)
         if foreign:
@@ -123,12 +118,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"retrieval_weight and the weights of all actions {list(actions)} are 0: nothing would be trained"
             )
         return weights
-
-
-def _require(config: TrainConfig, names: tuple[str, ...], accepted: Callable[[float], bool], rule: str) -> None:
-    for name in names:
-        if not accepted(getattr(config, name)):
-            raise ConfigError(f"{name}={getattr(config, name)} must be {rule}")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,18 +134,18 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def load_run_config(source: str, overrides: dict[str, Any]) -> RunConfig:
-    """Read a named size or a TOML file, then apply `overrides` of training settings (None = not given).
+    """Read a named size or a TOML file, then apply `overrides` of training settings; None keeps the setting.
 
     Raises:
         ConfigError: The name or file is unknown, or a key or value is not accepted.
     """
-    given = {key: value for key, value in overrides.items() if value is not None}
+    changes = {key: value for key, value in overrides.items() if value is not None}
     try:
         file = _File(size=source) if source in SIZES else msgspec.toml.decode(_read(source), type=_File)
         if file.size not in SIZES:
             raise ConfigError(f"size={file.size!r} is unknown; sizes are {sorted(SIZES)}")
         model = msgspec.convert({**msgspec.to_builtins(SIZES[file.size]), **file.model}, ModelConfig)
-        train = msgspec.convert({**msgspec.to_builtins(file.train), **given}, TrainConfig)
+        train = msgspec.convert({**msgspec.to_builtins(file.train), **changes}, TrainConfig)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: {error}") from error
     return RunConfig(model=model, train=train)

@@ -1,4 +1,4 @@
-"""What a run would cost, before it is started: parameters, arithmetic and memory, counted on one real example."""
+"""The cost of a run before it starts: parameters, arithmetic and memory, counted on one real example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import RunConfig
 from unipinrec.models.training.losses import Objective
 from unipinrec.models.training.sheet import training_facts, training_warnings
-from unipinrec.models.training.train import batch_options, loss_options
+from unipinrec.models.training.train import batch_options
 
 COPIES = 4  # a weight, its gradient, and AdamW's two moments
 
@@ -32,14 +32,14 @@ class TrainingCost(msgspec.Struct, frozen=True, kw_only=True):
         steps_per_epoch: On one process.
         events_per_window: Mean number of events.
         padding: Share of a batch's event slots that are padding, mean over an epoch's batches.
-        example_events: Events of the example that was counted: a window of median length.
+        example_events: Events of the counted example, a window of median length.
         example_candidates: Its candidates.
-        flops_per_example: Forward and backward, a multiply-add counted as two; attention as if nothing were masked, and
-            a softmax over the items that a batch of this one example would draw.
+        flops_per_example: Forward and backward; a multiply-add counts as two. Attention counts as unmasked, and the
+            softmax covers the items that a batch of this one example draws.
         state_bytes: Weights, gradients and AdamW's moments in fp32.
-        activation_bytes_per_example: What one forward pass keeps for the backward pass, in fp32.
+        activation_bytes_per_example: Kept from one forward pass for the backward pass, in fp32.
         step_bytes: State, and activations of a batch of such examples.
-        warnings: What will go wrong on one process, in words.
+        warnings: Problems that the run will have on one process, in words.
     """
 
     parameters: dict[str, int]
@@ -57,22 +57,21 @@ class TrainingCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def training_cost(dataset: Dataset, config: RunConfig) -> TrainingCost:
-    """Count what training `config` on `dataset` takes; runs one example forward and backward on the CPU.
+    """Count the cost of training `config` on `dataset`; runs one example forward and backward on the CPU.
 
     Raises:
         ConfigError: The settings do not fit the data.
         DataError: No positive action ever happens in the training part.
     """
     data, vocabulary = sequences_of(dataset), vocabulary_of(dataset)
-    positive = np.array([name in vocabulary.positive_actions for name in vocabulary.actions])
+    positive = vocabulary.positive
     batches = Batches(data, positive, batch_options(config))
     if not batches.windows:
         raise ConfigError("the data has no training windows: too few events before its split")
     facts = training_facts(data, positive, vocabulary.actions, fit_validation=config.train.fit_validation)
     warnings = training_warnings(facts, config.train, config.train.epochs * len(batches))
     model = UniPinRec(config.model, vocabulary)
-    objective = Objective(model, data.features, loss_options(config.train, vocabulary.actions))
-    lengths = np.array([w.end - w.begin for w in batches.windows])
+    objective, lengths = Objective(model, data.features, config.train), batches.lengths
     example = batches.collate([int(np.argsort(lengths, kind="stable")[len(lengths) // 2])])
     flops, activations = _count(objective, example)
     parameters = {name: _size(part) for name, part in model.named_children() if _size(part)}

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `log.csv`, one row per step or every so many, and TensorBoard events on request."""
+"""The log of a run: `log.csv`, one row every few steps, and TensorBoard events on request."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LOG_FILE = "log.csv"
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):
-    """After one step.
+    """The report of one step.
 
     Attributes:
         epoch: Current epoch, from 0.
-        step: Steps of the whole run that are done.
-        losses: The losses of the step.
-        learning_rate: That the step was made with.
-        gradient_norm: Before clipping.
-        events: Real history events in the batch, padding not counted.
+        step: Number of steps since the start of the run.
+        losses: Losses of the step.
+        learning_rate: Learning rate of the step.
+        gradient_norm: Norm before clipping.
+        events: History events in the batch, without padding.
     """
 
     epoch: int
@@ -41,47 +41,38 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainLog:
-    """Writes reports of one run; a run that goes on continues its files behind the step it goes on from."""
+    """Writes the reports of one run; a resumed run continues the files after its last saved step."""
 
     def __init__(self, folder: Path, *, every: int, steps_done: int, tensorboard: bool) -> None:
-        """Open the log of a run of which `steps_done` steps are done; a row is written for every `every` steps.
+        """Open the log of a run after `steps_done` steps; writes a row every `every` steps.
 
         Raises:
-            CheckpointError: The rows to keep cannot be read or written.
-            ConfigError: TensorBoard is wanted but not installed.
+            CheckpointError: The earlier rows cannot be read or written.
+            ConfigError: TensorBoard is not installed.
         """
         self.path, self.every = folder / LOG_FILE, every
         self.writer = _tensorboard(folder, steps_done) if tensorboard else None
         if self.path.exists():
-            header, *rows = self._rows() or [[]]
+            try:
+                with self.path.open(newline="") as file:
+                    header, *rows = list(csv.reader(file)) or [[]]
+            except OSError as error:
+                raise CheckpointError(f"could not read {self.path}: {error}; move it away to go on") from error
             kept = [row for row in rows if len(row) == len(header) and int(row[1]) <= steps_done]
             text = io.StringIO()
             csv.writer(text).writerows([header, *kept] if kept else [])
             write_atomically(self.path, text.getvalue().encode())
 
-    def _rows(self) -> list[list[str]]:
-        try:
-            with self.path.open(newline="") as file:
-                return list(csv.reader(file))
-        except OSError as error:
-            raise CheckpointError(f"could not read {self.path}: {error}") from error
-
     def step(self, report: StepReport) -> None:
-        """Note a step.
+        """Write a step.
 
         Raises:
             CheckpointError: The row could not be written.
         """
         if report.step % self.every:
             return
-        row = {
-            "epoch": report.epoch,
-            "step": report.step,
-            "learning_rate": report.learning_rate,
-            "gradient_norm": report.gradient_norm,
-            "events": report.events,
-            **report.losses,
-        }
+        row = msgspec.structs.asdict(report)
+        row |= row.pop("losses")
         try:
             fresh = not self.path.exists() or not self.path.stat().st_size
             with self.path.open("a", newline="") as file:
@@ -95,7 +86,7 @@ class TrainLog:
                 self.writer.add_scalar(f"train/{name}", value, report.step)
 
     def epoch(self, metrics: Metrics, step: int) -> None:
-        """Note what an epoch's validation measured; the checkpoint's metrics.json holds it in full."""
+        """Write the validation metrics of an epoch; the checkpoint's metrics.json holds all of them."""
         if self.writer is None:
             return
         if metrics.retrieval is not None:
@@ -109,7 +100,7 @@ class TrainLog:
 
 def _tensorboard(folder: Path, steps_done: int) -> SummaryWriter:
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only where it is wanted
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
     except ImportError as error:
         raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)

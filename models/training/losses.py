@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,39 +9,26 @@ from torch import Tensor, nn
 from unipinrec.models.batches import Batch
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
+from unipinrec.models.training.config import TrainConfig
 from unipinrec.models.training.softmax_loss import softmax_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """Weights of the parts: each action's w_c (Eq. 4), both parts as a whole, masked events in the ranking part.
-
-    `max_targets` bounds the memory of the sampled softmax: more positive positions than that are subsampled.
-    """
-
-    action_weights: tuple[float, ...]
-    retrieval_weight: float = 1.0
-    ranking_weight: float = 1.0
-    masked_weight: float = 1.0
-    max_targets: int = 4096
-    label_smoothing: float = 0.0
 
 
 class Objective(nn.Module):
     """Model plus losses as one module, so that a distributed wrapper sees a single `forward`."""
 
-    def __init__(self, model: UniPinRec, features: ItemFeatures, options: LossOptions) -> None:
+    def __init__(self, model: UniPinRec, features: ItemFeatures, options: TrainConfig) -> None:
         super().__init__()
         self.model, self.options = model, options
+        action_weights = torch.tensor(options.weights_of(model.vocabulary.actions))
         self.register_buffer("dense", torch.from_numpy(features.dense), persistent=False)
         self.register_buffer("categories", torch.from_numpy(features.categories), persistent=False)
-        self.register_buffer("action_weights", torch.tensor(options.action_weights), persistent=False)
+        self.register_buffer("action_weights", action_weights, persistent=False)
         self.dense: Tensor
         self.categories: Tensor
         self.action_weights: Tensor
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar losses: `loss` (what is minimised), `retrieval`, `history_actions`, `candidate_actions`."""
+        """Scalar losses: `loss` (the sum to minimise), `retrieval`, `history_actions`, `candidate_actions`."""
         vectors, history, slate = self.inputs(batch)
         hidden, candidates = self.model.joint(history, batch.masked, slate)
         retrieval = self._retrieval(hidden, vectors, batch)
@@ -56,7 +41,7 @@ class Objective(nn.Module):
         return {"loss": loss, "retrieval": retrieval, "history_actions": masked, "candidate_actions": shown}
 
     def inputs(self, batch: Batch) -> tuple[Tensor, HistoryTokens, CandidateTokens]:
-        """Vectors [U, E] of the batch's items, and the histories and candidates made of them."""
+        """Vectors [U, E] of the batch's items, and its histories and candidates."""
         rows = batch.item_rows
         vectors = self.model.embed_items(rows, self.dense[rows], self.categories[rows])
         history = HistoryTokens(
@@ -89,9 +74,9 @@ class Objective(nn.Module):
         return softmax_loss(scale * queries, items, batch.sampled_log_q, labels, self.options.label_smoothing)
 
     def _actions(self, hidden: Tensor, labels: Tensor, known: Tensor) -> Tensor:
-        """Sum over actions of w_c times the mean BCE over the positions where the action is known."""
+        """Sum over actions of w_c times the mean BCE over the positions with a known action."""
         logits: Tensor = self.model.action_heads(hidden).float()
         if not len(hidden):
-            return logits.sum() * 0.0  # as above
+            return logits.sum() * 0.0  # 0, with gradients of 0
         losses = F.binary_cross_entropy_with_logits(logits, labels, weight=known, reduction="none").sum(0)
         return (losses / known.sum(0).clamp(min=1.0) * self.action_weights).sum()

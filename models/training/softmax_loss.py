@@ -1,7 +1,7 @@
 """Cross-entropy over many items, in chunks: the [targets, items] logits and their gradient never exist as a whole.
 
-A full softmax over a catalogue is bound by memory, not by arithmetic. Each chunk of rows is multiplied, normalised and
-turned into its share of the gradient while it is still in the cache, so memory stays flat and no row is left out.
+Memory limits a full softmax over a catalogue, not arithmetic. Each chunk of rows becomes its share of the gradient
+while it is still in the cache. So memory stays flat, and no row is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def softmax_loss(queries: Tensor, items: Tensor, log_q: Tensor, labels: Tensor, 
     """Mean cross-entropy of softmax(queries @ items.T - log_q), differentiable in queries and items.
 
     Args:
-        queries: [T, E] f32, temperature applied; T may be 0, then the loss is 0 with gradients of 0.
+        queries: [T, E] f32, temperature applied. If T is 0, the loss is 0 with gradients of 0.
         items: [S, E] f32.
         log_q: [S] f32, the log of each item's expected count in the sample (paper Eq. 1); no gradient.
         labels: [T] i64 in [0, S).
@@ -32,7 +32,7 @@ def softmax_loss(queries: Tensor, items: Tensor, log_q: Tensor, labels: Tensor, 
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Computes the gradients in the forward pass, where each chunk's logits are at hand."""
+    """Computes the gradients in the forward pass, which holds each chunk's logits."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, items: Tensor, log_q: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -41,11 +41,11 @@ class _SoftmaxLoss(torch.autograd.Function):
         grad_queries, grad_items = torch.zeros_like(queries), torch.zeros_like(items)
         rows = max(MIN_ROWS, CHUNK_ELEMENTS.get(queries.device.type, 1 << 24) // len(items))
         for begin in range(0, len(queries), rows):
-            part, wanted = queries[begin : begin + rows], labels[begin : begin + rows, None]
+            part, target = queries[begin : begin + rows], labels[begin : begin + rows, None]
             logs = torch.log_softmax(torch.addmm(-log_q, part, items.T), dim=1)
-            loss -= (1.0 - smoothing) * logs.gather(1, wanted).sum() + smoothing * logs.mean(1).sum()
+            loss -= (1.0 - smoothing) * logs.gather(1, target).sum() + smoothing * logs.mean(1).sum()
             slope = logs.exp_().sub_(smoothing / len(items))
-            slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, smoothing - 1.0))
+            slope.scatter_add_(1, target, slope.new_full(target.shape, smoothing - 1.0))
             grad_queries[begin : begin + rows] = slope @ items
             grad_items.addmm_(slope.T, part)
         ctx.save_for_backward(grad_queries.div_(count), grad_items.div_(count))

@@ -1,4 +1,4 @@
-"""What resuming needs beside the best checkpoint: latest weights, optimizer moments, and where the run stood.
+"""The state to resume a run from: latest weights, optimizer moments, and the position in the run.
 
 One file, `state.safetensors`, with the position in its metadata: weights and position can never disagree.
 """
@@ -20,15 +20,15 @@ STATE_FILE = "state.safetensors"
 
 
 class Position(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Where a run stands. All randomness is drawn from (seed, epoch, batch), so this is enough to go on.
+    """The position in a run. All randomness is drawn from (seed, epoch, batch), so no other state is needed.
 
     Attributes:
         epoch: Current epoch, from 0.
-        batch: Steps of it that are done.
+        batch: Steps of this epoch so far.
         loss_sums: Sum of each loss over those steps.
         best_score: Best validation score so far; None before the first.
-        stale_epochs: Epochs since then.
-        settings: What must stay as it is for the run to go on, as JSON.
+        stale_epochs: Epochs since the best one.
+        settings: Settings that must be the same when the run is resumed.
     """
 
     epoch: int = 0
@@ -61,7 +61,7 @@ def read_state(folder: Path, model: UniPinRec, optimizer: torch.optim.Optimizer)
     """Restore weights and optimizer in place.
 
     Raises:
-        CheckpointError: There is nothing to resume, or it belongs to a model of another shape.
+        CheckpointError: There is no run to resume, or it belongs to a model of another shape.
     """
     if not (folder / STATE_FILE).exists():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The training loop: one stage, one summed loss, the best checkpoint by validation kept, resumable at any step."""
+"""The training loop: one stage, one summed loss. Keeps the best checkpoint by validation; can resume at any step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from unipinrec.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
-from unipinrec.models.batches import Batch, Batches, BatchOptions
-from unipinrec.models.checkpoint import Catalogue, read_json, write_atomically, write_catalogue, write_model
+from unipinrec.models.batches import Batch, Batches, TrainBatchOptions
+from unipinrec.models.checkpoint import ItemList, read_json, write_atomically, write_catalogue, write_model
 from unipinrec.models.config import Vocabulary
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
@@ -27,13 +27,13 @@ from unipinrec.models.metrics import Metrics
 from unipinrec.models.model import UniPinRec
 from unipinrec.models.training.config import RunConfig, TrainConfig
 from unipinrec.models.training.log import StepReport, TrainLog
-from unipinrec.models.training.losses import LossOptions, Objective
+from unipinrec.models.training.losses import Objective
 from unipinrec.models.training.sheet import TrainingFacts, training_facts, training_warnings
 from unipinrec.models.training.state import STATE_FILE, Position, read_state, write_state
 
 
 class EpochReport(msgspec.Struct, frozen=True, kw_only=True):
-    """After one epoch: mean losses, validation metrics, whether they are the best so far, training seconds."""
+    """The report of one epoch: mean losses, validation metrics, whether they are the best so far, training seconds."""
 
     epoch: int
     losses: dict[str, float]
@@ -43,7 +43,7 @@ class EpochReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """What `metrics.json` holds; runs of earlier versions have no facts."""
+    """The content of `metrics.json`; runs of earlier versions have no facts."""
 
     config: RunConfig
     parameters: int
@@ -54,7 +54,7 @@ class RunMetrics(msgspec.Struct, frozen=True, kw_only=True):
 class Trainer:
     """Trains one model on one data set and writes a checkpoint folder as it goes.
 
-    A subclass may train a variant of the model or of the losses that has the same weights.
+    A subclass may train a variant of the model or of the losses with the same weights.
     """
 
     model_type: type[UniPinRec] = UniPinRec
@@ -63,19 +63,19 @@ class Trainer:
     def __init__(
         self, dataset: Dataset, config: RunConfig, out: Path, *, resume: bool = False, tensorboard: bool = False
     ) -> None:
-        """Set up a run, or take one up again; `tensorboard` writes events beside `log.csv`.
+        """Set up a run, or resume one; `tensorboard` writes events beside `log.csv`.
 
         Raises:
-            CheckpointError: `out` holds a run already and `resume` is False, there is nothing to resume, or `out`
-                cannot be written.
-            ConfigError: The settings do not fit the data or the machine, or TensorBoard is wanted but not installed.
+            CheckpointError: `out` holds a run and `resume` is False, there is no run to resume, or `out` cannot be
+                written.
+            ConfigError: The settings do not fit the data or the machine, or TensorBoard is not installed.
             DataError: No positive action ever happens in the training part.
         """
         self.config, self.out, self.stop_requested = config, out, False
         self.accelerator = Accelerator(mixed_precision=_precision(config.train))
         self.data = sequences_of(dataset)
         self.vocabulary = vocabulary_of(dataset)
-        self.positive = np.array([name in self.vocabulary.positive_actions for name in self.vocabulary.actions])
+        self.positive = self.vocabulary.positive
         self.batches = Batches(self.data, self.positive, batch_options(config))
         self.steps_per_epoch: int = len(self.batches) // self.accelerator.num_processes
         if not self.steps_per_epoch:
@@ -87,30 +87,25 @@ class Trainer:
             self.data, self.positive, self.vocabulary.actions, fit_validation=config.train.fit_validation
         )
         self.warnings = training_warnings(self.facts, config.train, self.total_steps)
-        if not self.facts.shown:
-            config = self.config = _without_mark(config)
+        if not self.facts.shown:  # all events would carry the mark, so that candidates, without it, stay untrained
+            model = msgspec.structs.replace(config.model, mark_masked=False)
+            config = self.config = RunConfig(model=model, train=config.train)
         set_seed(config.train.seed)
         self.model = self.model_type(config.model, self.vocabulary)
         _standardise(self.model, self.data)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, config.train.weight_decay), lr=config.train.learning_rate
-        )
-        objective = self.objective_type(
-            self.model, self.data.features, loss_options(config.train, self.vocabulary.actions)
-        )
+        groups = _parameter_groups(self.model, config.train.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.train.learning_rate)
+        objective = self.objective_type(self.model, self.data.features, config.train)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.reports: list[EpochReport] = []
         self.position = Position(settings=_settings(config, self.data, self.vocabulary))
-        # A position counts steps, and what a step trains on depends on how many share it.
+        # A position counts steps, and the batch of a step depends on the number of processes.
         self.position.settings["processes"] = self.accelerator.num_processes
         self._open(dataset, resume)
-        self.log = self._log(tensorboard)
-
-    def _log(self, tensorboard: bool) -> TrainLog | None:
-        if not self.accelerator.is_main_process:
-            return None
-        every = self.config.train.log_every
-        return TrainLog(self.out, every=every, steps_done=self._steps_done(), tensorboard=tensorboard)
+        self.log: TrainLog | None = None
+        if self.accelerator.is_main_process:
+            every, done = config.train.log_every, self._steps_done()
+            self.log = TrainLog(out, every=every, steps_done=done, tensorboard=tensorboard)
 
     def _open(self, dataset: Dataset, resume: bool) -> None:
         if resume:
@@ -124,17 +119,17 @@ class Trainer:
         if (self.out / STATE_FILE).exists():
             raise CheckpointError(f"{self.out} holds a run already; pass --resume to go on, or choose another --out")
         if (self.out / "config.json").exists():
-            raise CheckpointError(f"{self.out} holds a model, but no run to go on with; choose another --out")
+            raise CheckpointError(f"{self.out} holds a model, but no run to resume; choose another --out")
         if self.accelerator.is_main_process:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"--out {self.out} cannot be made a folder: {error}; choose another") from error
-            catalogue = Catalogue(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
+            catalogue = ItemList(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
             write_catalogue(self.out, catalogue, self.data.features)
 
     def _write_best(self) -> None:
-        """Write the checkpoint where the state is that of the best epoch's end, and so has its weights."""
+        """Write the checkpoint if the weights are those of the best epoch's end."""
         if self.accelerator.is_main_process and not self.position.stale_epochs and not self.position.batch:
             write_model(self.out, self.model)
 
@@ -154,7 +149,7 @@ class Trainer:
         """Train; yields after every step and every epoch. Set `stop_requested` to stop after the current step.
 
         Raises:
-            TrainingInterrupted: It was asked to stop; the state is on disk.
+            TrainingInterrupted: `stop_requested` was set; the state is on disk.
             TrainingError: The loss, its gradient or a validation score is not finite.
             CheckpointError: The checkpoint could not be written.
         """
@@ -167,7 +162,11 @@ class Trainer:
                     self.log.step(report)
                 yield report
                 if self.stop_requested:
-                    self._stop()
+                    self._save_state()
+                    raise TrainingInterrupted(
+                        f"stopped after step {self._steps_done()} of {self.total_steps}; "
+                        f"go on with --resume --out {self.out}"
+                    )
             yield self._finish_epoch(time.monotonic() - began)
 
     def _epoch_batches(self) -> Iterator[Batch]:
@@ -191,7 +190,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), train.grad_clip)
         values = {name: float(value.detach()) for name, value in losses.items()}
         self._require_finite(f"loss is {values['loss']} at step {done + 1}", values["loss"])
-        # The scaler of fp16 tries scales that are too large on purpose, and leaves such steps out.
+        # The scaler of fp16 tries too large scales on purpose, and skips such steps.
         if norm is not None and self.accelerator.scaler is None:
             self._require_finite(f"gradient's norm is {float(norm)} at step {done + 1}", float(norm))
         self.optimizer.step()
@@ -205,10 +204,10 @@ class Trainer:
             events=int(batch.lengths.sum()),
         )
 
-    def _require_finite(self, said: str, values: float | NDArray[np.float64]) -> None:
+    def _require_finite(self, problem: str, values: float | NDArray[np.float64]) -> None:
         if not np.isfinite(values).all():
             raise TrainingError(
-                f"the {said}; the checkpoint of the last good epoch is untouched. "
+                f"the {problem}; the checkpoint of the last good epoch is untouched. "
                 f"Lower the learning rate (now {self.config.train.learning_rate}) or use --precision fp32"
             )
 
@@ -217,7 +216,7 @@ class Trainer:
         score, previous = metrics.selection_score(), self.position.best_score
         judged = [action for action in (metrics.ranking or {}).values() if action.auc is not None]
         measured = metrics.retrieval is not None or judged
-        # Where nothing can be measured the latest weights are the best ones.
+        # Without any measurement, the latest weights are the best.
         best = not measured or previous is None or score > previous
         report = EpochReport(
             epoch=self.position.epoch,
@@ -237,8 +236,8 @@ class Trainer:
             parameters = sum(p.numel() for p in self.model.parameters())
             document = RunMetrics(config=self.config, parameters=parameters, epochs=self.reports, facts=self.facts)
             write_atomically(self.out / "metrics.json", msgspec.json.format(msgspec.json.encode(document)))
-            # The state before the model: a model whose state was never written could not go on, nor begin anew.
-            write_state(self.out, self.position, self.model, self.optimizer)
+        # The state before the model: a folder with a model and no state can neither be resumed nor started anew.
+        self._save_state()
         self._write_best()
         if self.log is not None:
             self.log.epoch(metrics, self._steps_done())
@@ -253,38 +252,28 @@ class Trainer:
         scores = gather_scores(list(model_scores(self.model, self.data, requests)))
         # A target whose score is not a number ranks behind the whole catalogue.
         ranked = np.where(scores.ranks < self.data.num_items, scores.ranks, np.nan)
-        for found in (scores.probabilities, ranked):
-            self._require_finite(f"validation after step {self._steps_done()} gives scores that are no numbers", found)
+        for values in (scores.probabilities, ranked):
+            self._require_finite(f"validation after step {self._steps_done()} gives scores that are no numbers", values)
         if train.fit_validation:  # those requests were trained on
             return Metrics(retrieval=None, ranking=None)
-        metrics = metrics_of(scores, self.data, requests, self.vocabulary.actions)
+        metrics = metrics_of(scores, self.data, requests, actions)
         weights = zip(actions, train.weights_of(actions), strict=True)
         return metrics.trained_part(
             retrieval=train.retrieval_weight > 0,
             actions=[name for name, weight in weights if weight * train.ranking_weight > 0],
         )
 
-    def _stop(self) -> None:
+    def _save_state(self) -> None:
         if self.accelerator.is_main_process:
             write_state(self.out, self.position, self.model, self.optimizer)
-        raise TrainingInterrupted(
-            f"stopped after step {self._steps_done()} of {self.total_steps}; go on with --resume --out {self.out}"
-        )
-
-
-def _without_mark(config: RunConfig) -> RunConfig:
-    """Of a model that learns from events alone: a mark that all of them carry would leave candidates untrained."""
-    return RunConfig(model=msgspec.structs.replace(config.model, mark_masked=False), train=config.train)
 
 
 def _settings(config: RunConfig, data: Sequences, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What must stay as it is when a run goes on; its length and how it is watched may change."""
-    train = msgspec.to_builtins(config.train)
-    for name in ("epochs", "patience", "valid_requests", "precision", "log_every"):
-        del train[name]
+    """Settings that must be the same when a run is resumed; its length, validation and log may change."""
+    free = ("epochs", "patience", "valid_requests", "precision", "log_every")
+    train = {name: value for name, value in msgspec.to_builtins(config.train).items() if name not in free}
     sizes = {"items": data.num_items, "events": len(data.rows), "slate items": len(data.slate_rows)}
-    known = {"data fingerprint": fingerprint(data, vocabulary)}
-    return {**msgspec.to_builtins(config.model), **train, **sizes, **known}
+    return {**msgspec.to_builtins(config.model), **train, **sizes, "data fingerprint": fingerprint(data, vocabulary)}
 
 
 def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -297,7 +286,7 @@ def _require_same(out: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _standardise(model: UniPinRec, data: Sequences) -> None:
-    """Give the item embedder mean and spread of the dense features; an all but constant feature keeps spread 1."""
+    """Give the item embedder mean and spread of the dense features; a nearly constant feature keeps spread 1."""
     dense = data.features.dense
     if dense.shape[1]:
         mean, spread = dense.mean(axis=0, dtype=np.float64), dense.std(axis=0, dtype=np.float64)
@@ -306,31 +295,10 @@ def _standardise(model: UniPinRec, data: Sequences) -> None:
         model.item_embedder.dense_std.copy_(torch.from_numpy(spread))
 
 
-def batch_options(config: RunConfig) -> BatchOptions:
-    """How batches of a run are made."""
-    train = config.train
-    return BatchOptions(
-        batch_size=train.batch_size,
-        max_history=config.model.max_history,
-        max_candidates=train.max_candidates,
-        mask_probability=train.mask_probability,
-        num_negatives=train.num_negatives,
-        seed=train.seed,
-        fit_validation=train.fit_validation,
-        history_candidates=train.history_candidates,
-    )
-
-
-def loss_options(train: TrainConfig, actions: tuple[str, ...]) -> LossOptions:
-    """What a run minimises."""
-    return LossOptions(
-        action_weights=train.weights_of(actions),
-        retrieval_weight=train.retrieval_weight,
-        ranking_weight=train.ranking_weight,
-        masked_weight=train.masked_weight,
-        max_targets=train.max_targets,
-        label_smoothing=train.label_smoothing,
-    )
+def batch_options(config: RunConfig) -> TrainBatchOptions:
+    """Batch options of a run."""
+    settings = {**msgspec.structs.asdict(config.train), "max_history": config.model.max_history}
+    return msgspec.convert(settings, TrainBatchOptions)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

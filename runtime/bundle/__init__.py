@@ -1,11 +1,12 @@
-"""The format on disk: what is declared, checked, and held in memory.
+"""The bundle format: read, checked, and held in memory.
 
-bundle.py     opening one
-catalogue.py  items as requests name them: which rows filters leave
+bundle.py     open a bundle
+catalogue.py  item ids, retired items, and filters by id and category
+derived.py    the manifest of a bundle made from another
 golden.py     golden requests
-integrity.py  fingerprints, and a folder written whole or not at all
-manifest.py   what a bundle declares, and whether tensors fit it
-quality.py    how good lists are, as the manifest keeps it
-sealed.py     its files in memory that nobody can write to
-stored.py     vectors, sample users and golden requests, checked
+integrity.py  fingerprints, and writing a folder completely or not at all
+manifest.py   types of `manifest.json`, and checks of tensors against it
+quality.py    quality of lists, as the manifest stores it
+sealed.py     files in sealed memory, which no process can change
+stored.py     checks of stored vectors, sample users and golden requests
 """

@@ -1,6 +1,6 @@
-"""A bundle on disk: proof that it is whole, and what of it is not a graph.
+"""Open a bundle: check all its files, and read everything except the graphs.
 
-Every file that the manifest lists is checked before it is read; a file that it does not list is never read.
+Every file that the manifest lists is checked before it is read; other files are never read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError
+from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError, decoding
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
@@ -50,16 +50,16 @@ class Bundle:
     """An opened, unaltered bundle.
 
     Attributes:
-        path: Its folder; what becomes of it makes no difference to what is held of it.
-        files: Its files, as they were when it was opened; a `Recommender` that opens a bundle lets go of most.
-        hash: sha256 of its manifest, which covers every file: the bundle's identity.
-        manifest: What it declares.
+        path: Its folder; later changes of the folder have no effect.
+        files: Its files as they were when it was opened; a `Recommender` that opens a bundle releases most of them.
+        hash: sha256 of its manifest, which covers every file; it identifies the bundle.
+        manifest: Its manifest.
         item_vectors: [N, E] f32, mapped from sealed memory; unit length.
         item_ids: External ids in row order.
-        titles: Titles in row order, for people; None where there is none.
-        catalogue: The items as a request names them.
-        popularity: [S, N] f32, the estimated chance that a positive event on a surface is of an item; row 0 is for all
-            surfaces together. None where the bundle stores none.
+        titles: Titles in row order, for display; None for an item without one.
+        catalogue: Item ids and filters.
+        popularity: [S, N] f32, estimated probability that a positive event on a surface is of an item; row 0 is for all
+            surfaces together. None if the bundle stores no popularity.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str, shared: Path | None = None) -> Bundle:
-        """Open a bundle, holding all its files in memory and checking their sha256 there.
+        """Read all files of a bundle into memory and check their sha256 there.
 
         Args:
             path: Its folder.
@@ -82,7 +82,7 @@ class Bundle:
 
         Raises:
             BundleCorruptError: A file is missing, truncated or altered.
-            BackendError: There is no memory for it.
+            BackendError: The memory does not suffice.
             BundleVersionError: The bundle's format is newer than this version reads.
             BundleError: The bundle contradicts itself.
         """
@@ -103,7 +103,7 @@ class Bundle:
             item_ids=item_ids,
             titles=titles,
             catalogue=_catalogue(files, manifest, item_ids),
-            popularity=_popularity(files[POPULAR], manifest) if POPULAR in manifest.files else None,
+            popularity=_popularity(files, manifest),
         )
 
     @property
@@ -113,41 +113,42 @@ class Bundle:
 
     @property
     def kv_namespace(self) -> str:
-        """Bundles that share it compute the same keys and values of a history of the same `kv_item_keys`."""
-        given = self.manifest.kv_namespace
-        return self.hash if given is None or self.manifest.kv_rows is None else given
+        """Bundles of one namespace compute the same keys and values for a history with the same `kv_item_keys`."""
+        namespace = self.manifest.kv_namespace
+        return self.hash if namespace is None or self.manifest.kv_rows is None else namespace
 
     @property
     def kv_rows(self) -> int:
-        """The rows that all bundles of this `kv_namespace` have in common."""
+        """Number of rows that all bundles of this `kv_namespace` share."""
         return self.manifest.num_items if self.manifest.kv_rows is None else self.manifest.kv_rows
 
     @cached_property
     def kv_item_keys(self) -> NDArray[np.int64]:
-        """What stands for the item of each row in the cache, [N]: the row, where all updates have the same item there.
+        """Keys that identify the item of each row in the cache, [N].
 
-        Of a row that an update added it is a hash of the item's vector, which is all that keys and values know of it.
+        The key of a row that all updates share is the row. The key of a row that an update added is a hash of the
+        item's vector: keys and values depend on nothing else of the item.
         """
         keys = np.arange(self.manifest.num_items)
         for row in range(self.kv_rows, len(keys)):
             digest = hashlib.blake2b(self.item_vectors[row].tobytes(), digest_size=8).digest()
-            keys[row] = -1 - (int.from_bytes(digest) >> 1)  # negative: no row
+            keys[row] = -1 - (int.from_bytes(digest) >> 1)  # negative: differs from every row
         return keys
 
     def graph_files(self, precision: str = "fp32") -> dict[str, GraphFile]:
-        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
+        """The graphs that a request needs, by name, in a precision of this bundle."""
         return {name: self.files.graph(graph.file) for name, graph in self.manifest.graphs_in(precision).items()}
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The golden requests with every output that PyTorch gave for them."""
+        """The golden requests with all of PyTorch's outputs for them."""
         return _read_tensors(self.files[GOLDEN])
 
     def user_events(self, user: str) -> tuple[Event, ...]:
-        """The history of one of the sample users that the bundle carries.
+        """The history of one of the bundle's sample users.
 
         Raises:
-            RequestError: The bundle carries no such user.
-            BundleError: What it carries is none.
+            RequestError: The bundle has no such user.
+            BundleError: The sample users cannot be read.
         """
         users = self._user_ids()
         if user not in users:
@@ -158,7 +159,7 @@ class Bundle:
         return self.events_of(self.sample_histories(len(users))[users.index(user)])
 
     def events_of(self, history: History) -> tuple[Event, ...]:
-        """A history as a client would send it."""
+        """A history in the form that a client sends."""
         manifest = self.manifest
         columns = (history.item_rows, history.actions, history.surfaces, history.timestamps_ms)
         return tuple(
@@ -172,44 +173,34 @@ class Bundle:
         )
 
     def sample_users(self, limit: int) -> list[tuple[str, int]]:
-        """The first sample users that the bundle carries, if any, and how many events each has."""
-        users = self._user_ids()
-        counts = np.diff(self._user_tensors(users)["offsets"]).tolist() if users else []
-        return list(zip(users, counts, strict=True))[:limit]
+        """The first sample users, if the bundle has any, each with its number of events."""
+        return list(zip(self._user_ids(), map(len, self.sample_histories(limit)), strict=False))
 
     def sample_histories(self, limit: int) -> list[History]:
-        """The histories of the first sample users that the bundle carries, if any."""
+        """The histories of the first sample users, if the bundle has any."""
         users = self._user_ids()
         if not users:
             return []
-        tensors = self._user_tensors(users)
-        events = History(
-            item_rows=tensors["item_rows"],
-            actions=tensors["actions"].astype(np.float32),
-            surfaces=tensors["surfaces"],
-            timestamps_ms=tensors["timestamps_ms"],
-        )
+        tensors = _read_tensors(self.files[USERS])
+        check_users(self.path / USERS, tensors, self.manifest, len(users))
         offsets = tensors["offsets"][: limit + 1].tolist()
+        columns = {name: tensors[name] for name in ("item_rows", "surfaces", "timestamps_ms")}
+        events = History(actions=tensors["actions"].astype(np.float32), **columns)
         return [events.part(*window) for window in itertools.pairwise(offsets)]
 
     def _user_ids(self) -> tuple[str, ...]:
-        carried = USERS in self.manifest.files and USER_IDS in self.manifest.files
-        users = _read_list(self.files[USER_IDS], tuple[str, ...]) if carried else ()
+        stored = {USERS, USER_IDS} <= self.manifest.files.keys()
+        users = _read_list(self.files[USER_IDS], tuple[str, ...]) if stored else ()
         if len(set(users)) != len(users):
             raise BundleError(f"{self.path / USER_IDS}: user ids occur twice; export the bundle again")
         return users
-
-    def _user_tensors(self, users: Sequence[str]) -> dict[str, NDArray[Any]]:
-        tensors = _read_tensors(self.files[USERS])
-        check_users(self.path / USERS, tensors, self.manifest, len(users))
-        return tensors
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """Read a bundle's manifest and its sha256.
 
     Raises:
-        BundleCorruptError: It is missing or altered.
+        BundleCorruptError: The manifest is missing or altered.
         BundleVersionError: Its format is newer than this version reads.
         BundleError: It does not describe a bundle.
     """
@@ -217,22 +208,20 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         for file in (path, folder / MANIFEST_HASH):
             if file.exists() and not file.is_file():
-                raise OSError(f"{file.name} is no plain file")
+                raise OSError(f"{file.name} is not a regular file")
         content = path.read_bytes()
         expected = (folder / MANIFEST_HASH).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise BundleCorruptError(f"{folder} is not a bundle ({error}); `unipinrec export` writes one") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != expected:
-        raise BundleCorruptError(
-            f"{path} is altered: its sha256 is {digest}, manifest.sha256 says {expected!r}; {REMEDY}"
-        )
+        raise BundleCorruptError(f"{path} is altered: sha256 {digest}, manifest.sha256 says {expected!r}; {REMEDY}")
     return _decode_manifest(path, content), digest
 
 
 def _decode_manifest(path: Path, content: bytes) -> Manifest:
-    try:
-        # Before the strict decoding: a newer format may have fields that this version does not know.
+    with decoding(BundleError, path, "export the bundle again"):
+        # Before strict decoding: a newer format may have fields that this version does not know.
         version = msgspec.json.decode(content, type=_Format).format_version
         if version != FORMAT_VERSION:
             raise BundleVersionError(
@@ -240,8 +229,6 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
                 "use the unipinrec that wrote it, or export the checkpoint again with this one"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except MALFORMED as error:
-        raise BundleError(f"{path}: {error}; export the bundle again") from error
     problem = _contradiction(manifest)
     if problem:
         raise BundleError(f"{path}: {problem}; export the bundle again")
@@ -249,10 +236,10 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """What the manifest says that cannot be, if anything."""
+    """How the manifest contradicts itself, if it does."""
     for name in manifest.files:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
-            return f"lists the file {name!r}; a file of a bundle has a plain name inside its folder"
+            return f"lists the file {name!r}; use a plain name inside the bundle's folder"
     absent = sorted(set(REQUIRED_GRAPHS) - set(manifest.graphs))
     if absent:
         return f"lacks the graphs {', '.join(absent)}"
@@ -274,13 +261,13 @@ def _index_contradiction(manifest: Manifest) -> str | None:
     if not 0 <= retired < count:
         return f"{retired} of {count} items are retired"
     if not 0 < index.ef_search < 1 << 31:
-        return f"the index is searched with ef_search={index.ef_search}"
-    want = ("ip", manifest.model.item_dim, count)
+        return f"ef_search={index.ef_search} of the index is not from 1 to {(1 << 31) - 1}"
+    expected = ("ip", manifest.model.item_dim, count)
     # Retired items are marked in an index that was grown, and absent from one that was built anew.
-    if (index.space, index.dim) != want[:2] or not count - retired <= index.count <= count:
+    if (index.space, index.dim) != expected[:2] or not count - retired <= index.count <= count:
         return (
             f"the index does not match the items: it has (space, dim, count) = "
-            f"{(index.space, index.dim, index.count)}, the items need {want}"
+            f"{(index.space, index.dim, index.count)}, the items need {expected}"
         )
     return None
 
@@ -293,7 +280,7 @@ def _catalogue(files: SealedFiles, manifest: Manifest, item_ids: Sequence[str]) 
         if not distinct or not 0 <= min(listed) <= max(listed) < count:
             raise BundleError(f"{files[RETIRED]}: not {manifest.num_retired} distinct rows; export the bundle again")
         retired = np.array(listed, np.int64)
-    rows = dict(zip(item_ids, range(count), strict=True))  # of an id that occurs again, the last row
+    rows = dict(zip(item_ids, range(count), strict=True))  # the last row of an id that occurs again
     if len(rows) != count:
         live = np.flatnonzero(mask_without(count, retired)).tolist()
         twice = sum(rows[item_ids[row]] != row for row in live)
@@ -331,35 +318,33 @@ def _item_vectors(file: SealedFile, count: int, dim: int) -> NDArray[np.float32]
     for start in range(0, count, CHECK_ROWS):
         wrong = off_unit(vectors[start : start + CHECK_ROWS])
         if len(wrong):
-            raise BundleError(
-                f"{file}: the vector of item row {start + wrong[0]} is not finite or not of unit length; "
-                "export the bundle again"
-            )
+            row = start + wrong[0]
+            raise BundleError(f"{file}: the vector of item row {row} is not a unit vector; export the bundle again")
     return vectors
 
 
 def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Rows of vectors [N, E] that are not finite or not of unit length."""
+    """Rows of vectors [N, E] that are not finite unit vectors."""
     lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
     return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
 
 
-def _popularity(file: SealedFile, manifest: Manifest) -> NDArray[np.float32]:
-    """Load the shares [surfaces, items] f32 and check them."""
-    given, shape = _read_tensors(file).get(SHARE), (len(manifest.surfaces), manifest.num_items)
-    if given is None or given.dtype != np.float32 or given.shape != shape:
-        found = "is missing" if given is None else f"is {given.dtype} {given.shape}"
-        raise BundleError(f"{file}: {SHARE} {found}, expected float32 {shape}; export the bundle again")
-    if not (np.isfinite(given).all() and (given > 0).all()):
+def _popularity(files: SealedFiles, manifest: Manifest) -> NDArray[np.float32] | None:
+    """Map the shares [surfaces, items] f32 and check them; None if the bundle stores none."""
+    if POPULAR not in manifest.files:
+        return None
+    file = files[POPULAR]
+    shares: NDArray[np.float32] = map_tensor(file, SHARE, "F32", (len(manifest.surfaces), manifest.num_items))
+    if not (np.isfinite(shares).all() and (shares > 0).all()):
         raise BundleError(f"{file}: {SHARE} is not finite and more than 0 everywhere; export the bundle again")
-    return given
+    return shares
 
 
 def _category_codes(file: SealedFile, count: int, words: Mapping[str, Sequence[str]]) -> NDArray[np.int32] | None:
-    """Map the category codes [count, features] i32 and check them; None where the file lacks them."""
+    """Map the category codes [count, features] i32 and check them; None if the file lacks them."""
     if not words or CATEGORIES not in tensor_offsets(file):
         return None
     codes: NDArray[np.int32] = map_tensor(file, CATEGORIES, "I32", (count, len(words)))
     if (codes < 0).any() or (codes > [len(known) for known in words.values()]).any():
-        raise BundleError(f"{file}: a category code is not that of a word; export the bundle again")
+        raise BundleError(f"{file}: a category code stands for no word; export the bundle again")
     return codes

@@ -1,12 +1,12 @@
-"""The items of a bundle as a request names them: external ids, what is retired, and the words of each item.
+"""The items of a bundle: external ids, retired items, and the words of each item.
 
-Answers which rows an allow-list and categories leave; refuses to know vectors and queries.
+This module computes the rows that an allow-list and categories leave; it knows no vectors and no queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -18,15 +18,41 @@ NO_ROWS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Eligible:
+    """Rows that a search may return: the mask `allowed` [N], None = all rows, without the distinct rows `excluded`."""
+
+    allowed: NDArray[np.bool_] | None = None
+    excluded: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
+
+    def count(self, items: int) -> int:
+        """How many of N items are eligible."""
+        if self.allowed is None:
+            return items - len(self.excluded)
+        return int(np.count_nonzero(self.allowed) - np.count_nonzero(self.allowed[self.excluded]))
+
+    def rows(self) -> NDArray[np.int64]:
+        """The eligible rows, ascending; only with a mask."""
+        assert self.allowed is not None
+        mask = self.allowed.copy()
+        mask[self.excluded] = False
+        return np.flatnonzero(mask)
+
+    def keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The eligible ones of distinct rows, ascending."""
+        rows = np.setdiff1d(rows, self.excluded)
+        return rows if self.allowed is None else rows[self.allowed[rows]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Catalogue:
-    """N items; a mask over them is [N] bool, and None stands for the mask of all items that are not retired.
+    """N items. A mask over them is [N] bool; None stands for the mask of all items that are not retired.
 
     Attributes:
-        rows: Row of each external id; of an id that was retired and added again, the new one.
-        num_rows: N, retired items included.
-        retired: [R] i64, rows that histories may hold but that are never found again.
+        rows: Row of each external id; if an id was retired and added again, the new row.
+        num_rows: N, including retired items.
+        retired: [R] i64, rows that histories may hold but that no search returns.
         words: Words of each categorical feature; code = index + 1.
-        codes: [N, features] i32, 0 = unknown; None where the bundle does not carry them.
+        codes: [N, features] i32, 0 = unknown; None if the bundle does not store them.
     """
 
     rows: Mapping[str, int]
@@ -37,7 +63,7 @@ class Catalogue:
 
     @cached_property
     def live(self) -> NDArray[np.bool_] | None:
-        """Mask of the items that are not retired; None where none is. Not to be written to."""
+        """Mask of the items that are not retired; None if no item is. Do not write to it."""
         return mask_without(self.num_rows, self.retired) if len(self.retired) else None
 
     @property
@@ -46,22 +72,23 @@ class Catalogue:
         return self.num_rows - len(self.retired)
 
     def known_rows(self, items: Iterable[str]) -> NDArray[np.int64]:
-        """Rows of those external ids that there are, in their order."""
-        found = list(map(self.rows.get, items))
-        if None in found:
-            return np.array([row for row in found if row is not None], np.int64)
-        return np.array(found, np.int64)
+        """Rows of the external ids that the catalogue has, in their order."""
+        rows = list(map(self.rows.get, items))
+        if None in rows:
+            rows = [row for row in rows if row is not None]
+        return np.array(rows, np.int64)
 
     def allowed(
         self, allow: Iterable[str] | None, categories: Mapping[str, Sequence[str]] | None
     ) -> NDArray[np.bool_] | None:
-        """Mask of the items that are not retired, are on the list, and have one of the words of every given feature.
+        """Mask of the items that are not retired, are in `allow`, and have an accepted word of every feature.
 
         Raises:
-            RequestError: A feature or word is unknown, or the bundle does not carry the words of its items.
+            RequestError: A feature or word is unknown, or the bundle does not store the words of its items.
         """
-        masks = [] if allow is None else [self._mask(self.known_rows(allow))]
-        masks += [self._with_words(feature, words) for feature, words in (categories or {}).items()]
+        masks = [self._with_words(feature, words) for feature, words in (categories or {}).items()]
+        if allow is not None:
+            masks.append(~mask_without(self.num_rows, self.known_rows(allow)))
         if not masks:
             return self.live
         if self.live is not None:
@@ -70,24 +97,11 @@ class Catalogue:
             masks[0] &= mask
         return masks[0]
 
-    def eligible(self, allowed: NDArray[np.bool_] | None, excluded: NDArray[np.int64]) -> int:
-        """How many items a mask leaves without some distinct rows."""
-        if allowed is None:
-            return self.num_rows - len(excluded)
-        return int(np.count_nonzero(allowed) - np.count_nonzero(allowed[excluded]))
-
-    def _mask(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        mask = np.zeros(self.num_rows, np.bool_)
-        mask[rows] = True
-        return mask
-
     def _with_words(self, feature: str, words: Sequence[str]) -> NDArray[np.bool_]:
         known = self._known_words.get(feature)
         if known is None:
             features = ", ".join(self.words) or "none"
-            raise RequestError(
-                f"categories: unknown feature {feature!r}; this bundle's categorical features: {features}"
-            )
+            raise RequestError(f"categories: unknown feature {feature!r}; this bundle has the features {features}")
         if isinstance(words, str):
             raise RequestError(f"categories: {feature}={words!r} must be a list of words; write [{words!r}]")
         missing = [word for word in words if word not in known]
@@ -105,59 +119,55 @@ class Catalogue:
 
     @cached_property
     def _rows_by_word(self) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        """Of each feature, all rows ordered by code, and where each code begins."""
+        """For each feature, all rows ordered by code, and the place where each code begins."""
         if self.codes is None:
-            raise RequestError(
-                "categories: this bundle does not carry the words of its items, it was written before bundles did; "
-                "export it again"
-            )
-        made = {}
-        for place, (feature, words) in enumerate(self.words.items()):
-            codes = np.ascontiguousarray(self.codes[:, place])
+            raise RequestError("categories: this bundle does not store the words of its items; export it again")
+        by_word = {}
+        for index, (feature, words) in enumerate(self.words.items()):
+            codes = np.ascontiguousarray(self.codes[:, index])
             order = np.argsort(codes, kind="stable")
-            made[feature] = order.astype(np.int32), np.searchsorted(codes[order], np.arange(len(words) + 2))
-        return made
+            by_word[feature] = order.astype(np.int32), np.searchsorted(codes[order], np.arange(len(words) + 2))
+        return by_word
 
 
-def as_ids(given: Iterable[str | int], name: str) -> list[str]:
-    """External item ids as texts; an integer stands for its decimal string. `name` says in errors what they are.
+def as_ids(items: Iterable[str | int], name: str) -> list[str]:
+    """External item ids as strings; an integer stands for its decimal string. Errors call the list `name`.
 
     Raises:
-        RequestError: Given is one text, not a list of them, or an element is neither text nor integer.
+        RequestError: It is one string instead of a list, or an element is neither string nor integer.
     """
-    if isinstance(given, str | bytes):
-        raise RequestError(f"{name}={given!r} must be a list of item ids; write [{given!r}]")
-    ids = list(given)
-    if set(map(type, ids)) <= {str, int}:
-        return list(map(str, ids))
-    wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, str | int | np.integer)]
-    if wrong:
-        raise RequestError(f"{name}: {wrong[0]!r} is not an item id, which is a text or an integer")
+    if isinstance(items, str | bytes):
+        raise RequestError(f"{name}={items!r} must be a list of item ids; write [{items!r}]")
+    ids = list(items)
+    if not set(map(type, ids)) <= {str, int}:
+        for item in ids:
+            if isinstance(item, bool) or not isinstance(item, str | int | np.integer):
+                raise RequestError(f"{name}: {item!r} is not an item id, which is a string or an integer")
     return list(map(str, ids))
 
 
 def parse_ids(content: bytes, source: str) -> dict[str, str]:
-    """Read external ids, one per line; the keys say where each was, for messages. Blank lines are left out.
+    """Read external ids, one per line; each key names the line of its id, for messages. Blank lines are left out.
 
     Spaces around an id are kept, as they may be part of it; see `as_known`.
 
     Raises:
-        DataError: It is not UTF-8.
+        DataError: The content is not UTF-8.
     """
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: {error}; write one item id per line, in UTF-8") from error
-    return {f"{source} line {place}": line.strip("\r") for place, line in enumerate(lines, 1) if line.strip()}
+    return {f"{source} line {index}": line.strip("\r") for index, line in enumerate(lines, 1) if line.strip()}
 
 
-def as_known(written: str, known: Container[str]) -> str:
-    """An id from a list as it was written, or without the spaces around it if it is not known with them."""
-    return written if written in known else written.strip()
+def as_known(item: str, known: Container[str]) -> str:
+    """The id unchanged if it is known, else without the spaces around it."""
+    return item if item in known else item.strip()
 
 
 def mask_without(count: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mask [count] of all rows but these."""
+    """Mask [count] of all rows except `rows`."""
     mask = np.ones(count, np.bool_)
     mask[rows] = False
     return mask

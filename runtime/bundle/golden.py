@@ -1,4 +1,4 @@
-"""The golden requests of a bundle: real requests, and what PyTorch answered when the bundle was exported."""
+"""The golden requests of a bundle: real requests, and PyTorch's outputs for them at export."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Golden:
 
     Attributes:
         histories: B histories.
-        prefixes: [B] i64, how many events the extend case encodes before it extends by the others.
+        prefixes: [B] i64, number of events that the extend case encodes first.
         candidates: [B, k] i64 rows to rank, shown at `surfaces` [B] i64 and `now_ms` [B] i64.
-        outputs: What PyTorch gave, by graph and output.
+        outputs: PyTorch's outputs, by graph and output.
     """
 
     histories: tuple[History, ...]
@@ -36,7 +36,7 @@ def read_golden(bundle: Bundle) -> Golden:
     """Read the golden requests.
 
     Raises:
-        BundleError: They cannot be read, or their inputs are missing or not of this bundle.
+        BundleError: They cannot be read, or their inputs are missing or do not fit this bundle.
     """
     tensors = bundle.golden()
     check_golden(bundle.path / GOLDEN, tensors, bundle.manifest)

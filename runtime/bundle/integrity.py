@@ -1,4 +1,4 @@
-"""The files of a bundle as files: fingerprints, and a folder that is written whole or not at all."""
+"""Fingerprints of a bundle's files, and writing a folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -33,21 +33,20 @@ def fingerprint(path: Path) -> FileSpec:
 
 
 def largest_first(files: Mapping[str, FileSpec]) -> list[str]:
-    """Names in the order in which threads are done with them soonest."""
+    """Names by falling size, so that threads finish them soonest."""
     return sorted(files, key=lambda name: -files[name].size_bytes)
 
 
 def file_problems(folder: Path, files: Mapping[str, FileSpec]) -> dict[str, str]:
-    """What is wrong with each damaged file: missing, truncated or altered. Raises nothing."""
+    """Problem of each damaged file: missing, truncated or altered. Raises nothing."""
     names = largest_first(files)
-    with ThreadPoolExecutor(available_threads()) as pool:  # hashing leaves Python's lock to others
-        problems = pool.map(lambda name: file_problem(folder / name, files[name]), names)
-        found = dict(zip(names, problems, strict=True))
-    return {name: problem for name in files if (problem := found[name])}
+    with ThreadPoolExecutor(available_threads()) as pool:  # hashing releases Python's lock
+        problems = dict(zip(names, pool.map(lambda name: file_problem(folder / name, files[name]), names), strict=True))
+    return {name: problem for name in files if (problem := problems[name])}
 
 
 def file_problem(file: os.PathLike[str], spec: FileSpec) -> str | None:
-    """What is wrong with a file, if anything. Raises nothing."""
+    """Problem of a file, if it has one. Raises nothing."""
     path = Path(file)
     try:
         if not path.is_file():
@@ -63,11 +62,11 @@ def file_problem(file: os.PathLike[str], spec: FileSpec) -> str | None:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` if the block succeeds, and is removed if it fails.
+    """A hidden folder beside `out`: renamed to `out` if the block succeeds, removed if it fails.
 
     Raises:
-        ExportError: `out` exists, or something cannot be written, the disk being full included. Nothing is left behind,
-            unless the message says that `out` is in place.
+        ExportError: `out` exists, or a file cannot be written, such as on a full disk. Nothing is left behind, unless
+            the message says that `out` is in place.
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists; a bundle is never overwritten, choose another name or remove it")
@@ -76,7 +75,10 @@ def written_whole(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         yield partial
-        _sync(partial)
+        for path in partial.iterdir():
+            path.chmod(0o644)
+            _sync_path(path)
+        _sync_path(partial)
         partial.chmod(0o755)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
@@ -88,12 +90,12 @@ def written_whole(out: Path) -> Iterator[Path]:
         _sync_path(out.parent)
     except OSError as error:
         raise ExportError(
-            f"{out} is whole and in place, but a power cut may still take it: its folder could not be synced: {error}"
+            f"{out} is complete and in place, but a power cut may lose it: its folder could not be synced: {error}"
         ) from error
 
 
 def seal(folder: Path, manifest: Manifest) -> str:
-    """Write a manifest and its sha256, which is returned."""
+    """Write a manifest and its sha256; return the sha256."""
     content = msgspec.json.format(msgspec.json.encode(manifest))
     digest = hashlib.sha256(content).hexdigest()
     (folder / MANIFEST).write_bytes(content)
@@ -102,7 +104,7 @@ def seal(folder: Path, manifest: Manifest) -> str:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write a safetensors file of arrays in any memory order, of which the library itself takes no notice."""
+    """Write arrays of any memory order to a safetensors file; the library itself ignores the order."""
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
@@ -112,13 +114,6 @@ def _reason(error: OSError | SafetensorError) -> str:
     if getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full):
         return "no space left on the disk"
     return str(error)
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.chmod(0o644)
-        _sync_path(path)
-    _sync_path(folder)
 
 
 def _sync_path(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""`manifest.json`: what a bundle holds, so that it can be checked, served, or driven by any ONNX client.
+"""`manifest.json`: the description of a bundle, enough to check it, serve it, or run it with any ONNX client.
 
-The manifest lists every other file with its sha256; `manifest.sha256` holds the manifest's own, which is also the
-bundle's identity. Graph and tensor names follow the Hugging Face convention for key/value caches.
+The manifest lists every other file with its sha256. `manifest.sha256` holds the manifest's own, which identifies the
+bundle. Graph and tensor names follow the Hugging Face convention for key/value caches.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from unipinrec.runtime.requests import Order
 FORMAT_VERSION = 1
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
 REQUIRED_GRAPHS = GRAPHS[:4]
-# What f32 may be rounded to on its way into a graph.
+# Types that a graph's f32 inputs may be rounded to.
 REDUCED: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One graph input or output; a dimension is a size, or a name where it is dynamic."""
+    """One graph input or output; a dimension is a size, or the name of a dynamic dimension."""
 
     name: str
     dtype: str
@@ -49,7 +49,7 @@ class FileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a server must know of the model.
+    """Properties of the model that a server needs.
 
     Attributes:
         num_layers: Layers, each with one key and one value tensor.
@@ -77,10 +77,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The hnswlib index: what must be known to load it, and how well it finds.
+    """The hnswlib index: parameters to load it, and its recall.
 
-    `count` is how many items are in the file, those marked as deleted included. `recall` is the share of the exact top
-    `recall_k` that the index finds at `ef_search`, measured when it was built; `recall_target` is what was aimed at.
+    `count` is the number of items in the file, including deleted ones. `recall` is the share of the exact top
+    `recall_k` that the index finds at `ef_search`, measured when it was built; `recall_target` was its target.
     """
 
     space: str
@@ -96,7 +96,7 @@ class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ParityCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One comparison of an exported graph with PyTorch; `problem` is None where it passed."""
+    """One comparison of an exported graph with PyTorch; `problem` is None if it passed."""
 
     graph: str
     check: str
@@ -106,7 +106,7 @@ class ParityCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All comparisons made at export, and the largest difference in any value."""
+    """All comparisons of the export, and the largest difference in any value."""
 
     tolerance: float
     max_abs_diff: float
@@ -114,17 +114,17 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far answers in less precision agree with fp32; means over requests, except for the two extremes.
+    """How far answers in a lower precision agree with fp32; means over requests, except for the minimum and maximum.
 
     Attributes:
-        requests: How many were compared.
-        ranked_overlap: Share of the best ten by score that fp32 has among its best ten, ties included.
+        requests: Compared requests.
+        ranked_overlap: Share of the best ten by score that are among the best ten of fp32, ties included.
         ranked_overlap_strict: The same without ties.
-        retrieved_overlap: Share of the ten items most similar to the query, likewise.
+        retrieved_overlap: The same share of the ten items most similar to the query.
         retrieved_overlap_strict: The same without ties.
-        min_query_cosine: Of the query that turned furthest.
-        max_logit_diff: By how much the logit that is furthest off differs, what rounding explains left aside.
-        problem: What is out of bounds; None where nothing is.
+        min_query_cosine: Lowest cosine of a query with its fp32 query.
+        max_logit_diff: Largest difference of a logit, beyond the difference that rounding explains.
+        problem: The value that is out of bounds; None if all are within them.
     """
 
     requests: int
@@ -138,12 +138,12 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class PrecisionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Graphs in another precision than fp32; graphs that are not among them run in fp32.
+    """Graphs in a precision other than fp32; all other graphs run in fp32.
 
     Attributes:
         graphs: The graphs by name. Their keys and values have this precision, all other inputs and outputs are f32.
-        agreement: How they recommend what fp32 recommends; its `problem` is not None only where the loss was accepted.
-        auc_change: AUC of each action less that of fp32, on held-out events; empty where the bundle was exported
+        agreement: Agreement with fp32; its `problem` is not None only if the export accepted the loss.
+        auc_change: AUC of each action minus that of fp32, on held-out events; empty if the bundle was exported
             without data.
     """
 
@@ -153,16 +153,16 @@ class PrecisionSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A TensorRT engine that was built ahead of time and travels in the bundle.
+    """A TensorRT engine that was built ahead of time and is stored in the bundle.
 
     Attributes:
         file: Its file.
-        key: What it was built from and for, as one hash.
+        key: Hash of its graph, weights, options and target.
         graph: Name of the graph.
-        precision: Of the graph.
+        precision: Precision of the graph.
         flavor: "tensorrt" or "tensorrt_rtx".
-        version: Of the library that built it.
-        targets: GPU architectures that it runs on, as "sm_89".
+        version: Version of the library that built it.
+        targets: GPU architectures that it runs on, such as "sm_89".
     """
 
     file: str
@@ -175,13 +175,13 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class OrderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What orders a slate where a request does not say (docs/ranking.md).
+    """Default order of a slate (docs/ranking.md).
 
     Attributes:
-        by: "value", "blend", "product" or "retrieval"; with the last the ranker does not run.
-        retrieval_scale: A similarity times this is the logit of retrieval's softmax, as it was trained.
-        reason: Why this order, for people.
-        retrieval_weight: How much of that logit the blend takes.
+        by: "value", "blend", "product" or "retrieval"; with "retrieval" the ranker does not run.
+        retrieval_scale: A similarity times this is the logit of retrieval's softmax in training.
+        reason: Why the export chose this order, in words.
+        retrieval_weight: Weight of that logit in the blend.
     """
 
     by: Order
@@ -191,39 +191,38 @@ class OrderSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What `manifest.json` holds; a field that has its default is left out, as older versions know no such field.
+    """Content of `manifest.json`. Fields with their default are left out: older versions do not know them.
 
     Attributes:
-        format_version: Format of the bundle; a reader refuses a newer one.
+        format_version: Format of the bundle; a reader rejects a newer one.
         created: UTC time, ISO 8601.
-        model: What a server must know of the model.
-        config: The exporter's full description of the model, for people.
+        model: Properties of the model that a server needs.
+        config: The exporter's full description of the model, for information.
         actions: Action names in the order of every action vector.
-        positive_actions: Those that the final score weighs by default.
+        positive_actions: Actions that the value weighs by default.
         surfaces: Surface names; the index is the id, 0 = unknown.
-        dense: Width of each dense item feature, in the order of the `dense` input of the item embedder.
+        dense: Width of each dense item feature, in the order of the item embedder's `dense` input.
         categories: Words of each categorical item feature; code = index + 1, 0 = unknown.
-        num_items: Rows of the item table, retired ones included.
-        missing_timestamp_ms: What stands for an unknown time in `timestamps_ms`.
+        num_items: Rows of the item table, including retired items.
+        missing_timestamp_ms: Stands for an unknown time in `timestamps_ms`.
         precision: Type of the weights of `graphs`.
-        graphs: The graphs by name; `item_embedder` is absent where the model declares no content features.
+        graphs: The graphs by name; without `item_embedder` if the model declares no content features.
         files: Every other file of the bundle.
         index: The nearest-neighbour index.
-        parity: Proof that the graphs compute what PyTorch computes.
+        parity: Comparison of the graphs with PyTorch.
         metrics: Offline metrics of the checkpoint, if it has any.
-        data_fingerprint: sha256 of the catalogue's ids and features, and of what the data declares.
-        tools: Versions of what wrote the bundle.
+        data_fingerprint: sha256 of the catalogue's ids and features, and of the data's declarations.
+        tools: Versions of the tools that wrote the bundle.
         num_retired: Rows that are never retrieved.
-        parent: Hash of the bundle that this one is an update of.
-        kv_namespace: What cached keys and values depend on: the hash of the exported bundle at the root of all updates.
-            None in that bundle itself.
-        kv_rows: Rows of that bundle, which stand for the same items in all of its updates; later ones do not. None
+        parent: Hash of the bundle that this one updates.
+        kv_namespace: Cached keys and values depend on it: hash of the exported bundle at the root of all updates. None
             in that bundle itself.
-        precisions: Further graphs, by precision: bf16, fp16, fp8.
+        kv_rows: Rows of that bundle; only these hold the same items in all of its updates. None in that bundle itself.
+        precisions: More graphs, by precision: bf16, fp16, fp8.
         engines: TensorRT engines built ahead of time.
-        order: What orders a slate; None in bundles of earlier versions, which are ordered by value.
-        evaluation: How good the served lists were at export; None where the bundle was exported without data.
-        sample: How good those of the sample users are; None where the bundle carries none.
+        order: Default order of a slate; None in bundles of earlier versions, which are ordered by value.
+        evaluation: Quality of the lists at export; None if the bundle was exported without data.
+        sample: Quality of the sample users' lists; None if the bundle has no sample users.
     """
 
     format_version: int
@@ -255,72 +254,87 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     evaluation: Evaluation | None = None
     sample: SampleQuality | None = None
 
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which of the actions are positive, [C]."""
+        return np.array([name in self.positive_actions for name in self.actions])
+
+    @property
+    def default_order(self) -> Order:
+        """Order of a slate if the request names none."""
+        return "value" if self.order is None else self.order.by
+
     def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
-        """The graphs that answering a request takes, by name, in a precision that the bundle holds."""
+        """The graphs that a request needs, by name, in a precision of this bundle."""
         graphs = {name: self.graphs[name] for name in REQUIRED_GRAPHS}
         return graphs if precision == self.precision else {**graphs, **self.precisions[precision].graphs}
 
 
-def check_inputs(graph: str, wanted: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any] | Tensor]) -> None:
+def check_inputs(graph: str, specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any] | Tensor]) -> None:
     """Check that names, types and shapes fit a graph, and that arrays hold finite numbers. Copies nothing.
 
     f32 fits inputs of less precision as well; see `Backend.run`.
 
     Raises:
-        BackendError: They do not; names the graph, the input, what was given and what is expected.
+        BackendError: They do not; names the graph, the input, its type and shape, and the expected ones.
     """
-    names = [spec.name for spec in wanted]
+    names = [spec.name for spec in specs]
     if set(inputs) != set(names):
         raise BackendError(f"{graph}: the inputs are {sorted(inputs)}, expected {sorted(names)}")
     sizes: dict[str, int] = {}
-    for spec in wanted:
-        given = inputs[spec.name]
-        dtype, shape = _description(given)
-        if not _converts(dtype, spec.dtype) or not _fits(shape, spec.shape, sizes):
-            raise BackendError(
-                f"{graph}: {spec.name} is {dtype} {list(shape)}, expected {spec.dtype} {list(spec.shape)} with {sizes}"
-            )
-        if isinstance(given, np.ndarray) and given.dtype.kind == "f" and not np.isfinite(given).all():
+    for spec in specs:
+        value = inputs[spec.name]
+        dtype = str(value.dtype)
+        rounds = dtype == "float32" and spec.dtype in REDUCED
+        if not (dtype == spec.dtype or rounds) or not _fits(value.shape, spec.shape, sizes):
+            expected = f"{spec.dtype} {list(spec.shape)} with {sizes}"
+            raise BackendError(f"{graph}: {spec.name} is {dtype} {list(value.shape)}, expected {expected}")
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
             raise BackendError(f"{graph}: {spec.name} holds values that are not finite; send finite numbers")
 
 
-def _description(given: NDArray[Any] | Tensor) -> tuple[str, Sequence[int]]:
-    """Type, as numpy names it, and shape."""
-    if not isinstance(given, np.ndarray):
-        return given.dtype, given.shape()
-    return given.dtype.name if given.dtype.isnative else str(given.dtype), given.shape
-
-
-def _converts(dtype: str, wanted: str) -> bool:
-    return dtype == wanted or (dtype == "float32" and wanted in REDUCED)
-
-
 def _fits(shape: Sequence[int], expected: Sequence[int | str], sizes: dict[str, int]) -> bool:
-    """Whether a shape without empty dimensions fits; binds each named dimension to the first size it meets."""
+    """Whether a shape without empty dimensions fits; binds each named dimension to its first size."""
     if len(shape) != len(expected) or 0 in shape:
         return False
     bound = [
-        sizes.setdefault(want, size) if isinstance(want, str) and want.isidentifier() else want
-        for size, want in zip(shape, expected, strict=True)
+        sizes.setdefault(name, size) if isinstance(name, str) and name.isidentifier() else name
+        for size, name in zip(shape, expected, strict=True)
     ]
-    return all(size == want or not isinstance(want, int) for size, want in zip(shape, bound, strict=True))
+    return all(size == limit or not isinstance(limit, int) for size, limit in zip(shape, bound, strict=True))
 
 
 class Tensor(Protocol):
-    """A tensor on a backend's device; never modified. It lives as long as it, or a view of it, is held."""
+    """A tensor on a backend's device; never modified. It lives while a reference to it, or to a view of it, exists."""
 
     @property
     def dtype(self) -> str:
         """Type of its elements on the device, as numpy names it ("bfloat16" included)."""
         ...
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """Its dimensions."""
         ...
 
     def numpy(self) -> NDArray[Any]:
-        """Its values on the host: a view where the device is the host, else a copy. Not to be written to.
+        """Its values on the host: a view if the device is the host, else a copy. Do not write to them.
 
-        Floating-point numbers are f32 there, whatever they are on the device.
+        Floating-point numbers are f32 on the host.
         """
         ...
+
+
+def host_array(value: NDArray[Any] | Tensor) -> NDArray[Any]:
+    """An array unchanged, a host tensor as a view."""
+    return value if isinstance(value, np.ndarray) else value.numpy()
+
+
+def in_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """A contiguous array in the type of a graph's input; copied only if it is rounded or not contiguous."""
+    return np.ascontiguousarray(array if array.dtype.name == dtype else array.astype(REDUCED[dtype]))
+
+
+def widened(array: NDArray[Any]) -> NDArray[Any]:
+    """The array as f32 if it holds floating-point numbers of less precision, else unchanged."""
+    return array.astype(np.float32) if array.dtype.name in REDUCED else array

@@ -1,4 +1,4 @@
-"""How good the lists of a bundle are: what `export` measures and stores, and what `verify` measures again."""
+"""Quality of the lists of a bundle: `export` measures and stores it, `verify` measures the sample's again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class ListQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Quality of the ten best items of one order or baseline, over the requests of an evaluation.
 
     Attributes:
-        hit_rate: HR@10 of the logged next item; None where no request has one.
+        hit_rate: HR@10 of the logged next item; None if no request has one.
         ndcg: NDCG@10 of it.
         value: The weighted actions of logged next items among the ten, as a share of those of all next items; None
-            where the data has slates, or no action varies.
-        true_value: True chance of a positive action, mean over the ten; of simulated data alone.
-        served_ahead: By how much the served list is better, request by request: in true value, else in HR@10.
+            if the data has slates, or no action varies.
+        true_value: True probability of a positive action, mean over the ten; simulated data only.
+        served_ahead: Mean lead of the served list per request: in true value, else in HR@10.
     """
 
     hit_rate: Estimate | None = None
@@ -50,23 +50,23 @@ class ActionQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a bundle answers to held-out requests, measured on the lists that `Recommender` returns.
+    """Quality on held-out requests, measured on the lists that `Recommender` returns.
 
     Attributes:
         split: "test" or "valid".
-        requests: How many were answered.
-        targets: Of them, those with a logged next item.
+        requests: Answered requests.
+        targets: Requests with a logged next item.
         repeats: Whether items that the user had before count as targets and are served.
-        order: What the served lists are ordered by.
-        candidates: Items that retrieval handed on, at most.
-        items: Of the data.
+        order: Order of the served lists.
+        candidates: Most items that retrieval passed on.
+        items: Items of the data.
         found: Share of the targets among the candidates; None without targets.
         lists: "served", other orders of the same candidates, and baselines over all items, by name.
-        actions: By action; empty where the data has no slates or the ranker does not run.
-        gap_closed: Share of the difference in true value between popularity and the best ten that the served list
-            makes up; None without a true value.
-        data: Shares that say what the data can show (`models.data_sheet`).
-        warnings: What speaks against serving this, in plain words.
+        actions: By action; empty if the data has no slates or the ranker does not run.
+        gap_closed: Share of the gap in true value between popularity and the best ten that the served list closes;
+            None without a true value.
+        data: Shares that show the limits of the data (`models.data_sheet`).
+        warnings: Reasons against serving this bundle, in plain words.
     """
 
     split: str
@@ -89,7 +89,7 @@ class SampleQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Attributes:
         users: Sample users whose last event is positive and of an item new to them.
-        served: Hits of the list as it is served.
+        served: Hits of the served list.
         retrieved: Hits of the ten nearest items.
     """
 
@@ -99,5 +99,5 @@ class SampleQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def named(name: str) -> str:
-    """A list of an evaluation as people read it."""
+    """Readable name of a list of an evaluation."""
     return name.replace("_", " ")

@@ -1,7 +1,7 @@
-"""The files of a bundle in memory that nobody can write to: what serves is what was checked, whatever becomes of them.
+"""The files of a bundle in sealed memory, which no process can change after the check.
 
-Each is copied into a memfd, sealed, and only then compared with its sha256. Linux alone has these. Processes that serve
-together hold one copy: each leaves word of its own in a folder, and opens those of the others through /proc.
+Each file is copied into a memfd, which only Linux has, then sealed, and only then compared with its sha256. Processes
+of one server share a copy: each writes a note of its files to a folder, and opens those of the others through /proc.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from unipinrec.runtime.machine import available_threads
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 NOEXEC = 8  # MFD_NOEXEC_SEAL, of Linux 6.3 and later
+READ_ONLY = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 OWN_FILES = Path("/proc/self/fd")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
 NOTE, WAIT_S = ".sealed", 30.0
 REMEDY = "copy the bundle again, or export it again"
-Places = dict[str, list[str]]
+Offers = dict[str, list[str]]
 log = logging.getLogger(__name__)
 
 
 class SealedFile:
-    """A file's content as it was when it was checked. It is opened like a path; as text it is the name of the file."""
+    """Sealed content of a file. It opens like a path; `str` is the name of the original file."""
 
     def __init__(self, source: Path, descriptor: int) -> None:
         self.source, self.descriptor = source, descriptor
@@ -52,13 +53,13 @@ class SealedFile:
         return str(self.source)
 
     def read_bytes(self) -> bytes:
-        """All of it."""
+        """The whole content."""
         return Path(self).read_bytes()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphFile:
-    """A graph, and the files of weights that it names."""
+    """A graph, and the files of weights that it refers to."""
 
     name: str
     content: bytes
@@ -66,17 +67,17 @@ class GraphFile:
 
     @classmethod
     def at(cls, path: Path) -> GraphFile:
-        """A graph in a folder, some of whose other files it may name."""
-        content, others = path.read_bytes(), (one for one in path.parent.iterdir() if one.is_file() and one != path)
-        weights = {one.name: one for one in others if one.name.encode() in content}
+        """A graph in a folder, whose other files may be its weights."""
+        content, others = path.read_bytes(), (file for file in path.parent.iterdir() if file.is_file() and file != path)
+        weights = {file.name: file for file in others if file.name.encode() in content}
         return cls(name=path.name, content=content, weights=weights)
 
     @contextlib.contextmanager
     def in_folder(self) -> Iterator[Path]:
-        """A private folder with these files, for libraries that look for one beside the other; nothing may stay mapped.
+        """A temporary private folder with these files, for libraries that load weights beside a graph.
 
         Raises:
-            BackendError: There is no room for it.
+            BackendError: The disk has no room for it.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -86,30 +87,30 @@ class GraphFile:
                     shutil.copyfile(file, folder / name)
             except OSError as error:
                 raise BackendError(
-                    f"{self.name} cannot be copied to a private folder for loading: {error.strerror}; set TMPDIR to "
-                    "one with room for it and its weights"
+                    f"{self.name} cannot be copied to a private folder for loading: {error.strerror}; set TMPDIR to a "
+                    "folder with room for it and its weights"
                 ) from error
             yield folder / self.name
 
 
 class SealedFiles:
-    """The files of one folder, by name, sealed as they were when it was opened."""
+    """The files of one folder, by name, sealed when it was opened."""
 
     def __init__(self, folder: Path, specs: Mapping[str, FileSpec], shared: Path | None = None) -> None:
         """Seal all of them.
 
         Args:
-            folder: Where they lie; it is not read again unless one is asked for after `let_go`.
+            folder: Their folder; read again only for a file that `let_go` released.
             specs: Size and sha256 of each.
-            shared: A folder of processes that serve together, of which one seals at a time; None = shared with nobody.
+            shared: Folder of the processes that share copies; one of them seals at a time. None = no sharing.
 
         Raises:
             BundleCorruptError: A file is missing, truncated or altered.
-            BackendError: There is no memory for them.
+            BackendError: The memory does not suffice.
         """
         self._folder, self._specs = folder, specs
         if not OWN_FILES.is_dir():
-            raise BackendError(f"{OWN_FILES} is not there, through which bundles are read; mount /proc")
+            raise BackendError(f"{OWN_FILES} is missing, but bundles are read through it; mount /proc")
         with _alone(shared) as in_turn:
             self._files = self._sealed(largest_first(specs), _offered(shared) if shared and in_turn else {})
             if shared and in_turn:
@@ -121,21 +122,21 @@ class SealedFiles:
         return self._files[name]
 
     def let_go(self, kept: Collection[str]) -> None:
-        """Hold no others than these from now on."""
+        """Release all other files."""
         self._files = {name: file for name, file in self._files.items() if name in kept}
 
     def graph(self, name: str) -> GraphFile:
-        """A graph, whose weights are among these files."""
+        """A graph with its weights, which are among these files."""
         content = self[name].read_bytes()
         named = {other: self[other] for other in self._specs if other != name and other.encode() in content}
         return GraphFile(name=name, content=content, weights=named)
 
-    def _sealed(self, names: Collection[str], offered: Places) -> dict[str, SealedFile]:
+    def _sealed(self, names: Collection[str], offered: Offers) -> dict[str, SealedFile]:
         def seal(name: str) -> SealedFile | str:
             path, spec = self._folder / name, self._specs[name]
             return _taken_over(path, spec, offered) or _copied(path, spec)
 
-        with ThreadPoolExecutor(available_threads()) as pool:  # copying and hashing leave Python's lock to others
+        with ThreadPoolExecutor(available_threads()) as pool:  # copying and hashing release Python's lock
             made = dict(zip(names, pool.map(seal, names), strict=True))
         problems = [f"{name} {made[name]}" for name in self._specs if isinstance(made.get(name), str)]
         if problems:
@@ -144,9 +145,9 @@ class SealedFiles:
 
     def _offer(self, shared: Path) -> None:
         note = shared / f"{os.getpid()}-{id(self)}{NOTE}"
-        places = {self._specs[name].sha256: file.descriptor for name, file in self._files.items()}
-        with contextlib.suppress(OSError):  # without room for it the others make copies of their own
-            note.write_bytes(msgspec.json.encode(places))
+        offers = {self._specs[name].sha256: file.descriptor for name, file in self._files.items()}
+        with contextlib.suppress(OSError):  # if there is no room for the note, the others make their own copies
+            note.write_bytes(msgspec.json.encode(offers))
             weakref.finalize(self, _withdraw, note, os.getpid())
 
 
@@ -157,17 +158,17 @@ def _withdraw(note: Path, owner: int) -> None:
 
 @contextlib.contextmanager
 def _alone(shared: Path | None) -> Iterator[bool]:
-    """Hold while this process alone seals; whether it is, for one that stands still must not hold up the others."""
+    """Lock the folder, so that one process seals at a time; False if another one holds the lock for too long."""
     if shared is None:
         yield True
         return
     with (shared / "sealing.lock").open("w") as lock:
         limit = time.monotonic() + WAIT_S
-        while not (mine := _locked(lock.fileno())) and time.monotonic() < limit:
+        while not (locked := _locked(lock.fileno())) and time.monotonic() < limit:
             time.sleep(0.01)
-        if not mine:
-            log.warning("another process has been sealing for %.0f s; this one makes a copy of its own", WAIT_S)
-        yield mine
+        if not locked:
+            log.warning("another process has been sealing for %.0f s; this process makes its own copy", WAIT_S)
+        yield locked
 
 
 def _locked(lock: int) -> bool:
@@ -177,9 +178,9 @@ def _locked(lock: int) -> bool:
     return False
 
 
-def _offered(shared: Path) -> Places:
-    """Where processes hold files, by sha256; some may be gone, and in their place is anything."""
-    places: Places = {}
+def _offered(shared: Path) -> Offers:
+    """Paths of files of other processes, by sha256; a path may be gone or lead to something else."""
+    offers: Offers = {}
     for note in shared.glob(f"*{NOTE}"):
         process = Path("/proc", note.name.partition("-")[0])
         with contextlib.suppress(OSError, *MALFORMED):
@@ -187,33 +188,33 @@ def _offered(shared: Path) -> Places:
                 note.unlink()
                 continue
             for digest, number in msgspec.json.decode(note.read_bytes(), type=dict[str, int]).items():
-                places.setdefault(digest, []).append(str(process / "fd" / str(number)))
-    return places
+                offers.setdefault(digest, []).append(str(process / "fd" / str(number)))
+    return offers
 
 
-def _taken_over(path: Path, spec: FileSpec, offered: Places) -> SealedFile | None:
-    """A file that a process has sealed."""
-    for place in offered.get(spec.sha256, ()):
-        with contextlib.suppress(OSError):  # gone, or no memfd
-            file = SealedFile(path, os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+def _taken_over(path: Path, spec: FileSpec, offered: Offers) -> SealedFile | None:
+    """The file as another process has sealed it, if one has."""
+    for path_of_fd in offered.get(spec.sha256, ()):
+        with contextlib.suppress(OSError):  # gone, or not a memfd
+            file = SealedFile(path, os.open(path_of_fd, READ_ONLY))
             if fcntl.fcntl(file.descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS and file_problem(file, spec) is None:
                 return file
     return None
 
 
 def _copied(path: Path, spec: FileSpec) -> SealedFile | str:
-    """A file, sealed, or what is wrong with it.
+    """A sealed copy of a file, or the file's problem.
 
     Raises:
-        BackendError: There is no memory for it.
+        BackendError: The memory does not suffice.
     """
     try:
-        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        source = os.open(path, READ_ONLY)
     except OSError:
         return file_problem(path, spec) or "was replaced meanwhile"
     try:
         status = os.fstat(source)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != spec.size_bytes:  # before room is made for it
+        if not stat.S_ISREG(status.st_mode) or status.st_size != spec.size_bytes:  # before memory is allocated
             return file_problem(path, spec) or "was replaced meanwhile"
         file, left = SealedFile(path, _memfd(path.name)), spec.size_bytes
         while left and (sent := os.sendfile(file.descriptor, source, None, left)):
@@ -234,6 +235,6 @@ def _copied(path: Path, spec: FileSpec) -> SealedFile | str:
 def _memfd(name: str) -> int:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        return os.memfd_create(name, flags | NOEXEC)  # hardened systems (vm.memfd_noexec=2) allow no others
+        return os.memfd_create(name, flags | NOEXEC)  # hardened systems (vm.memfd_noexec=2) require it
     except OSError:
         return os.memfd_create(name, flags)

@@ -1,4 +1,4 @@
-"""Arrays that a bundle stores: mapped, or checked before anything is looked up with them."""
+"""Arrays that a bundle stores: mapped, and checked before use."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from unipinrec.runtime.requests import YEAR_10000_MS
 Arrays = Mapping[str, NDArray[Any]]
 DTYPES = {"F32": "<f4", "I32": "<i4"}
 Bounds = Mapping[str, tuple[int, int]]
+Shapes = dict[str, tuple[str, tuple[int | str, ...]]]
 
 
 def map_tensor(file: SealedFile, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Map one tensor of a safetensors file; the library itself only copies.
+    """Map one tensor of a safetensors file; the library itself can only copy it.
 
     Raises:
-        BundleError: The file lacks it, or it is of another type or shape.
+        BundleError: The file lacks the tensor, or it has another type or shape.
     """
     offsets = tensor_offsets(file)
     if name not in offsets:
         raise BundleError(f"{file}: does not contain tensor {name}; export the bundle again")
-    *given, begin = offsets[name]
-    if given != [dtype, shape]:
-        raise BundleError(f"{file}: {name} is {tuple(given)}, expected {(dtype, shape)}; export the bundle again")
+    *stored, begin = offsets[name]
+    if stored != [dtype, shape]:
+        raise BundleError(f"{file}: {name} is {tuple(stored)}, expected {(dtype, shape)}; export the bundle again")
     return np.asarray(np.memmap(os.fspath(file), dtype=DTYPES[dtype], mode="r", offset=begin, shape=shape))
 
 
 def tensor_offsets(file: SealedFile) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Type, shape and place in the file of every tensor; the library checks that they are consistent.
+    """Type, shape and offset in the file of every tensor; the library checks that they are consistent.
 
     Raises:
-        BundleError: The file is none of safetensors.
+        BundleError: It is not a safetensors file.
     """
     try:
         with safe_open(os.fspath(file), framework="numpy") as tensors:
@@ -58,12 +59,12 @@ def tensor_offsets(file: SealedFile) -> dict[str, tuple[str, tuple[int, ...], in
 
 
 def check_users(path: Path, arrays: Arrays, manifest: Manifest, users: int) -> None:
-    """Check the events of so many sample users.
+    """Check the events of sample users.
 
     Raises:
-        BundleError: One of the arrays is missing, of the wrong type or shape, or holds what the bundle does not have.
+        BundleError: An array is missing, has the wrong type or shape, or a value that does not fit the bundle.
     """
-    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+    shapes: Shapes = {
         "item_rows": ("int64", ("events",)),
         "actions": ("uint8", ("events", len(manifest.actions))),
         "surfaces": ("int64", ("events",)),
@@ -77,13 +78,13 @@ def check_users(path: Path, arrays: Arrays, manifest: Manifest, users: int) -> N
 
 
 def check_golden(path: Path, arrays: Arrays, manifest: Manifest) -> None:
-    """Check the inputs of golden requests; their outputs are compared with what the graphs give.
+    """Check the inputs of golden requests; `compare_golden` checks their outputs.
 
     Raises:
         BundleError: See `check_users`.
     """
-    history: tuple[str, str] = ("batch", "history")
-    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+    history = ("batch", "history")
+    shapes: Shapes = {
         "history.item_rows": ("int64", history),
         "history.actions": ("float32", (*history, len(manifest.actions))),
         "history.surfaces": ("int64", history),
@@ -94,16 +95,15 @@ def check_golden(path: Path, arrays: Arrays, manifest: Manifest) -> None:
         "candidates.surfaces": ("int64", ("batch",)),
         "candidates.timestamps_ms": ("int64", ("batch",)),
     }
-    events, surfaces = _event_bounds(manifest), (0, len(manifest.surfaces) - 1)
-    longest = (
-        min(manifest.model.max_history, arrays["history.item_rows"].shape[-1]) if "history.item_rows" in arrays else 0
-    )
+    events = _event_bounds(manifest)
+    rows = arrays.get("history.item_rows", np.zeros(0))
+    longest = min(manifest.model.max_history, rows.shape[-1])
     bounds = {
         **{f"history.{name}": bound for name, bound in events.items()},
         "history.lengths": (1, longest),
         "prefix_lengths": (0, longest),
         "candidates.rows": events["item_rows"],
-        "candidates.surfaces": surfaces,
+        "candidates.surfaces": events["surfaces"],
         "candidates.timestamps_ms": events["timestamps_ms"],
     }
     _check(path, arrays, shapes, bounds)
@@ -117,7 +117,7 @@ def _event_bounds(manifest: Manifest) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check(path: Path, arrays: Arrays, shapes: Mapping[str, tuple[str, tuple[int | str, ...]]], bounds: Bounds) -> None:
+def _check(path: Path, arrays: Arrays, shapes: Shapes, bounds: Bounds) -> None:
     specs = [TensorSpec(name=name, dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()]
     missing = sorted(set(shapes) - set(arrays))
     if missing:
@@ -128,4 +128,4 @@ def _check(path: Path, arrays: Arrays, shapes: Mapping[str, tuple[str, tuple[int
         raise BundleError(f"{path}: {error}; export the bundle again") from error
     for name, (least, most) in bounds.items():
         if not least <= arrays[name].min() <= arrays[name].max() <= most:
-            raise BundleError(f"{path}: {name} is not from {least} to {most} everywhere; export the bundle again")
+            raise BundleError(f"{path}: a value of {name} is not from {least} to {most}; export the bundle again")

@@ -1,9 +1,9 @@
-"""The seam to engines that run graphs, ONNX Runtime and OpenVINO behind it, and the four graphs as methods.
+"""The graphs of a bundle as methods, the interface to inference engines, and its implementations.
 
-backend.py       the seam to an inference engine, and its tensors
+backend.py       the interface to an inference engine, and its tensors
 engine.py        the graphs as methods over arrays and device tensors
-mock.py          graphs that are functions, for tests
+mock.py          a backend for tests, with functions as graphs
 openvino_cpu.py  OpenVINO
-ort_cpu.py       ONNX Runtime on the CPU, and what both of its backends share
+ort_cpu.py       ONNX Runtime on the CPU, and code that both of its backends share
 ort_cuda.py      ONNX Runtime on a GPU, never silently on the CPU
 """

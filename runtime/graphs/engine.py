@@ -1,6 +1,6 @@
 """The four graphs as four methods over arrays and device tensors.
 
-Knows how histories are padded and which tensor goes where; refuses to know external ids, indexes and requests.
+This module pads histories and names tensors; it knows no external ids, indexes or requests.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
-from unipinrec.runtime.graphs.backend import CPU, Backend, Device, HostTensor, on_host, row_of
+from unipinrec.runtime.graphs.backend import CPU, Backend, Device
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.requests import History
 
-LANE_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond; less is not worth a thread
+THREAD_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond, the least worth a thread
 Scalar = TypeVar("Scalar", bound=np.generic)
 Inputs = dict[str, NDArray[Any] | Tensor]
 
@@ -47,14 +47,8 @@ class HistoryBatch:
 
     def part(self, start: int, stop: int) -> HistoryBatch:
         """Events `start` up to `stop` of histories of equal length."""
-        window = slice(start, stop)
-        return HistoryBatch(
-            item_rows=self.item_rows[:, window],
-            actions=self.actions[:, window],
-            surfaces=self.surfaces[:, window],
-            timestamps_ms=self.timestamps_ms[:, window],
-            lengths=np.minimum(self.lengths, stop) - start,
-        )
+        columns = {name: values[:, start:stop] for name, values in vars(self).items() if name != "lengths"}
+        return HistoryBatch(**columns, lengths=np.minimum(self.lengths, stop) - start)
 
     def last_timestamps_ms(self) -> NDArray[np.int64]:
         """Time of each row's last event, [B]."""
@@ -64,7 +58,7 @@ class HistoryBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What an encoded batch leaves on the device, for retrieval, ranking and extension.
+    """An encoded batch on the device, ready for retrieval, ranking and extension.
 
     Attributes:
         key_values: Per-layer key and value [B, H_kv, slots, D] in layer order, right-padded, prefix slots included.
@@ -85,20 +79,15 @@ class Encoded:
 
 def pad_histories(histories: Sequence[History]) -> HistoryBatch:
     """Right-pad histories into one batch."""
-    return HistoryBatch(
-        item_rows=pad_rows([history.item_rows for history in histories]),
-        actions=pad_rows([history.actions for history in histories]),
-        surfaces=pad_rows([history.surfaces for history in histories]),
-        timestamps_ms=pad_rows([history.timestamps_ms for history in histories]),
-        lengths=np.array([len(history) for history in histories], np.int64),
-    )
+    columns = {name: pad_rows([getattr(history, name) for history in histories]) for name in vars(histories[0])}
+    return HistoryBatch(**columns, lengths=np.array(list(map(len, histories)), np.int64))
 
 
 def pad_rows(rows: Sequence[NDArray[Scalar]]) -> NDArray[Scalar]:
     """Right-pad arrays [n_i, ...] with zeros into [B, max n_i, ...]."""
     padded = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
+    for slot, row in zip(padded, rows, strict=True):
+        slot[: len(row)] = row
     return padded
 
 
@@ -106,7 +95,7 @@ class Engine:
     """Runs a model's graphs on a backend over one item table; safe to call from several threads.
 
     Attributes:
-        device: What the backend runs on, and why.
+        device: Device of the backend, and why it was chosen.
     """
 
     def __init__(
@@ -122,21 +111,21 @@ class Engine:
         """Load a bundle's fp32 graphs in ONNX Runtime on the CPU.
 
         Raises:
-            BackendError: It is missing, or does not load a graph.
+            BackendError: ONNX Runtime is missing, or does not load a graph.
         """
         return cls(OrtBackend(bundle.graph_files()), bundle.manifest.model, bundle.item_vectors)
 
     def close(self) -> None:
-        """Release the graphs and the memory that they take; requests that are under way, and later ones, fail."""
+        """Release the graphs and their memory; running and later requests fail."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.backend.close()
 
     def require_process(self) -> None:
-        """Refuse to run in a fork, which has none of the threads that it would wait for.
+        """Check that this process opened the graphs: a fork has no threads to run them.
 
         Raises:
-            BackendError: This process is not the one that opened the graphs.
+            BackendError: This process is a fork.
         """
         if os.getpid() != self._process:
             raise BackendError(
@@ -146,7 +135,7 @@ class Engine:
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
-        """Hold while a batch is computed: batches that are computed at the same time share the threads of ranking."""
+        """Hold while a batch is computed; concurrent batches share the threads of ranking."""
         with self._lock:
             self._batches += 1
         try:
@@ -166,27 +155,21 @@ class Engine:
         )
 
     def prefill(self, batch: HistoryBatch) -> Encoded:
-        """Encode histories as `encode` does; a single long one in chunks, each of which sees what came before it.
+        """Encode histories like `encode`; a single long one in chunks, each of which attends to the chunks before it.
 
-        A graph's causal attention computes all n x n scores and hides half of them; chunks leave most of those out.
+        A graph's causal attention computes all n x n scores and hides half of them; chunks avoid most of the hidden
+        half.
         """
-        events, chunk = len(batch), self.backend.prefill_chunk
+        events, chunk, prefix = len(batch), self.backend.prefill_chunk, self.model.kv_prefix_slots
         if chunk is None or events <= chunk or len(batch.lengths) > 1:
             return self.encode(batch)
         size = -(-events // -(-events // chunk))  # chunks of nearly equal size
         done = self.encode(batch.part(0, size))
-        buffer = KvBuffer(self.model, 1, events + self.model.kv_prefix_slots)
-        buffer.put(0, 0, row_of(on_host(done.key_values), 0, size + self.model.kv_prefix_slots))
+        buffer = KvBuffer(self.model, 1, events + prefix)
+        buffer.put(0, 0, row_of(on_host(done.key_values), 0, size + prefix))
         for start in range(size, events, size):
-            part, slots = batch.part(start, start + size), start + self.model.kv_prefix_slots
-            added, last = self.encode_new(replace(done, key_values=buffer.beginning(slots)), part)
-            buffer.put(0, slots, row_of(on_host(added), 0, len(part)))
-            done = Encoded(
-                key_values=buffer.tensors(),
-                lengths=done.lengths + part.lengths,
-                last_timestamps_ms=part.last_timestamps_ms(),
-                last_hidden_state=last,
-            )
+            past = replace(done, key_values=buffer.beginning(start + prefix))
+            done = self.extend_in_place(buffer, past, batch.part(start, start + size))
         return done
 
     def extend(self, past: Encoded, batch: HistoryBatch) -> Encoded:
@@ -203,8 +186,8 @@ class Engine:
         """Encode the events that follow a past, and put their keys and values behind it.
 
         Args:
-            buffer: What the past's keys and values lie in; its other slots are zero, and enough for the new events.
-            past: See `Encoded.over`.
+            buffer: Holds the past's keys and values; its other slots are zero, and suffice for the new events.
+            past: The past, whose keys and values are views or copies of the buffer's.
             batch: The new events.
         """
         new, last_hidden_state = self.encode_new(past, batch)
@@ -219,36 +202,32 @@ class Engine:
         )
 
     def encode_new(self, past: Encoded, batch: HistoryBatch) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The extend graph itself: the new events' keys/values [B, H_kv, m, D], and the last hidden state [B, d]."""
+        """Run the extend graph: the new events' keys/values [B, H_kv, m, D], and the last hidden state [B, d]."""
         outputs = self.backend.run("extend", {**self._event_inputs(batch), **self._past_inputs(past)})
         return tuple(outputs[name] for name in self.model.kv_names("present")), outputs["last_hidden_state"]
 
     def retrieve(self, encoded: Encoded, outcomes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Query vectors [B, Q, E]; `outcomes` [B, C] is read only by models that are conditioned on it."""
+        """Query vectors [B, Q, E]; only models that are conditioned on outcomes read `outcomes` [B, C]."""
         inputs: Inputs = {"last_hidden_state": encoded.last_hidden_state}
         if self.model.outcome_conditioned:
             inputs["outcomes"] = outcomes
         return self.backend.run("retrieval", inputs)["queries"].numpy()
 
     def rank(
-        self,
-        encoded: Encoded,
-        candidates: NDArray[np.int64],
-        surfaces: NDArray[np.int64],
-        now_ms: NDArray[np.int64],
+        self, encoded: Encoded, candidates: NDArray[np.int64], surfaces: NDArray[np.int64], now_ms: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Action logits [B, k, C] of candidate rows [B, k], shown at `surfaces` [B] and `now_ms` [B].
 
         Raises:
             BackendError: The run failed or gave values that are not finite.
         """
-        request: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
+        inputs: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
-        lanes = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // LANE_WORK))
-        mine, *others = np.array_split(candidates, lanes, axis=1)
+        parts = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // THREAD_WORK))
+        first, *others = np.array_split(candidates, parts, axis=1)
         try:
-            running = [self._threads.submit(self._logits, request, part) for part in others]
-            logits = np.concatenate([self._logits(request, mine), *(lane.result() for lane in running)], axis=1)
+            running = [self._threads.submit(self._logits, inputs, part) for part in others]
+            logits = np.concatenate([self._logits(inputs, first), *(run.result() for run in running)], axis=1)
         except (RuntimeError, CancelledError) as error:
             if not self._closed:
                 raise
@@ -257,14 +236,12 @@ class Engine:
             raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
         return logits
 
-    def _logits(self, request: Inputs, candidates: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of candidates [B, k], in runs of no more than a chunk; `request` holds the ranker's other inputs."""
-        count = candidates.shape[1]
-        parts = np.array_split(candidates, -(-count // (self.backend.rank_chunk or count)), axis=1)
-        runs = [
-            self.backend.run("ranker", {**request, "candidate_vectors": self.item_vectors[part]})["logits"].numpy()
-            for part in parts
-        ]
+    def _logits(self, inputs: Inputs, candidates: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of candidates [B, k], in runs of one chunk at most; `inputs` holds the ranker's other inputs."""
+        count, runs = candidates.shape[1], []
+        for part in np.array_split(candidates, -(-count // (self.backend.rank_chunk or count)), axis=1):
+            vectors = self.item_vectors[part]
+            runs.append(self.backend.run("ranker", {**inputs, "candidate_vectors": vectors})["logits"].numpy())
         return np.concatenate(runs, axis=1)
 
     def _event_inputs(self, batch: HistoryBatch) -> Inputs:
@@ -285,7 +262,7 @@ class Engine:
 
 
 class KvBuffer:
-    """Keys and values of `batch` histories of at most `slots` slots each; zero where nothing was put.
+    """Keys and values of `batch` histories of at most `slots` slots each; clear the slots that are not put.
 
     Attributes:
         values: [2 * layers, batch, H_kv, slots, D] f32, in layer order, the key before the value.
@@ -304,15 +281,46 @@ class KvBuffer:
         return tuple(HostTensor(np.ascontiguousarray(values[:, :, :slots])) for values in self.values)
 
     def row(self, row: int) -> NDArray[np.float32]:
-        """One history, [2 * layers, H_kv, slots, D], a view to write to."""
+        """A writable view of one history, [2 * layers, H_kv, slots, D]."""
         view: NDArray[np.float32] = self.values[:, row]
         return view
 
     def put(self, row: int, first: int, key_values: Sequence[NDArray[np.float32]]) -> None:
         """Put each tensor's slots [H_kv, m, D] into slots `first` up to `first + m` of a row."""
-        for place, given in zip(self.values, key_values, strict=True):
-            place[row, :, first : first + given.shape[1]] = given
+        for values, new in zip(self.values, key_values, strict=True):
+            values[row, :, first : first + new.shape[1]] = new
 
     def clear_from(self, row: int, slots: int) -> None:
-        """Zero all slots from `slots` on: attention skips them, but not if they hold something that is no number."""
+        """Zero all slots from `slots` on: attention masks them, but a NaN there would still spread."""
         self.values[:, row, :, slots:] = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class HostTensor:
+    """A numpy array as a `Tensor`."""
+
+    values: NDArray[Any]
+
+    @property
+    def dtype(self) -> str:
+        """See `Tensor.dtype`."""
+        return self.values.dtype.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Tensor.shape`."""
+        return self.values.shape
+
+    def numpy(self) -> NDArray[Any]:
+        """See `Tensor.numpy`."""
+        return self.values
+
+
+def on_host(key_values: Sequence[Tensor]) -> tuple[HostTensor, ...]:
+    """Per-layer tensors on the host; each is copied there once at most, however many rows are read."""
+    return tuple(HostTensor(tensor.numpy()) for tensor in key_values)
+
+
+def row_of(key_values: Sequence[Tensor], row: int, slots: int) -> list[NDArray[np.float32]]:
+    """The first slots of one row of per-layer tensors [B, H_kv, >= slots, D]: views [H_kv, slots, D]."""
+    return [tensor.numpy()[row, :, :slots] for tensor in key_values]

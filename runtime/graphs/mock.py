@@ -1,4 +1,4 @@
-"""A backend for tests of code around a recommender: its graphs are functions."""
+"""A backend for tests of code around a recommender: functions stand in for the graphs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
-from unipinrec.runtime.graphs.backend import HostTensor, host_array, opened
+from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs, host_array
+from unipinrec.runtime.graphs.backend import Graphs
+from unipinrec.runtime.graphs.engine import HostTensor
 
 Arrays = dict[str, NDArray[Any]]
 Handler = Callable[[Arrays], Arrays]
 
 
 class MockBackend:
-    """Graphs that answer what functions return, and zeros where there is none; see `Backend`.
+    """A backend without an inference engine: functions compute the outputs, or they are zeros; see `Backend`.
 
-    It needs no inference engine. Pass it as the device: `Recommender.load(bundle, MockBackend(bundle.manifest.graphs,
-    ranker=rank), verify=False)`. What a function raises comes out of `recommend`.
+    Pass it as the device: `Recommender.load(bundle, MockBackend(bundle.manifest.graphs, ranker=rank), verify=False)`.
+    `recommend` raises the exceptions of the functions.
     """
 
     prefill_chunk: int | None = None
@@ -27,36 +29,45 @@ class MockBackend:
     rank_runs: int = 1
 
     def __init__(self, graphs: Mapping[str, GraphSpec], **handlers: Handler) -> None:
-        """Answer for graphs.
+        """Mock graphs.
 
         Args:
-            graphs: What the manifest says of them; inputs and outputs are held to it.
-            **handlers: By graph, from all inputs to some or all outputs, by name.
+            graphs: Their specs in the manifest; inputs and outputs are checked against them.
+            **handlers: By graph, a function from all inputs to some or all outputs, by name.
+
+        Raises:
+            BackendError: A handler is for no graph.
         """
-        self._graphs, self._handlers = dict(graphs), handlers
+        if foreign := sorted(set(handlers) - set(graphs)):
+            raise BackendError(f"{foreign} are no graphs; there are {sorted(graphs)}")
+        self._graphs, self._handlers = Graphs(graphs), handlers
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`; an output that does not fit the manifest is a `BackendError` as well."""
-        spec = opened(self._graphs, graph)
+        spec = self._graphs[graph]
         check_inputs(graph, spec.inputs, inputs)
         arrays = {name: host_array(value) for name, value in inputs.items()}
         sizes = {
             str(dimension): size
-            for one in spec.inputs
-            for dimension, size in zip(one.shape, arrays[one.name].shape, strict=True)
+            for tensor in spec.inputs
+            for dimension, size in zip(tensor.shape, arrays[tensor.name].shape, strict=True)
         }
-        outputs = {one.name: np.zeros([_size(each, sizes) for each in one.shape], one.dtype) for one in spec.outputs}
+        outputs = {out.name: np.zeros([_size(size, sizes) for size in out.shape], out.dtype) for out in spec.outputs}
         if graph in self._handlers:
-            outputs |= self._handlers[graph](arrays)
+            result = self._handlers[graph](arrays)
+            if not isinstance(result, Mapping) or not set(result) <= set(outputs):
+                kind = sorted(result) if isinstance(result, Mapping) else type(result).__name__
+                raise BackendError(f"{graph}: the function returned {kind}, not some of the outputs {sorted(outputs)}")
+            outputs |= result
         check_inputs(graph, (*spec.inputs, *spec.outputs), {**inputs, **outputs})
         return {name: HostTensor(value) for name, value in outputs.items()}
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._graphs = {}
+        self._graphs = Graphs()
 
 
 def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:
-    """Of an output's dimension: a number, the name of an input's, or such a name "+ 1"."""
+    """Size of an output's dimension: a number, the name of an input's dimension, or such a name "+ 1"."""
     name, _, more = str(dimension).partition(" + ")
     return sizes.get(name, 0) + int(more or 0) if isinstance(dimension, str) else dimension

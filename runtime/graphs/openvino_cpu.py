@@ -1,9 +1,9 @@
-"""OpenVINO on the CPU, wrapped here and nowhere else.
+"""OpenVINO on the CPU; no other module uses it.
 
-Two things it gets wrong on the CPU, both without a word. It computes 64-bit integers in 32 bits, so that a Unix time in
-milliseconds comes out as another number. And at bf16 it multiplies positions and times into angles in bf16, which is
-off by a radian at the five hundredth event. So all that is computed on 64-bit times, and all sines and cosines, are cut
-out of each graph and left to OpenVINO's reference interpreter, which is exact (`_cut_exact`): 0.2 to 0.7 ms per run.
+On the CPU OpenVINO silently computes two things wrongly. It computes 64-bit integers in 32 bits, which corrupts Unix
+times in milliseconds. At bf16 it also computes the angles of positions and times in bf16, which is wrong by a radian
+at the five hundredth event. So `_cut_exact` cuts all computation on 64-bit times, and all sines and cosines, out of
+each graph. OpenVINO's reference interpreter runs that part exactly, in 0.2 to 0.7 ms per run.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs, host_array
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import host_array, opened
-from unipinrec.runtime.machine import has_bf16, thread_count
+from unipinrec.runtime.graphs.backend import Graphs, Precision
+from unipinrec.runtime.machine import LIBC, has_bf16, thread_count
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours: OpenVINO's
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 ATTENTION = ("ScaledDotProductAttention", "Softmax")
 NO_BF16 = (
-    "this CPU has no bf16 instructions (AMX or AVX-512 BF16), and OpenVINO would compute in another precision or "
-    "emulate it slowly; use device openvino or cpu"
+    "this CPU has no bf16 instructions (AMX or AVX-512 BF16), so OpenVINO would compute in another precision or "
+    "emulate bf16 slowly; use device openvino or cpu"
 )
-TIME_SUFFIX = "timestamps_ms"  # how the names of all inputs end that hold times
+TIME_SUFFIX = "timestamps_ms"  # of the names of all inputs that hold times
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenVinoTensor:
-    """An `ov.Tensor`; see `Tensor`. It and its views keep its memory."""
+    """An `ov.Tensor`; see `Tensor`. It and its views keep its memory alive."""
 
     value: Any
 
@@ -46,9 +46,10 @@ class OpenVinoTensor:
         """See `Tensor.dtype`."""
         return str(self.value.data.dtype)
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """See `Tensor.shape`."""
-        return list(self.value.shape)
+        return tuple(self.value.shape)
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`."""
@@ -61,9 +62,9 @@ class _Graph:
     """A graph cut in two.
 
     Attributes:
-        inputs: What the whole graph takes.
-        exact: `ov.Model` that is interpreted; None where there is nothing that has to be.
-        compiled: `ov.CompiledModel` of everything else. Its last inputs are the outputs of `exact`, in order.
+        inputs: Inputs of the whole graph.
+        exact: The interpreted `ov.Model`; None if no part must be exact.
+        compiled: `ov.CompiledModel` of the rest. Its last inputs are the outputs of `exact`, in order.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -74,9 +75,8 @@ class _Graph:
 class OpenVinoBackend:
     """The graphs of a bundle in OpenVINO on the CPU; see `Backend`.
 
-    No values are copied on the way in or out, except arrays that are read-only or not contiguous: inputs are read
-    where they lie, and outputs belong to the infer request that a run makes for itself and lets go, so that nothing
-    writes to them again. At bf16 keys, values and all other outputs are still f32 tensors.
+    Inputs are not copied, unless they are read-only or not contiguous. Outputs are not copied either: each run makes
+    its own infer request, which owns them, so no later run overwrites them. At bf16 all outputs are still f32.
     """
 
     prefill_chunk: int | None = None
@@ -89,15 +89,15 @@ class OpenVinoBackend:
         specs: Mapping[str, GraphSpec],
         threads: int | None = None,
         *,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
     ) -> None:
         """Load and compile graphs; no file is written.
 
         Args:
             graphs: Each graph by name.
-            specs: What the manifest says of them; OpenVINO does not keep the names of dimensions.
-            threads: Threads of one run; None = what this process may use.
-            precision: What matrix products, attention and what lies between them are computed in.
+            specs: Their specs in the manifest; OpenVINO does not keep the names of dimensions.
+            threads: Threads of one run; None = all that this process may use.
+            precision: Precision of matrix products, attention and the operators between them: fp32 or bf16.
 
         Raises:
             BackendError: OpenVINO is missing or does not load a graph, or this CPU does not compute in `precision`.
@@ -110,18 +110,18 @@ class OpenVinoBackend:
         self.version: str = self._ov.__version__
         log.info("OpenVINO %s on the CPU, %s, %d threads", self.version, precision, self.threads)
         self._core = self._ov.Core()
-        self._core.set_property({"ENABLE_MMAP": False})  # the files are gone when it has read them
+        self._core.set_property({"ENABLE_MMAP": False})  # the files are deleted after loading
         with _own_signal_stack():
-            self._graphs = {name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()}
+            self._graphs = Graphs({name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()})
 
     def _load(self, graph: GraphFile, inputs: tuple[TensorSpec, ...]) -> _Graph:
-        wanted = PRECISIONS[self.precision]
+        precision = PRECISIONS[self.precision]
         options = {
-            "INFERENCE_PRECISION_HINT": wanted,
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            # Pinned threads of two processes on one machine would wait for the same core beside an idle one.
+            # Pinned threads of two processes on one machine would share a core and leave another one idle.
             "ENABLE_CPU_PINNING": False,
         }
         try:
@@ -134,58 +134,55 @@ class OpenVinoBackend:
         except BackendError:
             raise
         except Exception as error:  # its exceptions share no base class
-            said = " ".join(str(error).split())
-            raise BackendError(f"{graph.name}: OpenVINO {self.version} does not load it: {said}") from error
-        if running != wanted:
-            raise BackendError(f"{graph.name}: OpenVINO would compute in {running}, not in {wanted}; use device cpu")
+            message = " ".join(str(error).split())
+            raise BackendError(f"{graph.name}: OpenVINO {self.version} does not load it: {message}") from error
+        if running != precision:
+            raise BackendError(f"{graph.name}: OpenVINO would compute in {running}, not in {precision}; use device cpu")
         return _Graph(inputs=inputs, exact=exact, compiled=compiled)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
-        """See `Backend.run`. Runs of one graph that come in together are computed one after the other."""
-        parts = opened(self._graphs, graph)
+        """See `Backend.run`. Concurrent runs of one graph are computed one after the other."""
+        parts = self._graphs[graph]
         check_inputs(graph, parts.inputs, inputs)
         try:
-            tensors = {name: self._value(given) for name, given in inputs.items()}
-            return self._infer(parts, tensors)
+            return self._infer(parts, {name: self._value(tensor) for name, tensor in inputs.items()})
         except Exception as error:  # its exceptions share no base class
             raise BackendError(f"{graph}: OpenVINO failed: {error}") from error
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._graphs = {}
+        self._graphs = Graphs()
 
     def _infer(self, graph: _Graph, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        # Of its own for each run: the next run of a request would overwrite its outputs.
+        # A new one for each run: a second run would overwrite its outputs.
         request = graph.compiled.create_infer_request()
         exact = [] if graph.exact is None else self._interpret(graph.exact, tensors)
         ports = graph.compiled.inputs
-        given = len(ports) - len(exact)
-        for port in ports[:given]:
-            request.set_tensor(port, tensors[port.any_name])
-        for port, tensor in zip(ports[given:], exact, strict=True):
+        outside = [tensors[port.any_name] for port in ports[: len(ports) - len(exact)]]
+        for port, tensor in zip(ports, [*outside, *exact], strict=True):
             request.set_tensor(port, tensor)
-        request.infer(share_outputs=True)  # else its return value, unused here, is a copy of all outputs
+        request.infer(share_outputs=True)  # else it returns a copy of all outputs, unused here
         return {port.any_name: OpenVinoTensor(value=request.get_tensor(port)) for port in graph.compiled.outputs}
 
     def _interpret(self, model: Any, tensors: Mapping[str, Any]) -> list[Any]:
         """Outputs of the exact part."""
         outputs = [self._ov.Tensor(port.element_type, [0] * len(port.partial_shape)) for port in model.outputs]
         if not model.evaluate(outputs, [tensors[port.any_name] for port in model.inputs]):
-            raise RuntimeError("the interpreter cannot evaluate what the graph does with times and positions")
+            raise RuntimeError("the interpreter cannot evaluate the graph's part for times and positions")
         return outputs
 
-    def _value(self, given: NDArray[Any] | Tensor) -> Any:
-        if isinstance(given, OpenVinoTensor):
-            return given.value
-        array = np.ascontiguousarray(host_array(given))
+    def _value(self, tensor: NDArray[Any] | Tensor) -> Any:
+        if isinstance(tensor, OpenVinoTensor):
+            return tensor.value
+        array = np.ascontiguousarray(host_array(tensor))
         return self._ov.Tensor(array, shared_memory=array.flags.writeable)
 
 
 def _drop_attention_guards(model: Any) -> None:
-    """Undo what OpenVINO's ONNX reader puts around attention: zero in place of NaN, for queries that may see nothing.
+    """Remove the guard of OpenVINO's ONNX reader around attention: zero instead of NaN if a query attends to nothing.
 
-    It keeps OpenVINO from fusing attention, which then takes more than twice as long. In the bundle's graphs every
-    query sees a slot; where one does not, NaN comes out, which neither the golden requests nor `Engine.rank` let pass.
+    The guard keeps OpenVINO from fusing attention, which then takes more than twice as long. In a bundle's graphs every
+    query attends to a slot. If one did not, the golden requests and `Engine.rank` would reject the NaN.
     """
     for node in model.get_ordered_ops():
         guarded = node.input_value(0) if node.get_type_name() == "IsNaN" else None
@@ -199,20 +196,19 @@ def _drop_attention_guards(model: Any) -> None:
 
 
 def _cut_exact(ov: Any, model: Any) -> Any | None:
-    """Take out of a model what has to be exact, and return it as a model of its own; None if there is nothing.
+    """Cut the part that must be exact out of a model and return it as a model; None if there is no such part.
 
-    That is all that is computed on 64-bit times until it is no 64-bit integer any more, and all sines and cosines with
-    what leads to them. In `model`, new parameters take the place of the values that are read beyond the cut, behind
-    all others; the returned model computes these in that order.
+    It holds all computation on 64-bit times while they are 64-bit integers, and all sines and cosines with the nodes
+    they depend on. `model` gets a new parameter for each value of that part that it reads, after its other parameters.
+    The returned model computes these values in that order.
     """
     times = _read_times(ov, model)
     waves = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
     inside = times.keys() | _above(waves).keys()
-    ports = [
-        port for node in (*times.values(), *waves) for port in node.outputs() if port.get_element_type() != ov.Type.i64
-    ]
     narrow = []
-    for port in ports:
+    for port in (port for node in (*times.values(), *waves) for port in node.outputs()):
+        if port.get_element_type() == ov.Type.i64:
+            continue
         readers = [target for target in port.get_target_inputs() if target.get_node().get_name() not in inside]
         if readers:
             parameter = ov.op.Parameter(port.get_element_type(), port.get_partial_shape())
@@ -221,14 +217,12 @@ def _cut_exact(ov: Any, model: Any) -> Any | None:
             model.add_parameters([parameter])
             narrow.append(port)
     model.validate_nodes_and_infer_types()
-    given = [
-        node for node in _above([port.get_node() for port in narrow]).values() if node.get_type_name() == "Parameter"
-    ]
-    return ov.Model(narrow, given) if narrow else None
+    sources = _above([port.get_node() for port in narrow]).values()
+    return ov.Model(narrow, [node for node in sources if node.get_type_name() == "Parameter"]) if narrow else None
 
 
 def _read_times(ov: Any, model: Any) -> dict[str, Any]:
-    """The nodes that read 64-bit times, or 64-bit values made of them, by name; not those that read their shape."""
+    """The nodes that read 64-bit times or 64-bit values computed from them, by name; not those that read a shape."""
     wide = {_key(node.output(0)) for node in model.get_parameters() if node.output(0).any_name.endswith(TIME_SUFFIX)}
     readers = {}
     for node in model.get_ordered_ops():
@@ -239,20 +233,20 @@ def _read_times(ov: Any, model: Any) -> dict[str, Any]:
 
 
 def _key(port: Any) -> tuple[str, int]:
-    """What tells one value of a model from another: Python's objects for them do not compare."""
+    """Key of a value of a model: OpenVINO's objects for one value do not compare as equal."""
     return port.get_node().get_name(), port.get_index()
 
 
 def _above(nodes: list[Any]) -> dict[str, Any]:
-    """Nodes and all that they are computed from, by name."""
-    found: dict[str, Any] = {}
+    """The nodes and all nodes that they depend on, by name."""
+    by_name: dict[str, Any] = {}
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
-        if node.get_name() not in found:
-            found[node.get_name()] = node
+        if node.get_name() not in by_name:
+            by_name[node.get_name()] = node
             waiting.extend(port.get_node() for port in node.input_values())
-    return found
+    return by_name
 
 
 class _SignalStack(ctypes.Structure):
@@ -261,24 +255,21 @@ class _SignalStack(ctypes.Structure):
 
 @contextmanager
 def _own_signal_stack() -> Iterator[None]:
-    """Take from the calling thread the stack for signals that OpenVINO gives it with each `Core`.
+    """Restore the calling thread's stack for signals, which OpenVINO replaces for each `Core`.
 
-    Of two, the first to go frees its stack and the second gives it back to the thread: the next signal, such as Ctrl-C,
-    then ends the process with SIGSEGV.
+    Otherwise, with two cores, the first to be freed frees its stack and the second hands that stack back to the thread.
+    The next signal, such as Ctrl-C, then ends the process with SIGSEGV.
     """
-    library, before = ctypes.CDLL(None), _SignalStack()
-    if not hasattr(library, "sigaltstack"):
-        yield
-        return
-    library.sigaltstack(None, ctypes.byref(before))
+    before = _SignalStack()
+    LIBC.sigaltstack(None, ctypes.byref(before))
     try:
         yield
     finally:
-        library.sigaltstack(ctypes.byref(before), None)
+        LIBC.sigaltstack(ctypes.byref(before), None)
 
 
 def import_openvino() -> Any:
-    """The openvino module, kept from reporting its use.
+    """The openvino module, with its usage reports switched off.
 
     Raises:
         BackendError: It is not installed.

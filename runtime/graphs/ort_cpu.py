@@ -1,9 +1,8 @@
-"""ONNX Runtime on the CPU, and what its other backend shares with this one: sessions and tensors."""
+"""ONNX Runtime on the CPU, and the sessions and tensors that both of its backends share."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import os
 import platform
@@ -19,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import REDUCED, Tensor, TensorSpec, check_inputs
+from unipinrec.runtime.bundle.manifest import REDUCED, Tensor, TensorSpec, check_inputs, host_array, in_type, widened
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import host_array, in_type, opened, widened
-from unipinrec.runtime.machine import thread_count
+from unipinrec.runtime.graphs.backend import Graphs
+from unipinrec.runtime.machine import LIBC, thread_count
 
 FLUSH_DENORMALS = 0x8040  # MXCSR: flush to zero, denormals are zero
 MXCSR = 7  # its word in fenv_t of x86-64 Linux, glibc and musl alike
@@ -46,7 +45,7 @@ class OrtTensor:
 
     Attributes:
         value: The `OrtValue`.
-        owner: What its memory belongs to, kept as long as this is; None = itself.
+        owner: Object that owns its memory, kept alive by this tensor; None = the value itself.
     """
 
     value: Any
@@ -55,18 +54,19 @@ class OrtTensor:
     @property
     def dtype(self) -> str:
         """See `Tensor.dtype`."""
-        return _type_name(self.value.data_type())
+        ort_type: str = self.value.data_type()
+        return TYPES.get(ort_type, ort_type)
 
-    def shape(self) -> list[int]:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """See `Tensor.shape`."""
-        sizes: list[int] = self.value.shape()
-        return sizes
+        return tuple(self.value.shape())
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`."""
         if self.dtype != "bfloat16":
             return widened(self.value.numpy())
-        host = np.empty(self.shape(), REDUCED["bfloat16"])  # ONNX Runtime makes no array of this type by itself
+        host = np.empty(self.shape, REDUCED["bfloat16"])  # ONNX Runtime cannot make an array of this type
         bf16_value(type(self.value), host).update_inplace(self.value)
         return widened(host)
 
@@ -74,9 +74,9 @@ class OrtTensor:
 class OrtBackend:
     """The graphs of a bundle in ONNX Runtime on the CPU; see `Backend`. Tensors are `OrtValue`s, never copied.
 
-    The chunks are those of `bench/chunks.py`: scores of 384 x 1,000 fit the cache, and its attention skips no work.
-    Candidates need nothing of each other, so the ranker has one thread, and as many runs at once as there are threads:
-    no thread waits for others between operators. The retrieval graph is too small for a second thread.
+    `bench/chunks.py` measured the chunks: scores of 384 x 1,000 fit the CPU's cache, and attention skips no work.
+    Candidates are independent, so each ranker run has one thread, and there are as many runs as threads: no thread
+    waits for others between operators. The retrieval graph is too small for a second thread.
     """
 
     prefill_chunk: int | None = 384
@@ -87,26 +87,21 @@ class OrtBackend:
 
         Args:
             graphs: Each graph by name.
-            threads: Threads of one run; None = what this process may use.
+            threads: Threads of one run; None = all that this process may use.
 
         Raises:
             BackendError: ONNX Runtime is missing, or does not load a graph on the CPU.
         """
         self._ort = import_onnxruntime()
-        self.threads = thread_count(threads)
+        self.threads = self.rank_runs = thread_count(threads)
         self.version: str = self._ort.__version__
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
-        self.rank_runs = self.threads
         with flush_denormals():
-            self._sessions = {
-                name: self._load(graph, 1 if name in ONE_THREAD else self.threads) for name, graph in graphs.items()
-            }
-        self._inputs = {
-            name: [_spec(given) for given in session.get_inputs()] for name, session in self._sessions.items()
-        }
-        self._outputs = {
-            name: [output.name for output in session.get_outputs()] for name, session in self._sessions.items()
-        }
+            self._sessions = Graphs(
+                {name: self._load(graph, 1 if name in ONE_THREAD else self.threads) for name, graph in graphs.items()}
+            )
+        self._inputs = {name: list(map(_spec, session.get_inputs())) for name, session in self._sessions.items()}
+        self._outputs = {name: [out.name for out in session.get_outputs()] for name, session in self._sessions.items()}
 
     def _load(self, graph: GraphFile, threads: int) -> Any:
         options = session_options(self._ort, threads)
@@ -115,7 +110,7 @@ class OrtBackend:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
-        session = opened(self._sessions, graph)
+        session = self._sessions[graph]
         check_inputs(graph, self._inputs[graph], inputs)
         try:
             values = {spec.name: ort_value(self._ort, inputs[spec.name], spec.dtype) for spec in self._inputs[graph]}
@@ -127,11 +122,11 @@ class OrtBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._sessions = {}
+        self._sessions = Graphs()
 
 
 def session_options(ort: Any, threads: int) -> Any:
-    """Options that fit a process which holds several sessions: no thread of an idle one spins."""
+    """Options for a process with several sessions: the threads of an idle session do not spin."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -142,7 +137,7 @@ def session_options(ort: Any, threads: int) -> Any:
 def load_session(
     ort: Any, graph: GraphFile, options: Any, provider: str, settings: Mapping[str, str] = MappingProxyType({})
 ) -> Any:
-    """Load a graph on one provider and on no other, from memory: files could change under it.
+    """Load a graph on one provider only, from memory: files could change while they are read.
 
     Args:
         ort: The onnxruntime module.
@@ -152,15 +147,13 @@ def load_session(
         settings: The provider's own options.
 
     Raises:
-        BackendError: ONNX Runtime does not load it, or would run it on another provider, which it does without a word.
+        BackendError: ONNX Runtime does not load it, or would silently run it on another provider.
     """
     try:
-        given = {name: file for name, file in graph.weights.items() if Path(file).stat().st_size}
-        weights = [np.memmap(os.fspath(file), np.uint8, "r") for file in given.values()]
-        options.add_external_initializers_from_files_in_memory(list(given), weights, list(map(len, weights)))
-        session = ort.InferenceSession(
-            graph.content, options, providers=[(provider, dict(settings))], enable_fallback=0
-        )
+        files = {name: file for name, file in graph.weights.items() if Path(file).stat().st_size}
+        weights = [np.memmap(os.fspath(file), np.uint8, "r") for file in files.values()]
+        options.add_external_initializers_from_files_in_memory(list(files), weights, list(map(len, weights)))
+        session = ort.InferenceSession(graph.content, options, [(provider, dict(settings))], enable_fallback=0)
     except Exception as error:  # its exceptions share no base class
         raise BackendError(f"{graph.name}: ONNX Runtime {ort.__version__} does not load it: {error}") from error
     running = session.get_providers()[0]
@@ -169,39 +162,34 @@ def load_session(
     return session
 
 
-def ort_value(ort: Any, given: NDArray[Any] | Tensor, dtype: str) -> Any:
-    """The `OrtValue` of an earlier run as it is, else one over an array, copied if it is rounded or not contiguous."""
-    if isinstance(given, OrtTensor):
-        return given.value
-    values = in_type(host_array(given), dtype)
+def ort_value(ort: Any, tensor: NDArray[Any] | Tensor, dtype: str) -> Any:
+    """The `OrtValue` of an earlier run unchanged, or a new one over an array, see `in_type`."""
+    if isinstance(tensor, OrtTensor):
+        return tensor.value
+    values = in_type(host_array(tensor), dtype)
     if dtype == "bfloat16":
         return bf16_value(ort.OrtValue, values)
     return ort.OrtValue.ortvalue_from_numpy(values)
 
 
 def bf16_value(ort_value: Any, array: NDArray[Any]) -> Any:
-    """An `OrtValue` over a bf16 array, whose type numpy does not tell ONNX Runtime."""
+    """An `OrtValue` over a bf16 array; ONNX Runtime does not recognise numpy's type."""
     return ort_value.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
 
 
-def _spec(given: Any) -> TensorSpec:
-    """A graph input as ONNX Runtime describes it; a dimension without a name or a size is any."""
-    shape = tuple("?" if size is None else size for size in given.shape)
-    return TensorSpec(name=given.name, dtype=_type_name(given.type), shape=shape)
-
-
-def _type_name(ort_type: str) -> str:
-    """Numpy's name of a type."""
-    return TYPES.get(ort_type, ort_type)
+def _spec(tensor: Any) -> TensorSpec:
+    """Spec of a graph input of ONNX Runtime; a dimension without a name or a size may have any size."""
+    shape = tuple("?" if size is None else size for size in tensor.shape)
+    return TensorSpec(name=tensor.name, dtype=TYPES.get(tensor.type, tensor.type), shape=shape)
 
 
 def import_onnxruntime() -> Any:
     """The onnxruntime module.
 
     Raises:
-        BackendError: Neither of its wheels is installed, or one that is known to compute these graphs wrongly.
+        BackendError: Neither of its wheels is installed, or a version that computes these graphs wrongly.
     """
-    # Else it looks up its vendor's collector on the network and writes to ~/.cache; its own switch comes too late.
+    # Else it contacts its vendor's collector on the network and writes to ~/.cache; its own switch comes too late.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime  # noqa: PLC0415 - an extra; the only place that knows it
@@ -213,35 +201,29 @@ def import_onnxruntime() -> Any:
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < RIGHT_SINCE:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} computes these graphs wrongly (1.24) or does not know their opset "
-            "(before it); install version 1.25 or newer"
+            "(older versions); install version 1.25 or newer"
         )
     return onnxruntime
 
 
-@functools.cache
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 @contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Let the calling thread treat denormal numbers as zero, then put its flags back. No effect off Linux on x86-64.
+    """Treat denormal numbers as zero in the calling thread, then restore its flags. Only on Linux on x86-64.
 
-    Masked attention leaves denormal probabilities that slow the next product by a third. ONNX Runtime's own option
-    reaches its pool, the thread that creates the process's first session, and threads started by that one later; a
-    request that comes in on any other thread computes its share without.
+    Masked attention leaves denormal probabilities, which slow the next product by a third. ONNX Runtime's own option
+    covers its thread pool, the thread that creates the process's first session, and later threads of that thread. It
+    does not cover other threads that call `run`.
     """
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         yield
         return
-    library = _c_library()
     environment = (ctypes.c_uint32 * 8)()
-    library.fegetenv(environment)
+    LIBC.fegetenv(environment)
     before = environment[MXCSR]
     environment[MXCSR] = before | FLUSH_DENORMALS
-    library.fesetenv(environment)
+    LIBC.fesetenv(environment)
     try:
         yield
     finally:
         environment[MXCSR] = before
-        library.fesetenv(environment)
+        LIBC.fesetenv(environment)

@@ -1,9 +1,8 @@
 """ONNX Runtime on an NVIDIA GPU.
 
-ONNX Runtime falls back to the CPU without a word: where the GPU's libraries are missing, and for single operators that
-the GPU has no kernel for. Neither is let through. What it puts on the CPU by intention are sizes of tensors and what is
-computed of them, which every graph has; its own switch against the CPU (`session.disable_cpu_ep_fallback`) refuses a
-graph for those, so each graph's placement is read from the session instead (`misplaced`).
+ONNX Runtime silently falls back to the CPU if the GPU's libraries are missing, and for single operators without a GPU
+kernel. This module rejects both. Every graph rightly computes sizes of tensors on the CPU. ONNX Runtime's own switch
+(`session.disable_cpu_ep_fallback`) rejects those too, so `misplaced` reads each graph's placement from the session.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import opened
+from unipinrec.runtime.graphs.backend import Graphs
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
 from unipinrec.runtime.machine import driver_problem
 
 CUDA = "CUDAExecutionProvider"
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 INSTALL = "run pip uninstall onnxruntime onnxruntime-gpu, then pip install 'unipinrec[gpu]'"
-# What sizes of tensors are computed with. A float cannot be on the CPU for one of these alone: its source is not.
+# Operators that compute sizes of tensors. A float does not reach the CPU through these alone: its source is on the GPU.
 SIZES = {
     *("Add", "Cast", "Concat", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod", "Mul", "Range"),
     *("ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
@@ -39,8 +38,8 @@ log = logging.getLogger(__name__)
 class OrtCudaBackend:
     """The graphs of a bundle in ONNX Runtime on an NVIDIA GPU; see `Backend`. Outputs stay in its memory.
 
-    Products are computed in the graph's own precision: NVIDIA's shorter format for them (TF32) is switched off. A graph
-    has a memory pool of its own, which grows by what is asked for and is kept until `close`.
+    Products are computed in the graph's own precision: NVIDIA's shorter format (TF32) is off. Each graph has its own
+    memory pool, which grows by the requested size and is kept until `close`.
     """
 
     prefill_chunk: int | None = None
@@ -61,11 +60,11 @@ class OrtCudaBackend:
 
         Args:
             graphs: Each graph by name.
-            specs: What the manifest says of them.
-            threads: Threads of a run for what is computed of sizes on the CPU.
+            specs: Their specs in the manifest.
+            threads: Threads of a run, for sizes that are computed on the CPU.
 
         Raises:
-            BackendError: ONNX Runtime, its CUDA provider or the GPU is missing, or does not run all of a graph.
+            BackendError: ONNX Runtime, its CUDA provider or the GPU is missing, or cannot run all of a graph.
         """
         self._ort = import_onnxruntime()
         self.version: str = self._ort.__version__
@@ -75,7 +74,7 @@ class OrtCudaBackend:
         missing = preload(self._ort)
         self._hint = f" ({missing})" if missing else ""
         self._specs = {name: specs[name] for name in graphs}
-        self._sessions = {name: self._load(graph, threads) for name, graph in graphs.items()}
+        self._sessions = Graphs({name: self._load(graph, threads) for name, graph in graphs.items()})
         log.info("ONNX Runtime %s on %s", self.version, self._provider)
 
     def _load(self, graph: GraphFile, threads: int) -> Any:
@@ -85,17 +84,18 @@ class OrtCudaBackend:
             session = load_session(self._ort, graph, options, self._provider, self._settings)
         except BackendError as error:
             raise BackendError(f"{error}{self._hint}") from error
-        elsewhere = misplaced(session, self._provider)
-        if elsewhere:
+        counts = misplaced(session, self._provider).most_common()
+        if counts:
+            operators = ", ".join(f"{count} {name}" for name, count in counts)
             raise BackendError(
-                f"{graph.name}: ONNX Runtime {self.version} would run {_counted(elsewhere)} on the CPU; install a "
-                "newer one (pip install --upgrade onnxruntime-gpu), or use device cpu"
+                f"{graph.name}: ONNX Runtime {self.version} would run {operators} on the CPU; install a newer one "
+                "(pip install --upgrade onnxruntime-gpu), or use device cpu"
             )
         return session
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`."""
-        session, spec = opened(self._sessions, graph), self._specs[graph]
+        session, spec = self._sessions[graph], self._specs[graph]
         check_inputs(graph, spec.inputs, inputs)
         try:
             binding = session.io_binding()
@@ -113,65 +113,61 @@ class OrtCudaBackend:
         }
 
     def close(self) -> None:
-        """See `Backend.close`. The memory of outputs that are still held goes with the last of them."""
-        self._sessions = {}
+        """See `Backend.close`. Memory of outputs is freed with the last reference to them."""
+        self._sessions = Graphs()
 
 
 def provider_problem(ort: Any, provider: str) -> str | None:
-    """Why this installation has no such provider, and what to do; None if it has one."""
+    """Why this installation lacks a provider, and what to do; None if it has it."""
     broken = overwritten()
     if broken:
         return broken
-    if provider in ort.get_available_providers():
+    available = ort.get_available_providers()
+    if provider in available:
         return None
     wheels = ", ".join(installed_wheels()) or "not installed by pip"
-    others = ", ".join(ort.get_available_providers())
-    return f"ONNX Runtime {ort.__version__} ({wheels}) has no {provider}, only {others}; {INSTALL}"
+    return f"ONNX Runtime {ort.__version__} ({wheels}) has no {provider}, only {', '.join(available)}; {INSTALL}"
 
 
 def installed_wheels() -> list[str]:
-    """The wheels of ONNX Runtime that are installed, with their versions."""
+    """The installed wheels of ONNX Runtime, with their versions."""
     return [f"{wheel.name} {wheel.version}" for wheel in _wheels()]
 
 
 def overwritten() -> str | None:
-    """That two wheels were installed into one folder, where one overwrote the other, and what to do."""
-    folders = Counter(str(wheel.locate_file("")) for wheel in _wheels())
-    both = any(count > 1 for count in folders.values())
+    """Why two wheels in one folder do not work, and what to do; None if there are not two."""
+    folders = [str(wheel.locate_file("")) for wheel in _wheels()]
+    both = len(set(folders)) < len(folders)
     return f"{' and '.join(installed_wheels())} are installed and overwrite each other; {INSTALL}" if both else None
 
 
 def _wheels() -> list[Distribution]:
-    found = []
+    wheels = []
     for name in WHEELS:
         with contextlib.suppress(PackageNotFoundError):
-            found.append(distribution(name))
-    return found
+            wheels.append(distribution(name))
+    return wheels
 
 
 def preload(ort: Any) -> str | None:
-    """Load CUDA's libraries from where pip puts them; returns what is missing, and what to do."""
-    said = io.StringIO()
+    """Load CUDA's libraries from pip's folders; returns the missing libraries and what to do."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):  # it prints, where a command may be printing JSON
+        with contextlib.redirect_stdout(output):  # it prints, and a command may be printing JSON
             ort.preload_dlls()
-    except Exception as error:  # an older version, or a broken installation: the session tells
-        said.write(str(error))
-    lines = [line.strip() for line in said.getvalue().splitlines() if line.strip()]
+    except Exception as error:  # an older version, or a broken installation: loading the session fails too
+        output.write(str(error))
+    lines = [line.strip() for line in output.getvalue().splitlines() if line.strip()]
     return f"{'; '.join(lines)}; run pip install 'onnxruntime-gpu[cuda,cudnn]'" if lines else None
 
 
 def misplaced(session: Any, provider: str) -> Counter[str]:
-    """Operators that a session runs elsewhere, beside those that compute sizes of tensors.
+    """Operators that a session does not run on its provider, except those that compute sizes of tensors.
 
     Args:
         session: Loaded with `session.record_ep_graph_assignment_info`.
-        provider: Where they belong.
+        provider: The expected provider.
     """
     parts = session.get_provider_graph_assignment_info()
     elsewhere = [node for part in parts if part.ep_name != provider for node in part.get_nodes()]
     return Counter(node.op_type for node in elsewhere if node.op_type not in SIZES)
-
-
-def _counted(operators: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in operators.most_common())

@@ -1,7 +1,7 @@
-"""Keys and values of users, from request to request.
+"""The cache of users' keys and values across requests.
 
-cache.py      who is cached, in use, and next to make room; what serves which request
-histories.py  from requests to encoded histories, through the cache and in groups
-options.py    how much is cached, and what the cache has done
-pages.py      memory of cached keys and values, in four precisions
+cache.py    entries, leases and eviction; whether an entry fits a request
+encoder.py  encodes requests in groups, through the cache
+options.py  options and statistics of the cache
+pages.py    memory for keys and values, in four precisions
 """

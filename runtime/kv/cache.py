@@ -1,10 +1,10 @@
-"""Who is cached, where, and whether it still serves: keys and values of users' histories across requests.
+"""The cache of users' keys and values across requests: entries, leases and eviction.
 
-Life of an entry: `KvCache.lookup` pins it (a lease), `Lease.write` fills slots that no one else can see, `Lease.commit`
-publishes them, `Lease.close` unpins. A lease that is closed without a commit leaves nothing behind.
+Life of an entry: `KvCache.lookup` pins it with a lease, `Lease.write` fills slots that no other request sees,
+`Lease.commit` publishes them, `Lease.close` unpins it. A lease that is closed without a commit leaves nothing behind.
 
-An entry carries the events that it was computed from, and serves a request whose history begins with them, byte by
-byte: no hash could collide, no length mislead. docs/kv-cache.md lists the reasons for a miss.
+An entry holds the events that it was computed from. It fits a request whose history begins with exactly these bytes,
+so a hash collision cannot give a wrong answer. docs/kv-cache.md lists the reasons for a miss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -26,23 +25,20 @@ from unipinrec.runtime.kv.options import CacheOptions, CacheStatistics
 from unipinrec.runtime.kv.pages import KvGeometry, KvPages
 
 Kind = Literal["hit", "extended", "miss"]
-
-
-REMEMBERED = 100_000  # users whose loss is remembered, so that their next miss has its true reason
+REMEMBERED = 100_000  # dropped users to remember, so that their next miss has the right reason
 NOTHING: NDArray[np.float32] = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """Whose history, under which bundle, and its content.
+    """User, namespace and history of an entry or a request.
 
     Attributes:
         user: External user id.
-        namespace: What keys and values depend on besides the history: `Bundle.kv_namespace`, and the precision that
-            they were computed in.
+        namespace: `Bundle.kv_namespace` and the precision of the computation: keys and values depend on both.
         events: The history, see `event_records`.
-        count: Events in it.
-        start: Place of the first of them in the user's whole history; not 0 where a window leaves the oldest out.
+        count: Number of events.
+        start: Place of the first event in the user's whole history; not 0 if a window leaves out the oldest.
     """
 
     user: str
@@ -52,24 +48,24 @@ class CacheKey:
     start: int
 
 
-def mismatch(cached: CacheKey, asked: CacheKey) -> str | None:
-    """Why a cached history does not serve the one asked for; None if it does, being a beginning of it."""
-    if cached.namespace != asked.namespace:
+def mismatch(cached: CacheKey, key: CacheKey) -> str | None:
+    """Why a cached history does not fit a request's; None if it is a beginning of it."""
+    if cached.namespace != key.namespace:
         return "version"
-    if cached.start != asked.start:
+    if cached.start != key.start:
         return "shifted"
-    if asked.events.startswith(cached.events):
+    if key.events.startswith(cached.events):
         return None
-    return "truncated" if cached.events.startswith(asked.events) else "edited"
+    return "truncated" if cached.events.startswith(key.events) else "edited"
 
 
 @dataclass(kw_only=True, eq=False)
 class _Entry:
     """Published keys and values of one user.
 
-    `attached`: lookups can find it; pages of a detached entry go back when its last lease is closed. `writing`: a lease
-    fills the slots behind the published ones; no other may. `published`: how many publications the cache had seen with
-    this one.
+    `attached`: lookups can find it; the pages of a detached entry are freed when its last lease is closed. `writing`: a
+    lease is filling the slots behind the published ones, and no other lease may. `published`: number of this
+    publication, counted over the cache.
     """
 
     key: CacheKey
@@ -84,23 +80,23 @@ class _Entry:
 
     @property
     def bytes_beside(self) -> int:
-        """Bytes held outside the pages."""
+        """Bytes outside the pages."""
         return len(self.key.events) + self.last_hidden_state.nbytes
 
 
 class KvCache:
-    """A fixed number of pages shared by users, least recently used first out; safe to use from several threads."""
+    """A fixed number of pages for all users; evicts the least recently used. Safe to use from several threads."""
 
     def __init__(self, model: ModelSpec, options: CacheOptions, clock: Callable[[], float] = time.monotonic) -> None:
         """Allocate the budget.
 
         Args:
-            model: Whose keys and values are stored.
-            options: How much, and how.
-            clock: Seconds that never run backwards.
+            model: The model of the keys and values.
+            options: Size and precision.
+            clock: Monotonic clock in seconds.
 
         Raises:
-            ConfigError: The budget does not hold a single page, or the memory is not there.
+            ConfigError: The budget does not hold one page, or the memory does not suffice.
         """
         self.geometry = geometry = KvGeometry.of(model, options.dtype, options.page_slots)
         self.ttl_s = options.ttl_s
@@ -111,23 +107,24 @@ class KvCache:
             )
         self.pages = KvPages(geometry, options.budget_bytes // geometry.page_bytes, options.threads)
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._free = list(range(self.pages.count))[::-1]
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lost: OrderedDict[str, tuple[str, str]] = OrderedDict()  # user -> namespace, reason
         self._leases: set[Lease] = set()
         self._counts: Counter[str] = Counter()
-        self._most_used = self._publications = 0
+        self._misses: Counter[str] = Counter()
+        self._most_used = self.publications = 0
         self._bytes_beside = 0
 
     def lookup(self, key: CacheKey) -> Lease:
-        """Find what serves a history and pin it; close the lease when done."""
+        """Find and pin the entry that fits a history; close the lease when done."""
         with self._lock:
             self._expire()
             entry = self._entries.get(key.user)
             reason = self._lost_reason(key) if entry is None else mismatch(entry.key, key)
             if entry is None or reason is not None:
-                self._counts[f"miss.{reason}"] += 1
+                self._misses[str(reason)] += 1
                 lease = Lease(self, key, None, reason)
             else:
                 entry.pins += 1
@@ -135,26 +132,29 @@ class KvCache:
                 self._entries.move_to_end(key.user)
                 lease = Lease(self, key, entry, None)
                 self._counts[lease.kind] += 1
-            lease.since = self._publications
             self._leases.add(lease)
             return lease
 
     def invalidate(self, user: str) -> bool:
-        """Forget a user, whatever requests in flight still compute. Returns whether there was an entry."""
+        """Forget a user, and keep running requests from storing one. Returns whether there was an entry."""
         with self._lock:
-            return self._invalidate(user)
+            for lease in self._leases:
+                lease.revoked = lease.revoked or lease.key.user == user
+            known = user in self._entries
+            if known:
+                self._drop(user, "invalidated")
+            return known
 
     def clear(self) -> None:
         """Forget all users."""
         with self._lock:
             for user in {*self._entries, *(lease.key.user for lease in self._leases)}:
-                self._invalidate(user)
+                self.invalidate(user)
 
     def statistics(self) -> CacheStatistics:
         """A consistent snapshot."""
         with self._lock:
             self._expire()
-            misses = {name[5:]: count for name, count in sorted(self._counts.items()) if name.startswith("miss.")}
             return CacheStatistics(
                 entries=len(self._entries),
                 pinned=sum(entry.pins > 0 for entry in self._entries.values()),
@@ -164,7 +164,7 @@ class KvCache:
                 bytes_beside=self._bytes_beside,
                 hits=self._counts["hit"],
                 extended=self._counts["extended"],
-                misses=misses,
+                misses=dict(sorted(self._misses.items())),
                 evictions=self._counts["evicted"],
                 unstored=self._counts["unstored"],
             )
@@ -173,13 +173,12 @@ class KvCache:
         """Check that every page has exactly one owner and every entry is whole.
 
         Raises:
-            CacheError: It is not so; names what contradicts what.
+            CacheError: It is not so; the message names the contradiction.
         """
         with self._lock:
-            detached = {id(lease.entry): lease.entry for lease in self._leases if lease.entry}
-            attached = {id(entry): entry for entry in self._entries.values()}
+            leased = [lease.entry for lease in self._leases if lease.entry]
             owned = Counter(self._free)
-            for entry in {**detached, **attached}.values():
+            for entry in {id(entry): entry for entry in (*leased, *self._entries.values())}.values():
                 owned.update(entry.pages)
                 self._check_entry(entry)
             for lease in self._leases:
@@ -202,23 +201,15 @@ class KvCache:
         return reason if namespace == key.namespace else "version"
 
     def _expire(self) -> None:
-        """Drop what has not been used for too long; the least recently used are the first in the table."""
+        """Drop entries that were not used for `ttl_s`; the least recently used come first in the table."""
         while self.ttl_s is not None and self._entries:
             user, entry = next(iter(self._entries.items()))
             if entry.used + self.ttl_s > self._clock():
                 return
             self._drop(user, "expired")
 
-    def _invalidate(self, user: str) -> bool:
-        for lease in self._leases:
-            lease.revoked = lease.revoked or lease.key.user == user
-        known = user in self._entries
-        if known:
-            self._drop(user, "invalidated")
-        return known
-
     def _drop(self, user: str, reason: str) -> None:
-        """Take an entry out of the table and remember why."""
+        """Remove an entry from the table and remember why."""
         self._lost[user] = (self._entries[user].key.namespace, reason)
         if len(self._lost) > REMEMBERED:
             self._lost.popitem(last=False)
@@ -236,38 +227,31 @@ class KvCache:
             entry.pages, entry.slots = [], 0
 
     def _allocate(self, count: int) -> list[int] | None:
-        """Take pages, evicting who was used least recently and is not in use; None if that is not enough."""
+        """Take pages, evicting the least recently used entries that are not in use; None if that is not enough."""
         in_use = {id(lease.entry): len(lease.entry.pages) for lease in self._leases if lease.entry}
         staged = sum(len(lease.staged) for lease in self._leases)
         if self.pages.count - sum(in_use.values()) - staged < count:
             return None
-        victims, freed = [], len(self._free)
-        for user, entry in self._entries.items():
-            if freed >= count:
-                break
-            if entry.pins == 0:
-                victims.append(user)
-                freed += len(entry.pages)
-        for user in victims:
+        while len(self._free) < count:
             self._counts["evicted"] += 1
-            self._drop(user, "evicted")
+            self._drop(next(user for user, entry in self._entries.items() if entry.pins == 0), "evicted")
         taken = [self._free.pop() for _ in range(count)]
         self._most_used = max(self._most_used, self.pages.count - len(self._free))
         return taken
 
-    # What follows serves leases.
-
+    # Leases call the methods below.
     def stage(self, lease: Lease, slots: int) -> bool:
-        """Give a lease the pages for a history of so many slots, if there is room and no other is writing it."""
+        """Give a lease the pages for `slots` slots, if there is room and no other lease is writing the entry."""
         with self._lock:
             entry = lease.entry
             if entry is not None and (entry.writing or not entry.attached or entry.slots != lease.slots):
                 return False
             replaced = self._entries.get(lease.key.user) if entry is None else None
             if replaced is not None:
-                if replaced.published > lease.since and _knows_as_much(replaced.key, lease.key):
+                as_much = replaced.key.namespace == lease.key.namespace and replaced.key.count >= lease.key.count
+                if as_much and replaced.published > lease.since:
                     return False  # another request was quicker
-                # It makes room now; should nothing come in its place, its loss has a reason.
+                # It makes room now; if nothing takes its place, its loss has a reason.
                 self._drop(lease.key.user, mismatch(replaced.key, lease.key) or "evicted")
             pages = self._allocate(self.geometry.pages_for(slots) - len(lease.pages))
             if pages is None:
@@ -278,7 +262,7 @@ class KvCache:
             return True
 
     def publish(self, lease: Lease, slots: int, last_hidden_state: NDArray[np.float32]) -> bool:
-        """Make what a lease has written visible; False if it must not be."""
+        """Make the slots that a lease has written visible; False if they must not be."""
         with self._lock:
             entry = lease.entry
             if lease.revoked or (entry is not None and not entry.attached):
@@ -294,14 +278,14 @@ class KvCache:
                 self._bytes_beside -= entry.bytes_beside
                 entry.key, entry.slots, entry.pages = lease.key, slots, pages
                 entry.last_hidden_state = last_hidden_state
-            self._publications += 1
-            entry.published = self._publications
+            self.publications += 1
+            entry.published = self.publications
             self._bytes_beside += entry.bytes_beside
             self._lost.pop(user, None)
             return True
 
     def release(self, lease: Lease, *, unstored: bool) -> None:
-        """Take back what a lease holds."""
+        """Take back a lease's pages and its pin."""
         with self._lock:
             self._leases.discard(lease)
             self._counts["unstored"] += unstored
@@ -314,16 +298,16 @@ class KvCache:
 
 
 class Lease:
-    """One request's hold on the cache: what was found, pinned until `close`, and a place for what it adds.
+    """One request's hold on the cache: an entry, pinned until `close`, and pages for new slots.
 
     Attributes:
-        key: What was looked for.
+        key: Key of the request.
         kind: hit (all events are cached), extended (a beginning is), or miss.
         reason: Why it is a miss, else None.
-        count: Events that are cached.
-        slots: Slots that are cached: events and the model's prefix slots.
+        count: Cached events.
+        slots: Cached slots: events and the model's prefix slots.
         last_hidden_state: [d] f32 after the last cached event; empty on a miss.
-        since: How many publications the cache had seen when it was asked.
+        since: Number of publications of the cache before the lookup.
     """
 
     def __init__(self, cache: KvCache, key: CacheKey, entry: _Entry | None, reason: str | None) -> None:
@@ -335,8 +319,8 @@ class Lease:
         self.staged: list[int] = []
         self.writing = self.revoked = False
         self._written: int | None = None
-        self.since = 0
-        self._unstored = self._closed = False
+        self.since = cache.publications
+        self._unstored = self._closed = self._committed = False
 
     @property
     def kind(self) -> Kind:
@@ -348,9 +332,7 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -359,22 +341,25 @@ class Lease:
         return self._written is not None
 
     def read(self, out: NDArray[np.float32]) -> None:
-        """Copy the slots that were cached or written into `out` [tensors, H_kv, at least so many, D] f32."""
+        """Copy the n cached and written slots into `out` [tensors, H_kv, >= n, D] f32."""
         self._cache.pages.read([*self.pages, *self.staged], self._written or self.slots, out)
 
     def write(self, key_values: Sequence[NDArray[np.float32]], out: NDArray[np.float32] | None = None) -> bool:
-        """Store the slots that follow the cached ones, visible to no one before `commit`.
+        """Store the slots that follow the cached ones, invisible to other requests until `commit`.
 
         Args:
-            key_values: Each tensor's new slots [H_kv, m, D] f32, the model's prefix slots included on a miss.
-            out: Filled with what reading these slots gives, [tensors, H_kv, m, D]; may be the given ones.
+            key_values: Each tensor's new slots [H_kv, m, D] f32, with the model's prefix slots on a miss.
+            out: See `KvPages.write`.
 
         Returns:
-            `written`; without room nothing is done.
+            `written`; without room nothing is stored.
 
         Raises:
-            BackendError: A value is beyond what the precision can hold.
+            BackendError: A value is out of the precision's range.
+            CacheError: The lease is closed.
         """
+        if self._closed:
+            raise CacheError(f"user {self.key.user!r}: the lease is closed, and nothing can be stored under it")
         slots = self.slots + key_values[0].shape[1]
         self._unstored = not self._cache.stage(self, slots)
         if not self._unstored:
@@ -383,16 +368,13 @@ class Lease:
         return self.written
 
     def commit(self, last_hidden_state: NDArray[np.float32]) -> None:
-        """Let later requests find what was written, and the last hidden state [d] that belongs to it."""
-        if self._written is not None:
+        """Publish the written slots and their last hidden state [d], once."""
+        if self._written is not None and not self._closed and not self._committed:
+            self._committed = True
             self._unstored = not self._cache.publish(self, self._written, last_hidden_state)
 
     def close(self) -> None:
-        """Unpin, and give back what was written and not committed. Closing twice has no effect."""
+        """Unpin the entry, and free written slots without a commit. Closing twice has no effect."""
         if not self._closed:
             self._closed = True
             self._cache.release(self, unstored=self._unstored)
-
-
-def _knows_as_much(key: CacheKey, other: CacheKey) -> bool:
-    return key.namespace == other.namespace and key.count >= other.count

@@ -1,4 +1,4 @@
-"""How much the cache may keep, and what it has done."""
+"""Options and statistics of the cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from unipinrec.runtime.kv.pages import PAGE_SLOTS, KvDtype
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """How much to cache, and how.
+    """Size and precision of the cache.
 
     Attributes:
         budget_bytes: Bytes to allocate, rounded down to whole pages.
-        dtype: Precision that keys and values are stored in; int8 is the smallest that keeps the ten best items of real
-            users (`bench/kv_precision.py`).
-        ttl_s: Drop entries that were not used for so many seconds; None = never.
-        page_slots: Events of a page; a user's last page is half empty on average.
-        threads: How many copy pages; None = as many as this process may use.
+        dtype: Precision of stored keys and values; int8 is the smallest that keeps the ten best items of real users
+            (`bench/kv_precision.py`).
+        ttl_s: Drop entries that were not used for this many seconds; None = never.
+        page_slots: Events per page; a user's last page is half empty on average.
+        threads: Threads that copy pages; None = as many as this process may use.
     """
 
     budget_bytes: int = 1 << 30
@@ -38,18 +38,18 @@ class CacheOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStatistics:
-    """What the cache holds and has done since it was made.
+    """Content of the cache, and counts since its start.
 
     Attributes:
         entries: Users with an entry.
         pinned: Entries in use at this moment.
-        bytes_budget: What was allocated.
-        bytes_used: Pages in use.
-        bytes_high_water: The most that was ever in use.
-        bytes_beside: Held beside the budget: events and last hidden states of the entries.
-        hits, extended: Lookups that found all, or a beginning.
+        bytes_budget: Allocated bytes.
+        bytes_used: Bytes of pages in use.
+        bytes_high_water: Highest value of `bytes_used` so far.
+        bytes_beside: Bytes outside the budget: events and last hidden states of the entries.
+        hits, extended: Lookups that found all of the history, or a beginning of it.
         misses: Other lookups, by reason.
-        evictions: Entries that made room.
+        evictions: Entries dropped to make room.
         unstored: Answers that were not kept: all pages were in use, another request was writing the same user or had
             just stored as much, or the user was invalidated meanwhile.
     """

@@ -1,6 +1,6 @@
 """Memory for cached keys and values: pages of a fixed number of slots, allocated once, in one of four precisions.
 
-Knows how slots lie in pages and how they are rounded; refuses to know users and who owns which page.
+This module stores and rounds slots in pages; it does not know which user owns a page.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unipinrec.runtime.machine import thread_count
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 PAGE_SLOTS = 16
-PARALLEL_PAGES = 16  # fewer are copied before another thread wakes up
+PARALLEL_PAGES = 16  # copying fewer takes less time than waking another thread
 INT8_MAX = 127.0
 T = TypeVar("T")
 STORED: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
@@ -35,7 +35,7 @@ class KvGeometry:
         tensors: Key and value tensors, two for each layer.
         heads: H_kv, heads of each.
         head_dim: D.
-        dtype: Precision of storage. int8 has one fp32 scale for each head vector of D values.
+        dtype: Precision of storage. int8 has one fp32 scale per head vector of D values.
         page_slots: Slots of a page.
     """
 
@@ -80,24 +80,24 @@ class KvGeometry:
 
 
 class KvPages:
-    """Pages on the host. Different threads may write to and read from different slots at the same time."""
+    """Pages on the host. Threads may write and read different slots at the same time."""
 
     def __init__(self, geometry: KvGeometry, count: int, threads: int | None = None) -> None:
-        """Allocate and touch all pages, so that a machine without the memory fails now and not in a request.
+        """Allocate and touch all pages, so that a lack of memory shows now and not during a request.
 
         Raises:
-            ConfigError: The machine has not enough memory.
+            ConfigError: The memory does not suffice.
         """
         self.geometry, self.count = geometry, count
-        self._lanes = thread_count(threads)
-        self._threads = ThreadPoolExecutor(max(1, self._lanes - 1), "unipinrec-pages")
+        self._parallel = thread_count(threads)
+        self._threads = ThreadPoolExecutor(max(1, self._parallel - 1), "unipinrec-pages")
         shape = (count, geometry.tensors, geometry.heads, geometry.page_slots)
         try:
             self._values: NDArray[Any] = np.empty((*shape, geometry.head_dim), STORED[geometry.dtype])
             self._scales = np.empty((*shape, 1 if geometry.dtype == "int8" else 0), np.float32)
             self._values.fill(0)
             self._scales.fill(0.0)
-        except (MemoryError, ValueError) as error:  # the latter beyond the address space
+        except (MemoryError, ValueError) as error:  # ValueError: larger than the address space
             raise ConfigError(
                 f"a key/value cache of {count * geometry.page_bytes:,} bytes does not fit into memory; lower its budget"
             ) from error
@@ -118,12 +118,12 @@ class KvPages:
 
         Args:
             pages: The history's pages, in order.
-            first: Slot of the history that the given ones begin at.
-            key_values: Each tensor's [H_kv, m, D] f32.
-            out: Filled with what reading these slots gives, [tensors, H_kv, m, D]; may be the given ones.
+            first: First slot of the history to write.
+            key_values: Each tensor's new slots [H_kv, m, D] f32.
+            out: Filled with the stored values [tensors, H_kv, m, D], as `read` returns them; may be `key_values`.
 
         Raises:
-            BackendError: A value is beyond what the precision can hold.
+            BackendError: A value is out of the precision's range.
         """
         spans = self._spans(pages, first, key_values[0].shape[1])
 
@@ -152,37 +152,37 @@ class KvPages:
         self._in_parallel(load, spans, len(spans))
 
     def _in_parallel(self, work: Callable[[T], None], items: Sequence[T], pages: int) -> None:
-        """Do all items, on several threads where there are pages enough to be worth it."""
-        lanes = self._lanes if pages >= PARALLEL_PAGES else 1
+        """Process all items, on several threads if there are enough pages."""
+        threads = self._parallel if pages >= PARALLEL_PAGES else 1
 
-        def lane(start: int) -> None:
-            for item in items[start::lanes]:
+        def share(start: int) -> None:
+            for item in items[start::threads]:
                 work(item)
 
-        others = [self._threads.submit(lane, start) for start in range(1, lanes)]
+        others = [self._threads.submit(share, start) for start in range(1, threads)]
         try:
-            lane(0)
+            share(0)
         finally:
-            wait(others)  # none may go on reading and writing behind the caller's back
+            wait(others)  # no thread may go on after this returns or raises
         for other in others:
             other.result()
 
     def _spans(self, pages: Sequence[int], first: int, count: int) -> list[tuple[int, slice, slice]]:
-        """(page, slots inside it, slots of the given run) for slots `first` up to `first + count` of a history."""
+        """(page, slots in the page, slots in the run) for slots `first` up to `first + count` of a history."""
         size, spans, done = self.geometry.page_slots, [], 0
         while done < count:
-            place, start = divmod(first + done, size)
+            index, start = divmod(first + done, size)
             step = min(size - start, count - done)
-            spans.append((pages[place], slice(start, start + step), slice(done, done + step)))
+            spans.append((pages[index], slice(start, start + step), slice(done, done + step)))
             done += step
         return spans
 
 
 def as_stored(key_values: NDArray[np.float32], dtype: KvDtype) -> NDArray[np.float32]:
-    """What storing keys or values [..., D] in a precision and reading them back gives.
+    """Keys or values [..., D] as they are after storing them in a precision and reading them back.
 
     Raises:
-        BackendError: A value is beyond what the precision can hold.
+        BackendError: A value is out of the precision's range.
     """
     if dtype == "fp32":
         return key_values
@@ -191,28 +191,24 @@ def as_stored(key_values: NDArray[np.float32], dtype: KvDtype) -> NDArray[np.flo
     return exact if scales is None else np.multiply(exact, scales, out=exact)
 
 
-def _rounded(given: NDArray[np.float32], dtype: KvDtype) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+def _rounded(values: NDArray[np.float32], dtype: KvDtype) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    """Values [..., D] in a precision; for int8, which is symmetric, also the scale of each vector [..., 1]."""
     if dtype == "int8":
-        return _quantised(given)
+        scales = _largest(values) / np.float32(INT8_MAX)
+        steps = values / np.maximum(scales, np.finfo(np.float32).tiny)
+        return np.rint(steps, out=steps).astype(np.int8), scales
     try:
         with np.errstate(over="raise"):
-            return given.astype(STORED[dtype], copy=False), None
+            return values.astype(STORED[dtype], copy=False), None
     except FloatingPointError as error:
         raise BackendError(
-            f"a key or value of {np.abs(given).max():g} does not fit into {dtype}; store them as bf16 or fp32"
+            f"a key or value of {np.abs(values).max():g} does not fit into {dtype}; store them as bf16 or fp32"
         ) from error
 
 
-def _quantised(given: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric int8 of each vector [..., D], and its scale [..., 1]."""
-    scales = _largest(given) / np.float32(INT8_MAX)
-    steps = given / np.maximum(scales, np.finfo(np.float32).tiny)
-    return np.rint(steps, out=steps).astype(np.int8), scales
-
-
-def _largest(given: NDArray[np.float32]) -> NDArray[np.float32]:
+def _largest(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Largest magnitude of each vector [..., D], [..., 1]; by halves, a third of the time of numpy's own reduction."""
-    sizes = np.abs(given)
+    sizes = np.abs(values)
     while (width := sizes.shape[-1]) > 1:
         half = -(-width // 2)
         sizes = np.maximum(sizes[..., :half], sizes[..., width - half :])

@@ -1,10 +1,9 @@
-"""Nearest neighbours among the item vectors: the hnswlib index, which is loaded here and nowhere else, and the scan."""
+"""Nearest neighbours among the item vectors: the hnswlib index, which only this module loads, and the exact scan."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,62 +11,28 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.bundle.bundle import INDEX, Bundle
-from unipinrec.runtime.bundle.catalogue import NO_ROWS, mask_without
+from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible, mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
 from unipinrec.runtime.retrieval.index_file import check_index_file
 
-Found = tuple[NDArray[np.int64], NDArray[np.float32]]
-GATHER_COST = 4  # a row that is gathered costs as much as four that are read in passing: bench/retrieval_filters.py
-TIE = 1e-5  # similarities closer than this are equal: hnswlib rounds in its own way
+Matches = tuple[NDArray[np.int64], NDArray[np.float32]]
+GATHER_COST = 4  # gathering a row costs as much as reading four rows in order: bench/retrieval_filters.py
+TIE = 1e-5  # similarities closer than this are equal: hnswlib rounds differently
 BEYOND = np.float32(8.0)  # more than any difference of two similarities
 SCORES_AT_ONCE = 1 << 22  # 16 MiB of a scan's products at a time
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Eligible:
-    """What a search may find: the mask `allowed` [N], None = all rows, without the distinct rows `excluded`."""
-
-    allowed: NDArray[np.bool_] | None = None
-    excluded: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
-
-    def count(self, items: int) -> int:
-        """How many of so many items that are."""
-        if self.allowed is None:
-            return items - len(self.excluded)
-        return int(np.count_nonzero(self.allowed) - np.count_nonzero(self.allowed[self.excluded]))
-
-    def mask(self) -> NDArray[np.bool_]:
-        """As one mask, of a search that has one."""
-        assert self.allowed is not None
-        if not len(self.excluded):
-            return self.allowed
-        mask = self.allowed.copy()
-        mask[self.excluded] = False
-        return mask
-
-    def keep(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of distinct rows that may be found, ascending."""
-        rows = np.setdiff1d(rows, self.excluded)
-        return rows if self.allowed is None else rows[self.allowed[rows]]
-
-    def lower(self, scores: NDArray[np.float32]) -> None:
-        """Put the scores [N] of all other rows below those of any that may be found."""
-        if self.allowed is not None:
-            scores -= BEYOND * ~self.allowed
-        scores[self.excluded] -= BEYOND
 
 
 class VectorIndex(Protocol):
     """Finds item rows by inner product with a query."""
 
     ef: int
-    """How many items it visits at least."""
+    """Least number of items that a search visits."""
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
+    def search(self, queries: NDArray[np.float32], k: int) -> Matches:
         """Find the k rows most similar to each of `queries` [Q, E]: rows [Q, k], similarity [Q, k], best first.
 
         Raises:
-            BackendError: A query is not finite, or the index could not find k rows.
+            BackendError: A query is not finite, or the index finds fewer than k rows.
         """
         ...
 
@@ -76,20 +41,16 @@ class HnswIndex:
     """The bundle's approximate index; safe to search from several threads."""
 
     def __init__(
-        self,
-        path: os.PathLike[str],
-        spec: IndexSpec,
-        item_vectors: NDArray[np.float32],
-        retired: NDArray[np.int64] = NO_ROWS,
+        self, path: os.PathLike[str], spec: IndexSpec, items: NDArray[np.float32], retired: NDArray[np.int64] = NO_ROWS
     ) -> None:
-        """Load an index; `retired` rows are not in it, or marked as deleted.
+        """Load an index of item vectors [N, E]; `retired` rows are not in it, or marked as deleted.
 
         Raises:
             BundleError: It is not an index of these items.
         """
-        self._index = load_index(path, spec, item_vectors, retired=retired)
+        self._index = load_index(path, spec, items, retired=retired)
         self._index.set_num_threads(1)
-        # Set once: it is state of the index, shared by all threads. hnswlib itself searches with max(ef, k).
+        # Set once: all threads share this state of the index. hnswlib itself searches with max(ef, k).
         self._index.set_ef(spec.ef_search)
         self.ef = spec.ef_search
 
@@ -102,7 +63,7 @@ class HnswIndex:
         """
         return cls(bundle.files[INDEX], bundle.manifest.index, bundle.item_vectors, bundle.catalogue.retired)
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
+    def search(self, queries: NDArray[np.float32], k: int) -> Matches:
         """See `VectorIndex.search`."""
         _check_finite(queries)
         try:
@@ -113,58 +74,50 @@ class HnswIndex:
 
 
 class ExactIndex:
-    """Scans item vectors; what it finds depends on nothing but the query, the eligible rows and their vectors."""
+    """Scans item vectors; its result depends only on the query, the eligible rows and their vectors."""
 
     def __init__(self, item_vectors: NDArray[np.float32], gather_cost: float = GATHER_COST) -> None:
         self._vectors, self.gather_cost = item_vectors, gather_cost
-        # Four times the bound of the rounding error of one inner product of unit vectors.
+        # Four times the bound on the rounding error of an inner product of unit vectors.
         self._margin = 2.0 * item_vectors.shape[1] * np.finfo(np.float32).eps
 
-    def search(self, queries: NDArray[np.float32], k: int, eligible: NDArray[np.bool_] | None = None) -> Found:
-        """See `VectorIndex.search`; of the mask `eligible` [N], at least k rows, or of all rows. Ties in row order."""
+    def search(self, queries: NDArray[np.float32], k: int, eligible: NDArray[np.bool_] | None = None) -> Matches:
+        """See `VectorIndex.search`; only rows of the mask `eligible` [N], which has at least k. Ties in row order."""
         near = self.near(queries, k, [Eligible(allowed=eligible)] * len(queries))
-        found = best(self._vectors, queries[:, None], near, [k] * len(queries))
-        return np.stack([rows for rows, _ in found]), np.stack([similarity for _, similarity in found])
+        matches = best(self._vectors, queries[:, None], near, [k] * len(queries))
+        return np.stack([rows for rows, _ in matches]), np.stack([similarity for _, similarity in matches])
 
     def near(self, queries: NDArray[np.float32], k: int, eligible: Sequence[Eligible]) -> list[NDArray[np.int64]]:
-        """For each of `queries` [S, E] the eligible rows, ascending, that its k best are among; few are not of them.
+        """For each of `queries` [S, E], eligible rows that include its k best and few others, ascending.
 
         Raises:
             BackendError: A query is not finite.
         """
         _check_finite(queries)
-        found: list[NDArray[np.int64]] = []
+        near: list[NDArray[np.int64]] = [NO_ROWS] * len(queries)
+        scans = []
+        for index, (query, rows) in enumerate(zip(queries, eligible, strict=True)):
+            if rows.allowed is None or self.gather_cost * rows.count(len(self._vectors)) >= len(self._vectors):
+                scans.append(index)
+            else:  # so few rows that gathering them is faster than reading all
+                gathered = rows.rows()
+                scores = np.einsum("e,ne->n", query, self._vectors[gathered])
+                near[index] = gathered[self._best(scores[None], k)[0]]
         at_once = max(1, SCORES_AT_ONCE // len(self._vectors))
-        for start in range(0, len(queries), at_once):
-            found += self._near(queries[start : start + at_once], k, eligible[start : start + at_once])
-        return found
-
-    def _near(self, queries: NDArray[np.float32], k: int, eligible: Sequence[Eligible]) -> list[NDArray[np.int64]]:
-        gathered = [self._gathered(one) for one in eligible]
-        scanned = [place for place, rows in enumerate(gathered) if rows is None]
-        found: dict[int, NDArray[np.int64]] = {}
-        if scanned:
-            # Not `@`: the threads of BLAS spin and fight where several requests scan at once.
-            scores = np.einsum("se,ne->sn", queries[scanned], self._vectors)
-            for row, place in zip(scores, scanned, strict=True):
-                eligible[place].lower(row)
-            found.update(zip(scanned, self._best(scores, k), strict=True))
-        for place, rows in enumerate(gathered):
-            if rows is not None:
-                scores = np.einsum("e,ne->n", queries[place], self._vectors[rows])
-                found[place] = rows[self._best(scores[None], k)[0]]
-        return [found[place] for place in range(len(queries))]
-
-    def _gathered(self, eligible: Eligible) -> NDArray[np.int64] | None:
-        """The eligible rows, where they are so few that gathering them is faster than reading past the others."""
-        if eligible.allowed is None or self.gather_cost * eligible.count(len(self._vectors)) >= len(self._vectors):
-            return None
-        return np.flatnonzero(eligible.mask())
+        for start in range(0, len(scans), at_once):
+            part = scans[start : start + at_once]
+            # Not `@`: the threads of BLAS spin and compete if several requests scan at once.
+            scores = np.einsum("se,ne->sn", queries[part], self._vectors)
+            for row, index in zip(scores, part, strict=True):
+                _lower(row, eligible[index])
+            for index, rows_near in zip(part, self._best(scores, k), strict=True):
+                near[index] = rows_near
+        return near
 
     def _best(self, scores: NDArray[np.float32], k: int) -> list[NDArray[np.int64]]:
-        """Where each row of `scores` [S, N] may have its k largest.
+        """Places in each row of `scores` [S, N] that may be among its k largest.
 
-        The product's rounding depends on where a row lies: all that may be among the k are to be computed afresh.
+        The product's rounding depends on the place of a row, so the caller must compute these scores again.
         """
         last = scores.shape[1] - k
         limits = np.partition(scores, last, axis=1)[:, last] - self._margin
@@ -172,22 +125,26 @@ class ExactIndex:
         return np.split(rows, np.searchsorted(owners, np.arange(1, len(scores))))
 
 
+def _lower(scores: NDArray[np.float32], eligible: Eligible) -> None:
+    """Put the scores [N] of all other rows below those of the eligible rows."""
+    if eligible.allowed is not None:
+        scores -= BEYOND * ~eligible.allowed
+    scores[eligible.excluded] -= BEYOND
+
+
 def best(
-    vectors: NDArray[np.float32],
-    queries: NDArray[np.float32],
-    rows: Sequence[NDArray[np.int64]],
-    wanted: Sequence[int],
-) -> list[Found]:
-    """For each of S searches the `wanted` best of its distinct rows, ties in row order.
+    vectors: NDArray[np.float32], queries: NDArray[np.float32], rows: Sequence[NDArray[np.int64]], counts: Sequence[int]
+) -> list[Matches]:
+    """For each of S searches the best of its distinct rows, ties in row order.
 
     Args:
         vectors: [N, E], the items.
-        queries: [S, Q, E]; the similarity of a row is that with the nearest of a search's Q. It is the same whatever
-            the other rows and searches are; a matrix product's is not.
-        rows: Of each search.
-        wanted: How many of each search, at most.
+        queries: [S, Q, E]; a row's similarity is that to the nearest of a search's Q queries. Unlike that of a matrix
+            product, it does not depend on other rows and searches.
+        rows: Rows of each search.
+        counts: Most rows to return for each search.
     """
-    sizes = [len(one) for one in rows]
+    sizes = list(map(len, rows))
     owners, flat = np.repeat(np.arange(len(rows)), sizes), np.concatenate(rows)
     gathered = vectors[flat]
     similarity = np.einsum("me,me->m", gathered, queries[owners, 0])
@@ -197,16 +154,16 @@ def best(
     flat, similarity, starts = flat[order], similarity[order], np.cumsum([0, *sizes])
     return [
         (flat[start : start + k], similarity[start : start + k])
-        for start, k in zip(starts, np.minimum(wanted, sizes), strict=False)
+        for start, k in zip(starts, np.minimum(counts, sizes), strict=False)
     ]
 
 
-def recall(found: NDArray[np.float32], true: NDArray[np.float32]) -> float:
-    """Share of the true nearest items that was found, by the similarities [R, k] of both.
+def recall(similarity: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
+    """Share of the exact nearest items that a search found, from the similarities [R, k] of both.
 
-    An item counts if it is as near as the k-th, so that one of several equal items is as good as another.
+    An item counts if it is as near as the exact k-th, so any of several equal items will do.
     """
-    return float(np.mean(found >= true.min(axis=1, keepdims=True) - TIE))
+    return float(np.mean(similarity >= exact.min(axis=1, keepdims=True) - TIE))
 
 
 def load_index(
@@ -222,17 +179,17 @@ def load_index(
     Args:
         path: Its file.
         spec: Its description.
-        item_vectors: [N, E] f32, of which it holds rows.
-        retired: All other rows must be found in it; None = not checked.
-        capacity: How many items there is to be room for, if that is more than it has.
+        item_vectors: [N, E] f32; the index holds rows of it.
+        retired: The index must hold all other rows; None = not checked.
+        capacity: Number of items to make room for, if that is more than the index has.
 
     Raises:
-        BundleError: It is not an index of these items. Checked before loading: hnswlib believes the file.
+        BundleError: It is not an index of these items. Checked before loading, as hnswlib trusts the file.
     """
     import hnswlib  # noqa: PLC0415 - a bundle can be opened without it
 
-    found = check_index_file(path, spec, item_vectors)
-    if retired is not None and mask_without(len(item_vectors), np.concatenate([found, retired])).any():
+    rows = check_index_file(path, spec, item_vectors)
+    if retired is not None and mask_without(len(item_vectors), np.concatenate([rows, retired])).any():
         raise BundleError(f"{path}: the index does not match the items: it lacks some; export the bundle again")
     index: Any = hnswlib.Index(space=spec.space, dim=spec.dim)
     try:

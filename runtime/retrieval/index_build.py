@@ -1,4 +1,4 @@
-"""Building and growing the nearest-neighbour index, and the measurement of how much it finds of what a scan finds."""
+"""Building and growing the nearest-neighbour index, and measuring its recall against a scan."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexTask:
-    """What an index is to find.
+    """Items of an index, and its target recall.
 
     Attributes:
         vectors: [N, E] unit vectors; the row becomes the label.
-        queries: [R, E] unit queries that recall is measured on, of which the first 500 are.
+        queries: [R, E] unit queries; the first 500 measure recall.
         target: Recall@100 to reach.
-        retired: Distinct rows that are not to be found.
-        seed: Of the level draw; one thread and a fixed seed make the file reproducible.
+        retired: Distinct rows to leave out.
+        seed: Seed of the level draw; one thread and a fixed seed make the file reproducible.
     """
 
     vectors: NDArray[np.float32]
@@ -47,48 +47,48 @@ class IndexTask:
 
 
 def build_index(task: IndexTask, path: Path) -> IndexSpec:
-    """Build with the smallest M and choose the smallest ef that reach the target, else the best of all; write it.
+    """Write an index with the smallest M and ef that reach the target, else with those of the best recall.
 
-    Missing the target is logged as a warning and shows in the result: `recall` is below `recall_target`.
+    A missed target is logged as a warning, and `recall` is below `recall_target`.
 
     Raises:
-        ExportError: The file that was written does not read back as the index that was built.
+        ExportError: The written file does not read back as the index that was built.
     """
     rows = np.flatnonzero(mask_without(len(task.vectors), task.retired))
     measure = _recall_meter(task)
-    index: Any = None
-    found = (0, 0, -1.0)
+    best: Any = None
+    choice = (0, 0, -1.0)
     for m in M_CHOICES:
-        tried: Any = hnswlib.Index(space="ip", dim=task.vectors.shape[1])
-        tried.init_index(max_elements=len(rows), ef_construction=EF_CONSTRUCTION, M=m, random_seed=task.seed)
-        tried.set_num_threads(1)
-        tried.add_items(task.vectors[rows], rows)
-        ef, reached = choose_ef(tried, measure, task.target)
-        if reached > found[-1]:
-            index, found = tried, (m, ef, reached)
+        index: Any = hnswlib.Index(space="ip", dim=task.vectors.shape[1])
+        index.init_index(max_elements=len(rows), ef_construction=EF_CONSTRUCTION, M=m, random_seed=task.seed)
+        index.set_num_threads(1)
+        index.add_items(task.vectors[rows], rows)
+        ef, reached = choose_ef(index, measure, task.target)
+        if reached > choice[-1]:
+            best, choice = index, (m, ef, reached)
         if reached >= task.target:
             break
-    return _finish(task, index, found, path)
+    return _finish(task, best, choice, path)
 
 
 def grow_index(
     task: IndexTask, old: os.PathLike[str], spec: IndexSpec, retired: NDArray[np.int64], path: Path
 ) -> IndexSpec | None:
-    """Add the rows that an index lacks, mark those that are retired since, choose ef, and write it to `path`.
+    """Add missing rows to an index, mark newly retired rows, choose ef, and write it to `path`.
 
     Args:
-        task: What it is to find; its vectors begin with those of the old index.
-        old: The index to start from, whose sha256 was checked; it stays as it is.
+        task: Its items and target; its vectors begin with those of the old index.
+        old: The old index, whose sha256 was checked; it is not changed.
         spec: Its description.
         retired: Rows that were retired when it was written.
         path: File to write.
 
     Returns:
-        None where it misses the target or most of it would be retired items: it has to be built anew.
+        None if it misses the target or would hold more retired than live items: build a new index then.
 
     Raises:
         BundleError: The old file is not the index that `spec` describes.
-        ExportError: The file that was written does not read back as the index that was made.
+        ExportError: The written file does not read back as the index that was made.
     """
     index = load_index(old, spec, task.vectors, capacity=len(task.vectors))
     index.set_num_threads(1)
@@ -105,7 +105,7 @@ def grow_index(
 
 
 def choose_ef(index: Any, measure: Callable[[Any], float], target: float) -> tuple[int, float]:
-    """The smallest search width that reaches the target, else the largest tried; with its recall."""
+    """The smallest search width that reaches the target, else the largest choice; with its recall."""
     ef, reached = EF_CHOICES[0], 0.0
     for ef in EF_CHOICES:
         index.set_ef(ef)
@@ -116,16 +116,16 @@ def choose_ef(index: Any, measure: Callable[[Any], float], target: float) -> tup
 
 
 def _recall_meter(task: IndexTask) -> Callable[[Any], float]:
-    """Recall of an index against a scan that is made once."""
+    """A function that measures the recall of an index; the scan runs once."""
     queries = task.queries[:MAX_QUERIES]
     live = mask_without(len(task.vectors), task.retired)
     k = min(RECALL_K, int(live.sum()))
-    _, true = ExactIndex(task.vectors).search(queries, k, live)
-    return lambda index: recall(1.0 - index.knn_query(queries, k=k)[1], true)
+    _, exact = ExactIndex(task.vectors).search(queries, k, live)
+    return lambda index: recall(1.0 - index.knn_query(queries, k=k)[1], exact)
 
 
-def _finish(task: IndexTask, index: Any, found: tuple[int, int, float], path: Path) -> IndexSpec:
-    m, ef, reached = found
+def _finish(task: IndexTask, index: Any, choice: tuple[int, int, float], path: Path) -> IndexSpec:
+    m, ef, reached = choice
     _save(index, path)
     k = min(RECALL_K, len(task.vectors) - len(task.retired))
     if reached < task.target:
@@ -148,13 +148,11 @@ def _finish(task: IndexTask, index: Any, found: tuple[int, int, float], path: Pa
 
 
 def _save(index: Any, path: Path) -> None:
-    """hnswlib reports no write error, so a full disk shows only when the file is read back."""
+    """Write and read back: hnswlib reports no write error, such as on a full disk."""
     index.save_index(str(path))
     expected = index.index_file_size()
     if path.stat().st_size != expected:
-        raise ExportError(
-            f"{path.name}: {path.stat().st_size} of {expected} bytes were written; is there space left on the disk?"
-        )
+        raise ExportError(f"{path.name}: wrote {path.stat().st_size} of {expected} bytes; no space left on the disk?")
     again: Any = hnswlib.Index(space="ip", dim=index.dim)
     again.load_index(str(path))
     if again.get_current_count() != index.get_current_count():

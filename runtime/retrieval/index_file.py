@@ -1,4 +1,4 @@
-"""The file of an hnswlib index, checked before hnswlib loads it: hnswlib follows every number in it, wherever it leads.
+"""Check the file of an hnswlib index before hnswlib loads it, as hnswlib checks none of its numbers.
 
 Layout of version 0.8: a header; per item its links at level 0, its vector, its label; per item its links above level 0.
 """
@@ -26,7 +26,7 @@ Words = NDArray[np.uint32]
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What the header says, of which the rest follows."""
+    """Independent fields of the header; the others follow from them."""
 
     count: int
     words: int
@@ -36,7 +36,7 @@ class _Header:
 
 
 def check_index_file(path: os.PathLike[str], spec: IndexSpec, item_vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Check that a file is an index of these items through and through.
+    """Check that every part of a file is valid for an index of these items.
 
     Args:
         path: The file.
@@ -44,10 +44,10 @@ def check_index_file(path: os.PathLike[str], spec: IndexSpec, item_vectors: NDAr
         item_vectors: [N, E] f32; labels are rows of it.
 
     Returns:
-        The rows that a search can find, in no order.
+        The rows that a search can find, unordered.
 
     Raises:
-        BundleError: It is not.
+        BundleError: A part is not valid.
     """
     content = np.memmap(os.fspath(path), np.uint8, "r") if Path(path).stat().st_size else np.zeros(0, np.uint8)
     header = _header(path, content, spec, len(item_vectors))
@@ -65,26 +65,24 @@ def check_index_file(path: os.PathLike[str], spec: IndexSpec, item_vectors: NDAr
     labels, deleted = (np.concatenate(part) for part in zip(*parts, strict=True))
     if len(np.unique(labels)) != len(labels):
         raise _broken(path, "two of its items have the same label")
-    found: NDArray[np.int64] = labels[~deleted]
-    return found
+    rows: NDArray[np.int64] = labels[~deleted]
+    return rows
 
 
 def _header(path: os.PathLike[str], content: NDArray[np.uint8], spec: IndexSpec, rows: int) -> _Header:
     if len(content) < HEADER.size:
-        raise BundleError(f"{path}: {len(content)} bytes are no hnswlib index; export the bundle again")
+        raise BundleError(f"{path}: {len(content)} bytes are not an hnswlib index; export the bundle again")
     values = HEADER.unpack(content[: HEADER.size].tobytes())
-    level0, capacity, count, item_bytes, label_offset, vector_offset, top_level, entry, above, at_0, m, scale, _ = (
-        values
-    )
-    given = ((label_offset - vector_offset) // 4, count)
-    if given != (spec.dim, spec.count):
+    level0, capacity, count, item_bytes, label_at, vector_at, top_level, entry, above, at_0, m, scale, _ = values
+    dims = ((label_at - vector_at) // 4, count)
+    if dims != (spec.dim, spec.count):
         raise BundleError(
-            f"{path}: the index does not match the items: it has (dim, count) = {given}, "
+            f"{path}: the index does not match the items: it has (dim, count) = {dims}, "
             f"the items need {(spec.dim, spec.count)}; export the bundle again"
         )
     links = 4 + 8 * spec.m
     layout = (0, links, links + 4 * spec.dim, links + 4 * spec.dim + 8, spec.m, 2 * spec.m, spec.m)
-    if (level0, vector_offset, label_offset, item_bytes, above, at_0, m) != layout:
+    if (level0, vector_at, label_at, item_bytes, above, at_0, m) != layout:
         raise _broken(path, f"its layout is not that of {spec.dim} numbers and M={spec.m}")
     if not 0 < count <= capacity <= max(count, rows) or not 0 < scale < np.inf:
         raise _broken(path, f"it has room for {capacity} of {rows} items, or levels of scale {scale}")
@@ -94,19 +92,17 @@ def _header(path: os.PathLike[str], content: NDArray[np.uint8], spec: IndexSpec,
 def _check_items(
     path: os.PathLike[str], items: Words, header: _Header, item_vectors: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Labels, and which of the items are marked as deleted."""
+    """Labels of items, and whether each is marked as deleted."""
     most = 2 * header.m
     used = np.arange(most) < (items[:, :1] & COUNT_BITS)
     if (items[:, 0] & COUNT_BITS > most).any() or (items[:, 1 : 1 + most][used] >= header.count).any():
-        raise _broken(path, "a link at level 0 leads nowhere")
+        raise _broken(path, "a link at level 0 leads to no item")
     labels: NDArray[np.int64] = np.ascontiguousarray(items[:, -2:]).view("<i8")[:, 0]
     if (labels < 0).any() or (labels >= len(item_vectors)).any():
-        raise _broken(path, "a label is no row of the items")
+        raise _broken(path, "a label is not a row of the items")
     vectors = np.ascontiguousarray(items[:, 1 + most : -2]).view("<f4")
     if not np.array_equal(vectors, item_vectors[labels]):
-        raise BundleError(
-            f"{path}: the index does not match the items: it was built of other vectors; export the bundle again"
-        )
+        raise BundleError(f"{path}: the index does not match the items: it has other vectors; export the bundle again")
     return labels, items[:, 0] & DELETED_BIT != 0
 
 
@@ -133,14 +129,14 @@ def _check_upper_links(path: os.PathLike[str], words: Words, header: _Header) ->
 def _check_lists(
     path: os.PathLike[str], words: Words, starts: NDArray[np.int64], levels: NDArray[np.int64], header: _Header
 ) -> None:
-    """Check lists of links, whose places and levels are `starts` [lists, 2]: each leads to an item on that level."""
+    """Check lists of links at the places and levels `starts` [lists, 2]: each link leads to an item on that level."""
     counts = words[starts[:, 0]] & COUNT_BITS
     targets = words[starts[:, :1] + 1 + np.arange(header.m)].astype(np.int64)
     used = np.arange(header.m) < counts[:, None]
     inside = np.where(used & (targets < header.count), targets, 0)
     wrong = used & ((targets >= header.count) | (levels[inside] < starts[:, 1:]))
     if (counts > header.m).any() or wrong.any():
-        raise _broken(path, "a link above level 0 leads nowhere")
+        raise _broken(path, "a link above level 0 leads to no item")
 
 
 def _broken(path: os.PathLike[str], problem: str) -> BundleError:

@@ -1,11 +1,11 @@
-"""From queries to candidates: the index where it is faster than a scan, and always exactly as many as are wanted."""
+"""From queries to exactly k candidates each: by the index if it is faster than a scan, else by a scan."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
 
@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.catalogue import NO_ROWS
-from unipinrec.runtime.retrieval.index import Eligible, ExactIndex, HnswIndex, VectorIndex, best, recall
+from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible
+from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex, best
 
 # Measured by bench/retrieval_filters.py.
 VISIT_COST = 50  # rows that a scan reads while the index takes one step
-FILTER_RISK = 5  # a filter that goes with the vectors leaves too few in most searches, and then a scan comes on top
+FILTER_RISK = 5  # if a filter correlates with the vectors, most searches find too few items and need a scan as well
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates:
+class CandidateSet:
     """Distinct item rows [k] i64 and their similarity [k] f32, best first, ties in row order.
 
-    `exact` says why all eligible items were scanned; None = the index found them.
+    `exact` is the reason why all eligible items were scanned; None = the index found them.
     """
 
     rows: NDArray[np.int64]
@@ -35,21 +35,19 @@ class Candidates:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Search:
-    """Exactly `wanted` eligible items: allowed and not excluded.
+class Search(Eligible):
+    """A search for exactly k eligible items.
 
     Attributes:
-        queries: [Q, E]; an item's similarity is that with the query it is most similar to.
-        wanted: From 1 to the number of eligible items.
-        excluded: Distinct rows to leave out.
-        allowed: Mask [N] that leaves out the retired items too (`Catalogue.allowed`); None = all others.
+        queries: [Q, E]; an item's similarity is that to the nearest query.
+        k: From 1 to the number of eligible items.
         exact: Scan all eligible items.
+        allowed: Mask [N], without the retired items (`Catalogue.allowed`); None = all items that are not retired.
+        excluded: Distinct rows to leave out.
     """
 
     queries: NDArray[np.float32]
-    wanted: int
-    excluded: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
-    allowed: NDArray[np.bool_] | None = None
+    k: int
     exact: bool = False
 
 
@@ -61,8 +59,8 @@ class Retriever:
         index: Finds most of the nearest items.
         scan: Finds all of them.
         item_vectors: [N, E] f32 of unit length.
-        live: Mask [N] of the items that are not retired; None where none is.
-        visit_cost: How many rows a scan reads while the index takes one step; 0 = always ask the index.
+        live: Mask [N] of the items that are not retired; None if no item is.
+        visit_cost: Rows that a scan reads while the index takes one step; 0 = always try the index first.
     """
 
     index: VectorIndex
@@ -78,82 +76,63 @@ class Retriever:
         Raises:
             BundleError: It is not an index of the bundle's items.
         """
-        vectors = bundle.item_vectors
-        index = HnswIndex.open(bundle)
-        return cls(index=index, scan=ExactIndex(vectors), item_vectors=vectors, live=bundle.catalogue.live)
+        vectors, live = bundle.item_vectors, bundle.catalogue.live
+        return cls(index=HnswIndex.open(bundle), scan=ExactIndex(vectors), item_vectors=vectors, live=live)
 
-    def retrieve(self, searches: Sequence[Search]) -> list[Candidates]:
-        """Find what each search wants, scans in one pass over the items. Each finds what it would find alone.
+    def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
+        """Run searches, and all scans of one k in one pass over the items. Each result is the same as alone.
 
         Args:
-            searches: Of which all have as many queries.
+            searches: The searches; all have the same number of queries.
 
         Raises:
             BackendError: A query is not finite.
         """
-        eligible = [self._eligible(search) for search in searches]
-        found = [self._ask_index(search, one) for search, one in zip(searches, eligible, strict=True)]
-        rows = [rows for rows, _ in found]
+        searches = [replace(search, allowed=self.live) if search.allowed is None else search for search in searches]
+        matches = [self._search_index(search) for search in searches]
+        rows = [matched for matched, _ in matches]
         scans: dict[int, list[int]] = defaultdict(list)
-        for place, (_, reason) in enumerate(found):
+        for index, (_, reason) in enumerate(matches):
             if reason is not None:
-                scans[searches[place].wanted].append(place)
-        for wanted, places in scans.items():
-            queries = [searches[place].queries for place in places]
-            repeated = [eligible[place] for place, several in zip(places, queries, strict=True) for _ in several]
-            near = iter(self.scan.near(np.concatenate(queries), wanted, repeated))
-            for place, several in zip(places, queries, strict=True):
-                rows[place] = reduce(np.union1d, islice(near, len(several)))
-        nearest = best(
-            self.item_vectors, np.stack([one.queries for one in searches]), rows, [one.wanted for one in searches]
-        )
+                scans[searches[index].k].append(index)
+        for k, indices in scans.items():
+            scanned = [searches[index] for index in indices]
+            per_query = [search for search in scanned for _ in search.queries]
+            near = iter(self.scan.near(np.concatenate([search.queries for search in scanned]), k, per_query))
+            for index, search in zip(indices, scanned, strict=True):
+                rows[index] = reduce(np.union1d, islice(near, len(search.queries)))
+        queries, counts = np.stack([search.queries for search in searches]), [search.k for search in searches]
+        nearest = best(self.item_vectors, queries, rows, counts)
         return [
-            Candidates(rows=kept, similarity=similarity, exact=reason)
-            for (kept, similarity), (_, reason) in zip(nearest, found, strict=True)
+            CandidateSet(rows=kept, similarity=similarity, exact=reason)
+            for (kept, similarity), (_, reason) in zip(nearest, matches, strict=True)
         ]
 
-    def _ask_index(self, search: Search, eligible: Eligible) -> tuple[NDArray[np.int64], str | None]:
-        """The rows that the index finds, or why all are to be scanned."""
-        fetch, reason = self._plan(search.wanted, eligible)
+    def _search_index(self, search: Search) -> tuple[NDArray[np.int64], str | None]:
+        """The rows that the index finds, and the reason to scan all items, if there is one."""
+        fetch, reason = self._plan(search)
         if search.exact or reason is not None:
-            return NO_ROWS, "asked for" if search.exact else reason
+            return NO_ROWS, "requested" if search.exact else reason
         try:
-            found, _ = self.index.search(search.queries, fetch)
+            rows = search.keep(self.index.search(search.queries, fetch)[0])
         except BackendError as error:
             return NO_ROWS, str(error)
-        rows = eligible.keep(found)
-        few = len(rows) < search.wanted
-        return rows, f"{len(rows)} of {search.wanted} candidates were left by the filters" if few else None
+        few = len(rows) < search.k
+        return rows, f"{len(rows)} of {search.k} candidates were left by the filters" if few else None
 
-    def _plan(self, wanted: int, eligible: Eligible) -> tuple[int, str | None]:
-        """How many items to ask the index for, and why a scan is faster, if it is."""
-        items, allowed, excluded = len(self.item_vectors), eligible.allowed, eligible.excluded
+    def _plan(self, search: Search) -> tuple[int, str | None]:
+        """Number of items to fetch from the index, and why a scan is faster, if it is."""
+        items, allowed = len(self.item_vectors), search.allowed
         count = items if allowed is None else int(np.count_nonzero(allowed))
         live = items if self.live is None else int(np.count_nonzero(self.live))
-        left = eligible.count(items)
-        inside = len(excluded) if allowed is None else count - left
-        hoped = float(wanted + min(inside, wanted))
+        left = search.count(items)
+        expected = float(search.k + min(count - left, search.k))
         if filtered := count < live:
-            hoped += 3 * math.sqrt(hoped)  # how many pass the filter is a matter of luck
-        fetch = math.ceil(hoped * live / count)
+            expected += 3 * math.sqrt(expected)  # the number that passes the filter varies
+        fetch = math.ceil(expected * live / count)
         searching = max(self.index.ef, fetch) * self.visit_cost * (FILTER_RISK if filtered else 1)
         gathering = self.scan.gather_cost * left
         read, cost = (left, gathering) if gathering < items else (items, items)
         if searching <= cost:
             return fetch, None
         return fetch, f"scanning {read} items is faster than searching the index for {fetch}"
-
-    def _eligible(self, search: Search) -> Eligible:
-        return Eligible(allowed=self.live if search.allowed is None else search.allowed, excluded=search.excluded)
-
-    def sampled_recall(self, queries: NDArray[np.float32], k: int) -> float:
-        """Share of the k nearest items that the index finds for queries [R, E], such as a sample of those in service.
-
-        It costs a search and a scan for each query and changes nothing. An item as near as the k-th counts as found.
-
-        Raises:
-            BackendError: A query is not finite, or there are fewer than k items.
-        """
-        _, found = self.index.search(queries, k)
-        _, true = self.scan.search(queries, k, self.live)
-        return recall(found, true)

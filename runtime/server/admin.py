@@ -1,6 +1,6 @@
-"""Which bundle serves, changed from outside: by HTTP under a token, or by a file that a deployment tool renames.
+"""Swaps from outside: by HTTP with a token, or by a file that a deployment tool replaces.
 
-Bundles are named, never pathed: all of them lie in one folder that was fixed at the start.
+Bundles have names, not paths: all of them lie in one folder, which is fixed at the start.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import msgspec
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unipinrec.errors import MALFORMED, BundleError, ConfigError, SwapBusyError, SwapError, UnipinrecError
+from unipinrec.errors import BundleError, ConfigError, RequestError, SwapBusyError, SwapError, UnipinrecError, decoding
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
-from unipinrec.runtime.server.deployments import Deployments, DeploymentStatus
 from unipinrec.runtime.server.operations import ADMIN, Operation
+from unipinrec.runtime.server.swap import Deployments, DeploymentStatus
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "a name is a letter or digit, then up to 127 letters, digits, dots, dashes or underscores"
@@ -38,18 +38,18 @@ log = logging.getLogger(__name__)
 
 
 class Current(msgspec.Struct, frozen=True, kw_only=True):
-    """What `current.json` and the body of a reload say; what else a deployment tool notes there is not read."""
+    """The content of `current.json` and of the body of a reload; other fields are ignored."""
 
     bundle: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdminOptions:
-    """Who may swap, and between what.
+    """The bundles that /admin may swap to, and the token that it needs.
 
     Attributes:
-        folder: Where all bundles lie.
-        token: What a caller must present as `Authorization: Bearer TOKEN`.
+        folder: Folder of all bundles.
+        token: A caller must send it as `Authorization: Bearer TOKEN`.
     """
 
     folder: Path
@@ -64,10 +64,10 @@ class AdminOptions:
 
 
 def read_token(*, file: Path | None = None, variable: str | None = None) -> str:
-    """The token from a file, whose last line break does not count, or else from an environment variable.
+    """The token from a file, without spaces and line breaks around it, or else from an environment variable.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or the file cannot be read.
     """
     if file is not None:
         try:
@@ -81,10 +81,10 @@ def read_token(*, file: Path | None = None, variable: str | None = None) -> str:
 
 
 def bundle_folder(folder: Path, name: str) -> Path:
-    """The bundle of a name; it need not exist.
+    """The folder of a bundle; it need not exist.
 
     Raises:
-        BundleError: It is not a plain name.
+        BundleError: `name` breaks the rule for names.
     """
     if not NAME.fullmatch(name):
         raise BundleError(f"{name[:40]!r} does not name a bundle: {NAME_RULE}")
@@ -95,19 +95,21 @@ def read_current(folder: Path) -> Path:
     """The bundle that a folder's `current.json` names.
 
     Raises:
-        BundleError: There is no such file, or it does not name one.
+        BundleError: There is no such file, or it names no bundle.
     """
-    path = folder / CURRENT
+    path, remedy = folder / CURRENT, 'it must be a file such as {"bundle": "NAME"}'
     try:
-        return bundle_folder(folder, msgspec.json.decode(path.read_bytes(), type=Current).bundle)
-    except (OSError, *MALFORMED) as error:
-        raise BundleError(f'{path} must be a file such as {{"bundle": "NAME"}}: {error}') from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error}; {remedy}") from error
+    with decoding(BundleError, path, remedy):
+        return bundle_folder(folder, msgspec.json.decode(content, type=Current).bundle)
 
 
 RELOAD = Operation(
     method="POST",
     path="/admin/reload",
-    summary="Serve another bundle",
+    summary="Swap to another bundle",
     body=Current,
     answer=DeploymentStatus,
     statuses=(*ADMIN, 404, 408, 409, 413, 422),
@@ -115,37 +117,37 @@ RELOAD = Operation(
 ROLLBACK = Operation(
     method="POST",
     path="/admin/rollback",
-    summary="Serve the bundle before this one",
+    summary="Swap back to the previous bundle",
     answer=DeploymentStatus,
     statuses=(*ADMIN, 409, 422),
 )
 STATUS = Operation(
-    method="GET",
     path="/admin/status",
-    summary="What serves, and what was swapped",
+    summary="The active bundle, and the latest swaps",
     answer=DeploymentStatus,
     statuses=ADMIN,
 )
 
 
 def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
-    """POST /admin/reload and /admin/rollback, GET /admin/status. Without them there is no other way in."""
+    """POST /admin/reload and /admin/rollback, GET /admin/status."""
 
     async def reload(_server: Server, call: Call) -> Response:
-        wanted = _decode(await call.body(BODY_BYTES))
+        with decoding(RequestError, "the body", 'it must be {"bundle": "NAME"}'):
+            name = msgspec.json.decode(await call.body(BODY_BYTES), type=Current).bundle
         try:
-            folder = bundle_folder(options.folder, wanted.bundle)
+            folder = bundle_folder(options.folder, name)
         except BundleError as error:
-            raise Refusal(400, "invalid_request", str(error)) from error
+            raise RequestError(str(error)) from error
         if not folder.is_dir():
-            raise Refusal(404, "no_such_bundle", f"there is no bundle {wanted.bundle!r} to swap to")
+            raise ApiError(404, "no_such_bundle", f"there is no bundle {name!r} to swap to")
         return await _swapped(server, lambda deployments: deployments.swap(folder))
 
     async def rollback(_server: Server, _call: Call) -> Response:
         return await _swapped(server, lambda deployments: deployments.rollback())
 
     async def status(_server: Server, _call: Call) -> Response:
-        return as_json(_deployments(server).status())
+        return as_json(server.loaded().status())
 
     digest = hashlib.sha256(options.token.encode()).digest()
     table: list[tuple[Operation, Handler]] = [(RELOAD, reload), (ROLLBACK, rollback), (STATUS, status)]
@@ -154,45 +156,32 @@ def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
 
 def _guarded(handler: Handler, token_sha256: bytes) -> Handler:
     async def guarded(server: Server, call: Call) -> Response:
-        scheme, _, given = call.request.headers.get("authorization", "").partition(" ")
-        # Digests are of equal length, so that the time to compare them says nothing about the token.
-        right = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), token_sha256)
-        if not right or scheme.lower() != "bearer":
-            raise Refusal(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+        scheme, _, token = call.request.headers.get("authorization", "").partition(" ")
+        # Digests have equal lengths, so that the time to compare them tells nothing about the token.
+        valid = hmac.compare_digest(hashlib.sha256(token.strip().encode()).digest(), token_sha256)
+        if not valid or scheme.lower() != "bearer":
+            raise ApiError(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
         return await handler(server, call)
 
     return guarded
 
 
-def _decode(body: bytes) -> Current:
-    try:
-        return msgspec.json.decode(body, type=Current)
-    except MALFORMED as error:
-        raise Refusal(400, "invalid_request", f'the body must be {{"bundle": "NAME"}}: {error}') from error
-
-
-def _deployments(server: Server) -> Deployments:
-    if server.deployments is None:
-        raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
-    return server.deployments
-
-
 async def _swapped(server: Server, swap: Callable[[Deployments], Any]) -> Response:
-    """Swap in a thread. It goes on even if whoever asked for it leaves; the status tells how it ended."""
-    deployments = _deployments(server)
+    """Swap in a thread. A swap goes on even if the client leaves; the status then shows its result."""
+    deployments = server.loaded()
     try:
         await anyio.to_thread.run_sync(swap, deployments)
     except SwapError as error:
-        raise Refusal(409, "not_swapped", str(error)) from error
+        raise ApiError(409, "not_swapped", str(error)) from error
     except UnipinrecError as error:
-        raise Refusal(422, "bundle_refused", f"{error}; what served before serves on") from error
+        raise ApiError(422, "bundle_refused", f"{error}; the active bundle was not changed") from error
     return as_json(deployments.status())
 
 
 class CurrentWatcher:
-    """Swaps to what a folder's `current.json` names whenever that file is replaced.
+    """Swaps to the bundle in a folder's `current.json` when that file is replaced.
 
-    A bundle that was refused is not tried again until the file is replaced once more.
+    A rejected bundle is not tried again until the file is replaced once more.
     """
 
     def __init__(
@@ -202,13 +191,13 @@ class CurrentWatcher:
         every_s: float = 1.0,
         swapped: Callable[[Path], object] = lambda _: None,
     ) -> None:
-        """Look so often, and tell `swapped` of each bundle that has taken over.
+        """Check the file every `every_s` seconds; call `swapped` with the folder of each new active bundle.
 
         Raises:
-            ConfigError: That is no time.
+            ConfigError: `every_s` is not more than 0.
         """
         if not every_s > 0:
-            raise ConfigError(f"current.json cannot be looked at every {every_s} s; it must be more than 0")
+            raise ConfigError(f"current.json cannot be checked every {every_s} s; give more than 0 s")
         self._deployments, self._folder, self._every_s = deployments, folder, every_s
         self._swapped = swapped
         self._seen: tuple[int, int, int] | None = None
@@ -216,15 +205,15 @@ class CurrentWatcher:
         self._thread = threading.Thread(target=self._watch, name="unipinrec-current", daemon=True)
 
     def start(self) -> None:
-        """Look from now on, in a thread of its own."""
+        """Start to watch, in a thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more; a swap under way goes on."""
+        """Stop to watch; a running swap goes on."""
         self._stopped.set()
 
     def check(self) -> None:
-        """Look once, and swap if the file is another than before and names a bundle that does not serve."""
+        """Check once; swap if the file was replaced and names another bundle than the active one."""
         try:
             status = (self._folder / CURRENT).stat()
         except OSError:
@@ -233,25 +222,21 @@ class CurrentWatcher:
         if seen == self._seen:
             return
         try:
-            folder, version = self._named()
+            try:
+                folder = read_current(self._folder)
+                version = read_manifest(folder)[1]
+            except UnipinrecError as error:
+                self._deployments.refuse(self._folder / CURRENT, error)
+                raise
             if version != self._deployments.current.version:
                 self._swapped(self._deployments.swap(folder).path)
         except SwapBusyError:
-            return  # by hand, at this moment: next time
+            return  # another swap is running: try again at the next check
         except UnipinrecError as error:
             log.warning("%s changed, but nothing was swapped: %s", self._folder / CURRENT, error)
         except Exception:
             log.exception("%s changed, but nothing was swapped", self._folder / CURRENT)
         self._seen = seen
-
-    def _named(self) -> tuple[Path, str]:
-        """The bundle that the file names, and its version; that there is none counts as a swap that was refused."""
-        try:
-            folder = read_current(self._folder)
-            return folder, read_manifest(folder)[1]
-        except UnipinrecError as error:
-            self._deployments.refuse(self._folder / CURRENT, error)
-            raise
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._every_s):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 
 from starlette.applications import Starlette
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from unipinrec.runtime.server import handlers
-from unipinrec.runtime.server.api import (
+from unipinrec.runtime.server.bodies import (
     ErrorAnswer,
     ErrorDetail,
     EventsBody,
@@ -26,15 +25,10 @@ from unipinrec.runtime.server.api import (
     UserAnswer,
 )
 from unipinrec.runtime.server.call import Endpoint, Handler, Observer, Server, ServerOptions, as_json
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, Receipt, StoreLimits
 from unipinrec.runtime.server.openapi_examples import EXAMPLE_USER
 from unipinrec.runtime.server.operations import POSTS, READS, STORE, AnyOf, Operation, in_path
-
-__all__ = ["Endpoint", "Server", "ServerOptions", "make_app", "make_server", "route"]
-
-log = logging.getLogger(__name__)
-
+from unipinrec.runtime.server.swap import Deployments
 
 RECOMMEND = Operation(
     method="POST",
@@ -49,17 +43,16 @@ APPEND = Operation(
     method="POST",
     path="/v1/events",
     tag="users",
-    summary="Append what users just did",
+    summary="Append new events of users",
     body=EventsBody | list[EventsBody],
     answer=AnyOf((Receipt, AnyOf((Receipt, ErrorAnswer), listed=True))),
     statuses=POSTS,
 )
 NAMED = {"user": in_path(EXAMPLE_USER, maxLength=256)}
 USER = Operation(
-    method="GET",
     path="/v1/users/{user:text}",
     tag="users",
-    summary="What is known of a user",
+    summary="The stored events of a user",
     answer=UserAnswer,
     statuses=(*STORE, 404),
     parameters=NAMED,
@@ -82,41 +75,34 @@ SIMILAR = Operation(
     answer=SimilarAnswer,
     statuses=POSTS,
 )
-LIVE = Operation(method="GET", path="/health/live", summary="Whether the process answers", answer=dict[str, str])
+LIVE = Operation(path="/health/live", summary="Whether the process answers", answer=dict[str, str])
 READY = Operation(
-    method="GET",
     path="/health/ready",
-    summary="Whether requests are answered, and with what",
+    summary="Whether requests are answered, and on what device",
     answer=Readiness,
     statuses=READS,
     refused={503: Readiness},
 )
 
 
-class _Text(Convertor[str]):
-    """The rest of a path, whatever is in it: Starlette's own ends at a line break, which an id may have."""
+class _Text(PathConvertor):
+    """The rest of a path with line breaks, which an id may hold; Starlette's own stops at them."""
 
     regex = r"[\s\S]*"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
 
 
 register_url_convertor("text", _Text())
 
 
 def route(server: Server, operation: Operation, handler: Handler) -> Route:
-    """A line of the table."""
+    """A row of the table of routes."""
     endpoint = Endpoint(server=server, operation=operation, handler=handler)
     return Route(operation.path, endpoint, methods=[operation.method])
 
 
 def operations_of(routes: Iterable[BaseRoute]) -> list[Operation]:
-    """What the routes of an application do."""
-    endpoints = (one.endpoint for one in routes if isinstance(one, Route))
+    """The operations of an application's routes."""
+    endpoints = (route.endpoint for route in routes if isinstance(route, Route))
     return [endpoint.operation for endpoint in endpoints if isinstance(endpoint, Endpoint)]
 
 
@@ -127,7 +113,7 @@ def make_server(
     store: EventStore | None = None,
     observers: Sequence[Observer] = (),
 ) -> Server:
-    """What handlers share, ready if there is something to serve with; `Server.open` gives it to it later."""
+    """What handlers share. It is ready at once with `deployments`, else after `Server.open`."""
     server = Server(
         options=options or ServerOptions(),
         store=store or MemoryEventStore(StoreLimits(events=2_000)),
@@ -147,7 +133,7 @@ def make_app(
 ) -> Starlette:
     """The application: its own table of routes, and `more` of them.
 
-    Processes that serve together hand requests to each other, and bring handlers of their own.
+    Processes that serve together pass handlers that hand requests to each other.
     """
     routes = [
         route(server, RECOMMEND, recommend),
@@ -160,21 +146,20 @@ def make_app(
         *more,
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
-    app.router.redirect_slashes = False  # a path is what it is, and a body is not sent twice
+    app.router.redirect_slashes = False  # so that no client sends its body twice
     return app
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """An error in the shape of the routes that begin as this path does."""
+    """An error in the format of the routes whose paths begin like this one."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     code, message = {
-        404: ("no_such_route", "there is nothing here; GET /openapi.json lists what there is"),
-        405: ("method_not_allowed", "this path does not answer to this method"),
+        404: ("no_such_route", "this path does not exist; GET /openapi.json lists those that do"),
+        405: ("method_not_allowed", "this path does not accept this method"),
     }.get(status, ("http_error", "the request cannot be answered"))
     headers = error.headers if isinstance(error, HTTPException) else None
     first = request.url.path.split("/")[1]
-    near = [one for one in operations_of(request.app.routes) if one.path.split("/")[1] == first]
-    body = (near[0].error if near else ErrorAnswer).of(ErrorDetail(code=code, message=message))
-    response = as_json(body, status)
+    near = (known.error for known in operations_of(request.app.routes) if known.path.split("/")[1] == first)
+    response = as_json(next(near, ErrorAnswer).of(ErrorDetail(code=code, message=message)), status)
     response.headers.update(headers or {})
     return response

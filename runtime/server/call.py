@@ -1,4 +1,4 @@
-"""One HTTP request from its arrival to its answer, and what the handlers share."""
+"""One HTTP request from its arrival to its answer, and what all handlers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,10 +22,11 @@ from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItem
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
 from unipinrec.runtime.server.admission import Admission, UsersInFlight
-from unipinrec.runtime.server.api import Limits, RecommendBody, Refusal
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.bodies import ApiError, Limits, RecommendBody
+from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import EventStore
 from unipinrec.runtime.server.operations import Operation
+from unipinrec.runtime.server.swap import Deployments
 
 CLIENT_LEFT = 499
 _ENCODER = msgspec.json.Encoder()
@@ -39,10 +40,10 @@ class ServerOptions:
     """How the server treats requests.
 
     Attributes:
-        limits: What one of them may ask for.
-        queue: Most requests that are admitted and not yet answered; of a list each counts.
-        deadline_ms: How long a request may take from its arrival on, unless it says otherwise (X-Deadline-Ms).
-        max_deadline_ms: The most that it may say; more is lowered to it.
+        limits: Limits of each request.
+        queue: Most requests that are admitted and not yet answered; each request of a list counts.
+        deadline_ms: How long an answer may take, from the request's arrival, unless X-Deadline-Ms says otherwise.
+        max_deadline_ms: Longer deadlines of requests are lowered to this.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -61,25 +62,25 @@ class ServerOptions:
 
 @dataclass(kw_only=True, eq=False)
 class Call:
-    """One HTTP request, and what became of it: what observers are told.
+    """One HTTP request and its outcome, which observers see.
 
     Attributes:
-        request: As it came.
-        id: Of the request: the client's, or made here.
-        route: The path of the route that answers, without what varies.
-        began: When it arrived, by `time.perf_counter`.
-        deadline: When it must be answered, by the same clock.
-        slates: What was recommended.
-        answers: How each of the slates was batched.
-        asked: The request of each of the slates, by an id of its own: that of the call, in a list with its place.
-        users: Whom it is about; logged only where the operator wants it.
-        content: The body, once it was read.
+        request: Starlette's request.
+        id: The client's id of the request, or one made here.
+        route: Path of the route, with its parameters as names.
+        began: Time of arrival, by `time.perf_counter`.
+        deadline: When the answer is due, by the same clock.
+        slates: Recommended slates.
+        answers: How the batcher answered each slate.
+        requests: The request of each slate by its id: that of the call, in a list with the index.
+        users: Users in the request; logged only if the operator wants it.
+        content: The body, after it was read.
         answered_elsewhere: Another process has answered it, and told its own observers.
         headers: Further headers of the answer; an observer may add some.
-        status: Of the answer; 499 = the client left first.
-        code: Of the error, if it is one.
-        codes_in_list: Of the errors among the answers of a list.
-        seconds: From arrival to the answer, which was then sent.
+        status: Status of the answer; 499 = the client left first.
+        code: Code of the error, if the answer is one.
+        codes_in_list: Codes of the errors in an answer that is a list.
+        seconds: From arrival until the answer was ready to send.
     """
 
     request: Request
@@ -89,7 +90,7 @@ class Call:
     deadline: float
     slates: list[Slate] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    asked: dict[str, RecommendBody] = field(default_factory=dict)
+    requests: dict[str, RecommendBody] = field(default_factory=dict)
     users: list[str] = field(default_factory=list)
     content: bytes | None = None
     answered_elsewhere: bool = False
@@ -106,30 +107,27 @@ class Call:
 
     @property
     def from_peer(self) -> bool:
-        """Whether it came from another process of this server, over a socket without a port."""
+        """Whether another process of this server sent it, over a socket without a port."""
         server = self.request.scope.get("server")
         return server is not None and server[1] is None
 
     async def body(self, limit: int) -> bytes:
-        """All bytes that the client sends; they are read once.
+        """The whole body, which is read once.
 
         Raises:
-            Refusal: 400, they are compressed; 413, more than `limit`; 408, they did not come before the deadline.
+            ApiError: 400, it is compressed; 413, it is larger than `limit`; 408, it did not arrive before the deadline.
             ClientDisconnect: The client left.
         """
-        if self.content is None:
-            self.content = await self._read(limit)
-        return self.content
-
-    async def _read(self, limit: int) -> bytes:
+        if self.content is not None:
+            return self.content
         coding = self.request.headers.get("content-encoding", "identity")
         if coding != "identity":
             message = f"Content-Encoding: {coding[:20]!r} is not supported; send the body as it is"
-            raise Refusal(400, "invalid_request", message)
+            raise ApiError(400, "invalid_request", message)
         declared = self.request.headers.get("content-length", "0")
         parts: list[bytes] = []
         left = limit
-        too_large = Refusal(413, "too_large", f"the body is larger than {limit} bytes; send fewer requests at a time")
+        too_large = ApiError(413, "too_large", f"the body is larger than {limit} bytes; send fewer requests at a time")
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
         try:
@@ -140,27 +138,28 @@ class Call:
                         raise too_large
                     parts.append(part)
         except TimeoutError as error:
-            raise Refusal(408, "body_timeout", "the body did not arrive before the deadline") from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            raise ApiError(408, "body_timeout", "the body did not arrive before the deadline") from error
+        self.content = parts[0] if len(parts) == 1 else b"".join(parts)
+        return self.content
 
     async def wait(self, futures: Sequence[Future[Any] | asyncio.Future[Any]]) -> None:
-        """Wait until all are done; those that are not when the deadline passes or the client leaves are cancelled.
+        """Wait until all are done. When the deadline passes or the client leaves, cancel the rest.
 
         Raises:
-            Refusal: 504, the deadline has passed.
+            ApiError: 504, the deadline has passed.
             ClientDisconnect: The client left.
         """
         loop = asyncio.get_running_loop()
         end: asyncio.Future[_End] = loop.create_future()
-        _when_all_done(futures, loop, end)
-        late = loop.call_later(max(0.0, self.left_s), _first, end, "late")
+        late = loop.call_later(max(0.0, self.left_s), _resolve, end, "late")
         gone = loop.create_task(self._gone(end))
+        _when_all_done(futures, loop, end)
         try:
             if await end == "gone":
                 raise ClientDisconnect
             if end.result() == "late":
                 limit_ms = (self.deadline - self.began) * 1e3
-                raise Refusal(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
+                raise ApiError(504, "deadline_exceeded", f"there was no answer within {limit_ms:.0f} ms")
         finally:
             late.cancel()
             gone.cancel()
@@ -170,13 +169,13 @@ class Call:
     async def _gone(self, end: asyncio.Future[_End]) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        _first(end, "gone")
+        _resolve(end, "gone")
 
 
 _End = Literal["done", "late", "gone"]
 
 
-def _first(end: asyncio.Future[_End], how: _End) -> None:
+def _resolve(end: asyncio.Future[_End], how: _End) -> None:
     if not end.done():
         end.set_result(how)
 
@@ -184,17 +183,17 @@ def _first(end: asyncio.Future[_End], how: _End) -> None:
 def _when_all_done(
     futures: Sequence[Future[Any] | asyncio.Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]
 ) -> None:
-    """It ends when all are done, whatever came of them."""
+    """Resolve `end` when all are done, with results or errors."""
     left = len(futures)
 
     def count() -> None:
         nonlocal left
         left -= 1
         if left <= 0:
-            _first(end, "done")
+            _resolve(end, "done")
 
     def one_done(_: Future[Any] | asyncio.Future[Any]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nothing waits any more
             loop.call_soon_threadsafe(count)
 
     for future in futures:
@@ -213,14 +212,14 @@ class Server:
     Attributes:
         options: How requests are treated.
         store: The events of users.
-        deployments: What serves; None until it is loaded.
-        admission: Of requests for the device.
-        writes: Of requests for the store.
-        handed_over: Of requests that another process may have to answer.
-        users: Who is being answered.
-        threads: For what neither the event loop nor a batch is to wait for.
+        deployments: The active deployment and those it replaced; None until the bundle is loaded.
+        admission: For requests that need the device.
+        writes: For requests that need the store.
+        handed_over: For requests that another process may have to answer.
+        users: Users with requests in flight.
+        threads: For work that must hold up neither the event loop nor a batch.
         observers: Called with every request when its answer is ready.
-        phase: How far its life has come.
+        phase: loading, ready or draining.
     """
 
     options: ServerOptions
@@ -238,56 +237,65 @@ class Server:
         self.admission, self.writes, self.handed_over = (Admission(self.options.queue) for _ in range(3))
 
     def open(self, deployments: Deployments) -> None:
-        """Answer with these from now on."""
+        """Begin to answer, with these deployments."""
         self.deployments = deployments
         if self.phase == "loading":
             self.phase = "ready"
 
+    def close(self) -> None:
+        """Release threads and the store; the caller closes deployments."""
+        self.threads.shutdown()
+        self.store.close()
+
     @contextmanager
     def acquire(self) -> Iterator[Deployment]:
-        """What serves now, which stays open until it is released.
+        """The active deployment, which stays open until it is released.
 
         Raises:
-            Refusal: 503, the server is still loading, or is shutting down.
+            ApiError: 503, the server is still loading, or is shutting down.
+        """
+        with ExitStack() as held:
+            try:
+                deployment = held.enter_context(self.loaded().acquire())
+            except BackendError as error:
+                raise ApiError(503, "shutting_down", str(error), {"retry-after": "1"}) from error
+            yield deployment
+
+    def loaded(self) -> Deployments:
+        """The deployments.
+
+        Raises:
+            ApiError: 503, the server is still loading.
         """
         if self.deployments is None:
-            raise Refusal(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
-        held = self.deployments.acquire()
-        try:
-            deployment = held.__enter__()
-        except BackendError as error:
-            raise Refusal(503, "shutting_down", str(error), {"retry-after": "1"}) from error
-        try:
-            yield deployment
-        finally:
-            held.__exit__(None, None, None)
+            raise ApiError(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
+        return self.deployments
 
     def call(self, request: Request, route: str) -> Call:
-        """Begin with a request."""
+        """A new call for a request."""
         began = time.perf_counter()
-        given = request.headers.get("x-request-id", "")
+        request_id = request.headers.get("x-request-id", "")
         return Call(
             request=request,
-            id=given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}",
+            id=request_id if REQUEST_ID.fullmatch(request_id) else f"{random.getrandbits(64):016x}",
             route=route,
             began=began,
             deadline=began + self.options.deadline_ms / 1e3,
         )
 
     def set_deadline(self, call: Call) -> None:
-        """Read the deadline that the client asks for.
+        """Read the deadline in the request's X-Deadline-Ms header.
 
         Raises:
-            Refusal: 400, it is not a number of milliseconds.
+            ApiError: 400, it is not a number of milliseconds.
         """
-        wanted = call.request.headers.get("x-deadline-ms")
-        if wanted is None:
+        header = call.request.headers.get("x-deadline-ms")
+        if header is None:
             return
-        if not wanted.isascii() or not wanted.isdecimal() or len(wanted) > 12 or not int(wanted):
-            raise Refusal(
-                400, "invalid_request", f"X-Deadline-Ms: {wanted[:40]!r} must be an integer number of ms, from 1 on"
-            )
-        call.deadline = call.began + min(int(wanted), self.options.max_deadline_ms) / 1e3
+        if not header.isascii() or not header.isdecimal() or len(header) > 12 or not int(header):
+            message = f"X-Deadline-Ms: {header[:40]!r} must be an integer number of ms, at least 1"
+            raise ApiError(400, "invalid_request", message)
+        call.deadline = call.began + min(int(header), self.options.max_deadline_ms) / 1e3
 
 
 Handler = Callable[[Server, Call], Coroutine[Any, Any, Response]]
@@ -298,24 +306,24 @@ def as_json(answer: Any, status: int = 200) -> Response:
     return Response(_ENCODER.encode(answer), status, media_type="application/json")
 
 
-def refusal_of(error: Exception, call_id: str) -> Refusal:
-    """What the client is told of an error; what was not made for it is logged, and said to be internal."""
-    if isinstance(error, Refusal):
+def refusal_of(error: Exception, call_id: str) -> ApiError:
+    """The error answer for the client; an unexpected error is logged, and its answer says only that it is internal."""
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
         return invalid(error)
     log.error("request %s failed", call_id, exc_info=error)
-    return Refusal(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
+    return ApiError(500, "internal", f"the server failed to answer; its log has more about request {call_id}")
 
 
-def invalid(error: RequestError) -> Refusal:
-    """What the client is told, without the frames that led to it: they would keep the bundle alive."""
-    return Refusal(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
+def invalid(error: RequestError) -> ApiError:
+    """The error answer, without the frames of the error: they would keep the bundle alive."""
+    return ApiError(400, "too_few_items" if isinstance(error, TooFewItemsError) else "invalid_request", str(error))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Endpoint:
-    """A handler as an ASGI application, with a request id, a deadline, and its errors as JSON."""
+    """A handler as an ASGI application, with a request id, a deadline, and errors as JSON."""
 
     server: Server
     operation: Operation
@@ -330,8 +338,11 @@ class Endpoint:
         except ClientDisconnect:
             response = Response(status_code=CLIENT_LEFT)
         except Exception as error:
-            response = self._refused(refusal_of(error, call.id), call)
-            _let_go(error)
+            refusal = refusal_of(error, call.id)
+            call.code = refusal.detail.code
+            response = as_json(self.operation.error.of(refusal.detail), refusal.status)
+            response.headers.update(refusal.headers or {})
+            _drop_frames(error)
         response.headers["x-request-id"] = call.id
         if self.server.phase == "draining":
             response.headers["connection"] = "close"
@@ -341,17 +352,11 @@ class Endpoint:
         response.headers.update(call.headers)
         await response(scope, receive, send)
 
-    def _refused(self, refusal: Refusal, call: Call) -> Response:
-        call.code = refusal.detail.code
-        response = as_json(self.operation.error.of(refusal.detail), refusal.status)
-        response.headers.update(refusal.headers or {})
-        return response
 
+def _drop_frames(error: BaseException | None) -> None:
+    """Drop the frames of a traceback: they hold the request, its body, and often a future that holds the error.
 
-def _let_go(error: BaseException | None) -> None:
-    """Of the frames of a traceback: they hold the request and its body, and often a future that holds the error.
-
-    Only the garbage collector would find that cycle, and it counts objects, not their bytes.
+    Only the garbage collector would find that cycle, and it counts objects, not bytes.
     """
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None

@@ -1,4 +1,4 @@
-"""One bundle in service: opened, proved, warmed up, with the batcher through which requests reach it."""
+"""One bundle in service: opened, verified, warmed up, with its batcher."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import RecommendOptions, Request
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 
-WARM_UP_BATCH = 8  # more takes time from requests, and finds nothing that fewer do not
+WARM_UP_BATCH = 8  # more would only take time from requests
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
     """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`.
 
-    `sampler` compares a share of the index's searches with exact ones; None = none. `shared` is the folder in which
-    processes that serve together find each other's files; None = there are no others.
+    `sampler` compares a share of the index's searches with exact ones. `shared` is the folder in which processes that
+    serve together find each other's files; None = there is only one process.
     """
 
     device: str = "auto"
@@ -34,7 +34,6 @@ class DeploymentOptions:
     allow_bundle_engines: bool = False
     threads: int | None = None
     cache: CacheOptions | None = None
-    window_slack: int | None = None
     cold_start: ColdStart = "popular"
     batching: BatchOptions = field(default_factory=BatchOptions)
     sampler: RecallSampler | None = None
@@ -46,11 +45,11 @@ class Deployment:
     """One bundle in service.
 
     Attributes:
-        recommender: What answers.
-        batcher: Through which concurrent requests reach it.
+        recommender: Answers requests.
+        batcher: Passes concurrent requests to the recommender, in batches.
         version: The bundle's hash.
         path: The bundle's folder.
-        options: How it was opened; the next one is opened in the same way.
+        options: How it was opened; the next deployment is opened in the same way.
     """
 
     recommender: Recommender
@@ -68,8 +67,8 @@ class Deployment:
         Args:
             path: The bundle's folder.
             options: How to open it.
-            cache: Of the deployment that this one replaces. It is used where keys and values of this model fit its
-                pages, and none of what is in it is lost; else a new one is made as the options say.
+            cache: The cache of the deployment that this one replaces. It is used, with its entries, where keys and
+                values of this model fit its pages; else a new one is made from the options.
 
         Raises:
             BundleError: See `Recommender.load`.
@@ -78,11 +77,14 @@ class Deployment:
         """
         options, folder = options or DeploymentOptions(), Path(path).absolute()
         bundle = Bundle.open(folder, options.shared)
+        if cache is not None:
+            pages = cache.geometry
+            fits = KvGeometry.of(bundle.manifest.model, pages.dtype, pages.page_slots) == pages
+            cache = cache if fits else None
         recommender = Recommender.load(
             bundle,
             options.device,
-            cache=cache if cache is not None and _fits(cache, bundle) else options.cache,
-            window_slack=options.window_slack,
+            cache=cache or options.cache,
             cold_start=options.cold_start,
             strict=options.strict,
             allow_bundle_engines=options.allow_bundle_engines,
@@ -100,19 +102,19 @@ class Deployment:
         return cls(recommender=recommender, batcher=batcher, version=version, path=folder, options=options)
 
     def close(self) -> None:
-        """Answer what is queued, then release graphs and memory; the cache stays with whoever else holds it."""
+        """Answer queued requests, then release graphs and memory; another deployment may go on to use the cache."""
         self.batcher.close()
         self.recommender.close()
 
 
 def warm_up(recommender: Recommender, together: int) -> None:
-    """Answer golden requests alone and `together`, so that the first real ones find memory and pages in place.
+    """Answer golden requests alone and in a batch of `together`, so that memory is ready for the first real ones.
 
     Raises:
-        BackendError: They cannot be answered.
+        BackendError: The golden requests cannot be answered.
     """
     bundle = recommender.bundle
-    # Under no user, so that no cache keeps them.
+    # Without a user, so that the cache does not keep them.
     requests = [
         Request(history=bundle.events_of(history), k=1, options=RecommendOptions(exclude_seen=False))
         for history in read_golden(bundle).histories
@@ -120,8 +122,3 @@ def warm_up(recommender: Recommender, together: int) -> None:
     for request in requests:
         recommender.recommend_many([request])
     recommender.recommend_many(list(islice(cycle(requests), together)))
-
-
-def _fits(cache: KvCache, bundle: Bundle) -> bool:
-    """Whether keys and values of a bundle's model lie in the cache's pages as they are."""
-    return KvGeometry.of(bundle.manifest.model, cache.geometry.dtype, cache.geometry.page_slots) == cache.geometry

@@ -1,4 +1,4 @@
-"""What each route does: decode, ask, encode. Sockets, batches and the files of bundles are known elsewhere."""
+"""What each route does: decode, compute, encode. Sockets, batches and the files of bundles are handled elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import TypeVar
 
 import msgspec
@@ -17,23 +17,24 @@ from starlette.responses import Response
 from unipinrec.errors import BackendError, ColdStartError, RequestError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event, Slate
-from unipinrec.runtime.server.api import (
+from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
+from unipinrec.runtime.server.bodies import (
+    ApiError,
     ErrorAnswer,
     EventsBody,
     ForgetAnswer,
     Readiness,
     RecommendAnswer,
     RecommendBody,
-    Refusal,
     SentEvent,
     UserAnswer,
+    check_id,
     decode_events,
     decode_recommend,
     decode_similar,
 )
 from unipinrec.runtime.server.call import Call, Server, as_json, invalid, refusal_of
-from unipinrec.runtime.server.deployments import Deployment
+from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import Append, StoredEvent
 from unipinrec.runtime.server.similar import similar_items
 from unipinrec.runtime.validation import check_event
@@ -43,30 +44,29 @@ log = logging.getLogger(__name__)
 
 
 async def live(_server: Server, _call: Call) -> Response:
-    """GET /health/live: the process runs and its event loop turns."""
+    """GET /health/live: the process runs, and so does its event loop."""
     return as_json({"status": "live"})
 
 
 async def ready(server: Server, _call: Call) -> Response:
-    """GET /health/ready: 200 from the first moment to the last at which requests are answered, else 503."""
+    """GET /health/ready: 200 while requests are answered, else 503."""
     if server.deployments is None:
         return as_json(Readiness(status=server.phase), 503)
     current = server.deployments.current
     device = current.recommender.device
-    status = server.phase
     answer = Readiness(
-        status=status,
+        status=server.phase,
         device=device.name,
         device_reason=device.reason,
         refused=device.refused,
         bundle=current.version,
     )
-    return as_json(answer, 200 if status == "ready" else 503)
+    return as_json(answer, 200 if server.phase == "ready" else 503)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Started:
-    """A request that the batcher has."""
+class _Submitted:
+    """A request in the batcher's queue."""
 
     answer: Answer
     events: int
@@ -75,61 +75,75 @@ class _Started:
 
 async def recommend(server: Server, call: Call) -> Response:
     """POST /v1/recommend."""
-    with server.admission.admit(call.left_s, arriving=True) as place:
+    with server.admission.admit(call.left_s, arriving=True) as ticket:
         limits = server.options.limits
-        asked = decode_recommend(await call.body(limits.body_bytes), limits)
-        several = asked if isinstance(asked, tuple) else (asked,)
-        place.add(len(several) - 1)
-        place.begin()
-        outcomes = await _recommend(server, call, several)
-        ids = [f"{call.id}/{place}" for place in range(len(asked))] if isinstance(asked, tuple) else [call.id]
-        answered = zip(ids, several, outcomes, strict=True)
-        call.asked = {id_: one for id_, one, outcome in answered if not isinstance(outcome, Exception)}
-        if isinstance(asked, tuple):
-            return as_json([_in_a_list(outcome, call) for outcome in outcomes])
-        if isinstance(outcomes[0], Exception):
-            raise outcomes[0]
-        return as_json(outcomes[0])
+        body = decode_recommend(await call.body(limits.body_bytes), limits)
+        requests = body if isinstance(body, tuple) else (body,)
+        ticket.add(len(requests) - 1)
+        ticket.begin()
+        outcomes: list[RecommendAnswer | Exception] = []
+        for index, submitted in enumerate(await _compute(server, call, requests)):
+            if isinstance(submitted, Exception):
+                outcomes.append(submitted)
+            elif (error := submitted.answer.exception()) is not None:
+                outcomes.append(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            else:
+                slate = submitted.answer.result()
+                call.requests[f"{call.id}/{index}" if isinstance(body, tuple) else call.id] = requests[index]
+                call.slates.append(slate)
+                call.answers.append(submitted.answer)
+                fields = msgspec.structs.asdict(slate)
+                outcomes.append(RecommendAnswer(**fields, events=submitted.events, skipped_events=submitted.skipped))
+        return _in_kind(outcomes, call, listed=isinstance(body, tuple))
 
 
-def _in_a_list(outcome: T | Exception, call: Call) -> T | ErrorAnswer:
-    if not isinstance(outcome, Exception):
-        return outcome
-    detail = refusal_of(outcome, call.id).detail
-    call.codes_in_list.append(detail.code)
-    return ErrorAnswer(error=detail)
-
-
-async def _recommend(server: Server, call: Call, asked: Sequence[RecommendBody]) -> list[RecommendAnswer | Exception]:
-    """Answer requests through the batcher, each with its slate or its error."""
-    leave = [server.users.enter(one.user) for one in asked]
-    call.users += [one.user for one in asked if one.user is not None]
-    started: list[_Started | Exception] = []
+async def _compute(server: Server, call: Call, requests: Sequence[RecommendBody]) -> list[_Submitted | Exception]:
+    """Submit requests to the batcher and wait for all of them; a request that is not valid gets its error."""
+    leave = [server.users.enter(request.user) for request in requests]
+    call.users += [request.user for request in requests if request.user is not None]
+    submitted: list[_Submitted | Exception] = []
     try:
         with server.acquire() as deployment:
-            histories = await _histories(server, call, asked)
-            started += [_start(deployment, one, events) for one, events in zip(asked, histories, strict=True)]
-            await call.wait([one.answer for one in started if isinstance(one, _Started)])
+            users = [request.user for request in requests if request.history is None and request.user is not None]
+            stored = await settled(call, lambda: server.store.histories(users)) if users else []
+            left = iter(stored)
+            for request in requests:
+                events = next(left) if request.history is None else request.history
+                submitted.append(_submit(deployment, request, events))
+            await call.wait([entry.answer for entry in submitted if isinstance(entry, _Submitted)])
     finally:
-        for place, release in enumerate(leave):
-            one = started[place] if place < len(started) else None
-            _when_done(one.answer if isinstance(one, _Started) else None, release)
-    return [_outcome(one, call) for one in started]
+        for release, entry in zip_longest(leave, submitted):
+            _release(release, entry.answer if isinstance(entry, _Submitted) else None)
+    return submitted
 
 
-async def _histories(server: Server, call: Call, asked: Sequence[RecommendBody]) -> list[Sequence[Event]]:
-    """The events of each request: its own, or those that are known of its user."""
-    users = [one.user for one in asked if one.history is None and one.user is not None]
-    known = await settled(call, lambda: server.store.histories(users)) if users else []
-    left = iter(known)
-    return [next(left) if one.history is None else one.history for one in asked]
+def _release(release: Callable[[], None], answer: Answer | None) -> None:
+    """Release a user when the batcher is done with the request, which may be after its client has left."""
+    if answer is None or answer.done():
+        release()
+        return
+    loop = asyncio.get_running_loop()
+    answer.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
+
+
+def _submit(deployment: Deployment, request: RecommendBody, events: Sequence[Event]) -> _Submitted | Exception:
+    try:
+        history = tuple(events) if request.history is not None else usable(events, deployment.recommender.bundle)
+        answer = deployment.batcher.submit(request.request(history))
+    except ColdStartError as error:
+        stored = f"the active bundle has none of the {len(events)} items" if events else "no events are known"
+        reason = f"user {request.user!r}: {stored}; " if request.history is None else ""
+        return ApiError(422, "cold_start", f"{reason}{error}")
+    except RequestError as error:
+        return invalid(error)
+    return _Submitted(answer=answer, events=len(history), skipped=len(events) - len(history))
 
 
 async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
-    """What a store's future brings.
+    """The result of a store's future.
 
     Raises:
-        Refusal: 504, not before the deadline; 503, the store failed.
+        ApiError: 504, the deadline has passed; 503, the store failed.
     """
     try:
         future = begin()
@@ -139,29 +153,11 @@ async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
     except BackendError as error:
         log.error("request %s: %s", call.id, error)
         message = "the events of users cannot be reached; send the request again, or with a history"
-        raise Refusal(503, "store_unavailable", message, {"retry-after": "1"}) from error
-
-
-def _start(deployment: Deployment, asked: RecommendBody, events: Sequence[Event]) -> _Started | Exception:
-    try:
-        history = tuple(events) if asked.history is not None else usable(events, deployment.recommender.bundle)
-        answer = deployment.batcher.submit(asked.request(history))
-    except ColdStartError as error:
-        return _cold_start(asked, len(events), error)
-    except RequestError as error:
-        return invalid(error)
-    return _Started(answer=answer, events=len(history), skipped=len(events) - len(history))
-
-
-def _cold_start(asked: RecommendBody, skipped: int, error: ColdStartError) -> Refusal:
-    if asked.history is not None:
-        return Refusal(422, "cold_start", str(error))
-    known = f"the bundle in service has none of the {skipped} items" if skipped else "no events are known"
-    return Refusal(422, "cold_start", f"user {asked.user!r}: {known}; {error}")
+        raise ApiError(503, "store_unavailable", message, {"retry-after": "1"}) from error
 
 
 def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:
-    """The events of a user that a bundle can read; an earlier one may have known other items."""
+    """The stored events of a user that a bundle can read; an earlier bundle may have had other items and actions."""
     rows, manifest = bundle.rows, bundle.manifest
     actions, surfaces = frozenset(manifest.actions), frozenset((UNKNOWN_SURFACE, *manifest.surfaces))
     if (
@@ -170,91 +166,74 @@ def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:
         and actions.issuperset(chain.from_iterable([event.actions for event in events]))
     ):
         return tuple(events)
-    return tuple(
-        event
-        if event.surface in surfaces and actions.issuperset(event.actions)
-        else _translated(event, actions, surfaces)
-        for event in events
-        if event.item in rows
-    )
+    kept = []
+    for event in (event for event in events if event.item in rows):
+        if event.surface in surfaces and actions.issuperset(event.actions):
+            kept.append(event)
+        else:
+            surface = event.surface if event.surface in surfaces else UNKNOWN_SURFACE
+            known = tuple(action for action in event.actions if action in actions)
+            kept.append(msgspec.structs.replace(event, actions=known, surface=surface))
+    return tuple(kept)
 
 
-def _translated(event: Event, actions: frozenset[str], surfaces: frozenset[str]) -> Event:
-    """Without the actions and the surface that are not known any more."""
-    kept = tuple(action for action in event.actions if action in actions)
-    surface = event.surface if event.surface in surfaces else UNKNOWN_SURFACE
-    return msgspec.structs.replace(event, actions=kept, surface=surface)
+def _in_kind(outcomes: Sequence[T | Exception], call: Call, *, listed: bool) -> Response:
+    """The answer to one request, or of a list of requests a list, in which errors stand in their places.
 
-
-def _when_done(answer: Future[Slate] | None, release: Callable[[], None]) -> None:
-    """Release when the batcher is done with a request, which may be after its client was answered."""
-    if answer is None or answer.done():
-        release()
-        return
-    loop = asyncio.get_running_loop()
-    answer.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
-
-
-def _outcome(started: _Started | Exception, call: Call) -> RecommendAnswer | Exception:
-    if isinstance(started, Exception):
-        return started
-    error = started.answer.exception()
-    if error is not None:
-        return error if isinstance(error, Exception) else RuntimeError(repr(error))
-    answer = started.answer
-    slate = answer.result()
-    call.slates.append(slate)
-    call.answers.append(answer)
-    return RecommendAnswer.of(slate, started.events, started.skipped)
+    Raises:
+        Exception: The outcome of one request, if it is an error.
+    """
+    if not listed:
+        if isinstance(outcomes[0], Exception):
+            raise outcomes[0]
+        return as_json(outcomes[0])
+    answers: list[T | ErrorAnswer] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            detail = refusal_of(outcome, call.id).detail
+            call.codes_in_list.append(detail.code)
+            answers.append(ErrorAnswer(error=detail))
+        else:
+            answers.append(outcome)
+    return as_json(answers)
 
 
 async def append_events(server: Server, call: Call) -> Response:
-    """POST /v1/events: of a list each element is refused or kept for itself; what is kept is kept in one step."""
-    with server.writes.admit(call.left_s, arriving=True) as place:
+    """POST /v1/events: each element of a list is rejected or kept by itself; one transaction keeps all."""
+    with server.writes.admit(call.left_s, arriving=True) as ticket:
         now_ms, limits = time.time_ns() // 1_000_000, server.options.limits
-        posted = decode_events(await call.body(limits.body_bytes), limits, now_ms)
-        posts = posted if isinstance(posted, tuple) else (posted,)
-        place.add(len(posts) - 1)
-        place.begin()
-        checked = _all_checked(server, posts)
-        if not isinstance(posted, tuple) and isinstance(checked[0], Exception):
-            raise checked[0]
-        appends = [one for one in checked if isinstance(one, Append)]
+        body = decode_events(await call.body(limits.body_bytes), limits, now_ms)
+        posts = body if isinstance(body, tuple) else (body,)
+        ticket.add(len(posts) - 1)
+        ticket.begin()
+        checked = _checked(server, posts)
+        appends = [append for append in checked if isinstance(append, Append)]
         receipts = await settled(call, lambda: server.store.append(appends, now_ms)) if appends else []
         left = iter(receipts)
-        answers = [next(left) if isinstance(one, Append) else _in_a_list(one, call) for one in checked]
-        return as_json(answers if isinstance(posted, tuple) else answers[0])
+        outcomes = [next(left) if isinstance(append, Append) else append for append in checked]
+        return _in_kind(outcomes, call, listed=isinstance(body, tuple))
 
 
-def _all_checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | Refusal]:
+def _checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | ApiError]:
+    """What to append, or why not: one invalid event rejects all events of its element."""
+    checked: list[Append | ApiError] = []
     with server.acquire() as deployment:
-        return [_checked(post, deployment.recommender.bundle) for post in posts]
-
-
-def _checked(post: EventsBody, bundle: Bundle) -> Append | Refusal:
-    """What to append, or why not: an event that is wrong keeps back those that were sent with it."""
-    try:
-        for place, event in enumerate(post.events):
-            check_event(event, bundle.manifest, bundle.rows, f"events[{place}]")
-    except RequestError as error:
-        return invalid(error)
-    events = (
-        StoredEvent(
-            item=str(event.item),
-            actions=event.actions,
-            surface=event.surface,
-            timestamp_ms=event.timestamp_ms,
-            id=event.id,
-        )
-        for event in post.events
-    )
-    return Append(user=post.user, events=tuple(events))
+        bundle = deployment.recommender.bundle
+        for post in posts:
+            try:
+                for index, event in enumerate(post.events):
+                    check_event(event, bundle.manifest, bundle.rows, f"events[{index}]")
+            except RequestError as error:
+                checked.append(invalid(error))
+                continue
+            fields = (msgspec.structs.asdict(event) | {"item": str(event.item)} for event in post.events)
+            checked.append(Append(user=post.user, events=tuple(StoredEvent(**values) for values in fields)))
+    return checked
 
 
 def _user(call: Call, server: Server) -> str:
     user: str = call.request.path_params["user"]
-    if not 0 < len(user) <= server.options.limits.id_characters:
-        raise RequestError(f"user has {len(user)} characters; send from 1 to {server.options.limits.id_characters}")
+    check_id("user", user, server.options.limits)
     return user
 
 
@@ -262,35 +241,35 @@ async def user_events(server: Server, call: Call) -> Response:
     """GET /v1/users/{user}."""
     with server.writes.admit(call.left_s, measured=False):
         user = _user(call, server)
-        (known,) = await settled(call, lambda: server.store.histories([user]))
-        if not known:
-            raise Refusal(404, "unknown_user", f"no events are known of user {user!r}")
-        events = tuple(SentEvent(**msgspec.structs.asdict(event)) for event in known)
+        (stored,) = await settled(call, lambda: server.store.histories([user]))
+        if not stored:
+            raise ApiError(404, "unknown_user", f"no events are known of user {user!r}")
+        events = tuple(SentEvent(**msgspec.structs.asdict(event)) for event in stored)
         return as_json(UserAnswer(user=user, events=events))
 
 
 async def forget_user(server: Server, call: Call) -> Response:
-    """DELETE /v1/users/{user}: events, then whatever is cached, of requests under way too."""
+    """DELETE /v1/users/{user}: events, then cache entries, those of requests in flight too."""
     with server.writes.admit(call.left_s, measured=False), server.acquire() as deployment:
         user, cache = _user(call, server), deployment.recommender.cache
         events = await settled(call, lambda: server.store.forget(user))
         cached = cache is not None and cache.invalidate(user)
-        under_way = server.users.of(user)  # may have read the events before, and look into the cache only now
-        if under_way:
-            _, late = await asyncio.wait(under_way, timeout=max(0.0, call.left_s))
+        in_flight = server.users.of(user)  # they may have read the events already, and not yet the cache
+        if in_flight:
+            _, late = await asyncio.wait(in_flight, timeout=max(0.0, call.left_s))
             cached |= cache is not None and cache.invalidate(user)
             if late:
-                raise Refusal(504, "deadline_exceeded", f"user {user!r} is still being answered; forget them again")
+                raise ApiError(504, "deadline_exceeded", f"user {user!r} is still being answered; forget them again")
         return as_json(ForgetAnswer(user=user, events=events, cached=cached))
 
 
 async def similar(server: Server, call: Call) -> Response:
     """POST /v1/items/similar."""
-    with server.admission.admit(call.left_s, measured=False, arriving=True) as place:
+    with server.admission.admit(call.left_s, measured=False, arriving=True) as ticket:
         limits = server.options.limits
-        asked = decode_similar(await call.body(limits.body_bytes), limits)
-        place.begin()
+        body = decode_similar(await call.body(limits.body_bytes), limits)
+        ticket.begin()
         with server.acquire() as deployment:
-            answer = server.threads.submit(similar_items, deployment.recommender, asked)
+            answer = server.threads.submit(similar_items, deployment.recommender, body)
             await call.wait([answer])
         return as_json(answer.result())

@@ -1,4 +1,4 @@
-"""What the server's paths take and answer, as OpenAPI 3.1, made of the structs that decode and encode them."""
+"""The OpenAPI 3.1 document of the server, made from the structs that decode and encode its bodies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from unipinrec.runtime.server.app import operations_of, route
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.openapi_examples import Example, Examples, examples
+from unipinrec.runtime.server.openapi_examples import Examples, examples
 from unipinrec.runtime.server.operations import AnyOf, Operation, in_header
 
 JSON, BINARY, TEXT = "application/json", "application/octet-stream", "text/plain"
@@ -27,14 +27,14 @@ STATUSES = {
     200: "The answer.",
     400: "The request is not valid; the message says what is accepted.",
     401: "The token is missing or wrong.",
-    404: "There is no such thing.",
+    404: "It does not exist.",
     408: "The body did not arrive before the deadline.",
-    409: "Nothing was swapped.",
+    409: "The bundle was not swapped.",
     413: "The body is too large.",
     422: "The request is valid, but cannot be answered: cold starts are refused, or the bundle cannot be served.",
     429: "Too many requests are waiting; Retry-After says in how many seconds to send it again.",
-    500: "A fault of the server; its log says more about X-Request-Id.",
-    503: "The server is loading, shutting down, or cannot reach the store.",
+    500: "An error of the server; its log says more about X-Request-Id.",
+    503: "The server is loading or shutting down, or cannot reach the store.",
     504: "There was no answer before the deadline.",
 }
 REF = "#/components/schemas/{name}"
@@ -44,33 +44,31 @@ Schemas = dict[Any, dict[str, Any]]
 
 def openapi_route(server: Server, version: str = "0") -> Route:
     """GET /openapi.json; `version` is that of the server."""
-    made: dict[str | None, bytes] = {}  # by bundle, whose items are in the examples
+    cached: dict[str | None, bytes] = {}  # by the hash of the bundle, whose items are in the examples
 
     async def openapi(_server: Server, call: Call) -> Response:
-        held = server.deployments
-        recommender = None if held is None else held.current.recommender
-        key = None if recommender is None else recommender.bundle.hash
-        if key not in made:
-            there = operations_of(call.request.app.routes)
-            given = {}
+        recommender = server.deployments.current.recommender if server.deployments else None
+        key = recommender.bundle.hash if recommender else None
+        if key not in cached:
+            bodies = {}
             if recommender is not None:
-                given = examples(recommender.bundle, cold_start=recommender.popular is not None)
-            content = msgspec.json.encode(document(there, version, given))
-            made.clear()
-            made[key] = content
-        return Response(made[key], media_type=JSON)
+                bodies = examples(recommender.bundle, cold_start=recommender.popular is not None)
+            content = msgspec.json.encode(document(operations_of(call.request.app.routes), version, bodies))
+            cached.clear()
+            cached[key] = content
+        return Response(cached[key], media_type=JSON)
 
-    return route(server, Operation(method="GET", path="/openapi.json"), openapi)
+    return route(server, Operation(path="/openapi.json"), openapi)
 
 
-def document(there: Iterable[Operation], version: str, given: dict[str, Examples]) -> dict[str, Any]:
-    """The description of operations, with examples by path."""
-    operations = [one for one in there if one.summary]
-    schemas, components = _schemas(operations)
+def document(operations: Iterable[Operation], version: str, bodies: dict[str, Examples]) -> dict[str, Any]:
+    """The OpenAPI document of operations, with examples of bodies by path."""
+    documented = [operation for operation in operations if operation.summary]
+    schemas, components = _schemas(documented)
     paths: dict[str, dict[str, Any]] = {}
-    for one in operations:
-        path = one.documented
-        paths.setdefault(path, {})[one.method.lower()] = _operation(one, schemas, given.get(path, {}))
+    for operation in documented:
+        path = operation.documented
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, schemas, bodies.get(path, {}))
     terms = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     return {
         "openapi": "3.1.0",
@@ -81,23 +79,22 @@ def document(there: Iterable[Operation], version: str, given: dict[str, Examples
 
 
 def _schemas(operations: Iterable[Operation]) -> tuple[Schemas, dict[str, Any]]:
-    """The schema of each type, and what they refer to."""
-    wanted: list[Any] = []
-    for one in operations:
-        for kind in (one.error, one.answer, one.body, *one.refused.values()):
-            wanted += _parts(kind)
-    kinds = list(dict.fromkeys(wanted))
-    made, components = msgspec.json.schema_components(kinds, ref_template=REF)
-    return dict(zip(kinds, made, strict=True)), {name: _described(schema) for name, schema in components.items()}
+    """The schema of each type, and the components that they refer to."""
+    kinds: dict[Any, None] = {}
+    for operation in operations:
+        for kind in (operation.error, operation.answer, operation.body, *operation.refused.values()):
+            kinds |= dict.fromkeys(_parts(kind))
+    schemas, components = msgspec.json.schema_components(kinds, ref_template=REF)
+    return dict(zip(kinds, schemas, strict=True)), {name: _described(schema) for name, schema in components.items()}
 
 
 def _described(schema: dict[str, Any]) -> dict[str, Any]:
-    """With what the docstring says of attributes beside them."""
+    """A schema whose properties have the texts of the docstring's attributes."""
     text, _, attributes = inspect.cleandoc(schema.get("description", "")).partition("\n\nAttributes:\n")
     schema = schema | ({"description": text} if text else {})
-    for names, said in ATTRIBUTE.findall(attributes):
+    for names, text_of_names in ATTRIBUTE.findall(attributes):
         for name in names.split(", "):
-            schema["properties"][name] = {**schema["properties"][name], "description": " ".join(said.split())}
+            schema["properties"][name] = {**schema["properties"][name], "description": " ".join(text_of_names.split())}
     return schema
 
 
@@ -114,49 +111,43 @@ def _schema(kind: Any, schemas: Schemas) -> dict[str, Any]:
     return {"type": "array", "items": several} if kind.listed else several
 
 
-def _operation(one: Operation, schemas: Schemas, given: Examples) -> dict[str, Any]:
-    parameters = {**one.parameters, **HEADERS}
+def _operation(operation: Operation, schemas: Schemas, bodies: Examples) -> dict[str, Any]:
+    parameters = {**operation.parameters, **HEADERS}
+    binary = {BINARY: {"schema": {"type": "string", "format": "binary"}}} if operation.binary else {}
     described: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{one.method.lower()}{one.documented}").strip("_"),
-        "tags": [one.tag],
-        "summary": one.summary,
-        "parameters": [{"name": name, **said} for name, said in parameters.items()],
-        "responses": _responses(one, schemas),
+        "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.documented}").strip("_"),
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": [{"name": name, **parameter} for name, parameter in parameters.items()],
+        "responses": _responses(operation, schemas, binary),
     }
-    if one.body is not None:
-        content: dict[str, Any] = {JSON: {"schema": _schema(one.body, schemas)}}
-        if given:
-            content[JSON]["examples"] = {name: _example(example) for name, example in given.items()}
-        described["requestBody"] = {"required": True, "content": content | _binary(one)}
-    if one.path.startswith("/admin/"):
+    if operation.body is not None:
+        content: dict[str, Any] = {"schema": _schema(operation.body, schemas)}
+        if bodies:
+            content["examples"] = {
+                name: {"summary": example.summary, "value": example.value, "x-status": example.status}
+                for name, example in bodies.items()
+            }
+        described["requestBody"] = {"required": True, "content": {JSON: content} | binary}
+    if operation.path.startswith("/admin/"):
         described["security"] = [{"token": []}]
     return described
 
 
-def _responses(one: Operation, schemas: Schemas) -> dict[str, Any]:
-    content: dict[int, dict[str, Any]] = {
-        status: {JSON: {"schema": _schema(one.refused.get(status, one.error), schemas)}} for status in one.statuses
-    }
-    if one.answer is None:
-        content[200] = {TEXT: {"schema": {"type": "string"}}}
-    else:
-        content[200] = {JSON: {"schema": _schema(one.answer, schemas)}} | _binary(one)
+def _responses(operation: Operation, schemas: Schemas, binary: dict[str, Any]) -> dict[str, Any]:
+    contents: dict[int, dict[str, Any]] = {200: {TEXT: {"schema": {"type": "string"}}}}
+    if operation.answer is not None:
+        contents[200] = {JSON: {"schema": _schema(operation.answer, schemas)}} | binary
+    for status in sorted(operation.statuses):
+        kind = operation.refused.get(status, operation.error)
+        contents[status] = {JSON: {"schema": _schema(kind, schemas)}}
+    headers = {"X-Request-Id": {"schema": {"type": "string"}}}
+    with_retry = {**headers, "Retry-After": {"schema": {"type": "integer"}}}
     return {
-        str(status): {"description": STATUSES[status], "headers": _headers(status), "content": content[status]}
-        for status in sorted(content)
+        str(status): {
+            "description": STATUSES[status],
+            "headers": with_retry if status == 429 else headers,
+            "content": content,
+        }
+        for status, content in contents.items()
     }
-
-
-def _binary(one: Operation) -> dict[str, Any]:
-    """JSON with tensors behind it."""
-    binary = {BINARY: {"schema": {"type": "string", "format": "binary"}}}
-    return binary if one.binary else {}
-
-
-def _headers(status: int) -> dict[str, Any]:
-    headers: dict[str, Any] = {"X-Request-Id": {"schema": {"type": "string"}}}
-    return headers | ({"Retry-After": {"schema": {"type": "integer"}}} if status == 429 else {})
-
-
-def _example(example: Example) -> dict[str, Any]:
-    return {"summary": example.summary, "value": example.value, "x-status": example.status}

@@ -1,6 +1,6 @@
-"""Requests for the OpenAPI document, made of the items and actions of the bundle in service, to be sent as they are.
+"""Requests for the OpenAPI document, made from items and actions of the active bundle.
 
-Whether they get the status that is written beside them is tested. No sample user is among them: those may be people.
+Tests send each of them and expect its status. None is about a sample user, who may be a real person.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HISTORY_EVENTS, MOST_K = 3, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A body, and the status of the answer to it."""
+    """A body, and the status of its answer."""
 
     summary: str
     value: Any
@@ -30,7 +30,7 @@ Examples = dict[str, Example]
 
 
 def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
-    """Examples of bodies by path; `cold_start` says whether a user without events is answered."""
+    """Examples of bodies by path; with `cold_start`, a user without events is answered."""
     live = bundle.catalogue.live
     ids = islice((item for row, item in enumerate(bundle.item_ids) if live is None or live[row]), HISTORY_EVENTS + 1)
     *items, other = ids
@@ -40,27 +40,27 @@ def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
         "/v1/items/similar": _similar(bundle, items),
         "/v2/models/{model}/infer": _inference(bundle),
         "/admin/reload": {
-            "absent": Example(summary="A bundle that is not there", value={"bundle": "none"}, status=404)
+            "absent": Example(summary="A bundle that does not exist", value={"bundle": "none"}, status=404)
         },
     }
 
 
 def _recommend(bundle: Bundle, items: list[str], other: str, unknown_user: int) -> Examples:
     k = max(1, min(MOST_K, bundle.catalogue.num_live - len(items) - 1))
-    history = [_event(bundle, item, place) for place, item in enumerate(items)]
-    asked = {"history": history, "k": k, "now_ms": TIME_MS + 5 * MINUTE_MS}
+    history = [_event(bundle, item, index) for index, item in enumerate(items)]
+    body = {"history": history, "k": k, "now_ms": TIME_MS + 5 * MINUTE_MS}
     weights = dict.fromkeys(bundle.manifest.actions, 1.0)
-    unknown = {**asked, "history": [*history, {"item": "\u2205", "actions": []}]}
+    unknown = {**body, "history": [*history, {"item": "\u2205", "actions": []}]}
     return {
-        "history": Example(summary="After a history", value=asked),
+        "history": Example(summary="After a history", value=body),
         "options": Example(
             summary="With options",
-            value={**asked, "exclude": [other], "weights": weights, "candidates": 50, "exact": True},
+            value={**body, "exclude": [other], "weights": weights, "candidates": 50, "exact": True},
         ),
-        "list": Example(summary="Several at once; what is wrong with one is said in its place", value=[asked, unknown]),
-        "unknown_item": Example(summary="With an item that the bundle does not have", value=unknown, status=400),
+        "list": Example(summary="Several at once; an error stands in the place of its request", value=[body, unknown]),
+        "unknown_item": Example(summary="With an item that the bundle lacks", value=unknown, status=400),
         "unknown_user": Example(
-            summary="For a user of whom no events are known", value={"user": "nobody", "k": k}, status=unknown_user
+            summary="For a user without stored events", value={"user": "new-user", "k": k}, status=unknown_user
         ),
     }
 
@@ -70,26 +70,25 @@ def _events(bundle: Bundle, items: list[str]) -> Examples:
     posted = {"user": EXAMPLE_USER, "events": [event]}
     late = {"user": EXAMPLE_USER, "events": [{**event, "timestamp_ms": 10**14}]}
     return {
-        "one": Example(summary="What a user just did", value=posted),
-        "list": Example(summary="What several users did", value=[posted, {**posted, "user": f"{EXAMPLE_USER}-2"}]),
-        "future": Example(summary="With a time that is yet to come", value=late, status=400),
+        "one": Example(summary="New events of a user", value=posted),
+        "list": Example(summary="New events of several users", value=[posted, {**posted, "user": f"{EXAMPLE_USER}-2"}]),
+        "future": Example(summary="With a time in the future", value=late, status=400),
     }
 
 
 def _similar(bundle: Bundle, items: list[str]) -> Examples:
     k = max(1, min(MOST_K, bundle.catalogue.num_live - 1))
     return {
-        "one": Example(summary="Items like one", value={"items": items[:1], "k": k}),
-        "none": Example(summary="Items like none", value={"items": []}, status=400),
+        "one": Example(summary="Items like one item", value={"items": items[:1], "k": k}),
+        "none": Example(summary="Without an item", value={"items": []}, status=400),
     }
 
 
 def _inference(bundle: Bundle) -> Examples:
-    """For the retrieval graph, whose path is the example of the path."""
-    sizes = {"batch": 1}
+    """For the retrieval graph, which is the example of the path parameter."""
     inputs = []
     for spec in bundle.manifest.graphs["retrieval"].inputs:
-        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        shape = [size if isinstance(size, int) else 1 for size in spec.shape]
         data = [1.0] * (shape[0] * shape[1])
         inputs.append({"name": spec.name, "shape": shape, "datatype": "FP32", "data": data})
     short = [{**inputs[0], "shape": [1, 1], "data": [1.0]}, *inputs[1:]]
@@ -99,10 +98,10 @@ def _inference(bundle: Bundle) -> Examples:
     }
 
 
-def _event(bundle: Bundle, item: str, place: int) -> dict[str, Any]:
+def _event(bundle: Bundle, item: str, index: int) -> dict[str, Any]:
     return {
         "item": item,
-        "actions": [bundle.manifest.actions[place % len(bundle.manifest.actions)]],
+        "actions": [bundle.manifest.actions[index % len(bundle.manifest.actions)]],
         "surface": bundle.manifest.surfaces[-1],
-        "timestamp_ms": TIME_MS + place * MINUTE_MS,
+        "timestamp_ms": TIME_MS + index * MINUTE_MS,
     }

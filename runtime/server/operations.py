@@ -1,4 +1,4 @@
-"""What a path of the server takes and answers, beside its handler; the OpenAPI document is made of it."""
+"""What each path accepts and answers, for its route and for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from unipinrec.runtime.server.api import ErrorAnswer
+from unipinrec.runtime.server.bodies import ErrorAnswer
 
 EVERY, READS = (400, 500), (400, 500, 503)
 POSTS, STORE, ADMIN = (*READS, 408, 413, 429, 504), (*READS, 429, 504), (*READS, 401)
@@ -16,7 +16,7 @@ POSTS, STORE, ADMIN = (*READS, 408, 413, 429, 504), (*READS, 429, 504), (*READS,
 
 @dataclass(frozen=True)
 class AnyOf:
-    """One of several types that msgspec has no union for; with `listed`, a list of those."""
+    """One of several types, where msgspec has no union of them; with `listed`, a list of them."""
 
     types: tuple[Any, ...]
     listed: bool = False
@@ -24,22 +24,22 @@ class AnyOf:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """A path and what it does.
+    """A method of a path.
 
     Attributes:
-        method, path: As the table of routes has them, converters included.
-        tag, summary: For people; without a summary it is not in the document.
+        method, path: As in the table of routes, with converters.
+        tag, summary: Texts of the document; an operation without a summary is not in it.
         answer: Type of the answer; None = text.
-        body: Type of the body; None = there is none.
-        statuses: Of refusals.
-        parameters: By name, as OpenAPI describes them.
-        refused: Type of the answer with a status where it is not `error`.
-        error: Type of other refusals, which it makes of an `ErrorDetail` by `of`.
+        body: Type of the body; None = there is no body.
+        statuses: Statuses of error answers.
+        parameters: Parameters by name, as OpenAPI describes them.
+        refused: Types of error answers by status, where they are not `error`.
+        error: Type of the other error answers; its method `of` makes one of an `ErrorDetail`.
         binary: Whether tensors may follow the JSON of body and answer.
     """
 
-    method: str
     path: str
+    method: str = "GET"
     tag: str = "operation"
     summary: str = ""
     answer: Any = None
@@ -58,8 +58,8 @@ class Operation:
 
 def in_path(example: str | None = None, **schema: Any) -> dict[str, Any]:
     """A parameter in a path."""
-    given = {} if example is None else {"example": example}
-    return {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1, **schema}, **given}
+    extra = {} if example is None else {"example": example}
+    return {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1, **schema}, **extra}
 
 
 def in_header(description: str, **schema: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The page at `/`: one file that needs nothing else, and the sample users that it shows.
+"""The page at `/`, a single file, and the endpoints of the sample users that it shows.
 
-Sample users are histories of real people in many bundles: without the page their endpoints do not exist either.
+Many bundles hold histories of real people as sample users: without the page their endpoints do not exist either.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import base64
 import hashlib
 import re
 from asyncio import to_thread
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,8 +19,8 @@ from unipinrec.errors import RequestError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Order
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Server, as_json
 from unipinrec.runtime.server.operations import READS, Operation
 
@@ -30,22 +29,22 @@ MOST_USERS = 200
 
 
 class SampleUser(msgspec.Struct, frozen=True, kw_only=True):
-    """A sample user of the bundle, and how many events there are."""
+    """A sample user of the bundle, and the number of events."""
 
     user: str
     events: int
 
 
 class SampleUsers(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom the page offers, and what it must know of the bundle.
+    """The sample users that the page lists, and facts about the bundle.
 
     Attributes:
-        users: The first sample users; none where the bundle carries none.
+        users: The first sample users of the bundle.
         actions, positive_actions: See the bundle's manifest.
-        order: What slates are ordered by.
+        order: Default order of slates.
         items: Items that can be recommended.
         bundle: Hash of the bundle.
-        device, device_reason: What runs, and why.
+        device, device_reason: The device, and why it was chosen.
     """
 
     users: tuple[SampleUser, ...]
@@ -59,7 +58,7 @@ class SampleUsers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TitledEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An `Event` with the title of its item, if there is one."""
+    """An `Event` with the title of its item; null where the bundle has none."""
 
     item: str
     title: str | None
@@ -77,7 +76,6 @@ class SampleHistory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 USERS = Operation(
-    method="GET",
     path="/v1/demo/users",
     tag="page",
     summary="The first sample users of the bundle",
@@ -85,7 +83,6 @@ USERS = Operation(
     statuses=READS,
 )
 HISTORY = Operation(
-    method="GET",
     path="/v1/demo/history",
     tag="page",
     summary="The events of a sample user",
@@ -96,20 +93,30 @@ HISTORY = Operation(
 
 
 def page_routes(server: Server) -> list[Route]:
-    """The page's lines of the table of routes."""
+    """The routes of the page."""
     content = PAGE.read_bytes()
+    headers = page_headers(content)
+
+    async def page(_server: Server, call: Call) -> Response:
+        if call.request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type="text/html", headers=headers)
+
     return [
-        route(server, Operation(method="GET", path="/"), partial(_page, content, page_headers(content))),
+        route(server, Operation(path="/"), page),
         route(server, USERS, _users),
         route(server, HISTORY, _history),
     ]
 
 
 def page_headers(content: bytes) -> dict[str, str]:
-    """What a browser may do with the page: run the one script and style sheet that are in it, and talk to us."""
-    allowed = {tag: _hash(content, tag) for tag in ("script", "style")}
+    """Headers that allow a browser only to run the page's own script and style sheet, and to call this server."""
+    allowed = {}
+    for tag in (b"script", b"style"):
+        (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
+        allowed[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
     policy = (
-        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data:; "
+        f"default-src 'none'; script-src {allowed[b'script']}; style-src {allowed[b'style']}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return {
@@ -121,33 +128,20 @@ def page_headers(content: bytes) -> dict[str, str]:
     }
 
 
-def _hash(content: bytes, tag: str) -> str:
-    (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag.encode(), tag.encode()), content, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
-
-
-async def _page(content: bytes, headers: dict[str, str], _server: Server, call: Call) -> Response:
-    if call.request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(status_code=304, headers=headers)
-    return Response(content, media_type="text/html", headers=headers)
-
-
 async def _users(server: Server, _call: Call) -> Response:
     with server.acquire() as deployment:
-        recommender, version = deployment.recommender, deployment.version
-        return as_json(await to_thread(_sample_users, recommender, version))
+        return as_json(await to_thread(_sample_users, deployment.recommender))
 
 
 async def _history(server: Server, call: Call) -> Response:
     user = call.request.query_params.get("user")
     if user is None:
-        raise RequestError("the sample user is missing; ask for /v1/demo/history?user=ID")
+        raise RequestError("the query has no user; send /v1/demo/history?user=ID")
     with server.acquire() as deployment:
-        bundle, version = deployment.recommender.bundle, deployment.version
-        return as_json(await to_thread(_sample_history, bundle, version, user))
+        return as_json(await to_thread(_sample_history, deployment.recommender.bundle, user))
 
 
-def _sample_users(recommender: Recommender, version: str) -> SampleUsers:
+def _sample_users(recommender: Recommender) -> SampleUsers:
     bundle, device = recommender.bundle, recommender.device
     return SampleUsers(
         users=tuple(SampleUser(user=user, events=events) for user, events in bundle.sample_users(MOST_USERS)),
@@ -155,25 +149,20 @@ def _sample_users(recommender: Recommender, version: str) -> SampleUsers:
         positive_actions=bundle.manifest.positive_actions,
         order=recommender.order,
         items=bundle.catalogue.num_live,
-        bundle=version,
+        bundle=bundle.hash,
         device=device.name,
         device_reason=device.reason,
     )
 
 
-def _sample_history(bundle: Bundle, version: str, user: str) -> SampleHistory:
+def _sample_history(bundle: Bundle, user: str) -> SampleHistory:
     try:
         events = bundle.user_events(user)
     except RequestError as error:
-        raise Refusal(404, "unknown_user", f"there is no sample user {user[:100]!r}") from error
-    titled = tuple(
-        TitledEvent(
-            item=str(event.item),
-            title=bundle.titles[bundle.rows[str(event.item)]],
-            actions=event.actions,
-            surface=event.surface,
-            timestamp_ms=event.timestamp_ms,
-        )
+        message = f"there is no sample user {user[:100]!r}; /v1/demo/users lists them"
+        raise ApiError(404, "unknown_user", message) from error
+    titled = (
+        TitledEvent(**msgspec.structs.asdict(event), title=bundle.titles[bundle.rows[str(event.item)]])
         for event in events
     )
-    return SampleHistory(user=user, events=titled, bundle=version)
+    return SampleHistory(user=user, events=tuple(titled), bundle=bundle.hash)

@@ -1,13 +1,13 @@
 """Commands beside serving: compile, update the catalogue, plan, diagnose.
 
-arrivals.py       when users come back, fitted to a log
-capacity.py       memory, hit rate and machines planned
-compile.py        profiles, build, layer check, golden requests, installation
+arrivals.py       pauses between a user's requests, fitted to a log
+capacity.py       plans memory, hit rate and machines
+compile.py        builds, checks and installs the engines of a bundle
 compile_ahead.py  engines built without a GPU, in a new bundle
-compile_plan.py   what a compilation would do: profiles, memory, keys
-diagnosis.py      what the doctor reports
-doctor.py         what a machine can serve on, and why not on more
-engines.py        the engines of a bundle, and what is wrong with them
-new_items.py      items that arrive after export, and their vectors
+compile_plan.py   the profiles, memory and keys of a compilation
+diagnosis.py      the report of the doctor
+doctor.py         the devices that work on a machine, and why others do not
+engines.py        the engines of a bundle, and why each is usable or not
+item_input.py     items that arrive after export, and their vectors
 update_bundle.py  a bundle with more or fewer items
 """

@@ -1,17 +1,18 @@
-"""When users come back: a small model of request arrivals, and what a cache of recent users finds under it.
+"""A small model of request arrivals: when users return, and the hit rate of a cache of recent users.
 
-After a request a user returns after one of three kinds of pause, each exponential (soon, about a day, several days);
-some requests come from users never seen before. That is the whole model. A cache that evicts the least recently seen
-user holds, at size s, the users seen within its characteristic time T (Che's approximation), so it finds a request if
-the pause before it was at most T, or the time to live where that is shorter.
+A user returns after one of three kinds of pause, each exponential (soon, about a day, several days); some requests come
+from new users. That is the whole model. A cache that evicts the least recently seen user holds, at size s, the users
+seen within its characteristic time T (Che's approximation). So a request is a hit if the pause before it was at most T,
+or the time to live if that is shorter.
 
-Knows nothing of bytes (`capacity.py`) and nothing of what is cached.
+Knows nothing of bytes (`capacity.py`) or of the cached values.
 """
 
 from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ MIN_RETURNS = 1000
 COLUMNS = ("user", "timestamp_ms")
 FOREVER = math.inf
 HOUR_MS = 3_600_000
-EARLIEST_MS = 100_000_000_000  # March 1973; a smaller time is in seconds, or stands for none
+EARLIEST_MS = 100_000_000_000  # March 1973; a smaller time is in seconds, or means that it is unknown
 BINS_PER_DECADE = 100
 ROUNDS = 1000
 BISECTIONS = 80
@@ -39,10 +40,10 @@ class ArrivalModel:
     Attributes:
         weights: Share of each kind of pause among the requests of returning users; they sum to 1.
         mean_hours: Mean of each kind.
-        new_share: Share of requests whose user was not seen before. As many users leave.
+        new_share: Share of requests from users who were not seen before. As many users leave.
         requests_per_user_day: Requests per day over the distinct users of `users_days`.
         users_days: The days over which distinct users are counted.
-        source: What it was measured on, for people.
+        source: Description of the measured log.
     """
 
     weights: tuple[float, ...]
@@ -68,23 +69,19 @@ class ArrivalModel:
         return self.requests_per_user_day / 24 * (self.new_share * hours + (1 - self.new_share) * returning)
 
     def characteristic_hours(self, cached_share: float) -> float:
-        """T: how long ago the users were last seen that a full cache of this size is about to evict."""
+        """T: time since the last request of the next user that a full cache of this size evicts."""
         if cached_share <= 0:
             return 0.0
         if cached_share >= min(1.0, self._present):
             return FOREVER
-        low, high = 0.0, self.users_days * 24
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.seen_share(middle) < cached_share else (low, middle)
-        return high
+        return _bisected(lambda hours: self.seen_share(hours) < cached_share, self.users_days * 24)
 
     def at_rate(self, requests_per_user_day: float, new_share: float | None = None) -> ArrivalModel:
-        """The same pattern, stretched in time to another rate of requests; as many users as before have left for good.
+        """The same pattern, stretched in time to another rate of requests; the number of lost users stays the same.
 
         Args:
             requests_per_user_day: The rate to stretch to.
-            new_share: Share of requests from new users; by default as many users as before are new each day.
+            new_share: Share of requests from new users; None = the same number of new users per day as before.
 
         Raises:
             ConfigError: The rate or the share contradicts the number of users.
@@ -104,11 +101,8 @@ class ArrivalModel:
                 f"possible: in {self.users_days:.3g} days the new users alone would outnumber all users; give a share "
                 f"below {present / rate / self.users_days:.3g}, or the distinct users of {self.users_days:.3g} days"
             )
-        low, high = 0.0, 1e6
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._stretched(middle, rate, share)._present < present else (low, middle)
-        return self._stretched(high, rate, share)
+        factor = _bisected(lambda factor: self._stretched(factor, rate, share)._present < present, 1e6)
+        return self._stretched(factor, rate, share)
 
     @property
     def _present(self) -> float:
@@ -117,6 +111,15 @@ class ArrivalModel:
     def _stretched(self, factor: float, rate: float, new_share: float) -> ArrivalModel:
         hours = tuple(hours * factor for hours in self.mean_hours)
         return replace(self, mean_hours=hours, new_share=new_share, requests_per_user_day=rate)
+
+
+def _bisected(too_small: Callable[[float], bool], most: float) -> float:
+    """The smallest number from 0 to `most` that is not too small."""
+    low, high = 0.0, most
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_small(middle) else (low, middle)
+    return high
 
 
 # Fitted by bench/arrivals.py on KuaiRand-Pure, 25 April to 8 May 2022: 27,077 users, exposures to 7,583 videos only.
@@ -142,12 +145,12 @@ KUAIRAND = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pauses:
-    """The pause before each request from some time on.
+    """The pause before each request of the measured time.
 
     Attributes:
-        hours: [R] f64, of the requests whose user was seen before.
-        new: Requests whose user was not.
-        days: Time observed.
+        hours: [R] f64, of the requests of known users.
+        new: Number of requests of new users.
+        days: Length of the measured time.
         users: Distinct users of the whole log.
         users_days: Length of the whole log.
     """
@@ -164,14 +167,13 @@ def pauses_of(
 ) -> Pauses:
     """Measure pauses in a log of requests, in any order.
 
-    The log before `from_ms` only tells when users were last seen, so that the first request of each is no false
-    newcomer.
+    The log before `from_ms` only shows known users, so that their first measured requests do not count as new users.
 
     Args:
         users: [R] user of each request, as any number.
         times_ms: [R] time of each request.
-        from_ms: Measure requests from here on; by default the second half of the time that the log covers.
-        to_ms: Leave out requests from here on; by default none.
+        from_ms: Start of the measured time; None = the middle of the log.
+        to_ms: End of the measured time; None = the end of the log.
 
     Raises:
         DataError: Too few users came back.

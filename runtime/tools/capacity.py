@@ -1,11 +1,12 @@
-"""How much memory a key/value cache takes, what it finds, and how many machines a load needs. Arithmetic alone.
+"""The memory of a key/value cache, its hit rate, and the machines for a load. Arithmetic alone.
 
-Bytes follow from the geometry of the cache itself (`kv/pages.py`) and are exact; the share of requests that the cache
-serves follows from an arrival model (`arrivals.py`) and is an estimate; times are the caller's, measured elsewhere.
+Bytes follow from the geometry of the cache (`kv/pages.py`) and are exact. The hit rate is an estimate from an arrival
+model (`arrivals.py`). The caller passes the times of the stages.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass, replace
 
@@ -30,12 +31,12 @@ ACTIVITY_EXPONENT = 0.51  # a user's requests grow with this power of the histor
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a user's history takes in a cache.
+    """The size of a user's history in a cache.
 
     Attributes:
         geometry: Bytes of a slot, slots of a page.
         prefix_slots: Slots before the first event (1 with an attention sink).
-        max_history: Longest history in events; longer ones are cut to it. `NO_LIMIT` if there is none.
+        max_history: Longest history in events; longer histories are cut. `NO_LIMIT` = no limit.
     """
 
     geometry: KvGeometry
@@ -64,8 +65,8 @@ class Footprint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Histories:
-    """How long the users' histories are: equally likely lengths in events, and how activity goes with them."""
+class HistoryLengths:
+    """Equally likely lengths of users' histories in events, and how a user's activity grows with the length."""
 
     events: tuple[float, ...]
     activity_exponent: float = ACTIVITY_EXPONENT
@@ -75,24 +76,24 @@ class Histories:
             raise ConfigError("history lengths must be numbers of events, 0 or more, and not all 0")
 
 
-def histories_of_mean(mean_events: float) -> Histories:
-    """Lengths of this mean, spread as those of KuaiRand-Pure."""
+def histories_of_mean(mean_events: float) -> HistoryLengths:
+    """Lengths with this mean, distributed as in KuaiRand-Pure."""
     scale = mean_events / (sum(HISTORY_SHAPE) / len(HISTORY_SHAPE))
-    return Histories(events=tuple(scale * part for part in HISTORY_SHAPE))
+    return HistoryLengths(events=tuple(scale * part for part in HISTORY_SHAPE))
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserPages:
-    """Mean pages per user: over all users, and over the requests, where the active ones count more."""
+    """Mean pages per user: over all users, and over the requests, where active users count more."""
 
     of_users: float
     of_requests: float
 
     def cached_share(self, pages_per_user: float) -> float:
-        """Share of the users that a cache of so many pages per user of the whole population holds.
+        """Share of the users in a cache with this many pages per user of the whole population.
 
-        Its few users are the active ones, with the long histories: the mean pages of those held fall in a straight line
-        from `of_requests`, where it holds hardly anyone, to `of_users`, where it holds everyone.
+        A small cache holds the active users with long histories: the mean pages of its users fall in a straight line
+        from `of_requests` for an empty cache to `of_users` for a cache of all users.
         """
         if pages_per_user >= self.of_users:
             return 1.0
@@ -100,18 +101,18 @@ class UserPages:
         return 2 * pages_per_user / (self.of_requests + math.sqrt(self.of_requests**2 - 4 * bend * pages_per_user))
 
 
-def user_pages(footprint: Footprint, histories: Histories) -> UserPages:
+def user_pages(footprint: Footprint, histories: HistoryLengths) -> UserPages:
     """Mean whole pages per user."""
     events = np.array(histories.events)
     pages = footprint.pages(events)
     activity = events**histories.activity_exponent
     of_users, of_requests = float(pages.mean()), float((pages * activity).sum() / activity.sum())
-    # Beyond twice the mean the line would give the last users fewer than no pages.
+    # Beyond twice the mean, the line would give the last users negative numbers of pages.
     return UserPages(of_users=of_users, of_requests=min(of_requests, 2 * of_users))
 
 
-def requests_at_limit(footprint: Footprint, histories: Histories) -> float:
-    """Share of the requests whose history is as long as the model allows, or longer."""
+def requests_at_limit(footprint: Footprint, histories: HistoryLengths) -> float:
+    """Share of the requests whose history reaches the model's longest history."""
     events = np.array(histories.events)
     activity = events**histories.activity_exponent
     return float(activity[events >= footprint.max_history].sum() / activity.sum())
@@ -119,7 +120,7 @@ def requests_at_limit(footprint: Footprint, histories: Histories) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
-    """EngineHost time of each stage in ms: how long one machine is busy with it for one request."""
+    """Machine time of each stage for one request, in ms."""
 
     encode_ms: float
     extend_ms: float
@@ -128,23 +129,23 @@ class StageCosts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """All that a plan is computed from.
+class CapacityInput:
+    """The input of a plan.
 
     Attributes:
-        footprint: What a history takes.
+        footprint: The size of a history in a cache.
         histories: Lengths of the users' histories.
         users: Distinct users of `arrivals.users_days`.
-        qps: Requests per second to be served.
-        arrivals: When users come back.
-        ttl_hours: An entry not used for so long is not served.
-        unchanged_share: Share of the found requests without a new event, which need no `extend`.
-        costs: EngineHost time per stage, or None if unknown.
-        utilisation: Share of a machine's time to be planned with.
+        qps: Requests per second.
+        arrivals: When users return.
+        ttl_hours: Time to live of an unused entry.
+        unchanged_share: Share of the requests of cached users without a new event, which need no `extend`.
+        costs: Machine time per stage; None = unknown.
+        utilisation: Planned share of a machine's time.
     """
 
     footprint: Footprint
-    histories: Histories
+    histories: HistoryLengths
     users: float
     qps: float
     arrivals: ArrivalModel
@@ -156,15 +157,15 @@ class Deployment:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a cache of one size brings.
+    """The effect of a cache of one size.
 
     Attributes:
         memory_bytes: Size of the cache, over all machines.
-        cached_users: Users that it holds.
-        hit, extend, miss_new, miss_lost: Shares of the requests that are served as they are, that encode the new
-            events, that encode all for a new user, and that encode all for one evicted or expired; they sum to 1.
-        ms_per_request: Mean machine time, if stage costs are known.
-        machines: Machines for the requests per second at the planned utilisation, if stage costs are known.
+        cached_users: Number of users in the cache.
+        hit, extend, miss_new, miss_lost: Shares of the requests that encode nothing, that encode new events, and that
+            encode all events of a new user, or of an evicted or expired user; they sum to 1.
+        ms_per_request: Mean machine time; None = stage costs are unknown.
+        machines: Machines for the requests per second at the planned utilisation; None = stage costs are unknown.
     """
 
     memory_bytes: int
@@ -178,48 +179,47 @@ class Outcome:
 
     @property
     def found(self) -> float:
-        """Share of the requests that find their user: hit or extend."""
+        """Share of the requests of cached users: hit or extend."""
         return self.hit + self.extend
 
 
-def memory_of_all(deployment: Deployment) -> int:
+def memory_of_all(deployment: CapacityInput) -> int:
     """Bytes that hold every user."""
     pages = user_pages(deployment.footprint, deployment.histories)
     return math.ceil(deployment.users * pages.of_users) * deployment.footprint.geometry.page_bytes
 
 
-def outcome(deployment: Deployment, memory_bytes: int) -> Outcome:
-    """What a cache of this size, over all machines together, brings."""
+def outcome(deployment: CapacityInput, memory_bytes: int) -> Outcome:
+    """The effect of a cache of this size over all machines."""
     footprint, arrivals = deployment.footprint, deployment.arrivals
     pages_per_user = memory_bytes // footprint.geometry.page_bytes / deployment.users
     cached = user_pages(footprint, deployment.histories).cached_share(pages_per_user)
-    found = arrivals.found_share(cached, deployment.ttl_hours)
+    hits = arrivals.found_share(cached, deployment.ttl_hours)  # or extended
     if deployment.ttl_hours < FOREVER:
-        cached = min(cached, arrivals.seen_share(deployment.ttl_hours))  # who was seen earlier has expired
-    extend = found * (1 - deployment.unchanged_share)
+        cached = min(cached, arrivals.seen_share(deployment.ttl_hours))  # earlier users have expired
+    extend = hits * (1 - deployment.unchanged_share)
     milliseconds = machines = None
     if deployment.costs is not None:
         costs = deployment.costs
-        milliseconds = (1 - found) * costs.encode_ms + extend * costs.extend_ms + costs.retrieve_ms + costs.rank_ms
+        milliseconds = (1 - hits) * costs.encode_ms + extend * costs.extend_ms + costs.retrieve_ms + costs.rank_ms
         busy = deployment.qps * milliseconds / 1000 / deployment.utilisation
         machines = max(1, math.ceil(round(busy, 9)))
     return Outcome(
         memory_bytes=memory_bytes,
         cached_users=cached * deployment.users,
-        hit=found - extend,
+        hit=hits - extend,
         extend=extend,
         miss_new=arrivals.new_share,
-        miss_lost=1 - arrivals.new_share - found,
+        miss_lost=1 - arrivals.new_share - hits,
         ms_per_request=milliseconds,
         machines=machines,
     )
 
 
-def smallest_fleet(deployment: Deployment, machine_bytes: int) -> Outcome:
+def smallest_fleet(deployment: CapacityInput, machine_bytes: int) -> Outcome:
     """The fewest machines that carry the load when each adds `machine_bytes` to the cache.
 
-    More machines hold more users and so need less time per request; the fewest that suffice are found by bisection.
-    The outcome's `machines` is their number, its memory that of all together.
+    More machines cache more users and so need less time per request. The outcome's memory is that of all machines.
 
     Raises:
         ConfigError: Stage costs are unknown.
@@ -230,8 +230,6 @@ def smallest_fleet(deployment: Deployment, machine_bytes: int) -> Outcome:
     def needed(machines: int) -> int:
         return outcome(deployment, machines * machine_bytes).machines or 1
 
-    low, high = 1, needed(0)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if needed(middle) <= middle else (middle + 1, high)
-    return replace(outcome(deployment, low * machine_bytes), machines=low)
+    fleets = range(1, needed(0))  # with an empty cache, needed(0) machines suffice
+    machines = 1 + bisect.bisect_left(fleets, True, key=lambda count: needed(count) <= count)
+    return replace(outcome(deployment, machines * machine_bytes), machines=machines)

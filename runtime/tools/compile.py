@@ -1,6 +1,6 @@
 """`compile_bundle`: profiles -> build -> layer check -> golden requests through the engines -> installation.
 
-An engine that fails anything is not installed. Nothing here runs while requests are served.
+An engine that fails any check is not installed. A running server calls nothing here.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ import msgspec
 from unipinrec.errors import BackendError
 from unipinrec.runtime.agreement import measure_agreement
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import precision_of
 from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.graphs.engine import Engine
-from unipinrec.runtime.tools.compile_plan import CompileTask, graphs_of, keys_of, require_golden_covered
+from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of, require_golden_covered
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.build import BuildTask, Progress, build_engine
 from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.layers import require_precision
 from unipinrec.runtime.trt.library import TensorRT
-from unipinrec.runtime.trt.load import Plan
+from unipinrec.runtime.trt.load import EnginePlan
 from unipinrec.runtime.trt.record import EngineKey, EngineRecord, Verification, engine_host, needs_of, unfit
-from unipinrec.runtime.trt.session import TensorRtBackend
 from unipinrec.runtime.trt.store import EngineStore
 
 GOLDEN = "golden requests"
 NOT_YET = Verification(passed=False, how="they have not run yet")
-GraphProgress = Callable[[str, float, str], None]  # what is made, the share that is done, what is being done
+GraphProgress = Callable[[str, float, str], None]  # engine, finished share, phase
 
 
 class Compiled(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine of a compilation, and whether it was built now or was there already."""
+    """An engine of a compilation, and whether it is new."""
 
     record: EngineRecord
     built: bool
@@ -52,20 +51,20 @@ def compile_bundle(
 ) -> tuple[Compiled, ...]:
     """Compile the graphs of a bundle for this machine's GPU and install them in the private cache.
 
-    Engines that are there and fit are kept. If the engine of one graph fails, none is installed.
+    Stored engines that fit are kept. If the engine of one graph fails, none is installed.
 
     Raises:
         ConfigError: The bundle has no such precision, or the profiles do not cover the golden requests.
-        BackendError: A graph cannot be built as asked, an engine does not compute in its precision or does not answer
-            the golden requests as PyTorch did, or the cache cannot be written to.
+        BackendError: A graph cannot be built, an engine does not compute in its precision, its answers to the golden
+            requests differ from PyTorch's, or the cache cannot be written.
     """
-    keys = keys_of(bundle, task, trt, cuda.architecture)
+    keys = keys_of(bundle, task, trt, cuda.info.architecture)
     require_golden_covered(bundle, task)
     needs = needs_of(bundle, task.precision, trt)
-    machine = engine_host(cuda.name, cuda.architecture, cuda.driver_version)
+    machine = engine_host(cuda.info)
     store.prepare()
-    found = {} if task.force else {graph: store.sound(key) for graph, key in keys.items()}
-    kept = {graph: record for graph, record in found.items() if record and not unfit(record, needs[graph], machine)}
+    stored = {} if task.force else {graph: store.sound(key) for graph, key in keys.items()}
+    kept = {graph: record for graph, record in stored.items() if record and not unfit(record, needs[graph], machine)}
     records, contents = dict(kept), {graph: store.plan(record) for graph, record in kept.items()}
     for graph, key in keys.items():
         name = f"{graph} in {task.precision}"
@@ -74,7 +73,8 @@ def compile_bundle(
         progress(name, 1.0, "there already" if graph in kept else "built")
     if len(kept) < len(keys):
         progress(f"{GOLDEN} in {task.precision}", 0.0, "running")
-        plans = {graph: _plan(bundle, key, contents[graph]) for graph, key in keys.items()}
+        files = bundle.graph_files(task.precision)
+        plans = {graph: EnginePlan.of(contents[graph], task.options, files[graph]) for graph in keys}
         verified, kernels = verify_engines(bundle, task.precision, trt, cuda, plans)
         for graph in keys.keys() - kept.keys():
             record = msgspec.structs.replace(records[graph], machine=machine, verified=verified)
@@ -86,10 +86,10 @@ def compile_bundle(
 def build_graph(
     bundle: Bundle, key: EngineKey, trt: TensorRT, task: CompileTask, progress: Progress
 ) -> tuple[EngineRecord, bytes]:
-    """Build one engine and check what it computes in: its record, without the golden requests, and its plan.
+    """Build one engine and check its precision: its record, without the golden requests, and its plan.
 
     Raises:
-        BackendError: It cannot be built as asked, or falls to another precision.
+        BackendError: It cannot be built, or does not compute in its precision.
     """
     build = BuildTask(
         profiles=key.profiles,
@@ -98,7 +98,7 @@ def build_graph(
         timing_cache=task.timing_cache,
         progress=progress,
     )
-    with _graph_file(bundle, key).in_folder() as file:
+    with bundle.graph_files(key.precision)[key.graph].in_folder() as file:
         built = build_engine(trt, file, build)
     require_precision(built.layers, task.precision)
     record = EngineRecord(
@@ -116,12 +116,12 @@ def build_graph(
 
 
 def verify_engines(
-    bundle: Bundle, precision: str, trt: TensorRT, cuda: Cuda, plans: Mapping[str, Plan]
+    bundle: Bundle, precision: str, trt: TensorRT, cuda: Cuda, plans: Mapping[str, EnginePlan]
 ) -> tuple[Verification, dict[str, bytes]]:
-    """Send the golden requests through engines: how they passed, and the kernels that were compiled for this GPU.
+    """Send the golden requests through engines: the result, and the kernels that TensorRT-RTX compiled for this GPU.
 
     Raises:
-        BackendError: They did not pass, or an engine does not run.
+        BackendError: The golden requests fail, or an engine does not run.
         BundleError: The golden requests cannot be read.
     """
     manifest = bundle.manifest
@@ -133,32 +133,19 @@ def verify_engines(
         kernels = backend.compiled_kernels()
     if not verified.passed:
         raise BackendError(
-            f"{bundle.path}: the engines of {trt} on {cuda.name} in {precision} were not installed: {verified.how}"
+            f"{bundle.path}: the engines of {trt} on {cuda.info.name} in {precision} were not installed: {verified.how}"
         )
     return verified, kernels
 
 
-def _plan(bundle: Bundle, key: EngineKey, content: bytes) -> Plan:
-    """A plan and what it takes to load it."""
-    return Plan(
-        content=content,
-        weights=_graph_file(bundle, key) if key.options.strip_weights else None,
-        host_code=key.options.version_compatible,
-    )
-
-
-def _graph_file(bundle: Bundle, key: EngineKey) -> GraphFile:
-    return bundle.files.graph(graphs_of(bundle.manifest, key.precision)[key.graph].file)
-
-
 def _golden(engine: Engine, bundle: Bundle, *, exact: bool) -> Verification:
     if not exact:
-        found = measure_agreement(engine, bundle)
+        agreed = measure_agreement(engine, bundle)
         figures = (
-            f"over {found.requests} requests the best ten overlap with those of fp32 by {found.ranked_overlap:.4f} "
-            f"ranked and {found.retrieved_overlap:.4f} retrieved; a logit differs by up to {found.max_logit_diff:.3g}"
+            f"over {agreed.requests} requests the best ten overlap with fp32 by {agreed.ranked_overlap:.4f} ranked and "
+            f"{agreed.retrieved_overlap:.4f} retrieved; a logit differs by up to {agreed.max_logit_diff:.3g}"
         )
-        return Verification(passed=found.problem is None, how=found.problem or figures)
+        return Verification(passed=agreed.problem is None, how=agreed.problem or figures)
     checks = compare_golden(engine, bundle)
     wrong = [f"{check.output} {check.problem}" for check in checks if check.problem]
     largest = max((check.max_abs_diff or 0.0 for check in checks), default=0.0)

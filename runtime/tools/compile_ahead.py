@@ -1,23 +1,21 @@
-"""Engines built ahead of time, without a GPU, for others to run: a new bundle beside the old one that carries them.
+"""Engines built ahead of time, without a GPU, for other machines: a new bundle beside the old one carries them.
 
-Only TensorRT-RTX builds so. The golden requests cannot run here: whoever loads such an engine sends them through it
-first, as `Recommender.load` does, and runs it only where the operator allowed it.
+Only TensorRT-RTX can do this. The golden requests cannot run here: `Recommender.load` sends them through such an engine
+first, and runs it only if the operator allows it.
 """
 
 from __future__ import annotations
 
-import datetime
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from unipinrec import __version__
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.integrity import fingerprint, seal, written_whole
+from unipinrec.runtime.bundle.derived import seal_derived
+from unipinrec.runtime.bundle.integrity import written_whole
 from unipinrec.runtime.bundle.manifest import EngineSpec
 from unipinrec.runtime.tools.compile import Compiled, GraphProgress, build_graph
 from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of, require_golden_covered
@@ -35,10 +33,10 @@ def compile_ahead(
     trt: TensorRT,
     progress: GraphProgress = lambda graph, share, phase: None,
 ) -> tuple[str, tuple[Compiled, ...]]:
-    """Build engines without a GPU and write a bundle that carries them; all or nothing, the old one stays as it is.
+    """Build engines without a GPU and write a bundle that carries them, whole or not at all. Its parent stays as it is.
 
     Args:
-        bundle: What to build from; engines that it carries already are carried on, unless they are built again.
+        bundle: The parent; the new bundle also carries its engines, unless they are built again.
         out: Folder to create; it must not exist.
         tasks: One per precision, each with targets.
         trt: TensorRT-RTX.
@@ -50,8 +48,8 @@ def compile_ahead(
     Raises:
         ConfigError: The bundle has no such precision, a task has no target, or the profiles do not cover the golden
             requests.
-        BackendError: A graph cannot be built as asked.
-        ExportError: The new bundle cannot be written, the disk being full included; nothing was left behind.
+        BackendError: A graph cannot be built.
+        ExportError: The new bundle cannot be written, for example because the disk is full; nothing was left behind.
     """
     with written_whole(out) as folder:
         for task in tasks:
@@ -66,8 +64,8 @@ def compile_ahead(
                 records.append(msgspec.structs.replace(record, verified=AHEAD))
                 (folder / plan_file(record)).write_bytes(plan)
                 progress(name, 1.0, "built")
-        digest = _write(bundle, records, folder)
-        Bundle.open(folder)
+        _write(bundle, records, folder)
+        digest = Bundle.open(folder).hash
     return digest, tuple(Compiled(record=record, built=True) for record in records)
 
 
@@ -83,33 +81,18 @@ def carried_records(bundle: Bundle) -> list[EngineRecord]:
     return msgspec.json.decode(bundle.files[RECORDS].read_bytes(), type=list[EngineRecord])
 
 
-def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> str:
-    """Copy the parent's files beside the engines and seal the bundle; returns its hash."""
-    again = {_what(record) for record in built}
-    before = [record for record in carried_records(parent) if _what(record) not in again]
+def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> None:
+    """Copy the parent's files beside the engines and seal the bundle."""
+    rebuilt = {_replaceable(record) for record in built}
+    before = [record for record in carried_records(parent) if _replaceable(record) not in rebuilt]
     records = [*before, *built]
     (folder / RECORDS).write_bytes(msgspec.json.format(msgspec.json.encode(records)))
     dropped = {engine.file for engine in parent.manifest.engines} - {plan_file(record) for record in before}
-    files = {path.name: fingerprint(path) for path in folder.iterdir()}
-    for name, spec in parent.manifest.files.items():
-        if name not in files and name not in dropped:
-            shutil.copyfile(parent.files[name], folder / name)
-            files[name] = spec
-    manifest = msgspec.structs.replace(
-        parent.manifest,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        files=dict(sorted(files.items())),
-        tools=parent.manifest.tools | {"unipinrec": __version__},
-        parent=parent.hash,
-        kv_namespace=parent.kv_namespace,
-        kv_rows=parent.kv_rows,
-        engines=tuple(map(_spec, records)),
-    )
-    return seal(folder, manifest)
+    seal_derived(folder, parent, dropped=dropped, engines=tuple(map(_spec, records)))
 
 
-def _what(record: EngineRecord) -> tuple[str, ...]:
-    """What a later build takes the place of."""
+def _replaceable(record: EngineRecord) -> tuple[str, ...]:
+    """A later build replaces an earlier one that is equal in this."""
     key = record.key
     return key.graph, key.precision, key.flavor, key.version, key.target
 

@@ -1,4 +1,4 @@
-"""What `unipinrec doctor` reports; its JSON document has these names."""
+"""The report of `unipinrec doctor`; its JSON document has these names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unipinrec.runtime.trt.cuda import GpuInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The NVIDIA GPU and what drives it.
+    """The NVIDIA GPU, its driver and CUDA's packages.
 
     Attributes:
-        driver: As the kernel's module names its version; None where there is none.
-        packages: Versions of CUDA's Python packages that are installed.
-        info: The GPU; None where `problem` says why.
+        driver: Version of the kernel's driver; None without a driver.
+        packages: Versions of the installed Python packages of CUDA.
+        info: The GPU; None if it cannot be used.
         problem: Why it cannot be used.
     """
 
@@ -28,7 +28,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """An inference library; `problem` says why it is missing or cannot be used."""
+    """An inference library, or the problem with it."""
 
     name: str
     version: str | None
@@ -40,8 +40,8 @@ class OnnxRuntime(Library):
     """ONNX Runtime.
 
     Attributes:
-        wheels: Which of its wheels are installed; more than one is broken.
-        providers: What it was built for; a provider may still lack its libraries.
+        wheels: Its installed wheels; more than one do not work together.
+        providers: Its built-in providers; a provider may still lack its libraries.
     """
 
     wheels: tuple[str, ...]
@@ -53,11 +53,11 @@ class EngineCache:
     """The private cache of compiled engines.
 
     Attributes:
-        path: Its folder; None where there can be none.
-        mode: Its permissions in octal; None where it does not exist.
-        entries: How many engines it holds, of all bundles.
-        size_bytes: What they take.
-        problem: Why it is not used.
+        path: Its folder; None if it cannot have one.
+        mode: Its permissions in octal; None if it does not exist.
+        entries: Number of engines of all bundles.
+        size_bytes: Their total size.
+        problem: Why it cannot be used.
     """
 
     path: str | None
@@ -68,13 +68,13 @@ class EngineCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A compiled engine of a bundle, or an entry of the cache that cannot be trusted: then all but `id` is unknown.
+class EngineReport:
+    """A compiled engine of a bundle, or an entry of the cache that cannot be trusted and has only an `id`.
 
     Attributes:
         id: Hash of its key; the name of its entry.
         source: "cache" or "bundle".
-        problem: Why it is not used; None where it is.
+        problem: Why it cannot be used; None where it can.
     """
 
     id: str
@@ -91,11 +91,11 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What "auto" serves on.
+    """The device that "auto" chooses.
 
     Attributes:
-        device: What it is; None where nothing serves. Without a bundle, whether its engines are there is not known.
-        problem: Why "auto" does not serve; `device` is then what serves when it is asked for.
+        device: None if no device works. Without a bundle, its engines are not checked.
+        problem: Why "auto" fails; `device` then works if it is requested by name.
     """
 
     device: Device | None
@@ -104,12 +104,12 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All that was found; see the classes.
+    """The whole report; see the classes.
 
     Attributes:
-        bundle: The bundle that was asked about, if any.
-        devices: By device, why it cannot run on this machine whatever the bundle; None where it can.
-        engines: Those of the bundle.
+        bundle: The examined bundle, if any.
+        devices: By device, why it cannot run on this machine with any bundle; None where it can.
+        engines: The bundle's engines.
         engines_problem: Why they could not be listed.
     """
 
@@ -125,6 +125,6 @@ class Diagnosis:
     cache: EngineCache
     devices: dict[str, str | None]
     bundle: str | None
-    engines: tuple[Engine, ...]
+    engines: tuple[EngineReport, ...]
     engines_problem: str | None
     auto: Choice

@@ -1,6 +1,6 @@
-"""What this machine can serve on, and why not on more: each probe gives a value or a reason, and none ends the process.
+"""The devices that work on this machine, and why others do not: each probe gives a value or a reason.
 
-A TensorRT `Runtime`, which dies without a driver, is made only where a bundle is really loaded on a GPU.
+No probe ends the process: a TensorRT `Runtime`, which dies without a driver, is made only to load a bundle on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem
 from unipinrec.runtime.machine import has_bf16, this_cpu, this_memory
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, Engine, EngineCache, Gpu, Library, OnnxRuntime
+from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, EngineCache, EngineReport, Gpu, Library, OnnxRuntime
 from unipinrec.runtime.tools.engines import ListedEngine, list_engines
 from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import FLAVORS, NAMES, Flavor, TensorRT
-from unipinrec.runtime.trt.record import Refusal, engine_host
+from unipinrec.runtime.trt.record import engine_host
 from unipinrec.runtime.trt.store import EngineStore
 
 T = TypeVar("T")
@@ -37,20 +37,20 @@ CUDA_PACKAGES = ("cuda-bindings", "nvidia-cuda-runtime", "nvidia-cublas", "nvidi
 
 
 class Reason(str):
-    """Why a probe found nothing."""
+    """Why a probe failed."""
 
 
 def examine(bundle: Path | None = None, machine: Machine = THIS_MACHINE) -> Diagnosis:
-    """Look at this machine, and at what serves a bundle on it. Whatever is wrong is in the result; raises nothing."""
+    """Examine this machine, and the devices for a bundle. The result holds all problems; raises nothing."""
     gpu, ort, store = _gpu(machine), _onnxruntime(), _probed(EngineStore)
-    found = {flavor: _probed(partial(machine.tensorrt, flavor)) for flavor in FLAVORS}
+    flavors = {flavor: _probed(partial(machine.tensorrt, flavor)) for flavor in FLAVORS}
     tensorrt = tuple(
-        _library(NAMES[flavor], trt if isinstance(trt, Reason) else trt.version) for flavor, trt in found.items()
+        _library(NAMES[flavor], trt if isinstance(trt, Reason) else trt.version) for flavor, trt in flavors.items()
     )
     openvino = _library("OpenVINO", _probed(lambda: str(import_openvino().__version__)))
     driver = machine.driver_problem()
     devices = _devices(driver, gpu, ort, tensorrt, openvino)
-    installed = {flavor: trt for flavor, trt in found.items() if not isinstance(trt, Reason)}
+    installed = {flavor: trt for flavor, trt in flavors.items() if not isinstance(trt, Reason)}
     engines = _probed(partial(_engines, bundle, store, gpu.info, installed)) if bundle else ()
     return Diagnosis(
         unipinrec=__version__,
@@ -72,10 +72,10 @@ def examine(bundle: Path | None = None, machine: Machine = THIS_MACHINE) -> Diag
 
 
 def _probed(probe: Callable[[], T]) -> T | Reason:
-    """What a probe finds, or why it finds nothing."""
+    """The result of a probe, or why it failed."""
     try:
         return probe()
-    except Exception as error:  # whatever a broken installation comes up with is the answer
+    except Exception as error:  # a broken installation may raise anything
         return Reason(str(error) or type(error).__name__)
 
 
@@ -83,7 +83,7 @@ def _gpu(machine: Machine) -> Gpu:
     info = machine.gpu()
     return Gpu(
         driver=_driver_version(),
-        packages={name: found for name in CUDA_PACKAGES if (found := _installed(name))},
+        packages={name: installed for name in CUDA_PACKAGES if (installed := _installed(name))},
         info=None if isinstance(info, str) else info,
         problem=info if isinstance(info, str) else None,
     )
@@ -106,28 +106,28 @@ def _installed(package: str) -> str | None:
 
 
 def _onnxruntime() -> OnnxRuntime:
-    found = _probed(lambda: (str(import_onnxruntime().__version__), import_onnxruntime().get_available_providers()))
-    name, providers = (None, ()) if isinstance(found, Reason) else found
+    probed = _probed(lambda: (str(import_onnxruntime().__version__), import_onnxruntime().get_available_providers()))
+    number, providers = (None, ()) if isinstance(probed, Reason) else probed
     return OnnxRuntime(
         name="ONNX Runtime",
-        version=name,
-        problem=str(found) if isinstance(found, Reason) else overwritten(),
+        version=number,
+        problem=str(probed) if isinstance(probed, Reason) else overwritten(),
         wheels=tuple(installed_wheels()),
         providers=tuple(providers),
     )
 
 
-def _library(name: str, found: str | Reason) -> Library:
-    missing = isinstance(found, Reason)
-    return Library(name=name, version=None if missing else found, problem=str(found) if missing else None)
+def _library(name: str, probed: str | Reason) -> Library:
+    missing = isinstance(probed, Reason)
+    return Library(name=name, version=None if missing else probed, problem=str(probed) if missing else None)
 
 
 def _devices(
     driver: str | None, gpu: Gpu, ort: OnnxRuntime, tensorrt: Sequence[Library], openvino: Library
 ) -> dict[str, str | None]:
-    """By device, why it cannot run whatever the bundle."""
+    """By device, why it cannot run with any bundle."""
     missing = ort.problem if ort.version is None else None
-    absent = None if any(one.version for one in tensorrt) else "; ".join(str(one.problem) for one in tensorrt)
+    absent = None if any(library.version for library in tensorrt) else "; ".join(str(t.problem) for t in tensorrt)
     return {
         "tensorrt": driver or gpu.problem or absent,
         "cuda": driver or missing or provider_problem(import_onnxruntime(), CUDA) or preload(import_onnxruntime()),
@@ -138,13 +138,11 @@ def _devices(
 
 
 def _cache(store: EngineStore | Reason) -> EngineCache:
-    """The cache as it is; nothing is made or changed."""
+    """The cache; nothing is created or changed."""
     if isinstance(store, Reason):
         return EngineCache(path=None, mode=None, entries=0, size_bytes=0, problem=str(store))
     entries = _probed(store.entries)
-    broken = entries if isinstance(entries, Reason) else None
-    if not isinstance(entries, Reason) and isinstance(entries.get(""), Refusal):  # the folder itself cannot be trusted
-        entries, broken = {}, Reason(str(entries[""]))
+    broken = entries if isinstance(entries, Reason) else entries.pop("", None)  # "" stands for the whole folder
     status = _probed(store.root.stat)
     sizes = _probed(lambda: sum(path.lstat().st_size for path in store.root.rglob("*") if path.is_file()))
     return EngineCache(
@@ -152,24 +150,24 @@ def _cache(store: EngineStore | Reason) -> EngineCache:
         mode=None if isinstance(status, Reason) else f"{stat.S_IMODE(status.st_mode):o}",
         entries=0 if isinstance(entries, Reason) else len(entries),
         size_bytes=0 if isinstance(sizes, Reason) else sizes,
-        problem=broken and str(broken),
+        problem=None if broken is None else str(broken),
     )
 
 
 def _engines(
     path: Path, store: EngineStore | Reason, gpu: GpuInfo | None, installed: Mapping[Flavor, TensorRT]
-) -> tuple[Engine, ...]:
+) -> tuple[EngineReport, ...]:
     if isinstance(store, Reason):
         raise BackendError(store)
-    machine = engine_host(gpu.name, gpu.architecture, gpu.driver_version) if gpu else engine_host()
+    machine = engine_host(gpu)
     return tuple(map(_engine, list_engines(Bundle.open(path), store, machine, installed)))
 
 
-def _engine(listed: ListedEngine) -> Engine:
+def _engine(listed: ListedEngine) -> EngineReport:
     if listed.record is None:
-        return Engine(id=listed.id, source=listed.source, problem=listed.problem)
+        return EngineReport(id=listed.id, source=listed.source, problem=listed.problem)
     record, key = listed.record, listed.record.key
-    return Engine(
+    return EngineReport(
         id=listed.id,
         source=listed.source,
         problem=listed.problem,
@@ -184,7 +182,7 @@ def _engine(listed: ListedEngine) -> Engine:
 
 
 def _expected(devices: Mapping[str, str | None], driver: str | None) -> Choice:
-    """What "auto" serves on if the bundle has engines here."""
+    """The device that "auto" chooses if the bundle has engines here."""
     refused: list[str] = []
     for name in AUTO:
         problem = devices[name]
@@ -198,10 +196,10 @@ def _expected(devices: Mapping[str, str | None], driver: str | None) -> Choice:
 
 
 def _tried(bundle: Path, machine: Machine) -> Choice:
-    """What really serves a bundle: it is loaded as a server loads it, the golden requests included."""
+    """The device for a bundle, after loading it as a server does, with the golden requests."""
     problems: list[str] = []
-    for wanted in ("auto", "cpu"):
-        loaded = _probed(partial(Recommender.load, bundle, wanted, machine=machine))
+    for device in ("auto", "cpu"):
+        loaded = _probed(partial(Recommender.load, bundle, device, machine=machine))
         if not isinstance(loaded, Reason):
             loaded.close()
             return Choice(device=loaded.device, problem="; ".join(problems) or None)

@@ -1,14 +1,12 @@
-"""Items added and retired without another export: `update_bundle` writes a new bundle beside the old one.
+"""Adds and retires items without another export: `update_bundle` writes a new bundle beside the old one.
 
 Rows of existing items never move and their vectors never change, so cached keys and values stay valid. A retired item
-keeps its row, since histories refer to it, but is never found again; added again, it gets a new row.
+keeps its row, since histories refer to it, but is never retrieved again; added again, it gets a new row.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec import __version__
 from unipinrec.errors import DataError
 from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
@@ -33,14 +30,15 @@ from unipinrec.runtime.bundle.bundle import (
     Bundle,
 )
 from unipinrec.runtime.bundle.catalogue import as_known
-from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
+from unipinrec.runtime.bundle.derived import seal_derived
+from unipinrec.runtime.bundle.integrity import seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index import HnswIndex
 from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
 from unipinrec.runtime.sample import sample_quality
-from unipinrec.runtime.tools.new_items import ItemRows, NewItem, check_items, embed_items
+from unipinrec.runtime.tools.item_input import ItemRows, NewItem, check_items, embed_items
 
 QUERY_USERS = 100
 BATCH = 16
@@ -49,16 +47,16 @@ log = logging.getLogger(__name__)
 
 
 class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What an update did.
+    """The result of an update.
 
     Attributes:
-        bundle, parent: Hashes of the new bundle and of the one that it was made from.
-        items_before, items_after: Items that can be retrieved.
-        added, retired: Items.
-        already_retired: Ids to retire that were so before, or that were given twice.
-        unknown_words: By feature, how many words of added items the model does not know.
+        bundle, parent: Hashes of the new bundle and of its parent.
+        items_before, items_after: Numbers of items that can be retrieved.
+        added, retired: Numbers of items.
+        already_retired: Number of ids to retire that were retired before, or occur twice.
+        unknown_words: Number of words of added items that the model does not know, by feature.
         index: The new index, with its measured recall.
-        way: Whether the old index was grown or a new one was built.
+        way: Whether the update extended the old index or built a new one.
     """
 
     bundle: str
@@ -77,8 +75,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
 class _Update:
     """A checked update.
 
-    `table` [N + A, E] holds the old vectors and behind them those of the A items to add; `retired` holds all rows that
-    are retired after it.
+    `table` [N + A, E] holds the old vectors, then those of the A items to add; `retired` holds all retired rows.
     """
 
     parent: Bundle
@@ -96,22 +93,22 @@ def update_bundle(
     recall: float | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> UpdateReport:
-    """Write a bundle with more or fewer items; all or nothing, and the old one stays as it is.
+    """Write a bundle with more or fewer items, whole or not at all; the old bundle stays as it is.
 
     Args:
         bundle: The bundle to start from.
         out: Folder to create; it must not exist.
-        add: Items by where they were given, as `parse_items` returns them.
-        retire: External ids by where they were given, as `parse_ids` returns them. Done first, so that one update can
-            replace an item.
-        recall: Recall@100 that the index is to reach; None = what the old one aimed at.
+        add: Items by their place in the input, as `parse_items` returns them.
+        retire: External ids by their place in the input, as `parse_ids` returns them. Retiring comes first, so that one
+            update can replace an item.
+        recall: Target recall@100 of the index; None = that of the old index.
         progress: Called with the name of each stage as it begins.
 
     Raises:
         BundleError: The old bundle is damaged, or its model has no vectors for new items.
-        DataError: An item or id cannot be taken as given.
+        DataError: An item or id is invalid.
         BackendError: The item embedder does not run.
-        ExportError: The new bundle cannot be written, the disk being full included; nothing was left behind.
+        ExportError: The new bundle cannot be written, for example because the disk is full; nothing was left behind.
     """
     with written_whole(out) as folder:
         progress("old bundle")
@@ -148,7 +145,7 @@ def update_bundle(
 
 
 def _retired_rows(parent: Bundle, retire: Mapping[str, str]) -> tuple[NDArray[np.int64], int]:
-    """All rows that are retired after an update, sorted, and how many ids were so already."""
+    """All rows that are retired after an update, sorted, and the number of ids that were retired already."""
     rows, repeated = set(parent.catalogue.retired.tolist()), 0
     for where, item in retire.items():
         row = parent.rows.get(as_known(item, parent.rows))
@@ -167,28 +164,28 @@ def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[I
     grown = grow_index(task, parent.files[INDEX], old, parent.catalogue.retired, path)
     if grown is not None:
         return grown, "incremental"
-    log.info("the grown index misses a recall of %s, or is mostly retired items: it is built anew", target)
+    log.info("the extended index misses a recall of %s, or holds mostly retired items; building a new one", target)
     return build_index(task, path), "rebuilt"
 
 
 def _queries(parent: Bundle) -> NDArray[np.float32]:
-    """Queries [R, E] to measure recall with: of the bundle's sample users, else of its golden requests."""
+    """Queries [R, E] to measure recall with: from the bundle's sample users, else from its golden requests."""
     histories = parent.sample_histories(QUERY_USERS)
     if not histories:
         golden: NDArray[np.float32] = parent.golden()["retrieval.queries"]
         return golden.reshape(-1, golden.shape[-1])
     engine, manifest = Engine.on_cpu(parent), parent.manifest
-    wanted = np.array([[name in manifest.positive_actions for name in manifest.actions]], np.float32)
+    actions = manifest.positive[None].astype(np.float32)
     queries = []
     for start in range(0, len(histories), BATCH):
         batch = histories[start : start + BATCH]
         encoded = engine.encode(pad_histories(batch))
-        queries.append(engine.retrieve(encoded, np.repeat(wanted, len(batch), axis=0)))
+        queries.append(engine.retrieve(encoded, np.repeat(actions, len(batch), axis=0)))
     return np.concatenate(queries).reshape(-1, manifest.model.item_dim)
 
 
 def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
-    """Write what changed beside the index, copy what did not, and seal the bundle."""
+    """Write the changed files beside the index, copy the others, and seal the bundle."""
     parent, added = update.parent, update.added
     if added.ids:
         tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: update.table}
@@ -203,29 +200,12 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
             write_arrays(folder / POPULAR, {SHARE: _with_added(parent.popularity, len(added.ids))})
     if len(update.retired):
         (folder / RETIRED).write_bytes(msgspec.json.encode(update.retired.tolist()))
-    files = {path.name: fingerprint(path) for path in folder.iterdir()}
-    for name, spec in parent.manifest.files.items():
-        if name not in files:
-            shutil.copyfile(parent.files[name], folder / name)
-            files[name] = spec
-    manifest = msgspec.structs.replace(
-        parent.manifest,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        num_items=len(update.table),
-        num_retired=len(update.retired),
-        files=dict(sorted(files.items())),
-        index=index,
-        tools=parent.manifest.tools | {"unipinrec": __version__},
-        parent=parent.hash,
-        kv_namespace=parent.kv_namespace,
-        kv_rows=parent.kv_rows,
-    )
-    seal(folder, manifest)
-    return manifest
+    num_items, num_retired = len(update.table), len(update.retired)
+    return seal_derived(folder, parent, num_items=num_items, num_retired=num_retired, index=index)
 
 
 def _with_added(shares: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """Shares [S, N + count]: an added item is as popular as the least popular one; each row sums to 1 as before."""
+    """Shares [S, N + count]: an added item is as popular as the least popular one; each row still sums to 1."""
     least = shares.min(axis=1, keepdims=True)
     grown = np.concatenate([shares, np.repeat(least, count, axis=1)], axis=1, dtype=np.float64)
     summed: NDArray[np.float32] = (grown / grown.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -1,17 +1,17 @@
-"""TensorRT and CUDA: building, keeping and running engines.
+"""TensorRT and CUDA: building, storing and running engines.
 
-build.py          one graph into one engine
+backend.py        engines as a backend
+build.py          builds one engine from one graph
 cuda.py           NVIDIA's bindings, wrapped once
-io.py             what an engine takes and gives, and which shapes
-lane.py           one profile of an engine, for one run at a time
-layers.py         what an engine computes in, layer by layer
-library.py        which TensorRT is installed, and its one logger
-load.py           from a plan to an engine that can run
-memory.py         tensors in a GPU's memory, and how long they live
-private_files.py  files that are this user's alone
+io.py             inputs, outputs and covered shapes of an engine
+layers.py         the precision of an engine's layers
+library.py        the installed TensorRT, and its one logger
+load.py           loads a plan, with a runner for each profile
+memory.py         tensors in a GPU's memory, and their lifetime
+private_files.py  files that only this user can write
 profiles.py       the shapes that engines are built for
-record.py         what is known of an engine, and whether it may run here
-serving.py        the compiled engines that may serve a bundle here
-session.py        engines as a backend
+record.py         the record of an engine, and whether it may run here
+runner.py         one profile of an engine, for one run at a time
+serving.py        the compiled engines of a bundle that may run here
 store.py          the private cache of engines
 """

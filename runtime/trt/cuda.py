@@ -1,13 +1,14 @@
 """NVIDIA's Python bindings of CUDA, wrapped here and nowhere else.
 
-Device memory comes from the device's own stream-ordered pool, which is told to keep what is freed: the next run takes
-it from there in a microsecond. A stream is a plain integer, as TensorRT wants it; 0 is the default stream.
+Device memory comes from the device's stream-ordered pool, which keeps freed memory: the next run takes it from there in
+a microsecond. A stream is a plain integer, as in TensorRT's API; 0 is the default stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -37,10 +38,10 @@ class GpuInfo:
     """A GPU.
 
     Attributes:
-        name: As its vendor calls it.
-        architecture: As "sm_90".
-        driver_version: Newest CUDA that the driver knows, as "13.0".
-        memory_bytes: All of its memory.
+        name: The vendor's name.
+        architecture: Such as "sm_90".
+        driver_version: Newest CUDA that the driver knows, such as "13.0".
+        memory_bytes: Its total memory.
     """
 
     name: str
@@ -51,31 +52,27 @@ class GpuInfo:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PinnedBuffer:
-    """Host memory that the GPU copies from and to by itself. `view` is not to be used once it is freed.
+    """Host memory that the GPU reads and writes directly. Do not use `view` after the memory is freed.
 
     Attributes:
-        address: Where it starts.
+        address: Its first byte.
         view: Its bytes.
     """
 
     address: int
     view: NDArray[np.uint8]
 
-    def __len__(self) -> int:
-        """Size in bytes."""
-        return len(self.view)
-
 
 class Cuda:
-    """One GPU; safe to call from several threads. All memory and streams that it gave out are to be given back.
+    """One GPU; thread-safe. The caller gives back all memory and streams.
 
     Attributes:
         device: Its number.
-        info: What it is.
+        info: Its description.
     """
 
     def __init__(self, bindings: Any, device: int = 0) -> None:
-        """Use a GPU through bindings that are already there; see `open`.
+        """Use a GPU through imported bindings; see `open`.
 
         Args:
             bindings: The package `cuda.bindings`, with `runtime` and `driver`.
@@ -85,20 +82,17 @@ class Cuda:
             BackendError: There is no such GPU, or it has no memory pools.
         """
         self._runtime, self.device = bindings.runtime, device
-        self._lock = threading.RLock()  # memory may be freed by the garbage collector, inside of any call
+        self._call = functools.partial(_call, bindings.runtime)
+        self._lock = threading.RLock()  # the garbage collector may free memory inside of any call
         self._streams: set[int] = set()
-        self._pinned: dict[int, int] = {}  # address: size
+        self._pinned: set[int] = set()  # addresses
         self._closed = False
         self.info = describe(bindings, device)
         self.activate()
         self._pool = self._call(f"take memory of GPU {device}", "cudaDeviceGetDefaultMemPool", device)
-        self._call(
-            "keep freed memory",
-            "cudaMemPoolSetAttribute",
-            self._pool,
-            self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold,
-            bindings.driver.cuuint64_t(KEEP_ALL),
-        )
+        threshold = self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+        keep_all = bindings.driver.cuuint64_t(KEEP_ALL)
+        self._call("keep freed memory", "cudaMemPoolSetAttribute", self._pool, threshold, keep_all)
 
     @classmethod
     def open(cls, device: int = 0) -> Cuda:
@@ -109,33 +103,18 @@ class Cuda:
         """
         return cls(import_cuda(), device)
 
-    @property
-    def name(self) -> str:
-        """As its vendor calls it."""
-        return self.info.name
-
-    @property
-    def architecture(self) -> str:
-        """As "sm_90"."""
-        return self.info.architecture
-
-    @property
-    def driver_version(self) -> str:
-        """Newest CUDA that the driver knows, as "13.0"."""
-        return self.info.driver_version
-
     def activate(self) -> None:
-        """Make this the calling thread's GPU: TensorRT works on whichever that is."""
+        """Make this the calling thread's GPU, which TensorRT works on."""
         self._call(f"use GPU {self.device}", "cudaSetDevice", self.device)
 
     def memory_info(self) -> tuple[int, int]:
-        """Free and total bytes. What the pool keeps counts as used."""
+        """Free and total bytes. The pool's memory counts as used."""
         self.activate()
         free, total = self._call("ask for free memory", "cudaMemGetInfo")
         return int(free), int(total)
 
     def malloc(self, nbytes: int, stream: int) -> int:
-        """Address of new memory, aligned to 256 bytes or more, for what is put on `stream` from now on.
+        """Address of new memory, aligned to 256 bytes or more, for later work on `stream`.
 
         Raises:
             BackendError: There is not enough; says how much is free.
@@ -144,7 +123,7 @@ class Cuda:
         return int(self._call(f"allocate {nbytes:,} bytes on the GPU", "cudaMallocAsync", nbytes, stream))
 
     def free(self, pointer: int, stream: int) -> None:
-        """Free memory once what is on `stream` now is done; on the default stream if that one is destroyed.
+        """Free memory after the present work on `stream`, or on the default stream if `stream` is destroyed.
 
         Works after `close` too.
         """
@@ -159,28 +138,29 @@ class Cuda:
         flags = self._runtime.cudaHostAllocDefault
         address = int(self._call(f"pin {nbytes:,} bytes of host memory", "cudaHostAlloc", nbytes, flags))
         with self._lock:
-            self._pinned[address] = nbytes
+            self._pinned.add(address)
         view = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
         return PinnedBuffer(address=address, view=view)
 
     def host_free(self, buffer: PinnedBuffer) -> None:
-        """Free pinned memory, which nothing may be copying from or to any more. Once it is freed, nothing happens."""
+        """Free pinned memory unless it is freed already; no copy may be under way."""
         with self._lock:
-            if self._pinned.pop(buffer.address, None) is not None:
+            if buffer.address in self._pinned:
+                self._pinned.discard(buffer.address)
                 self._call("free pinned memory", "cudaFreeHost", buffer.address)
 
     def copy_in(self, pointer: int, address: int, nbytes: int, stream: int) -> None:
-        """Copy pinned host memory to the GPU. It is not to be written to until `stream` is synchronised."""
+        """Copy pinned host memory to the GPU. Do not write to it before `stream` is synchronised."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call(f"copy {nbytes:,} bytes to the GPU", "cudaMemcpyAsync", pointer, address, nbytes, kind, stream)
 
     def copy_out(self, address: int, pointer: int, nbytes: int, stream: int) -> None:
-        """Copy memory of the GPU to pinned host memory. It is not to be read until `stream` is synchronised."""
+        """Copy memory of the GPU to pinned host memory. Do not read it before `stream` is synchronised."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(f"copy {nbytes:,} bytes from the GPU", "cudaMemcpyAsync", address, pointer, nbytes, kind, stream)
 
     def stream(self) -> int:
-        """A new stream, which waits for no other."""
+        """A new stream that waits for no other."""
         self._require_open()
         self.activate()
         flags = self._runtime.cudaStreamNonBlocking
@@ -190,15 +170,15 @@ class Cuda:
         return stream
 
     def synchronize(self, stream: int) -> None:
-        """Wait until all that is on a stream is done.
+        """Wait for all work on a stream.
 
         Raises:
-            BackendError: Some of it failed.
+            BackendError: Some of the work failed.
         """
         self._call("wait for the GPU", "cudaStreamSynchronize", stream)
 
     def destroy(self, stream: int) -> None:
-        """Destroy a stream. Once it is destroyed, nothing happens."""
+        """Destroy a stream unless it is destroyed already."""
         with self._lock:
             if stream in self._streams:
                 self._streams.discard(stream)
@@ -213,9 +193,8 @@ class Cuda:
             self.activate()
             for stream in tuple(self._streams):
                 self.destroy(stream)
-            for address in tuple(self._pinned):
-                self._pinned.pop(address)
-                self._call("free pinned memory", "cudaFreeHost", address)
+            while self._pinned:
+                self._call("free pinned memory", "cudaFreeHost", self._pinned.pop())
             self._call("give memory back", "cudaMemPoolTrimTo", self._pool, 0)
 
     def __enter__(self) -> Cuda:
@@ -228,32 +207,29 @@ class Cuda:
         if self._closed:
             raise BackendError(f"GPU {self.device} was closed; open it again")
 
-    def _call(self, what: str, function: str, *arguments: Any) -> Any:
-        return _call(self._runtime, what, function, *arguments)
-
 
 def probe_gpu(device: int = 0) -> GpuInfo | str:
-    """A GPU of this machine, or why there is none. Uses none of its memory, and never raises."""
+    """A GPU of this machine, or why it cannot be used. Uses none of its memory, and never raises."""
     try:
         return describe(import_cuda(), device)
-    except Exception as error:  # whatever a broken installation comes up with is the answer
+    except Exception as error:  # a broken installation may raise anything
         return str(error)
 
 
 def describe(bindings: Any, device: int) -> GpuInfo:
-    """What a GPU is, without using its memory.
+    """Describe a GPU without using its memory.
 
     Raises:
         BackendError: There is no such GPU.
     """
     runtime = bindings.runtime
-    found = _call(runtime, f"look at GPU {device}", "cudaGetDeviceProperties", device)
+    properties = _call(runtime, f"look at GPU {device}", "cudaGetDeviceProperties", device)
     version = int(_call(runtime, "ask for the driver's version", "cudaDriverGetVersion"))
     return GpuInfo(
-        name=found.name.decode().strip("\0"),
-        architecture=f"sm_{found.major}{found.minor}",
+        name=properties.name.decode().strip("\0"),
+        architecture=f"sm_{properties.major}{properties.minor}",
         driver_version=f"{version // 1000}.{version % 1000 // 10}",
-        memory_bytes=int(found.totalGlobalMem),
+        memory_bytes=int(properties.totalGlobalMem),
     )
 
 
@@ -263,31 +239,34 @@ def import_cuda() -> Any:
     Raises:
         BackendError: The driver or the bindings are missing, or the driver does not start.
     """
-    problem = driver_problem()
-    if problem is not None:
+    if problem := driver_problem():
         raise BackendError(problem)
     try:
-        import cuda.bindings.driver  # noqa: PLC0415 - an extra; the only place that knows it
+        import cuda.bindings.driver  # noqa: PLC0415 - an extra, imported here alone
         import cuda.bindings.runtime  # noqa: PLC0415
     except ImportError as error:
         raise BackendError(f"cuda-bindings is not installed ({error}); run pip install 'unipinrec[gpu]'") from error
     return cuda.bindings
 
 
-def _call(runtime: Any, what: str, function: str, *arguments: Any) -> Any:
-    """What a function of the runtime returns behind its error code: nothing, a value, or several."""
+def _call(runtime: Any, task: str, function: str, *arguments: Any) -> Any:
+    """Call a function of the runtime and check its error code; returns its value or values.
+
+    Raises:
+        BackendError: It failed; names the task.
+    """
     try:
         error, *values = getattr(runtime, function)(*arguments)
     except Exception as problem:  # its exceptions share no base class
-        raise BackendError(f"could not {what}: {function} failed: {problem}; {RESTART}") from problem
+        raise BackendError(f"could not {task}: {function} failed: {problem}; {RESTART}") from problem
     if error != runtime.cudaError_t.cudaSuccess:
-        raise BackendError(f"could not {what}: {_explain(runtime, error)}")
+        raise BackendError(f"could not {task}: {_explain(runtime, error)}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def _explain(runtime: Any, error: Any) -> str:
-    """CUDA's own name and text of an error, how much memory is free if that was it, and what to do."""
-    name, text = (runtime.cudaGetErrorName(error)[1].decode(), runtime.cudaGetErrorString(error)[1].decode())
+    """CUDA's name and text of an error, the free memory if that ran out, and what to do."""
+    name, text = runtime.cudaGetErrorName(error)[1].decode(), runtime.cudaGetErrorString(error)[1].decode()
     free = ""
     if name == "cudaErrorMemoryAllocation":
         failed, *memory = runtime.cudaMemGetInfo()
@@ -297,9 +276,9 @@ def _explain(runtime: Any, error: Any) -> str:
 
 
 @contextlib.contextmanager
-def suppressed(what: str) -> Iterator[None]:
-    """Log failures of a clean-up, which must not hide what went wrong before it."""
+def suppressed(consequence: str) -> Iterator[None]:
+    """Log failures of a clean-up, which must not hide the error before it."""
     try:
         yield
     except BackendError as error:
-        log.warning("%s: %s", what, error)
+        log.warning("%s: %s", consequence, error)

@@ -1,8 +1,7 @@
-"""What an engine computes in, as TensorRT itself describes it, layer by layer.
+"""The precision of each layer of an engine, read from TensorRT's own description.
 
-With full profiling verbosity the engine inspector gives one line per layer where a GPU is present, and the builder logs
-the same lines where none is; both are read here. The graph says what was asked for: the types of its products, which
-TensorRT's strongly typed networks keep or refuse.
+With a GPU, the engine inspector gives one line per layer; without one, the builder logs the same lines. The graph sets
+the types of its products, which TensorRT's strongly typed networks keep or reject.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from unipinrec.errors import BackendError
 
 FP32 = "float32"
 FLOATS = {"float": FP32, "half": "float16", "bfloat16": "bfloat16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
-FORMATS = FLOATS | {"fp32": FP32, "fp16": "float16"}  # a word of such as "Row major linear FP16 format"
+FORMATS = FLOATS | {"fp32": FP32, "fp16": "float16"}  # words as in "Row major linear FP16 format"
 REDUCED = frozenset(FLOATS.values()) - {FP32}
 ATTENTION_SUFFIX = "_AttentionInput"
 LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)$")
@@ -26,9 +25,9 @@ DATATYPE = re.compile(r"Datatype: ([^,}]+)")
 NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 TACTIC = re.compile(r"TacticName: (.*?), StreamId: ")
 FUSED = "mha"
-CHEAP = "kgen"  # generated for what surrounds a product
+CHEAP = "kgen"  # generated for the operations around a product
 MAX_NAMED = 5
-UNTOLD = (
+NOT_DESCRIBED = (
     "TensorRT did not describe the layers of the engine, so that their precision cannot be checked; the engine was not "
     "installed: report this with the version of TensorRT"
 )
@@ -39,11 +38,11 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One layer of an engine.
 
     Attributes:
-        name: As TensorRT named it.
-        kind: What it is, as "gemm".
-        inputs, outputs: Types of its tensors, as numpy names them; constants left aside.
-        nodes: Names of the graph's nodes that it computes, or a part of.
-        tactic: The kernel, where one was chosen.
+        name: TensorRT's name.
+        kind: Such as "gemm".
+        inputs, outputs: Types of its tensors, as numpy names them, without constants.
+        nodes: Names of the graph's nodes that it computes wholly or in part.
+        tactic: The kernel; "" where none was chosen.
     """
 
     name: str
@@ -60,12 +59,12 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class LayerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine computes in.
+    """The precision of an engine's layers.
 
     Attributes:
         layers: All its layers, for every profile.
         tensors: Type of each input and output.
-        fallen: Names of layers or nodes that compute in another type than was asked for, and in which.
+        fallen: Types of layers or nodes that compute in another type than the graph, by name.
         attention: Whether each attention of the graph became one kernel.
     """
 
@@ -76,7 +75,7 @@ class LayerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Products(msgspec.Struct, frozen=True, kw_only=True):
-    """The matrix products and attentions of a network as it was parsed: the type that each is to compute in."""
+    """The types in which a parsed network computes its matrix products and attentions, by name."""
 
     matrices: dict[str, str]
     attentions: dict[str, str]
@@ -85,8 +84,8 @@ class Products(msgspec.Struct, frozen=True, kw_only=True):
 def products_of(module: Any, network: Any) -> Products:
     """Read the products of a parsed network, before it is built."""
     kinds = module.LayerType
-    layers = [network.get_layer(place) for place in range(network.num_layers)]
-    producers = {layer.get_output(place).name: layer for layer in layers for place in range(layer.num_outputs)}
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
     matrices, attentions = {}, {}
     for layer in layers:
         if layer.type == kinds.MATRIX_MULTIPLY:
@@ -97,13 +96,13 @@ def products_of(module: Any, network: Any) -> Products:
 
 
 def network_type(tensor: Any) -> str:
-    """Type of a network's tensor as numpy names it; other types than floating-point ones as TensorRT does."""
+    """Type of a network's tensor: numpy's name of a floating-point type, else TensorRT's."""
     name: str = tensor.dtype.name.lower()
     return FLOATS.get(name, name)
 
 
 def _type_read(module: Any, tensor: Any, producers: Mapping[str, Any]) -> str:
-    """Type that a product reads: that before dequantisation, which becomes a part of the product."""
+    """Type that a product reads: before dequantisation, which becomes a part of the product."""
     producer = producers.get(tensor.name)
     while producer is not None and producer.type == module.LayerType.SHUFFLE:
         tensor = producer.get_input(0)
@@ -114,15 +113,15 @@ def _type_read(module: Any, tensor: Any, producers: Mapping[str, Any]) -> str:
 
 
 def report_layers(text: str, products: Products) -> LayerReport:
-    """Read a description of an engine and compare it with what was asked for.
+    """Read a description of an engine and compare it with the types of the graph.
 
     Raises:
-        BackendError: It does not tell what the products compute in.
+        BackendError: It does not name the types of the products.
     """
     layers = tuple(_layers(text))
     if not layers:
-        raise BackendError(UNTOLD)
-    tensors = {found["name"]: _type(found["type"]) for found in map(TENSOR.match, text.split("\n")) if found}
+        raise BackendError(NOT_DESCRIBED)
+    tensors = {match["name"]: _type(match["type"]) for match in map(TENSOR.match, text.split("\n")) if match}
     return LayerReport(
         layers=layers,
         tensors=tensors,
@@ -132,10 +131,10 @@ def report_layers(text: str, products: Products) -> LayerReport:
 
 
 def require_precision(report: LayerReport, precision: str) -> None:
-    """Refuse an engine that does not compute in the precision that was asked for.
+    """Reject an engine with layers in another precision.
 
     Raises:
-        BackendError: It does not; names the layers.
+        BackendError: There are such layers; names them.
     """
     if report.fallen:
         named = ", ".join(f"{name} ({kind})" for name, kind in list(report.fallen.items())[:MAX_NAMED])
@@ -147,14 +146,13 @@ def require_precision(report: LayerReport, precision: str) -> None:
 
 
 def _layers(text: str) -> Iterator[Layer]:
-    for line in text.split("\n"):  # `splitlines` also splits at what TensorRT puts between the names of nodes
-        found = LAYER.match(line)
-        if found:
-            rest = found["rest"]
+    for match in map(LAYER.match, text.split("\n")):  # `splitlines` also splits between the names of nodes
+        if match:
+            rest = match["rest"]
             tactic = TACTIC.search(rest)
             yield Layer(
-                name=found["name"],
-                kind=found["kind"],
+                name=match["name"],
+                kind=match["kind"],
                 inputs=_types(rest, "Inputs: ["),
                 outputs=_types(rest, "Outputs: ["),
                 nodes=tuple(NODE.findall(rest)),
@@ -163,7 +161,7 @@ def _layers(text: str) -> Iterator[Layer]:
 
 
 def _types(rest: str, section: str) -> tuple[str, ...]:
-    """Types of the tensors that a section of a layer's line lists, each in braces."""
+    """Types of the tensors, each in braces, in a section of a layer's line."""
     _, _, after = rest.partition(section)
     within = "" if after.startswith("]") else after.partition("}]")[0]
     return tuple(map(_type, DATATYPE.findall(within)))
@@ -175,39 +173,38 @@ def _type(described: str) -> str:
 
 
 def _fallen(layers: tuple[Layer, ...], products: Products) -> dict[str, str]:
-    """Layers that compute in less than every product asked for, and products that no layer computes as asked.
+    """In a graph of fp32 alone, layers with less precision; and products that no layer computes in the graph's type.
 
     Raises:
-        BackendError: No product can be told.
+        BackendError: The description names the types of no product.
     """
-    wanted = {**products.matrices, **products.attentions}
-    fallen = _reduced(layers) if set(wanted.values()) <= {FP32} else {}
-    told = False
-    for node, kind in wanted.items():
+    expected = products.matrices | products.attentions
+    fallen = _reduced(layers) if set(expected.values()) <= {FP32} else {}
+    described = not expected
+    for node, kind in expected.items():
         computing = [layer for layer in layers if node in layer.nodes]
         computing = [layer for layer in computing if layer.kind != CHEAP or layer.fused_attention] or computing
         read = {name for layer in computing for name in layer.inputs} & {FP32, *REDUCED}
-        told = told or bool(read)
+        described = described or bool(read)
         if read and kind not in read:
             fallen[node] = ", ".join(sorted(read))
-    if wanted and not told:
-        raise BackendError(UNTOLD)
+    if not described:
+        raise BackendError(NOT_DESCRIBED)
     return fallen
 
 
 def _reduced(layers: tuple[Layer, ...]) -> dict[str, str]:
     """Layers that compute in less than fp32."""
-    found = {
-        layer.name: sorted(
-            (REDUCED & {*layer.inputs, *layer.outputs}) | ({"tf32"} if "tf32" in layer.tactic else set())
-        )
-        for layer in layers
-    }
-    return {name: ", ".join(kinds) for name, kinds in found.items() if kinds}
+    reduced = {}
+    for layer in layers:
+        kinds = [*(REDUCED & {*layer.inputs, *layer.outputs}), *(["tf32"] if "tf32" in layer.tactic else [])]
+        if kinds:
+            reduced[layer.name] = ", ".join(sorted(kinds))
+    return reduced
 
 
 def _attention(node: str, layers: tuple[Layer, ...]) -> Attention:
-    seen = [layer for layer in layers if node in layer.nodes]
-    if not seen:
+    fused = [layer.fused_attention for layer in layers if node in layer.nodes]
+    if not fused:
         return "unseen"
-    return "fused" if any(layer.fused_attention for layer in seen) else "decomposed"
+    return "fused" if any(fused) else "decomposed"

@@ -1,6 +1,6 @@
-"""Which TensorRT is installed: TensorRT proper or TensorRT-RTX, one API, chosen here and nowhere else.
+"""The installed TensorRT: TensorRT proper or TensorRT-RTX, which share one API.
 
-Nothing here needs a GPU. A `Runtime` is never made here: without a driver its constructor ends the process.
+This module needs no GPU and creates no `Runtime`: without a driver its constructor ends the process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from unipinrec.errors import BackendError
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 NAMES: dict[Flavor, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-# The bindings alone come without the package that gives them the short name.
+# The second name is that of the bindings, installed without the package with the short name.
 MODULES: dict[Flavor, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt_bindings"),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
-VERSIONS: dict[Flavor, tuple[tuple[int, int], tuple[int, int]]] = {
-    "tensorrt": ((10, 16), (12, 0)),
-    "tensorrt_rtx": ((1, 5), (2, 0)),
+# The first supported version, and the first that is not supported any more.
+VERSIONS: dict[Flavor, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "tensorrt": ((10, 16), (12,)),
+    "tensorrt_rtx": ((1, 5), (2,)),
 }
 EXTRAS: dict[Flavor, str] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 MAX_ERRORS = 20
@@ -40,7 +41,7 @@ class TensorRT:
     Attributes:
         module: Its Python module.
         flavor: Which of the two.
-        version: As it names itself.
+        version: Such as "11.4.0.106".
     """
 
     module: Any
@@ -55,29 +56,34 @@ def import_tensorrt(flavor: Flavor | None = None) -> TensorRT:
     """Import TensorRT.
 
     Args:
-        flavor: Which; None = TensorRT proper where it is installed, else TensorRT-RTX.
+        flavor: None = TensorRT proper where it is installed, else TensorRT-RTX.
 
     Raises:
-        BackendError: It is not installed, does not load, or is of a version that this package was not written for.
+        BackendError: It is not installed, does not load, or its version is not supported.
     """
     missing = []
-    for wanted in (flavor,) if flavor else FLAVORS:
-        module, problem = _import(wanted)
+    for candidate in (flavor,) if flavor else FLAVORS:
+        module, problem = _import(candidate)
+        remedy = f"run pip install 'unipinrec[{EXTRAS[candidate]}]'"
         if module is not None:
-            return _checked(wanted, module)
-        missing.append(f"{NAMES[wanted]} {problem}; run pip install 'unipinrec[{EXTRAS[wanted]}]'")
+            version, (first, end) = str(module.__version__), VERSIONS[candidate]
+            if first <= tuple(map(int, version.split(".")[:2])) < end:
+                return TensorRT(module=module, flavor=candidate, version=version)
+            bounds = f"at least {'.'.join(map(str, first))} and less than {end[0]}"
+            raise BackendError(f"{NAMES[candidate]} {version} is installed; {bounds} is needed: {remedy}")
+        missing.append(f"{NAMES[candidate]} {problem}; {remedy}")
     raise BackendError("; ".join(missing))
 
 
 def _import(flavor: Flavor) -> tuple[Any, str]:
-    """The module, or why there is none."""
+    """The module, or why it cannot be imported."""
     problem = "is not installed"
     for name in MODULES[flavor]:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-        except Exception as error:  # a wheel without its libraries fails with whatever its loader raises
+        except Exception as error:  # a wheel without its libraries may raise anything
             problem = f"is installed, but does not load ({error})"
         else:
             if hasattr(module, "__version__"):
@@ -86,29 +92,14 @@ def _import(flavor: Flavor) -> tuple[Any, str]:
     return None, problem
 
 
-def _checked(flavor: Flavor, module: Any) -> TensorRT:
-    version = str(module.__version__)
-    first, end = VERSIONS[flavor]
-    if not first <= _major_minor(version) < end:
-        raise BackendError(
-            f"{NAMES[flavor]} {version} is installed; at least {'.'.join(map(str, first))} and less than {end[0]} is "
-            f"needed: run pip install 'unipinrec[{EXTRAS[flavor]}]'"
-        )
-    return TensorRT(module=module, flavor=flavor, version=version)
-
-
-def _major_minor(version: str) -> tuple[int, int]:
-    major, minor, *_ = *version.split("."), "0"
-    return int(major), int(minor)
-
-
 @dataclass(kw_only=True, eq=False)
 class LogLines:
-    """What TensorRT said while this was held; written to from any thread.
+    """TensorRT's log messages for as long as this object lives; thread-safe.
 
     Attributes:
+        keep: Chooses other messages than errors.
         errors: The first error messages.
-        kept: Other messages that `keep` chose.
+        kept: The messages that `keep` chose.
     """
 
     keep: Callable[[str], bool] = lambda line: False
@@ -117,7 +108,7 @@ class LogLines:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, level: int, message: str) -> None:
-        """Keep a message where it is wanted."""
+        """Store an error, or a message that `keep` chooses."""
         with self._lock:
             if level >= logging.ERROR:
                 self.errors += [message] if len(self.errors) < MAX_ERRORS else []
@@ -125,17 +116,17 @@ class LogLines:
                 self.kept.append(message)
 
     def reason(self) -> str:
-        """The errors as one line, to be shown to people."""
+        """The errors as one line."""
         return "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
 
 
-# All objects of a TensorRT share one logger: the first one that it is given, which it may use until the process ends.
+# All objects of a TensorRT share the first logger that it gets, and may use it until the process ends.
 _loggers: dict[int, tuple[Any, Any, weakref.WeakSet[LogLines]]] = {}  # by the identity of the module
 _making = threading.Lock()
 
 
 def tensorrt_logger(module: Any, lines: LogLines) -> Any:
-    """The logger to make a module's objects with; from now on `lines` gets what they say, for as long as it is held."""
+    """The logger for a module's objects; from now on `lines` gets its messages, for as long as `lines` lives."""
     with _making:
         if id(module) not in _loggers:
             readers: weakref.WeakSet[LogLines] = weakref.WeakSet()
@@ -151,23 +142,18 @@ def _logger(module: Any, readers: weakref.WeakSet[LogLines]) -> Any:
         severity.INTERNAL_ERROR: logging.CRITICAL,
         severity.ERROR: logging.ERROR,
         severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-        severity.VERBOSE: logging.DEBUG,
     }
 
     class Logger(module.ILogger):  # type: ignore[misc]  # its base comes with the module
-        def __init__(self) -> None:
-            super().__init__()
-
         def log(self, severity: Any, msg: str) -> None:
             """Take one message; called by TensorRT."""
-            level = levels[severity]
+            level = levels.get(severity, logging.DEBUG)
             with _making:
-                told = list(readers)
-            for lines in told:
+                listening = list(readers)
+            for lines in listening:
                 lines.add(level, msg)
-            # Whoever reads errors raises them; warnings of what is meant so are left out.
-            quiet = (level > logging.WARNING and told) or any(part in msg for part in KNOWN)
+            # A reader raises its errors as exceptions; the known warnings are harmless.
+            quiet = (level > logging.WARNING and listening) or any(part in msg for part in KNOWN)
             log.log(logging.DEBUG if quiet else min(level, logging.WARNING), "%s", msg)
 
     return Logger()

@@ -1,4 +1,4 @@
-"""From a plan to an engine that can run."""
+"""Loads a plan: an engine with a runner for each of its profiles."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from typing import Any
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.trt.build import refit_engine
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.io import differences, engine_profiles
-from unipinrec.runtime.trt.lane import Lane
 from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.trt.profiles import ProfileShapes
+from unipinrec.runtime.trt.record import BuildOptions
+from unipinrec.runtime.trt.runner import ProfileRunner
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A verified plan, and what else it takes to load it.
+class EnginePlan:
+    """A verified plan, with all that loading it needs.
 
     Attributes:
         content: The plan: executable code.
-        weights: Its graph, where it was built without its weights.
-        host_code: Whether it was built to be version-compatible, and so holds code for the CPU as well.
+        weights: Its graph, for a plan without weights.
+        host_code: Whether the plan is version-compatible, and so holds code for the CPU as well.
     """
 
     content: bytes
     weights: GraphFile | None = None
     host_code: bool = False
+
+    @classmethod
+    def of(cls, content: bytes, options: BuildOptions, graph: GraphFile) -> EnginePlan:
+        """A plan that was built from a graph with these options."""
+        weights = graph if options.strip_weights else None
+        return cls(content=content, weights=weights, host_code=options.version_compatible)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,21 +45,21 @@ class LoadedEngine:
     """A loaded engine.
 
     Attributes:
-        profiles: Shapes of each optimisation profile, as the engine tells them.
-        lanes: What runs in each.
+        profiles: Shapes of each optimisation profile.
+        runners: One per profile.
         engine: `ICudaEngine`.
         cache: `IRuntimeCache` of TensorRT-RTX.
     """
 
     profiles: tuple[ProfileShapes, ...]
-    lanes: tuple[Lane, ...]
+    runners: list[ProfileRunner]
     engine: Any
     cache: Any | None
 
     def release(self) -> None:
-        """Wait for runs that are under way and release everything; may be called again."""
-        for lane in self.lanes:
-            lane.release()
+        """Wait for present runs and release everything; may be called again."""
+        for runner in self.runners:
+            runner.release()
 
 
 class EngineLoader:
@@ -62,11 +68,11 @@ class EngineLoader:
     def __init__(self, trt: TensorRT, cuda: Cuda, graph: str, lines: LogLines) -> None:
         self._trt, self._cuda, self._graph, self._lines = trt, cuda, graph, lines
 
-    def load(self, plan: Plan, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
-        """Load it, and make a lane for each of its profiles.
+    def load(self, plan: EnginePlan, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
+        """Load a plan, and make a runner for each of its profiles.
 
         Raises:
-            BackendError: It does not load, or is not one of this graph; nothing is left in memory.
+            BackendError: It does not load, or belongs to another graph; nothing is left in memory.
         """
         module = self._trt.module
         try:
@@ -77,30 +83,46 @@ class EngineLoader:
             if engine is None:
                 raise self._failed("does not load the engine")
             if plan.weights is not None:
-                refit_engine(self._trt, engine, plan.weights, self._lines, logger)
+                self._refit(engine, plan.weights, logger)
             problems = differences(module, engine, spec)
             if problems:
                 raise self._failed("loads an engine of another graph", "; ".join(problems))
-            return self._with_lanes(engine, spec, kernels)
+            return self._with_runners(engine, spec, kernels)
         except BackendError:
             raise
-        except Exception as error:  # its exceptions share no base class
+        except Exception as error:  # TensorRT's exceptions share no base class
             raise self._failed("does not load the engine", str(error)) from error
 
-    def _with_lanes(self, engine: Any, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
+    def _refit(self, engine: Any, graph: GraphFile, logger: Any) -> None:
+        """Put the weights back into an engine that was built without them (`BuildOptions.strip_weights`).
+
+        Raises:
+            BackendError: They do not fit it.
+        """
+        refitter = self._trt.module.Refitter(engine, logger)
+        with graph.in_folder() as file:
+            fits = self._trt.module.OnnxParserRefitter(refitter, logger).refit_from_file(str(file))
+        if not fits:
+            problem = "its weights do not fit the engine"
+        elif not refitter.refit_cuda_engine():
+            problem = f"{self._trt} does not put its weights into the engine"
+        else:
+            return
+        raise BackendError(f"{graph.name}: {problem}: {self._lines.reason()}; compile it again")
+
+    def _with_runners(self, engine: Any, spec: GraphSpec, kernels: bytes | None) -> LoadedEngine:
         how, cache = self._context_options(engine, kernels)
-        lanes: list[Lane] = []
+        loaded = LoadedEngine(profiles=engine_profiles(engine, spec), runners=[], engine=engine, cache=cache)
         try:
-            for place in range(engine.num_optimization_profiles):
-                lanes.append(self._lane(engine, how, place, spec))
+            for index in range(len(loaded.profiles)):
+                loaded.runners.append(self._runner(engine, how, index, spec))
         except BaseException:
-            for lane in lanes:
-                lane.release()
+            loaded.release()
             raise
-        return LoadedEngine(profiles=engine_profiles(engine, spec), lanes=tuple(lanes), engine=engine, cache=cache)
+        return loaded
 
     def _context_options(self, engine: Any, kernels: bytes | None) -> tuple[Any, Any | None]:
-        """What to make contexts with: memory for their own profile alone, and the kernels that are there already."""
+        """Options of contexts, which take memory for one profile alone, and the cache that holds the stored kernels."""
         strategy = self._trt.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         config = engine.create_runtime_config() if self._trt.flavor == "tensorrt_rtx" else None
         if config is None or not hasattr(config, "create_runtime_cache"):
@@ -111,22 +133,22 @@ class EngineLoader:
             log.info("%s: the stored kernels are not of this GPU, driver and %s; compiling", self._graph, self._trt)
         return config, cache if config.set_runtime_cache(cache) else None
 
-    def _lane(self, engine: Any, how: Any, place: int, spec: GraphSpec) -> Lane:
+    def _runner(self, engine: Any, how: Any, index: int, spec: GraphSpec) -> ProfileRunner:
         stream = self._cuda.stream()
         try:
             context = engine.create_execution_context(how)
-            if context is None or not context.set_optimization_profile_async(place, stream):
+            if context is None or not context.set_optimization_profile_async(index, stream):
                 free, total = self._cuda.memory_info()
-                raise self._failed(f"makes no context for profile {place}, {free:,} of {total:,} bytes are free")
+                raise self._failed(f"makes no context for profile {index}, {free:,} of {total:,} bytes are free")
             self._cuda.synchronize(stream)
         except BaseException:
             with suppressed("a stream may be lost"):
                 self._cuda.destroy(stream)
             raise
-        return Lane(self._graph, spec, context, self._cuda, stream, self._lines)
+        return ProfileRunner(self._graph, spec, context, self._cuda, stream, self._lines)
 
-    def _failed(self, what: str, reason: str | None = None) -> BackendError:
+    def _failed(self, problem: str, reason: str | None = None) -> BackendError:
         return BackendError(
-            f"{self._graph}: {self._trt} {what}: {reason or self._lines.reason()}; if it was compiled for another "
+            f"{self._graph}: {self._trt} {problem}: {reason or self._lines.reason()}; if it was compiled for another "
             "bundle, on another machine or by another version, run unipinrec compile BUNDLE here"
         )

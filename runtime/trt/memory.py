@@ -1,4 +1,4 @@
-"""Tensors in a GPU's memory: how long they live, and how values get in and out of it."""
+"""Tensors in a GPU's memory: their lifetime, and copies from and to the host."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import REDUCED
 from unipinrec.runtime.trt.cuda import Cuda, PinnedBuffer, suppressed
 
-ALIGNMENT = 256  # what TensorRT asks of an address
-SMALLEST = 1 << 16  # bytes; less is not worth growing for
+ALIGNMENT = 256  # of every address, for TensorRT
+SMALLEST = 1 << 16  # bytes; smaller buffers would grow too often
 TYPES = {**REDUCED, "float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
 
@@ -27,16 +27,13 @@ def size_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Aligned places of parts of `sizes` bytes in one block, and the size of the block."""
-    *places, total = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
-    return places, total
+    """Aligned offsets of parts of `sizes` bytes in one block, and the size of the block."""
+    *offsets, total = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
+    return offsets, total
 
 
-class Block:
-    """Memory of a GPU, freed once nothing refers to it any more, or by `free`.
-
-    What is done with it on other streams than its own has to be done by then.
-    """
+class DeviceBlock:
+    """Memory of a GPU, freed with its last reference or by `free`, after all work on other streams than its own."""
 
     def __init__(self, cuda: Cuda, nbytes: int, stream: int) -> None:
         """Allocate.
@@ -44,13 +41,9 @@ class Block:
         Raises:
             BackendError: There is not enough memory.
         """
-        self.address = cuda.malloc(nbytes, stream)
-        self._free = weakref.finalize(self, _free, cuda, self.address, stream)
-        self._free.atexit = False  # the process takes its memory with it
-
-    def free(self) -> None:
-        """Free it now; may be called again."""
-        self._free()
+        self.nbytes, self.address = nbytes, cuda.malloc(nbytes, stream)
+        self.free = weakref.finalize(self, _free, cuda, self.address, stream)  # may be called early, and again
+        self.free.atexit = False  # the process takes its memory with it
 
 
 def _free(cuda: Cuda, address: int, stream: int) -> None:
@@ -58,50 +51,66 @@ def _free(cuda: Cuda, address: int, stream: int) -> None:
         cuda.free(address, stream)
 
 
+class _Pinned:
+    """Pinned memory that grows as needed."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._buffer: PinnedBuffer | None = None
+
+    def reserve(self, nbytes: int) -> PinnedBuffer:
+        if self._buffer is None or len(self._buffer.view) < nbytes:
+            self.release()
+            # Doubled sizes, so that a somewhat larger run fits as well.
+            self._buffer = self._cuda.host_alloc(max(SMALLEST, 1 << (nbytes - 1).bit_length()))
+        return self._buffer
+
+    def release(self) -> None:
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            with suppressed("pinned memory may be lost"):
+                self._cuda.host_free(buffer)
+
+
 class Staging:
-    """Where a run's inputs are put together on the host, and where they lie on the GPU. For one run at a time."""
+    """The inputs of one run at a time: packed in host memory, then copied to the GPU."""
 
     def __init__(self, cuda: Cuda, stream: int) -> None:
-        self._cuda, self._stream = cuda, stream
-        self._pinned: PinnedBuffer | None = None
-        self._block: Block | None = None
+        self._cuda, self._stream, self._pinned = cuda, stream, _Pinned(cuda)
+        self._block: DeviceBlock | None = None
 
     def put(self, arrays: Mapping[str, NDArray[Any]], dtypes: Mapping[str, str]) -> dict[str, int]:
         """Send arrays to the GPU in one copy, and return their addresses there, by name.
 
         Args:
-            arrays: The values; f32 is rounded where another type is wanted.
+            arrays: The values; f32 is rounded to a smaller type of the GPU.
             dtypes: Type of each on the GPU.
 
         Raises:
             BackendError: There is not enough memory, or the copy failed.
         """
-        places, total = layout(size_bytes(dtypes[name], array.shape) for name, array in arrays.items())
+        offsets, total = layout(size_bytes(dtypes[name], array.shape) for name, array in arrays.items())
         if not arrays:
             return {}
-        pinned, block = self._reserve(total)
-        for (name, array), place in zip(arrays.items(), places, strict=True):
-            np.copyto(_view(pinned, place, dtypes[name], array.shape), array, casting="unsafe")
-        self._cuda.copy_in(block.address, pinned.address, total, self._stream)
-        return {name: block.address + place for name, place in zip(arrays, places, strict=True)}
-
-    def _reserve(self, nbytes: int) -> tuple[PinnedBuffer, Block]:
-        if self._pinned is None or self._block is None or len(self._pinned) < nbytes:
-            self.release()
-            size = _grown(nbytes)
-            self._block = Block(self._cuda, size, self._stream)
-            self._pinned = self._cuda.host_alloc(size)
-        return self._pinned, self._block
+        pinned = self._pinned.reserve(total)
+        if self._block is None or self._block.nbytes < total:
+            self._free_block()
+            self._block = DeviceBlock(self._cuda, len(pinned.view), self._stream)
+        address = self._block.address
+        for (name, array), offset in zip(arrays.items(), offsets, strict=True):
+            np.copyto(_view(pinned, offset, dtypes[name], array.shape), array, casting="unsafe")
+        self._cuda.copy_in(address, pinned.address, total, self._stream)
+        return {name: address + offset for name, offset in zip(arrays, offsets, strict=True)}
 
     def release(self) -> None:
         """Free everything; no copy may be under way."""
-        block, pinned = self._block, self._pinned
-        self._block = self._pinned = None
-        if block is not None:
-            block.free()
-        if pinned is not None:
-            with suppressed("pinned memory may be lost"):
-                self._cuda.host_free(pinned)
+        self._free_block()
+        self._pinned.release()
+
+    def _free_block(self) -> None:
+        if self._block is not None:
+            self._block.free()
+        self._block = None
 
 
 class Reader:
@@ -122,28 +131,30 @@ class Reader:
         nbytes = size_bytes(dtype, shape)
         lane = self._take()
         try:
-            pinned = lane.reserve(nbytes)
+            pinned = lane.pinned.reserve(nbytes)
             self.cuda.copy_out(pinned.address, address, nbytes, lane.stream)
             self.cuda.synchronize(lane.stream)
             return _view(pinned, 0, dtype, shape).astype(np.float32 if dtype in REDUCED else TYPES[dtype])
         except BaseException:
             with suppressed("after a failed copy"):
-                self.cuda.synchronize(lane.stream)  # it writes to memory that the next copy uses
+                self.cuda.synchronize(lane.stream)  # the copy writes to memory that the next one uses
             raise
         finally:
             self._give_back(lane)
 
     def release(self) -> None:
-        """Free everything; what is being read now is read to its end."""
+        """Free everything; running copies are finished first."""
         with self._lock:
-            self._closed, lanes, self._idle = True, self._idle, []
-        for lane in lanes:
+            self._closed, idle, self._idle = True, self._idle, []
+        for lane in idle:
             lane.release()
 
     def _take(self) -> _Lane:
         with self._lock:
             if self._closed:
-                raise BackendError("the graphs were closed, and what they gave cannot be read any more")
+                raise BackendError(
+                    "the graphs were closed, and their outputs cannot be read any more; load the bundle again"
+                )
             if self._idle:
                 return self._idle.pop()
         return _Lane(self.cuda)
@@ -160,25 +171,12 @@ class _Lane:
     """A stream to copy on, and pinned memory to copy to."""
 
     def __init__(self, cuda: Cuda) -> None:
-        self._cuda, self.stream = cuda, cuda.stream()
-        self._pinned: PinnedBuffer | None = None
-
-    def reserve(self, nbytes: int) -> PinnedBuffer:
-        if self._pinned is None or len(self._pinned) < nbytes:
-            self._release_pinned()
-            self._pinned = self._cuda.host_alloc(_grown(nbytes))
-        return self._pinned
+        self._cuda, self.stream, self.pinned = cuda, cuda.stream(), _Pinned(cuda)
 
     def release(self) -> None:
-        self._release_pinned()
+        self.pinned.release()
         with suppressed("a stream may be lost"):
             self._cuda.destroy(self.stream)
-
-    def _release_pinned(self) -> None:
-        pinned, self._pinned = self._pinned, None
-        if pinned is not None:
-            with suppressed("pinned memory may be lost"):
-                self._cuda.host_free(pinned)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,40 +185,31 @@ class DeviceTensor:
 
     Attributes:
         dtype: See `Tensor.dtype`.
-        sizes: Its dimensions.
-        address: Where it starts.
-        block: What it lies in, together with the other tensors of its run.
+        shape: Its dimensions.
+        address: Its first byte.
+        block: The memory of all tensors of its run.
         reader: Copies it to the host.
     """
 
     dtype: str
-    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
     address: int
-    block: Block
+    block: DeviceBlock
     reader: Reader
-
-    def shape(self) -> list[int]:
-        """See `Tensor.shape`."""
-        return list(self.sizes)
 
     def numpy(self) -> NDArray[Any]:
         """See `Tensor.numpy`: a copy.
 
         Raises:
-            BackendError: What made it is closed, or the copy failed.
+            BackendError: The backend is closed, or the copy failed.
         """
-        return self.reader.read(self.address, self.dtype, self.sizes)
+        return self.reader.read(self.address, self.dtype, self.shape)
 
     def lies_on(self, cuda: Cuda) -> bool:
-        """Whether a GPU can read it where it is."""
+        """Whether it lies in this GPU's memory."""
         return self.reader.cuda is cuda
 
 
-def _view(pinned: PinnedBuffer, place: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Pinned memory from an aligned place on, as an array."""
-    return pinned.view[place : place + size_bytes(dtype, shape)].view(TYPES[dtype]).reshape(shape)
-
-
-def _grown(nbytes: int) -> int:
-    """A size that the next, somewhat larger run fits as well."""
-    return max(SMALLEST, 1 << (nbytes - 1).bit_length())
+def _view(pinned: PinnedBuffer, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Pinned memory from an aligned offset on, as an array."""
+    return pinned.view[offset : offset + size_bytes(dtype, shape)].view(TYPES[dtype]).reshape(shape)

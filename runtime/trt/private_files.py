@@ -1,4 +1,4 @@
-"""Files that are this user's alone: what is checked is what is read, and what is written is on the disk."""
+"""Files that only this user can write: checked and read through one descriptor, and synced to the disk."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # the last but one: a pipe must not hold it up
+FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe must not block
 OTHERS_ANY, OTHERS_WRITE = 0o077, 0o022
 
 
-class UnsafeError(Exception):
+class UnsafeError(OSError):
     """A file or folder that others own or can reach."""
 
 
 @contextlib.contextmanager
 def open_private(name: str | Path, flags: int, folder: int | None = None) -> Iterator[int]:
-    """Open something that belongs to this user; a folder must be closed to all others, a file to their writing.
+    """Open a folder that only this user can reach, or a file that only this user can write.
 
     Args:
-        name: In `folder`, which is open, or anywhere.
+        name: A name in `folder`, or a whole path.
         flags: `FOLDER` or `FILE`. A link is not followed.
-        folder: None = `name` is a whole path.
+        folder: Descriptor of an open folder.
 
     Raises:
         UnsafeError: It is not private.
@@ -37,8 +37,8 @@ def open_private(name: str | Path, flags: int, folder: int | None = None) -> Ite
         if status.st_uid != os.geteuid():
             raise UnsafeError(f"{Path(name).name} belongs to user {status.st_uid}, this is user {os.geteuid()}")
         if mode & (OTHERS_ANY if is_folder else OTHERS_WRITE):
-            wanted = 700 if is_folder else 600
-            raise UnsafeError(f"{Path(name).name} can be reached by others: its mode is {mode:o}, {wanted} is needed")
+            private = 700 if is_folder else 600
+            raise UnsafeError(f"{Path(name).name} can be reached by others: its mode is {mode:o}, {private} is needed")
         if not is_folder and not stat.S_ISREG(status.st_mode):
             raise UnsafeError(f"{name} is no plain file")
         yield descriptor
@@ -58,7 +58,7 @@ def read_private(folder: int, name: str) -> bytes:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write new private files into a folder and wait until they are on the disk.
+    """Write new private files into a folder and sync them to the disk.
 
     Raises:
         OSError: One exists or cannot be written.
@@ -73,9 +73,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a folder's list of names is on the disk."""
-    descriptor = os.open(folder, FOLDER)
-    try:
+    """Sync a private folder's list of names to the disk."""
+    with open_private(folder, FOLDER) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

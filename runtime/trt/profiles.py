@@ -1,7 +1,7 @@
-"""The shapes that engines are built for: buckets of sizes, and the optimisation profiles that follow from them.
+"""The shapes that engines are built for: buckets of sizes, and the optimisation profiles made from them.
 
-A dynamic dimension of a graph has a name, and a bucket gives each name its smallest, usual and largest size. Pure: no
-TensorRT is needed to know what would be built.
+A dynamic dimension of a graph has a name, and a bucket gives each name its smallest, usual and largest size. Pure:
+needs no TensorRT.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import msgspec
 from unipinrec.errors import MALFORMED, ConfigError
 from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
 from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
+from unipinrec.runtime.requests import CANDIDATES
 
 Range = tuple[int, int, int]  # smallest, usual, largest
 Shape = tuple[int, ...]
 ProfileShapes = dict[str, tuple[Shape, Shape, Shape]]  # by input of a graph
 NAMES = ("batch", "history", "new", "past", "candidates")
-BATCH, CANDIDATES, USUAL_CANDIDATES, USUAL_NEW = 8, 1024, 200, 8
+BATCH, MOST_CANDIDATES, USUAL_NEW = 8, 1024, 8
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes that are served together, each as (smallest, usual, largest); kernels are chosen for the usual one.
+    """Sizes for one profile, each as (smallest, usual, largest); TensorRT chooses kernels for the usual size.
 
     Attributes:
         batch: Requests of a run.
-        history: Events of a history that is encoded at once.
+        history: Events of a whole history.
         new: Events that extend a history.
-        past: Events of a history that was encoded before.
+        past: Events that are encoded already.
         candidates: Items to rank.
     """
 
@@ -41,10 +42,10 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     candidates: Range
 
     def __post_init__(self) -> None:
-        """Refuse sizes that are out of order.
+        """Check the order of the sizes.
 
         Raises:
-            ConfigError: They are.
+            ConfigError: Sizes are out of order.
         """
         for name in NAMES:
             smallest, usual, largest = getattr(self, name)
@@ -54,46 +55,39 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 )
 
     def sizes(self, name: str, kv_prefix_slots: int) -> Range:
-        """Sizes of a named dimension of a graph, in which a past is counted in slots."""
+        """Sizes of a named dimension of a graph, which counts a past in slots."""
         smallest, usual, largest = getattr(self, name)
-        more = kv_prefix_slots if name == "past" else 0
-        return smallest + more, usual + more, largest + more
+        prefix = kv_prefix_slots if name == "past" else 0
+        return smallest + prefix, usual + prefix, largest + prefix
 
 
 Buckets = tuple[Bucket, ...]
 
 
 def default_buckets(model: ModelSpec) -> Buckets:
-    """Buckets for everything that the runtime asks for, in as few as that takes.
+    """The fewest buckets for all runs of the runtime.
 
-    One request alone, for latency; a few, of any length; and more, of the shorter histories that are grouped so.
+    One request alone, for latency; a few, of any length; and many, of the short histories that the runtime groups.
     """
     longest = model.max_history
-    usual = -(-longest // 2)
-    alone = Bucket(
-        batch=(1, 1, 1),
-        history=(1, usual, longest),
-        new=(1, min(USUAL_NEW, longest), longest),
-        past=(1, usual, longest),
-        candidates=(1, USUAL_CANDIDATES, CANDIDATES),
-    )
+    alone = Bucket(batch=(1, 1, 1), candidates=(1, CANDIDATES, MOST_CANDIDATES), **_lengths(longest))
     few = msgspec.structs.replace(alone, batch=(1, BATCH, BATCH))
-    short = min(longest, MAX_SLOTS // (BATCH + 1) - model.kv_prefix_slots)  # of a group of more than a few
-    many = msgspec.structs.replace(
-        alone,
-        batch=(1, MAX_ROWS // 2, MAX_ROWS),
-        history=(1, -(-short // 2), short),
-        new=(1, min(USUAL_NEW, short), short),
-        past=(1, -(-short // 2), short),
-    )
+    short = min(longest, MAX_SLOTS // (BATCH + 1) - model.kv_prefix_slots)  # in a group of more than a few
+    many = msgspec.structs.replace(alone, batch=(1, MAX_ROWS // 2, MAX_ROWS), **_lengths(short))
     return (alone, many) if short == longest else (alone, few, many)
 
 
+def _lengths(longest: int) -> dict[str, Range]:
+    """Sizes of the dimensions that count events."""
+    history = (1, -(-longest // 2), longest)
+    return {"history": history, "past": history, "new": (1, min(USUAL_NEW, longest), longest)}
+
+
 def parse_bucket(text: str, model: ModelSpec) -> Bucket:
-    """Read a bucket such as "batch=1:4:8,candidates=1:200:1024"; sizes that it does not name are the defaults.
+    """Read a bucket such as "batch=1:4:8,candidates=1:200:1024"; missing sizes are the defaults.
 
     Raises:
-        ConfigError: It is no such text, or does not fit the model.
+        ConfigError: The text is malformed, or does not fit the model.
     """
     ranges: dict[str, Range] = {}
     for part in text.split(","):
@@ -110,20 +104,20 @@ def parse_bucket(text: str, model: ModelSpec) -> Bucket:
 
 
 def read_buckets(path: Path, model: ModelSpec) -> Buckets:
-    """Read a JSON list of buckets such as `{"batch": [1, 4, 8]}`; sizes that one does not name are the defaults.
+    """Read a JSON list of buckets such as `{"batch": [1, 4, 8]}`; missing sizes are the defaults.
 
     Raises:
-        ConfigError: It is no such file, or a bucket does not fit the model.
+        ConfigError: The file is unreadable or malformed, or a bucket does not fit the model.
     """
     try:
-        given = msgspec.json.decode(path.read_bytes(), type=list[dict[str, Range]])
+        buckets = msgspec.json.decode(path.read_bytes(), type=list[dict[str, Range]])
     except (OSError, *MALFORMED) as error:
         raise ConfigError(
             f'{path}: {error}; it is a list of buckets such as {{"batch": [1, 4, 8]}}, with names of {", ".join(NAMES)}'
         ) from error
-    if not given:
+    if not buckets:
         raise ConfigError(f"{path}: the list is empty; leave the option out for the default buckets")
-    return tuple(_bucket(ranges, model, f"{path}: bucket {place}") for place, ranges in enumerate(given))
+    return tuple(_bucket(ranges, model, f"{path}: bucket {index}") for index, ranges in enumerate(buckets))
 
 
 def _bucket(ranges: Mapping[str, Range], model: ModelSpec, where: str) -> Bucket:
@@ -144,10 +138,10 @@ def _bucket(ranges: Mapping[str, Range], model: ModelSpec, where: str) -> Bucket
 
 
 def for_graph(buckets: Sequence[Bucket], graph: GraphSpec, kv_prefix_slots: int) -> tuple[ProfileShapes, ...]:
-    """The optimisation profiles of a graph: one per bucket, those that are equal to an earlier one left out.
+    """The optimisation profiles of a graph: one per bucket, without duplicates.
 
     Raises:
-        ConfigError: A dynamic dimension has a name that no bucket knows.
+        ConfigError: A dynamic dimension has an unknown name.
     """
     profiles: list[ProfileShapes] = []
     for bucket in buckets:
@@ -161,27 +155,25 @@ def for_graph(buckets: Sequence[Bucket], graph: GraphSpec, kv_prefix_slots: int)
 
 
 def covering(profiles: Sequence[ProfileShapes], shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """Place of the profile that covers the shapes of all inputs, the one whose usual shapes are nearest; None = none.
+    """Index of the profile with the nearest usual shapes of those that cover all inputs; None = none does.
 
     Args:
         profiles: Of one graph.
         shapes: By input.
     """
-    distances = {
-        place: _distance(profile, shapes) for place, profile in enumerate(profiles) if _covers(profile, shapes)
-    }
-    return min(distances, key=distances.__getitem__, default=None)
+    fitting = [index for index, profile in enumerate(profiles) if _covers(profile, shapes)]
+    return min(fitting, key=lambda index: _distance(profiles[index], shapes), default=None)
 
 
 def gaps(buckets: Sequence[Bucket], model: ModelSpec) -> list[str]:
-    """What the runtime may ask for that no bucket holds, for people; empty where there is nothing."""
-    wanted = {"batch": MAX_ROWS, "history": model.max_history, "new": model.max_history, "past": model.max_history}
-    found = []
-    for name, largest in wanted.items():
-        smallest, most = min(getattr(b, name)[0] for b in buckets), max(getattr(b, name)[2] for b in buckets)
-        if smallest > 1 or most < largest:
-            found.append(f"{name}: {smallest} to {most} of 1 to {largest}")
-    return found
+    """Sizes of the runtime's requests that no bucket covers, one message per dimension."""
+    needed = {"batch": MAX_ROWS, "history": model.max_history, "new": model.max_history, "past": model.max_history}
+    messages = []
+    for name, most in needed.items():
+        smallest, largest = min(getattr(b, name)[0] for b in buckets), max(getattr(b, name)[2] for b in buckets)
+        if smallest > 1 or largest < most:
+            messages.append(f"{name}: {smallest} to {largest} of 1 to {most}")
+    return messages
 
 
 def _sizes(bucket: Bucket, size: int | str, tensor: str, kv_prefix_slots: int) -> Range:
@@ -195,7 +187,7 @@ def _sizes(bucket: Bucket, size: int | str, tensor: str, kv_prefix_slots: int) -
 
 
 def _three(ranges: Sequence[Range]) -> tuple[Shape, Shape, Shape]:
-    """Smallest, usual and largest shape of dimensions given as ranges."""
+    """Smallest, usual and largest shape for the ranges of its dimensions."""
     return tuple(r[0] for r in ranges), tuple(r[1] for r in ranges), tuple(r[2] for r in ranges)
 
 
@@ -208,7 +200,7 @@ def _covers(profile: ProfileShapes, shapes: Mapping[str, Sequence[int]]) -> bool
 
 
 def _distance(profile: ProfileShapes, shapes: Mapping[str, Sequence[int]]) -> float:
-    """How far shapes are from the usual ones, in orders of magnitude summed over all dimensions."""
+    """Sum over all dimensions of the logarithm of the ratio to the usual size."""
     return sum(
         abs(math.log(size / usual))
         for name, (_, usuals, _) in profile.items()

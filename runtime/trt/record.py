@@ -1,4 +1,4 @@
-"""What is known of a compiled engine: what it follows from, what made it, and whether it may run here. Pure."""
+"""The record of a compiled engine: its inputs, its builder, and whether it may run here. Pure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.layers import LayerReport
 from unipinrec.runtime.trt.library import NAMES, Flavor, TensorRT
 from unipinrec.runtime.trt.profiles import ProfileShapes
@@ -21,12 +22,12 @@ COMPILE = "run unipinrec compile BUNDLE"
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a build may be asked beside its shapes.
+    """Options of a build beside its shapes.
 
     Attributes:
-        optimization_level: 0 to 5: how long to look for fast kernels; None = the builder's own.
-        workspace_bytes: The most scratch memory that a kernel may take; None = all of the GPU's.
-        strip_weights: Leave the weights out of the plan; they are put back from the graph when it is loaded.
+        optimization_level: 0 to 5: how long to look for fast kernels; None = the builder's default.
+        workspace_bytes: Most scratch memory of a kernel; None = all of the GPU's.
+        strip_weights: Leave the weights out of the plan; loading puts them back from the graph.
         version_compatible: Make a plan that later versions of the same TensorRT load as well.
     """
 
@@ -36,16 +37,19 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     version_compatible: bool = False
 
 
+DEFAULT_OPTIONS = BuildOptions()
+
+
 class EngineKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that an engine follows from.
+    """All that determines an engine.
 
     Attributes:
         graph: Its name.
-        graph_sha256: Of the graph's file and of the weights that it refers to; see `graph_hash`.
+        graph_sha256: Of the graph's file and its weights; see `graph_hash`.
         precision: Of the graph.
-        profiles: Shapes that are covered.
+        profiles: The covered shapes.
         flavor, version: Of the TensorRT that builds it.
-        target: The GPU architecture, as "sm_90"; several with commas; or "portable".
+        target: The GPU architecture, such as "sm_90"; several with commas; or "portable".
         options: Of the build.
     """
 
@@ -59,18 +63,18 @@ class EngineKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     options: BuildOptions
 
     def digest(self) -> str:
-        """The key as one hash, which names the entry."""
+        """The key as one hash, the name of the entry."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
 
 
 class EngineHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where an engine was built or is to run.
+    """The machine that builds or runs an engine.
 
     Attributes:
-        id: A hash that this machine keeps.
-        gpu: Its name; "" where there is none.
-        architecture: As "sm_90"; "" where there is no GPU.
-        driver: Version of the driver; "" where there is none.
+        id: A hash that stays the same on this machine.
+        gpu: Its name; "" without a GPU.
+        architecture: Such as "sm_90"; "" without a GPU.
+        driver: Version of the driver; "" without a GPU.
     """
 
     id: str
@@ -80,11 +84,11 @@ class EngineHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the golden requests went through an engine.
+    """The result of the golden requests on an engine.
 
     Attributes:
-        passed: Whether they did; False only for engines that were built where they cannot run.
-        how: In words, with figures.
+        passed: False only for engines that cannot run where they were built.
+        how: The result in words, with figures.
     """
 
     passed: bool
@@ -95,15 +99,15 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """An engine in the cache; `engine.json`.
 
     Attributes:
-        key: What it was built from and for.
+        key: All that determines it.
         plan_sha256, size_bytes: Of its plan.
         created: UTC time, ISO 8601.
-        seconds: What the build took.
-        machine: Where it was built, or taken over after the golden requests had passed there.
-        layers: What it computes in.
-        activation_bytes: Scratch memory of each profile, as far as the builder told.
-        verified: The golden requests.
-        kernels_sha256: Of the kernels that TensorRT-RTX compiled for this GPU, where they were kept.
+        seconds: Duration of the build.
+        machine: Where it was built and passed the golden requests.
+        layers: The precision of its layers.
+        activation_bytes: Scratch memory of each profile that the builder logged.
+        verified: The result of the golden requests.
+        kernels_sha256: Of the kernels that TensorRT-RTX compiled for this GPU; None = not stored.
     """
 
     key: EngineKey
@@ -118,8 +122,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels_sha256: str | None = None
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """Why there is no engine to use, and what to do about it."""
+class EngineProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an engine cannot be used, and what to do about it."""
 
     reason: str
     remedy: str = COMPILE
@@ -129,7 +133,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
-    """What a server needs an engine of, and what is to run it; the fields are those of `EngineKey`."""
+    """The graph and the TensorRT that a server needs an engine for; see `EngineKey`."""
 
     graph: str
     graph_sha256: str
@@ -138,11 +142,13 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     version: str
 
 
-def engine_host(gpu: str = "", architecture: str = "", driver: str = "") -> EngineHost:
-    """This machine and a GPU of it. The system's own id is hashed: it is not to be shown around."""
+def engine_host(gpu: GpuInfo | None = None) -> EngineHost:
+    """This machine and its GPU. The system's id is confidential, and therefore hashed."""
     identity = next(filter(None, map(_text_of, MACHINE_IDS)), platform.node())
     digest = hashlib.sha256(f"unipinrec {identity}".encode()).hexdigest()
-    return EngineHost(id=digest, gpu=gpu, architecture=architecture, driver=driver)
+    if gpu is None:
+        return EngineHost(id=digest)
+    return EngineHost(id=digest, gpu=gpu.name, architecture=gpu.architecture, driver=gpu.driver_version)
 
 
 def _text_of(path: Path) -> str:
@@ -152,7 +158,7 @@ def _text_of(path: Path) -> str:
 
 
 def graph_hash(bundle: Bundle, graph: str, precision: str) -> str:
-    """Hash of a graph and of every file of the bundle that its file names, which are those of its weights."""
+    """Hash of a graph's file and of the files of its weights."""
     manifest = bundle.manifest
     file = manifest.graphs_in(precision)[graph].file
     listed = [(name, manifest.files[name].sha256) for name in (file, *sorted(bundle.files.graph(file).weights))]
@@ -160,7 +166,7 @@ def graph_hash(bundle: Bundle, graph: str, precision: str) -> str:
 
 
 def needs_of(bundle: Bundle, precision: str, trt: TensorRT) -> dict[str, Need]:
-    """What serving a bundle in a precision takes, by graph."""
+    """The engines that serving a bundle in a precision needs, by graph."""
     return {
         graph: Need(
             graph=graph,
@@ -173,13 +179,13 @@ def needs_of(bundle: Bundle, precision: str, trt: TensorRT) -> dict[str, Need]:
     }
 
 
-def unfit(record: EngineRecord, need: Need, machine: EngineHost) -> Refusal | None:
-    """Why an engine cannot serve a need on a machine; None where it can. Nothing is read."""
+def unfit(record: EngineRecord, need: Need | EngineKey, machine: EngineHost) -> EngineProblem | None:
+    """Why an engine does not meet a need on a machine; None where it does. Reads no file."""
     mismatch = next(_mismatches(record, need, machine), None)
-    return Refusal(reason=f"the engine of {need.graph} in {need.precision} {mismatch}") if mismatch else None
+    return EngineProblem(reason=f"the engine of {need.graph} in {need.precision} {mismatch}") if mismatch else None
 
 
-def _mismatches(record: EngineRecord, need: Need, machine: EngineHost) -> Iterator[str]:
+def _mismatches(record: EngineRecord, need: Need | EngineKey, machine: EngineHost) -> Iterator[str]:
     key = record.key
     if (key.graph, key.precision, key.graph_sha256) != (need.graph, need.precision, need.graph_sha256):
         yield "was built from another graph"

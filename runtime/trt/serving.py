@@ -1,7 +1,7 @@
-"""The engines that serve a bundle on this machine, or why there are none.
+"""The engines to run a bundle on this machine, or why it has none.
 
-A plan is executable code. One that this machine built, and that passed the golden requests here, is taken from the
-private cache. One that travels in the bundle is taken if the operator allows it.
+A plan is executable code. It comes from the private cache if this machine built it and it passed the golden requests
+here. A plan in the bundle itself may run only if the operator allows it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import EngineSpec
-from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import TensorRT
-from unipinrec.runtime.trt.load import Plan
-from unipinrec.runtime.trt.record import COMPILE, EngineRecord, Need, Refusal, engine_host, needs_of, runs_on
+from unipinrec.runtime.trt.load import EnginePlan
+from unipinrec.runtime.trt.record import COMPILE, EngineProblem, EngineRecord, Need, engine_host, needs_of, runs_on
 from unipinrec.runtime.trt.store import EngineStore
 
 ALLOW = "allow it with --allow-bundle-engines (in Python allow_bundle_engines=True) if you trust who built it"
@@ -24,13 +23,13 @@ ALLOW = "allow it with --allow-bundle-engines (in Python allow_bundle_engines=Tr
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ServingEngines:
-    """Where the engines of bundles may come from.
+    """Loads the engines of bundles.
 
     Attributes:
-        trt: What is to run them.
-        gpu: Where.
+        trt: The TensorRT that runs them.
+        gpu: The GPU that runs them.
         store: The private cache.
-        allow_bundle_engines: Whether plans that travel in a bundle may run.
+        allow_bundle_engines: Whether plans in a bundle may run.
     """
 
     trt: TensorRT
@@ -38,23 +37,23 @@ class ServingEngines:
     store: EngineStore
     allow_bundle_engines: bool
 
-    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
-        """The plans of all graphs, and the kernels that TensorRT-RTX compiled of some of them here earlier.
+    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, EnginePlan], dict[str, bytes]]:
+        """The plans of all graphs, and the kernels that TensorRT-RTX compiled for some of them here earlier.
 
         Raises:
-            BackendError: A graph has no engine that may run here, or a plan is not the one that is listed.
+            BackendError: A graph has no engine that may run here, or a plan was altered.
         """
-        machine = engine_host(self.gpu.name, self.gpu.architecture, self.gpu.driver_version)
+        machine = engine_host(self.gpu)
         files, problems = bundle.graph_files(precision), []
-        plans: dict[str, Plan] = {}
+        plans: dict[str, EnginePlan] = {}
         kernels: dict[str, bytes] = {}
         for graph, need in needs_of(bundle, precision, self.trt).items():
             cached, carried = self.store.serving(need, machine), next(self._carried(bundle, need), None)
             if isinstance(cached, EngineRecord):
-                plans[graph] = self._cached_plan(cached, files[graph])
+                plans[graph] = EnginePlan.of(self.store.plan(cached), cached.key.options, files[graph])
                 kernels |= {graph: content} if (content := self.store.kernels(cached)) else {}
             elif carried and self.allow_bundle_engines:
-                plans[graph] = Plan(content=bundle.files[carried.file].read_bytes())
+                plans[graph] = EnginePlan(content=bundle.files[carried.file].read_bytes())
             else:
                 problems.append(_problem(bundle, need, cached, carried))
         if problems:
@@ -63,24 +62,16 @@ class ServingEngines:
         return plans, kernels
 
     def _carried(self, bundle: Bundle, need: Need) -> Iterator[EngineSpec]:
-        """The engines in the bundle that fit; its manifest lists them beside the graph that they were built from."""
+        """The engines in the bundle that fit; its manifest names the graph of each."""
         for spec in bundle.manifest.engines:
             same = (spec.graph, spec.precision, spec.flavor, spec.version)
             fits = any(runs_on(target, self.gpu.architecture) for target in spec.targets)
             if fits and same == (need.graph, need.precision, need.flavor, need.version):
                 yield spec
 
-    def _cached_plan(self, record: EngineRecord, graph_file: GraphFile) -> Plan:
-        options = record.key.options
-        return Plan(
-            content=self.store.plan(record),
-            weights=graph_file if options.strip_weights else None,
-            host_code=options.version_compatible,
-        )
 
-
-def _problem(bundle: Bundle, need: Need, cached: Refusal, carried: EngineSpec | None) -> str:
-    """Why a graph has no engine to run, and what to do."""
+def _problem(bundle: Bundle, need: Need, cached: EngineProblem, carried: EngineSpec | None) -> str:
+    """Why a graph has no engine, and what to do."""
     command = f"run unipinrec compile {bundle.path} --precision {need.precision}"
     if carried:
         return (

@@ -1,8 +1,8 @@
-"""The private cache of compiled engines, `~/.cache/unipinrec/engines/<key>/`, and what makes an entry trustworthy.
+"""The private cache of compiled engines, `~/.cache/unipinrec/engines/<key>/`.
 
-A plan is executable code. So the cache and its entries belong to this user and to nobody else's reach, an entry lists
-the sha256 of its files, what is given out are the very bytes that were hashed, and an entry that another machine, GPU
-or TensorRT made is refused with the reason. An entry appears whole, by one rename, or not at all.
+A plan is executable code. So only this user can reach the cache and its entries, an entry lists the sha256 of its
+files, and callers get the same bytes that were hashed. An entry of another machine, GPU or TensorRT is rejected with
+the reason. An entry appears whole, by one rename, or not at all.
 """
 
 from __future__ import annotations
@@ -19,16 +19,8 @@ from pathlib import Path
 import msgspec
 
 from unipinrec.errors import MALFORMED, BackendError
-from unipinrec.runtime.trt.private_files import (
-    FILE,
-    FOLDER,
-    UnsafeError,
-    open_private,
-    read_private,
-    sync_folder,
-    write_files,
-)
-from unipinrec.runtime.trt.record import EngineHost, EngineKey, EngineRecord, Need, Refusal, unfit
+from unipinrec.runtime.trt.private_files import FILE, FOLDER, open_private, read_private, sync_folder, write_files
+from unipinrec.runtime.trt.record import EngineHost, EngineKey, EngineProblem, EngineRecord, Need, unfit
 
 PLAN, RECORD, KERNELS = "engine.plan", "engine.json", "kernels.bin"
 PARTIAL = ".partial-"
@@ -38,10 +30,10 @@ REMOVE = "remove it, and compile again"
 
 
 def cache_root() -> Path:
-    """Where engines are kept: under `UNIPINREC_CACHE`, else under the user's cache folder.
+    """The folder for engines: in `UNIPINREC_CACHE`, else in the user's cache folder.
 
     Raises:
-        BackendError: No variable names a folder, and this user has no home.
+        BackendError: No variable names a folder, and this user has no home folder.
     """
     own, shared = os.environ.get("UNIPINREC_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
     if own:
@@ -56,26 +48,34 @@ def cache_root() -> Path:
 
 
 class EngineStore:
-    """Engines of this user on this machine, in one folder. Nothing is built or written while requests are served."""
+    """Engines of this user on this machine, in one folder. A running server writes nothing there."""
 
     def __init__(self, root: Path | None = None) -> None:
         """Use a folder, which need not exist; None = `cache_root()`.
 
         Raises:
-            BackendError: As `cache_root`.
+            BackendError: See `cache_root`.
         """
         self.root = cache_root() if root is None else root
 
     def prepare(self) -> None:
-        """Make the folder where it is missing, and remove what interrupted compilations left there long ago.
+        """Make the folder if it is missing, and remove the old remains of interrupted compilations.
 
         Raises:
             BackendError: It is not private, or cannot be made.
         """
         try:
-            self._make_private()
-        except (OSError, UnsafeError) as error:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.root.mkdir(mode=0o700)
+            with open_private(self.root, FOLDER):
+                pass
+        except OSError as error:
             raise BackendError(f"{self.root}: {_reason(error)}; {REMOVE}") from error
+        for path in self.root.glob(f"{PARTIAL}*"):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < time.time() - STALE_S:
+                    shutil.rmtree(path)
 
     def put(
         self, record: EngineRecord, plan: bytes, kernels: bytes | None = None, *, replace: bool = False
@@ -83,16 +83,16 @@ class EngineStore:
         """Add an engine, whole or not at all.
 
         Args:
-            record: What it is; the hashes and the size of its files are filled in.
+            record: Its record; the hashes and the size of its files are filled in here.
             plan: The engine.
-            kernels: What TensorRT-RTX compiled from it for this GPU.
-            replace: Take the place of a sound entry that this machine made, which else stays.
+            kernels: The kernels that TensorRT-RTX compiled from it for this GPU.
+            replace: Replace a sound entry of this machine, which else stays.
 
         Returns:
-            The record of the entry: of two builds at the same time, that of the first one to finish.
+            The record of the entry; of two builds at the same time, the first to finish wins.
 
         Raises:
-            BackendError: The folder is not private, or it cannot be written, the disk being full included.
+            BackendError: The folder is not private, or cannot be written, for example because the disk is full.
         """
         record = msgspec.structs.replace(
             record,
@@ -101,80 +101,83 @@ class EngineStore:
             kernels_sha256=None if kernels is None else hashlib.sha256(kernels).hexdigest(),
         )
         files = {PLAN: plan, RECORD: msgspec.json.format(msgspec.json.encode(record))}
+        self.prepare()
         try:
-            self._make_private()
             partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.root))
             try:
                 write_files(partial, files if kernels is None else {**files, KERNELS: kernels})
                 return self._install(partial, record, replace)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        except (OSError, UnsafeError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-            reason = "no space left on the disk" if full else _reason(error)
+        except OSError as error:
             raise BackendError(
-                f"{self.root}: the engine of {record.key.graph} cannot be kept: {reason}; nothing was left behind"
+                f"{self.root}: the engine of {record.key.graph} cannot be kept: {_reason(error)}; "
+                "nothing was left behind"
             ) from error
 
-    def find(self, key: EngineKey) -> EngineRecord | Refusal:
-        """The entry of a key, its plan unread, or why there is none."""
-        digest = key.digest()
-        return self._entries([digest]).get(digest) or Refusal(
-            reason=f"no engine of {key.graph} in {key.precision} was compiled with these settings"
-        )
+    def find(self, key: EngineKey) -> EngineRecord | EngineProblem:
+        """The entry of a key, or why it cannot be used. Its plan is not read."""
+        entries = self.entries()
+        missing = EngineProblem(reason=f"no engine of {key.graph} in {key.precision} was compiled with these settings")
+        return entries.get(key.digest()) or entries.get("", missing)
 
-    def entries(self) -> dict[str, EngineRecord | Refusal]:
-        """All entries by the hash of their key; those that cannot be trusted with the reason."""
-        return self._entries(None)
+    def entries(self) -> dict[str, EngineRecord | EngineProblem]:
+        """All entries by the hash of their key, or why one cannot be trusted; "" stands for the whole folder."""
+        try:
+            with open_private(self.root, FOLDER) as root:
+                names = sorted(name for name in os.listdir(root) if not name.startswith("."))  # noqa: PTH208 - a descriptor
+                return {name: self._entry(root, name) for name in names}
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            return {"": EngineProblem(reason=f"{self.root}: {_reason(error)}", remedy=REMOVE)}
 
-    def serving(self, need: Need, machine: EngineHost) -> EngineRecord | Refusal:
-        """The newest engine that fits, or why none does."""
+    def serving(self, need: Need, machine: EngineHost) -> EngineRecord | EngineProblem:
+        """The newest engine that meets a need on a machine, or why none does."""
         entries = self.entries().values()
         records = [entry for entry in entries if isinstance(entry, EngineRecord)]
         records.sort(key=lambda r: (r.key.graph_sha256 == need.graph_sha256, r.created), reverse=True)
-        nearest: Refusal | None = None
+        problems = []
         for record in records:
             if (record.key.graph, record.key.precision) == (need.graph, need.precision):
-                refusal = unfit(record, need, machine)
-                if refusal is None:
+                problem = unfit(record, need, machine)
+                if problem is None:
                     return record
-                nearest = nearest or refusal
-        broken = [entry for entry in entries if isinstance(entry, Refusal)]
-        missing = Refusal(reason=f"no engine of {need.graph} in {need.precision} was compiled")
-        return nearest or (broken[0] if broken else missing)
+                problems.append(problem)
+        problems += [entry for entry in entries if isinstance(entry, EngineProblem)]
+        missing = EngineProblem(reason=f"no engine of {need.graph} in {need.precision} was compiled")
+        return problems[0] if problems else missing
 
     def plan(self, record: EngineRecord) -> bytes:
-        """The plan of an entry: the very bytes whose sha256 was compared.
+        """The plan of an entry: the same bytes whose sha256 was compared.
 
         Raises:
-            BackendError: It cannot be read, is not private, or is not the plan that the record lists.
+            BackendError: It cannot be read, is not private, or differs from the record.
         """
         return self._read(record, PLAN, record.plan_sha256)
 
     def kernels(self, record: EngineRecord) -> bytes | None:
-        """The compiled kernels of an entry, if it has any; they are checked as the plan is.
+        """The compiled kernels of an entry, checked like its plan; None if it has none.
 
         Raises:
-            BackendError: As `plan`.
+            BackendError: See `plan`.
         """
         return None if record.kernels_sha256 is None else self._read(record, KERNELS, record.kernels_sha256)
 
     def sound(self, key: EngineKey) -> EngineRecord | None:
-        """The entry of a key, if there is one and its plan is what its record lists."""
-        there = self.find(key)
-        if isinstance(there, Refusal):
-            return None
-        try:
-            self.plan(there)
-        except BackendError:
-            return None
-        return there
+        """The entry of a key, if it exists and its plan agrees with its record."""
+        entry = self.find(key)
+        if isinstance(entry, EngineRecord):
+            with contextlib.suppress(BackendError):
+                self.plan(entry)
+                return entry
+        return None
 
     def remove(self, digest: str) -> None:
-        """Remove an entry, whatever state it is in.
+        """Remove an entry, damaged or not.
 
         Raises:
-            BackendError: There is none, or it cannot be removed.
+            BackendError: It does not exist, or cannot be removed.
         """
         if not digest or digest not in self.entries():
             raise BackendError(f"{self.root} has no engine {digest!r}; see unipinrec compile BUNDLE --list")
@@ -183,54 +186,44 @@ class EngineStore:
         except OSError as error:
             raise BackendError(f"{self.root / digest} cannot be removed: {_reason(error)}") from error
 
-    def _entries(self, wanted: list[str] | None) -> dict[str, EngineRecord | Refusal]:
-        """Entries by hash, those that there are."""
+    def _entry(self, root: int, digest: str) -> EngineRecord | EngineProblem:
+        """The record of an entry, compared with the size of its plan, or why it cannot be trusted."""
         try:
-            with open_private(self.root, FOLDER) as root:
-                there = sorted(name for name in os.listdir(root) if not name.startswith("."))  # noqa: PTH208 - of what is open
-                names = there if wanted is None else [name for name in wanted if name in there]
-                return {name: self._entry(root, name) for name in names}
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnsafeError) as error:
-            refusal = Refusal(reason=f"{self.root}: {_reason(error)}", remedy=REMOVE)
-            return dict.fromkeys(wanted or [""], refusal)
-
-    def _entry(self, root: int, digest: str) -> EngineRecord | Refusal:
-        try:
-            return _read_record(root, digest)
-        except (OSError, UnsafeError) as error:
-            return Refusal(reason=f"{self.root / digest}: {_reason(error)}", remedy=REMOVE)
+            with open_private(digest, FOLDER, root) as folder:
+                content = read_private(folder, RECORD)
+                with open_private(PLAN, FILE, folder) as plan:
+                    size = os.fstat(plan).st_size
+            record = msgspec.json.decode(content, type=EngineRecord)
+        except MALFORMED as error:
+            problem = f"{RECORD} is of another version, or altered ({error})"
+        except OSError as error:
+            problem = _reason(error)
+        else:
+            if record.key.digest() != digest:
+                problem = f"{RECORD} is that of another entry, or altered"
+            elif record.size_bytes != size:
+                problem = f"{PLAN} is truncated or altered: it has {size} bytes, its record says {record.size_bytes}"
+            else:
+                return record
+        return EngineProblem(reason=f"{self.root / digest}: {problem}", remedy=REMOVE)
 
     def _read(self, record: EngineRecord, name: str, sha256: str) -> bytes:
         entry = self.root / record.key.digest()
         try:
             with open_private(self.root, FOLDER) as root, open_private(entry.name, FOLDER, root) as folder:
                 content = read_private(folder, name)
-        except (OSError, UnsafeError) as error:
+        except OSError as error:
             raise BackendError(f"{entry}: {_reason(error)}; {REMOVE}") from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            differs = f"its sha256 is {found}, the record says {sha256}"
+        actual = hashlib.sha256(content).hexdigest()
+        if actual != sha256:
+            differs = f"its sha256 is {actual}, the record says {sha256}"
             raise BackendError(f"{entry / name} is altered and was not loaded: {differs}; {REMOVE}")
         return content
 
-    def _make_private(self) -> None:
-        """See `prepare`."""
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            self.root.mkdir(mode=0o700)
-        with open_private(self.root, FOLDER):
-            pass
-        for path in self.root.glob(f"{PARTIAL}*"):
-            with contextlib.suppress(OSError):
-                if path.lstat().st_mtime < time.time() - STALE_S:
-                    shutil.rmtree(path)
-
     def _install(self, partial: Path, record: EngineRecord, replace: bool) -> EngineRecord:
-        """Give a finished folder its name, unless a sound entry has it already."""
+        """Rename a finished folder to its entry, unless a sound entry exists already."""
         entry = self.root / record.key.digest()
-        for _ in range(ATTEMPTS):  # another process may come in between
+        for _ in range(ATTEMPTS):  # another process may interfere
             try:
                 partial.rename(entry)
             except OSError as error:
@@ -239,19 +232,16 @@ class EngineStore:
             else:
                 sync_folder(self.root)
                 return record
-            there = self.sound(record.key)
-            same = there is not None and (there.machine.id, there.machine.gpu) == (
-                record.machine.id,
-                record.machine.gpu,
-            )
-            if there is not None and same and not replace:
-                return there
+            present = self.sound(record.key)
+            here = (record.machine.id, record.machine.gpu)
+            if present is not None and (present.machine.id, present.machine.gpu) == here and not replace:
+                return present
             with contextlib.suppress(FileNotFoundError):
                 self._discard(entry)
         raise OSError(errno.EBUSY, f"{entry} keeps coming back")
 
     def _discard(self, entry: Path) -> None:
-        """Take an entry away by one rename, so that nobody finds half of it."""
+        """Remove an entry by one rename, so that no reader sees half of it."""
         away = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.root))
         try:
             entry.rename(away / entry.name)
@@ -259,30 +249,10 @@ class EngineStore:
             shutil.rmtree(away, ignore_errors=True)
 
 
-def _read_record(root: int, digest: str) -> EngineRecord:
-    """The record of an entry; of its plan only the size is looked at.
-
-    Raises:
-        UnsafeError: Something is not private, missing, or contradicts itself.
-        OSError: Something cannot be read.
-    """
-    with open_private(digest, FOLDER, root) as folder:
-        content = read_private(folder, RECORD)
-        with open_private(PLAN, FILE, folder) as plan:
-            size = os.fstat(plan).st_size
-    try:
-        record = msgspec.json.decode(content, type=EngineRecord)
-    except MALFORMED as error:
-        raise UnsafeError(f"{RECORD} is of another version, or altered ({error})") from error
-    if record.key.digest() != digest:
-        raise UnsafeError(f"{RECORD} is that of another entry, or altered")
-    if record.size_bytes != size:
-        raise UnsafeError(f"{PLAN} is truncated or altered: it has {size} bytes, its record says {record.size_bytes}")
-    return record
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENOTDIR):
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return "no space left on the disk"
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
         return "is a link, or no folder, where a private folder or file belongs"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} is missing"

@@ -6,31 +6,30 @@
     │   └── NothingHeldOutError a part of it has nothing to measure
     ├── CheckpointError         a checkpoint folder that is missing, damaged or of another model
     ├── TrainingError           training cannot go on
-    ├── TrainingInterrupted     training stopped on request; the state to resume from is on disk
+    ├── TrainingInterrupted     training stopped on request; its state is on disk
     ├── ExportError             an export that failed; no bundle was left behind, unless it says so
     │   └── ParityError         an exported graph that does not compute what PyTorch computes
-    ├── BundleError             a bundle that cannot be served
+    ├── BundleError             a bundle that cannot be used
     │   ├── BundleCorruptError  a file that is missing, truncated or altered
     │   └── BundleVersionError  a bundle written in a format that this version does not read
     ├── BackendError            an inference engine that is missing or failed
     ├── CacheError              a key/value cache that contradicts itself
-    ├── SwapError               a bundle that does not take over from the one that serves
-    │   └── SwapBusyError       because another one is about to
-    └── RequestError            a request that cannot be answered as given
-        ├── TooFewItemsError    because fewer items are left than it asks for
-        └── ColdStartError      because it has no history and popular items are not to be had
+    ├── SwapError               a swap of bundles that failed; the active bundle stays
+    │   └── SwapBusyError       because another swap is running
+    └── RequestError            a request that cannot be answered
+        ├── TooFewItemsError    because too few items are left
+        └── ColdStartError      because it has no history and there are no popular items
 
-A message names what was given, what is accepted, and what to do. What was given may be of any size; a message is not.
+A message names the wrong value, what is accepted, and what to do. A value may be of any size; a message is bounded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import msgspec
 
 MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-
 LONGEST_MESSAGE, LONGEST_VALUE = 4_000, 80
 
 
@@ -38,7 +37,7 @@ class UnipinrecError(Exception):
     """Root of all errors raised on purpose by this package."""
 
     def __str__(self) -> str:
-        """The message; of one longer than `LONGEST_MESSAGE` characters the two ends."""
+        """The message; both ends of it where it is longer than `LONGEST_MESSAGE` characters."""
         text, half = super().__str__(), LONGEST_MESSAGE // 2 - 50
         left_out = f" [... {len(text) - 2 * half:,} characters ...] "
         return text if len(text) <= LONGEST_MESSAGE else text[:half] + left_out + text[-half:]
@@ -53,7 +52,7 @@ class DataError(UnipinrecError):
 
 
 class NothingHeldOutError(DataError):
-    """The part of a data set that is held out has nothing to measure."""
+    """The held-out part of a data set has nothing to measure."""
 
 
 class CheckpointError(UnipinrecError):
@@ -65,7 +64,7 @@ class TrainingError(UnipinrecError):
 
 
 class TrainingInterrupted(UnipinrecError):  # noqa: N818 - an interruption, not a fault
-    """Training stopped on request; the state to resume from is on disk."""
+    """Training stopped on request; its state is on disk, to resume from."""
 
 
 class ExportError(UnipinrecError):
@@ -77,7 +76,7 @@ class ParityError(ExportError):
 
 
 class BundleError(UnipinrecError):
-    """A bundle cannot be served."""
+    """A bundle cannot be used."""
 
 
 class BundleCorruptError(BundleError):
@@ -97,19 +96,19 @@ class CacheError(UnipinrecError):
 
 
 class SwapError(UnipinrecError):
-    """A bundle does not take over from the one that serves, which serves on."""
+    """A swap of bundles failed; the active bundle stays."""
 
 
 class SwapBusyError(SwapError):
-    """Another bundle is about to take over."""
+    """Another swap is running."""
 
 
 class RequestError(UnipinrecError):
-    """A request cannot be answered as given."""
+    """A request cannot be answered."""
 
 
 class TooFewItemsError(RequestError):
-    """Fewer items are left than are asked for, after those that were seen, excluded or filtered out."""
+    """Too few items are left after seen items, exclusions and filters."""
 
 
 class ColdStartError(RequestError):
@@ -117,9 +116,18 @@ class ColdStartError(RequestError):
 
 
 def listed(values: Iterable[object], most: int = 20) -> str:
-    """Values as a list for a message: not all where they are many, and the beginning of long ones."""
+    """The first `most` values as text for a message, long ones cut, and the number of the others."""
     rest = iter(values)
     shown = [repr(value) for value in islice(rest, most)]
     more = sum(1 for _ in rest)
     short = [text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..." for text in shown]
     return f"[{', '.join(short)}]" + f" and {more:,} more" * bool(more)
+
+
+@contextmanager
+def decoding(error: Callable[[str], UnipinrecError], what: object, remedy: str) -> Iterator[None]:
+    """Turn an error of a JSON decoder into one of ours that names the source (`what`), the reason and the remedy."""
+    try:
+        yield
+    except MALFORMED as problem:
+        raise error(f"{what}: {problem}; {remedy}") from problem

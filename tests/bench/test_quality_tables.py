@@ -21,13 +21,13 @@ def test_documents_agree_with_the_results() -> None:
 
 def test_a_document_that_strays_is_found_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = DOCUMENTS[0].read_text()
-    stray = tmp_path / "README.md"
+    stray = tmp_path / "benchmarks.md"
     stray.write_text(text.replace("| joint | .", "| joint | .9"))
     kept = stray.read_text()
     assert kept != text
     monkeypatch.setattr("quality_tables.DOCUMENTS", (stray,))
     monkeypatch.setattr("sys.argv", ["quality_tables.py", "--check"])
-    with pytest.raises(SystemExit, match=r"README.md differs from bench/results/quality"):
+    with pytest.raises(SystemExit, match=r"benchmarks.md differs from bench/results/quality"):
         main()
     assert stray.read_text() == kept
     monkeypatch.setattr("sys.argv", ["quality_tables.py"])

@@ -75,9 +75,9 @@ def test_a_dry_run_for_people() -> None:
     assert done.exit_code == 0
     assert done.stdout.splitlines()[:2] == [
         "encoder in fp32 (encoder.onnx)",
-        "  batch 4:4:4, history 1:4:8; at most 0 B of KV in, 1.1 KiB of KV out, 1.4 KiB beside",
+        "  batch 4:4:4, history 1:4:8; at most 0 B of KV in, 1.1 KiB of KV out, 1.4 KiB of other tensors",
     ]
-    assert "requests beyond the profiles are refused: batch: 4 to 4 of 1 to 32" in done.stderr
+    assert "requests beyond the profiles are rejected: batch: 4 to 4 of 1 to 32" in done.stderr
 
 
 def test_profiles_from_a_file(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_profiles_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "new"], "say for what with --target"),
+        (["--out", "new"], "name their GPUs with --target"),
         (["--target", "sm_89"], "engines for other GPUs belong into a bundle: give --out"),
         (["--profile", "batch=1", "--profiles", STORED / "manifest.json"], "give --profile or --profiles, not both"),
         (["--dry-run", "--list"], "give one of --dry-run, --list"),

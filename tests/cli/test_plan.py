@@ -107,7 +107,7 @@ def test_the_text_says_what_was_planned() -> None:
 def test_without_stage_times_it_says_what_to_measure() -> None:
     result = run(*SMALL, "--budget-gib", "40")
     assert result.exit_code == 0
-    assert "machines: not planned, for want of stage times. Measure them on your machine" in result.stdout
+    assert "machines: not planned, because the stage times are missing. Measure them on your machine" in result.stdout
 
 
 def test_without_a_cache_the_machines_alone() -> None:

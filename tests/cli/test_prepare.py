@@ -167,10 +167,8 @@ def test_table_reads_a_column_map(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "events: unknown item, dropped" in result.stdout
     assert "1, such as ['gone']" in result.stdout
-    said = (
-        "warning: 4 events have neither a time nor an `order`: their place in the file is taken for the order in which"
-    )
-    assert said in result.stderr
+    warning = "warning: 4 events have neither a time nor an `order`: they are used in the order of the file"
+    assert warning in result.stderr
     assert read_dataset(tmp_path / "out").spec.dropped == {
         "events: neither time nor order, in the file's order (kept)": 4,
         "events: no user": 1,
@@ -192,7 +190,7 @@ def test_json_has_the_warnings_and_three_examples_of_unknown_items(tmp_path: Pat
     assert report["examples"] == {"events: unknown item": ["x1", "x2", "x3"]}
     unordered, never = report["warnings"]
     assert unordered.startswith("6 events have neither a time nor an `order`: ")
-    assert never == "the actions ['gift'] never happen: correct what they are made of, or leave them out"
+    assert never == "the actions ['gift'] never happen: correct their definition, or remove them"
     (tmp_path / "i.csv").write_text("what\nA\n")
     result = prepare(*words, tmp_path / "none")
     assert result.exit_code == 1
@@ -221,7 +219,7 @@ def test_ties_and_actions_that_slates_lack_are_warned_of_and_examples_are_cut(tm
         *ties, never = report["warnings"]
         assert never.startswith("the actions ['save'] happen in events but never in slates: ")
         assert [said[:70] for said in ties] == (
-            [] if order else ["2 of 8 events have the same time as the event before them of their use"]
+            [] if order else ["2 of 8 events have the same time as their user's event before them: th"]
         )
         assert ("2 of 8 events have the same time" in result.stderr) == (not order)
 

@@ -89,7 +89,8 @@ def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
     result = run(*words)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert [list(item) for item in document["items"]] == [["item", "score", "value", "actions", "retrieval_score"]] * 4
+    fields = ["item", "title", "score", "value", "actions", "retrieval_score"]
+    assert [list(item) for item in document["items"]] == [fields] * 4
     assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "no cache", "cpu")
     assert {item["item"] for item in document["items"]}.isdisjoint(
         event["item"] for event in json.loads(events.read_bytes())
@@ -145,7 +146,7 @@ def test_words_of_a_feature_are_collected(bundle: Path, user: str) -> None:
         "recommend", bundle, "--user", user, "--category", some, "--category", f"topic={words[2]}", "-k", count
     )
     assert result.exit_code == 1
-    assert f"k={count} items were asked for" in result.stderr
+    assert f"k={count} items were requested" in result.stderr
 
 
 def test_a_word_may_hold_commas() -> None:
@@ -220,7 +221,7 @@ def test_cold_starts_can_be_refused(bundle: Path, events: Path, user: str) -> No
     ("words", "message"),
     [
         (("--weights", "like=1"), "unknown action 'like'"),
-        (("-k", "301"), "k=301 items were asked for"),
+        (("-k", "301"), "k=301 items were requested"),
         (("--now", "1"), "now_ms=1 is before the last event"),
         (("--surface", "moon"), "unknown surface 'moon'"),
     ],

@@ -115,7 +115,7 @@ def test_what_ends_it_is_in_the_log_and_names_current_json(tmp_path: Path) -> No
     result = run("serve", tmp_path / "v1", "--watch", "--log-format", "json")
     assert result.exit_code == 1
     told, ended = [json.loads(line) for line in result.stderr.splitlines()]
-    assert "current.json names nothing, which is served instead of" in told["message"]
+    assert "current.json names nothing, which is used instead of" in told["message"]
     assert (ended["level"], "nothing is not a bundle" in ended["message"]) == ("error", True)
 
 

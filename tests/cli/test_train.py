@@ -156,7 +156,7 @@ def test_export_refuses_what_exists(checkpoint: Path, bundle: Path, tmp_path: Pa
     assert "exists; a bundle is never overwritten" in refused.stderr
     missing = run("export", tmp_path, tmp_path / "bundle")
     assert missing.exit_code == 1
-    assert "a checkpoint folder is what `unipinrec train` writes" in missing.stderr
+    assert "pass a folder that `unipinrec train` wrote" in missing.stderr
 
 
 def test_the_name_of_a_bundle_is_no_markup(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

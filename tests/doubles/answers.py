@@ -12,7 +12,7 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.requests import History
-from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
+from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 
 STORED = Path(__file__).resolve().parents[1] / "fixtures" / "bundle_v1"
 NOW_MS = 1_760_000_000_000
@@ -50,9 +50,9 @@ def assert_same(found: list[NDArray[Any]], expected: list[NDArray[Any]], atol: f
 
 def retrieved(
     retriever: Retriever, queries: NDArray[np.float32], wanted: int, excluded: NDArray[np.int64], **options: Any
-) -> Candidates:
+) -> CandidateSet:
     """What one search finds."""
-    (found,) = retriever.retrieve([Search(queries=queries, wanted=wanted, excluded=excluded, **options)])
+    (found,) = retriever.retrieve([Search(queries=queries, k=wanted, excluded=excluded, **options)])
     return found
 
 

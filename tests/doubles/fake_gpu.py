@@ -18,7 +18,7 @@ from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo
 from unipinrec.runtime.trt.layers import LayerReport
 from unipinrec.runtime.trt.library import Flavor, TensorRT
-from unipinrec.runtime.trt.load import Plan
+from unipinrec.runtime.trt.load import EnginePlan
 from unipinrec.runtime.trt.profiles import default_buckets, for_graph
 from unipinrec.runtime.trt.record import (
     BuildOptions,
@@ -91,13 +91,13 @@ class HostMachine(Machine):
 class Compiled(ServingEngines):
     """Engines of every bundle, as if it had been compiled."""
 
-    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, Plan], dict[str, bytes]]:
+    def load(self, bundle: Bundle, precision: str) -> tuple[dict[str, EnginePlan], dict[str, bytes]]:
         model, files = bundle.manifest.model, bundle.graph_files(precision)
         profiles = {
             name: for_graph(default_buckets(model), spec, model.kv_prefix_slots)
             for name, spec in bundle.manifest.graphs_in(precision).items()
         }
-        return {name: Plan(content=make_plan(files[name], shapes)) for name, shapes in profiles.items()}, {}
+        return {name: EnginePlan(content=make_plan(files[name], shapes)) for name, shapes in profiles.items()}, {}
 
 
 def record_of(bundle: Bundle, graph: str, machine: EngineHost, precision: str = "fp32") -> EngineRecord:
@@ -132,7 +132,7 @@ def install_engines(
     bundle: Bundle, gpu: GpuInfo, machine: EngineHost | None = None, files: Mapping[str, Path] = MappingProxyType({})
 ) -> EngineStore:
     """Put an engine of each of a bundle's fp32 graphs into the cache; `files` are built instead of the bundle's."""
-    store, here = EngineStore(), engine_host(gpu.name, gpu.architecture, gpu.driver_version)
+    store, here = EngineStore(), engine_host(gpu)
     for graph, file in graph_paths(bundle).items():
         record = record_of(bundle, graph, machine or here)
         store.put(record, make_plan(files.get(graph, file), record.key.profiles))

@@ -1,4 +1,4 @@
-"""TensorRT without a GPU: the part of its API that `runtime/trt/session.py` uses, computed by ONNX Runtime.
+"""TensorRT without a GPU: the part of its API that `runtime/trt/backend.py` uses, computed by ONNX Runtime.
 
 A plan is a JSON document that names an ONNX file. An execution context does what the real one does, on the memory of
 `host_cuda`: it reads its inputs and writes its outputs at the addresses it was given, when its stream gets to it. And
@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.sealed import GraphFile
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.cuda import Cuda
 from unipinrec.runtime.trt.library import Flavor, TensorRT
 from unipinrec.runtime.trt.profiles import Buckets, ProfileShapes, default_buckets, for_graph
-from unipinrec.runtime.trt.session import TensorRtBackend
 
 VERSIONS: dict[Flavor, str] = {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}
 ACTIVATIONS = 4096  # bytes of the device that a context takes

@@ -16,7 +16,7 @@ from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.serve import ServeOptions, assembled
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.swap import Deployments
 
 SMALL = ServeOptions(device="cpu", cache_mib=8)
 

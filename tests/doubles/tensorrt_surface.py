@@ -90,9 +90,7 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "ILogger.Severity": {
         "ERROR": MEMBER,
-        "INFO": MEMBER,
         "INTERNAL_ERROR": MEMBER,
-        "VERBOSE": MEMBER,
         "WARNING": MEMBER,
     },
     "INetworkDefinition": {
@@ -186,13 +184,12 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
     "library.py": {"*": {"module": MODULE}},
     "build.py": {
         "*": {"module": MODULE},
-        "_build": {"config": "IBuilderConfig"},
+        "run": {"config": "IBuilderConfig"},
         "_config": {"builder": "Builder"},
         "_set_targets": {"config": "IBuilderConfig"},
         "_use_timings": {"config": "IBuilderConfig"},
         "_keep_timings": {"config": "IBuilderConfig"},
-        "_let_fp32_attention_fall_apart": {"network": "INetworkDefinition"},
-        "refit_engine": {"engine": "ICudaEngine"},
+        "_allow_decomposed_attention": {"network": "INetworkDefinition"},
     },
     "layers.py": {
         "*": {"module": MODULE},
@@ -201,11 +198,11 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
         "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
     },
     "io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
-    "lane.py": {"*": {"context": "IExecutionContext"}},
+    "runner.py": {"*": {"context": "IExecutionContext"}},
     "load.py": {
         "*": {"module": MODULE, "engine": "ICudaEngine", "context": "IExecutionContext", "cache": "IRuntimeCache"},
     },
-    "session.py": {"*": {"cache": "IRuntimeCache"}},
+    "backend.py": {"*": {"cache": "IRuntimeCache"}},
 }
 
 

@@ -182,18 +182,18 @@ class _Walker(ast.NodeVisitor):
         return result_of(owner.removeprefix("type:"), node.attr)
 
     def _call(self, node: ast.Call) -> str | None:
-        places = None if any(isinstance(argument, ast.Starred) for argument in node.args) else len(node.args)
+        indices = None if any(isinstance(argument, ast.Starred) for argument in node.args) else len(node.args)
         keywords = tuple(keyword.arg for keyword in node.keywords if keyword.arg)
         function = node.func
         if isinstance(function, ast.Attribute):
             owner = self._type(function.value)
             if owner and owner != MODULE and not owner.startswith(("type:", "list[")):
                 self._seen.add(id(function))
-                self._use(node, owner, function.attr, "call", arguments=places, keywords=keywords)
+                self._use(node, owner, function.attr, "call", arguments=indices, keywords=keywords)
                 return result_of(owner, function.attr)
         made = self._type(function) or ""
         if made.startswith("type:"):
-            self._use(node, made.removeprefix("type:"), "__init__", "call", arguments=places, keywords=keywords)
+            self._use(node, made.removeprefix("type:"), "__init__", "call", arguments=indices, keywords=keywords)
             return made.removeprefix("type:")
         return None
 

@@ -25,7 +25,7 @@ def test_the_metrics_are_those_of_the_best_epoch(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b'{"epochs": [', r"metrics\.json: Input data was truncated; a checkpoint folder is what"),
+        (b'{"epochs": [', r"metrics\.json: Input data was truncated; pass a folder that"),
         (b"{}", r"metrics\.json: Object missing required field `epochs`"),
         (b'{"epochs": [{"best": "\xff"}]}', r"metrics\.json: "),
     ],

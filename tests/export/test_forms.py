@@ -13,7 +13,7 @@ from unipinrec.errors import RequestError
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
-from unipinrec.models.checkpoint import Catalogue
+from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.config import TINY, AttentionForm, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
 from unipinrec.models.model import UniPinRec
@@ -40,7 +40,7 @@ def source_of(form: AttentionForm, conditioned: bool) -> ExportSource:
     features = ItemFeatures(
         dense=rng.standard_normal((ITEMS, 1)).astype(np.float32), categories=rng.integers(0, 3, (ITEMS, 1))
     )
-    catalogue = Catalogue(item_ids=[str(i) for i in range(ITEMS)], titles=[None] * ITEMS)
+    catalogue = ItemList(item_ids=[str(i) for i in range(ITEMS)], titles=[None] * ITEMS)
     return source_from_model(model, catalogue, features)
 
 

@@ -218,21 +218,21 @@ def test_a_module_that_was_in_training_is_exported_as_it_predicts(tmp_path: Path
 def test_item_vectors_that_are_up_to_chance_are_refused(tmp_path: Path) -> None:
     module = WithDropout()
     module.always = True
-    with pytest.raises(ExportError, match="embed_items gives other vectors when it is asked again"):
+    with pytest.raises(ExportError, match="embed_items returns other vectors on the second call"):
         export_bundle(source_of(module), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_that_could_not_be_opened_is_not_left_behind(tmp_path: Path) -> None:
     options = ExportOptions(recall=float("nan"))
-    with pytest.raises(ExportError, match=r"what was written could not be served: .*Expected `float`, got `null`"):
+    with pytest.raises(ExportError, match=r"the written bundle cannot be served: .*Expected `float`, got `null`"):
         export_bundle(source_of(PooledHistory()), tmp_path / "bundle", options=options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_of_single_events_is_refused() -> None:
     source = source_of(PooledHistory())
-    with pytest.raises(ExportError, match="max_history=1: no history could be extended; train with at least 2"):
+    with pytest.raises(ExportError, match="max_history=1 leaves no history to extend; train with at least 2"):
         replace(source, model=msgspec.structs.replace(source.model, max_history=1))
 
 
@@ -271,7 +271,7 @@ def test_values_beyond_the_range_of_fp16_are_found(tmp_path: Path) -> None:
 def test_a_model_without_layers_for_fp8_is_told_so(tmp_path: Path) -> None:
     source = source_of(PooledHistory())
     histories = random_histories(source)
-    with pytest.raises(ExportError, match="no linear layer for fp8: it needs a norm or attention before it"):
+    with pytest.raises(ExportError, match="no linear layer for fp8: a layer needs a norm or attention before it"):
         export_bundle(source, tmp_path / "bundle", histories=histories, precisions=["fp8"])
     assert list(tmp_path.iterdir()) == []
 

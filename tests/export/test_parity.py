@@ -55,15 +55,15 @@ def as_given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=60, deadline=None)
 @given(
     output=st.sampled_from(["present.0.key", "last"]),
-    place=st.tuples(*(st.integers(0, size - 1) for size in (3, 2, 4, 3))),
+    index=st.tuples(*(st.integers(0, size - 1) for size in (3, 2, 4, 3))),
     by=st.sampled_from([float("nan"), float("inf"), 1.01 * TOLERANCE, -1.0, 0.99 * TOLERANCE]),
 )
 def test_a_difference_is_found_wherever_it_is_but_for_padding(
-    as_given: Path, output: str, place: tuple[int, ...], by: float
+    as_given: Path, output: str, index: tuple[int, ...], by: float
 ) -> None:
     def compute(feeds: dict[str, Tensor]) -> tuple[Tensor, ...]:
         outputs = {name: feeds["x"].clone() for name in ("present.0.key", "last")}
-        outputs[output][place] += by
+        outputs[output][index] += by
         return tuple(outputs.values())
 
     graph = Graph(
@@ -71,7 +71,7 @@ def test_a_difference_is_found_wherever_it_is_but_for_padding(
     )
     case = Case(name="one", feeds={"x": torch.zeros(3, 2, 4, 3)}, valid_slots=torch.tensor(SLOTS))
     problems = {check.check: check.problem for check in check_graph(graph, as_given, [case])}
-    padding = output == "present.0.key" and place[2] >= SLOTS[place[0]]
+    padding = output == "present.0.key" and index[2] >= SLOTS[index[0]]
     wrong = {output} if not padding and not abs(by) < TOLERANCE else set()
     assert {name for name, problem in problems.items() if problem} == wrong
     assert all((problems[name] or "").startswith("differs by ") for name in wrong)

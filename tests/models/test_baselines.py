@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from quality_runs import popularity_scores
 
-from unipinrec.models.baselines import DAY_MS, baselines_of, training_popularity
+from unipinrec.models.baselines import baselines_of, training_popularity
+from unipinrec.models.config import DAY_MS
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.models.evaluate import Requests, Split, held_out_requests, metrics_of, rank_catalogue, request_times_ms

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unipinrec.models.batches import Batch, Batches, BatchOptions, Window, pad_rows, training_windows
+from unipinrec.models.batches import Batch, Batches, TrainBatchOptions, Window, pad_rows, training_windows
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, sequences_of
 
@@ -22,7 +22,7 @@ quick = settings(max_examples=25, deadline=None)
 seeds, splits = st.integers(0, 10_000), st.sampled_from(SPLITS)
 
 
-def _options(**overrides: float) -> BatchOptions:
+def _options(**overrides: float) -> TrainBatchOptions:
     known = {
         "batch_size": 3,
         "max_history": 6,
@@ -31,7 +31,7 @@ def _options(**overrides: float) -> BatchOptions:
         "num_negatives": 5,
         "seed": 1,
     }
-    return BatchOptions(**{**known, **overrides})  # type: ignore[arg-type]  # ints and one float by name
+    return TrainBatchOptions(**{**known, **overrides})  # type: ignore[arg-type]  # ints and one float by name
 
 
 def _batches(dataset: Dataset, **overrides: float) -> Batches:
@@ -352,12 +352,12 @@ def test_history_events_are_candidates_that_see_what_came_before_them(
         for at in range(len(batch.lengths)):
             length = int(batch.lengths[at])
             valid = batch.candidate_valid[at, slates:]
-            places = batch.cutoffs[at, slates:][valid].tolist()
-            assert len(places) == len(set(places)) == min(4, length)
+            indices = batch.cutoffs[at, slates:][valid].tolist()
+            assert len(indices) == len(set(indices)) == min(4, length)
             for name in ("items", "actions", "surfaces", "timestamps_ms"):
                 drawn = getattr(batch, f"candidate_{name}")[at, slates:][valid]
-                assert torch.equal(drawn, getattr(batch, f"history_{name}")[at, places]), name
-            assert torch.equal(batch.candidate_known[at, slates:][valid], batch.history_known[at, places])
+                assert torch.equal(drawn, getattr(batch, f"history_{name}")[at, indices]), name
+            assert torch.equal(batch.candidate_known[at, slates:][valid], batch.history_known[at, indices])
 
 
 def test_a_batch_without_slates_has_no_candidates(make_dataset: Make) -> None:

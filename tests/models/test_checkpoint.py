@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import CheckpointError
 from unipinrec.models.checkpoint import (
-    Catalogue,
+    ItemList,
     load_checkpoint,
     write_atomically,
     write_catalogue,
@@ -35,7 +35,7 @@ def model(random_dataset: Callable[..., Dataset], make_model: Callable[..., UniP
 def folder(tmp_path: Path, model: UniPinRec, random_dataset: Callable[..., Dataset]) -> Path:
     dataset = random_dataset(1, features=True)
     data = sequences_of(dataset)
-    write_catalogue(tmp_path, Catalogue(item_ids=data.item_ids, titles=dataset.items["title"].to_list()), data.features)
+    write_catalogue(tmp_path, ItemList(item_ids=data.item_ids, titles=dataset.items["title"].to_list()), data.features)
     write_model(tmp_path, model)
     return tmp_path
 
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_an_error(folder: Path, name: str, damage: str) -> Non
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="a checkpoint folder is what `unipinrec train` writes"):
+    with pytest.raises(CheckpointError, match="pass a folder that `unipinrec train` wrote"):
         load_checkpoint(tmp_path / "nowhere")
 
 
@@ -168,7 +168,7 @@ def test_category_codes_must_be_those_of_words(folder: Path, code: int) -> None:
     arrays = load_file(folder / "catalogue.safetensors")
     arrays["categories"][3, 0] = code
     save_file(arrays, folder / "catalogue.safetensors")
-    with pytest.raises(CheckpointError, match=r"a category code of catalogue\.safetensors is not that of a word"):
+    with pytest.raises(CheckpointError, match=r"a category code of catalogue\.safetensors stands for no word"):
         load_checkpoint(folder)
 
 

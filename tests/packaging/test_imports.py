@@ -92,5 +92,5 @@ def test_a_command_that_needs_training_says_how_to_get_it(words: tuple[str, ...]
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert "which serving does not; run pip install 'unipinrec[cpu,train]'" in done.stderr
+    assert "which is an extra; run pip install 'unipinrec[cpu,train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -26,7 +26,7 @@ from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend, import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import provider_problem
 from unipinrec.runtime.machine import driver_problem, has_bf16
-from unipinrec.runtime.trt.session import TensorRtBackend
+from unipinrec.runtime.trt.backend import TensorRtBackend
 
 CUDA = "CUDAExecutionProvider"
 Reseal = Callable[..., None]

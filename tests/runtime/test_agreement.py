@@ -86,14 +86,14 @@ def test_one_wrong_logit_fails(rounded: Rounded, bundle: Path) -> None:
     rounded.last_logit_off_by = 0.2
     found = measure_agreement(rounded, Bundle.open(bundle))
     assert found.max_logit_diff == pytest.approx(0.2, abs=0.01)  # less a share of the logit itself
-    assert found.problem == f"a logit is off by {found.max_logit_diff:.3g}, allowed are 0.1"
+    assert found.problem == f"a logit is off by {found.max_logit_diff:.3g}, at most 0.1 is allowed"
 
 
 def test_a_loss_that_was_accepted_at_export_is_allowed_to_be_half_as_large_again(
     rounded: Rounded, bundle: Path
 ) -> None:
     plain = Bundle.open(bundle)
-    rounded.device = Device(name="tensorrt-fp8", reason="asked for", precision="fp8")
+    rounded.device = Device(name="tensorrt-fp8", reason="requested", precision="fp8")
     rounded.last_logit_off_by = 0.4
     lost = msgspec.structs.replace(measure_agreement(rounded, plain), max_logit_diff=0.4)
     assert lost.problem is not None
@@ -107,18 +107,18 @@ def test_a_loss_that_was_accepted_at_export_is_allowed_to_be_half_as_large_again
         return problem and problem.partition(", ")[2]
 
     assert measured(0.5, lost) is None
-    assert measured(0.7, lost) == "allowed are 0.6"
+    assert measured(0.7, lost) == "at most 0.6 is allowed"
     harmless = msgspec.structs.replace(lost, problem=None)
-    assert measured(0.5, harmless) == "allowed are 0.1"
-    rounded.device = Device(name="tensorrt-bf16", reason="asked for", precision="bf16")
-    assert measured(0.5, lost) == "allowed are 0.1"
+    assert measured(0.5, harmless) == "at most 0.1 is allowed"
+    rounded.device = Device(name="tensorrt-bf16", reason="requested", precision="bf16")
+    assert measured(0.5, lost) == "at most 0.1 is allowed"
 
 
 @pytest.mark.parametrize(("angle", "cosine"), [(0.05, "0.99875"), (np.nan, "nan")])
 def test_queries_that_turn_fail(rounded: Rounded, bundle: Path, angle: float, cosine: str) -> None:
     rounded.queries_turned_by = angle
     found = measure_agreement(rounded, Bundle.open(bundle))
-    assert found.problem == f"the cosine of a query with the exact one is {cosine}, at least 0.999 is needed"
+    assert found.problem == f"the cosine of a query with its fp32 query is {cosine}, at least 0.999 is needed"
 
 
 def test_queries_that_turn_a_little_fail_by_what_they_retrieve(rounded: Rounded, bundle: Path) -> None:

@@ -28,10 +28,10 @@ def recommender(bundle: Path) -> Recommender:
 def random_requests(recommender: Recommender, count: int, seed: int = 0) -> list[Request]:
     rng, items = np.random.default_rng(seed), recommender.bundle.item_ids
     requests = []
-    for place in range(count):
+    for index in range(count):
         rows = rng.integers(0, len(items), rng.integers(1, 65))
         events = tuple(Event(item=items[row], actions=("click",), timestamp_ms=NOW_MS) for row in rows)
-        user = None if place % 3 == 0 else f"user-{place % 7}"
+        user = None if index % 3 == 0 else f"user-{index % 7}"
         options = RecommendOptions(now_ms=NOW_MS + 1000, candidates=int(rng.integers(10, 60)))
         requests.append(Request(history=events, k=10, options=options, user=user))
     return requests
@@ -110,12 +110,12 @@ def test_closing_answers_what_is_queued_and_refuses_the_rest(recommender: Recomm
 def test_a_cancelled_request_is_not_computed(recommender: Recommender) -> None:
     batcher = Batcher(recommender, BatchOptions(max_wait_ms=60_000.0))
     first, second = (batcher.submit(request) for request in random_requests(recommender, 2))
-    before = recommender.padding()["rank"].given
+    before = recommender.padding()["rank"].useful
     assert first.cancel()
     batcher.close()
     assert first.cancelled()
     assert len(second.result(timeout=0).items) == 10
-    ranked = recommender.padding()["rank"].given - before
+    ranked = recommender.padding()["rank"].useful - before
     assert ranked == random_requests(recommender, 2)[1].options.candidates
 
 

@@ -122,12 +122,12 @@ def test_among_others_the_answer_is_that_of_the_request_alone(recommender: Recom
         queued = [answer.result() for answer in [batcher.submit(request) for request in requests]]
     for slates in (several, queued):
         assert [slate.source for slate in slates] == ["popular", "model", "popular", "model", "popular"]
-        assert [without_times(slates[place]) for place in (0, 2, 4)] == [alone] * 3
+        assert [without_times(slates[index]) for index in (0, 2, 4)] == [alone] * 3
     after = recommender.cache.statistics()
     assert sum(after.misses.values()) - sum(before.misses.values()) == 1
     assert (after.hits - before.hits, after.entries) == (1, 1)
     plain = Recommender.load(recommender.bundle.path).recommend_many(requests)
-    assert [without_times(plain[place]) for place in (0, 2, 4)] == [alone] * 3
+    assert [without_times(plain[index]) for index in (0, 2, 4)] == [alone] * 3
     assert names(plain[1]) == names(several[1])
 
 
@@ -151,7 +151,7 @@ def test_it_reads_on_until_enough_are_left(tmp_path: Path) -> None:
 def test_a_bundle_without_popularity_refuses(tmp_path: Path) -> None:
     recommender = Recommender.load(STORED)
     assert recommender.bundle.popularity is None
-    message = "the history is empty, and this bundle does not store what is popular; export it again with --data"
+    message = "this bundle stores no popularity; send events or a history first, or export it again with --data"
     good = Request(history=HISTORY, k=1)
     with pytest.raises(ColdStartError, match=message):
         recommender.recommend_many([good, Request(history=())])
@@ -174,9 +174,9 @@ RIGHT = np.full((2, 24), 1 / 24, np.float32)
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"other": RIGHT}, r"share is missing, expected float32 \(2, 24\); export the bundle again"),
-        ({"share": RIGHT[:1]}, r"share is float32 \(1, 24\), expected float32 \(2, 24\)"),
-        ({"share": RIGHT.astype(np.float64)}, r"share is float64 \(2, 24\), expected float32"),
+        ({"other": RIGHT}, "does not contain tensor share; export the bundle again"),
+        ({"share": RIGHT[:1]}, r"share is \('F32', \(1, 24\)\), expected \('F32', \(2, 24\)\)"),
+        ({"share": RIGHT.astype(np.float64)}, r"share is \('F64', \(2, 24\)\), expected \('F32'"),
         ({"share": np.where(np.eye(2, 24), np.nan, RIGHT).astype(np.float32)}, "not finite and more than 0 everywhere"),
         ({"share": RIGHT * (1 - np.eye(2, 24, dtype=np.float32))}, "not finite and more than 0 everywhere"),
     ],

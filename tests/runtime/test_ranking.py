@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.ranking import Scoring, by_retrieval, rank, sigmoid
 from unipinrec.runtime.requests import History, Order, ResolvedRequest
-from unipinrec.runtime.retrieval.retriever import Candidates
+from unipinrec.runtime.retrieval.retriever import CandidateSet
 
 SCORING = Scoring(positive=np.array([1.0, 1.0]), retrieval_scale=20.0, retrieval_weight=0.05)
 NOTHING = History(
@@ -37,9 +37,9 @@ def asked(k: int, candidates: int, weights: list[float], order: Order = "value")
     )
 
 
-def found(rows: list[int], similarity: list[float] | None = None) -> Candidates:
+def found(rows: list[int], similarity: list[float] | None = None) -> CandidateSet:
     near = np.zeros(len(rows), np.float32) if similarity is None else np.array(similarity, np.float32)
-    return Candidates(rows=np.array(rows), similarity=near, exact=None)
+    return CandidateSet(rows=np.array(rows), similarity=near, exact=None)
 
 
 def logits(*requests: list[list[float]]) -> NDArray[np.float32]:
@@ -118,8 +118,8 @@ def test_a_request_gets_the_same_alone_and_with_others() -> None:
     requests = [
         asked(size // 2, size, rng.uniform(size=2).tolist(), order) for size, order in zip(sizes, orders, strict=True)
     ]
-    for place, together in enumerate(rank(candidates, given, requests, SCORING)):
-        (alone,) = rank([candidates[place]], given[place : place + 1, : sizes[place]], [requests[place]], SCORING)
+    for index, together in enumerate(rank(candidates, given, requests, SCORING)):
+        (alone,) = rank([candidates[index]], given[index : index + 1, : sizes[index]], [requests[index]], SCORING)
         np.testing.assert_array_equal(together.order, alone.order)
         np.testing.assert_array_equal(together.scores, alone.scores)
         np.testing.assert_array_equal(together.probabilities, alone.probabilities)

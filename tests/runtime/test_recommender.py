@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
 from unipinrec.runtime.graphs.engine import Encoded
-from unipinrec.runtime.kv.histories import Found
+from unipinrec.runtime.kv.encoder import Lookup
 from unipinrec.runtime.requests import Order
 
 Reseal = Callable[..., None]
@@ -27,7 +27,7 @@ NOW = RecommendOptions(now_ms=T + 1000)
 
 def history(recommender: Recommender, *rows: int) -> tuple[Event, ...]:
     ids, action = recommender.bundle.item_ids, recommender.bundle.manifest.actions[0]
-    return tuple(Event(item=ids[row], actions=(action,), timestamp_ms=T + place) for place, row in enumerate(rows))
+    return tuple(Event(item=ids[row], actions=(action,), timestamp_ms=T + index) for index, row in enumerate(rows))
 
 
 def names(slate: Slate) -> list[str]:
@@ -58,9 +58,9 @@ def test_a_slate(recommender: Recommender) -> None:
 def test_the_documented_json(recommender: Recommender) -> None:
     slate = recommender.recommend(history(recommender, 3), 2, NOW)
     document = slate.to_json()
-    assert list(document) == ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle"]
+    assert list(document) == ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle", "exact"]
     assert list(document["stages_ms"]) == ["encode", "retrieve", "rank", "total"]
-    assert list(document["items"][0]) == ["item", "score", "value", "actions", "retrieval_score"]
+    assert list(document["items"][0]) == ["item", "title", "score", "value", "actions", "retrieval_score"]
     assert document["items"][1]["item"] == slate.items[1].item
 
 
@@ -88,7 +88,7 @@ def test_seen_and_excluded_items_are_left_out(recommender: Recommender) -> None:
     assert set(names(denied)) == set(names(everything)) - {first}
     seen = recommender.recommend(events, 300, RecommendOptions(now_ms=T + 1000, exclude_seen=False))
     assert set(names(seen)) == set(ids)
-    with pytest.raises(RequestError, match="k=298 items were asked for, but only 297 of the 300 items are eligible"):
+    with pytest.raises(RequestError, match="k=298 items were requested, but only 297 of the 300 items are eligible"):
         recommender.recommend(events, 298, NOW)
 
 
@@ -105,7 +105,7 @@ def test_the_index_and_the_scan_agree(recommender: Recommender) -> None:
     asked = replace(recommender, retriever=replace(recommender.retriever, visit_cost=0))
     found = asked.recommend(events, 10, RecommendOptions(now_ms=T + 1000, candidates=20))
     scanned = recommender.recommend(events, 10, RecommendOptions(now_ms=T + 1000, candidates=20, exact=True))
-    assert (found.exact, scanned.exact) == (None, "asked for")
+    assert (found.exact, scanned.exact) == (None, "requested")
     assert names(found) == names(scanned)
 
 
@@ -196,8 +196,8 @@ def test_what_one_request_spoils_is_its_own(recommender: Recommender, monkeypatc
     asked = [recommender.resolve(request) for request in requests]
     encoding = recommender.encoder.encoding
 
-    def spoilt(group: Sequence[Found]) -> AbstractContextManager[Encoded]:
-        if any(found.asked is asked[1] for found in group):
+    def spoilt(group: Sequence[Lookup]) -> AbstractContextManager[Encoded]:
+        if any(lookup.request is asked[1] for lookup in group):
             raise BackendError("a key of the second does not fit")
         return encoding(group)
 
@@ -222,7 +222,7 @@ def test_one_bad_request_is_named_before_any_is_answered(recommender: Recommende
 
 
 def test_nothing_is_scored_after_an_empty_history(recommender: Recommender) -> None:
-    with pytest.raises(RequestError, match="the history is empty; to score items takes at least one event"):
+    with pytest.raises(RequestError, match="the history is empty; send at least one event to score items"):
         recommender.score([], recommender.bundle.item_ids[:2])
 
 
@@ -255,7 +255,7 @@ def test_outputs_that_do_not_reproduce_are_not_served(copy: Path, reseal: Reseal
     golden["ranker.logits"][1, 2, 0] += 0.01
     save_file(golden, copy / "golden.safetensors")
     reseal(copy)
-    with pytest.raises(BundleError, match=r"first ranker\.logits: differs by up to 0\.01, allowed are 0\.0001"):
+    with pytest.raises(BundleError, match=r"first ranker\.logits: differs by up to 0\.01, at most 0\.0001 is allowed"):
         Recommender.load(copy)
     assert Recommender.load(copy, verify=False).bundle.path == copy
 
@@ -313,9 +313,9 @@ def test_a_bundle_of_an_earlier_version_warns_where_its_ranker_saw_no_slates(
     reseal(copy, order=None, metrics={"ranking": None})
     with Recommender.load(copy, "cpu") as loaded:
         assert loaded.order == "value"
-        with pytest.raises(RequestError, match="needs the scale of retrieval's logits"):
+        with pytest.raises(RequestError, match="needs the scale of retrieval"):
             loaded.recommend(history(loaded, 3), 5, msgspec.structs.replace(NOW, order="product"))
-    assert "its ranker was not measured on items that were shown and left alone" in caplog.text
+    assert "its ranker was not measured on items that were shown without an action" in caplog.text
     caplog.clear()
     reseal(copy, metrics={"ranking": {"click": {}}})
     with Recommender.load(copy, "cpu"):

@@ -75,9 +75,9 @@ def test_an_empty_history_is_valid_and_its_time_unknown(manifest: Manifest) -> N
         ((event(),) * 5, "has 5 events, this model takes at most 4.*truncate"),
         (
             (event("a", T), event("b", T - 1)),
-            rf"history\[1\] at {T - 1} is earlier .* at {T}; send events oldest first",
+            rf"history\[1\] at {T - 1} is earlier .* at {T}; send the oldest first",
         ),
-        ((event("a", T), event("b")), r"history\[1\] has no timestamp_ms, but the event before it has one"),
+        ((event("a", T), event("b")), r"history\[1\] has no timestamp_ms, but the event before it has"),
         ((event("a", -1),), r"history\[0\]\.timestamp_ms=-1 must be a Unix time in ms"),
         ((event("a", T * 1000),), r"timestamp_ms=\d+ must be a Unix time in ms, from 0 to 253402300799999"),
         ((event("a", float("nan")),), r"history\[0\]\.timestamp_ms=nan must be an integer"),
@@ -99,7 +99,7 @@ def test_errors_name_the_place_in_what_was_sent(manifest: Manifest) -> None:
 
 def test_a_long_history_is_cut_to_its_newest_events(manifest: Manifest) -> None:
     """The model takes four events and an eighth of that is less than one, so the window moves with every event."""
-    sent = [event("7", T), *(event(item, T + place) for place, item in enumerate("abcd"))]
+    sent = [event("7", T), *(event(item, T + index) for index, item in enumerate("abcd"))]
     request = resolve(manifest, *sent[1:], exclude_seen=False)
     assert (request.start, request.history.item_rows.tolist()) == (0, [0, 1, 2, 3])
     request = resolve(manifest, *sent, exclude_seen=False)
@@ -138,7 +138,7 @@ def test_the_slack_is_an_eighth_of_the_limit() -> None:
 
 
 def test_a_wider_slack_keeps_fewer_events(manifest: Manifest) -> None:
-    events = tuple(event(item, T + place) for place, item in enumerate("abcda"))
+    events = tuple(event(item, T + index) for index, item in enumerate("abcda"))
     request = resolve_request(Request(history=events, k=1), manifest, CATALOGUE, 3)
     assert (request.start, request.history.item_rows.tolist()) == (3, [3, 0])
 
@@ -148,7 +148,7 @@ def test_a_user_has_an_id_or_is_none(manifest: Manifest) -> None:
     assert resolve_request(request, manifest, CATALOGUE).user == "u-1"
     assert resolve(manifest).user is None
     for wrong in ("", 7, ["u"]):
-        with pytest.raises(RequestError, match=r"user=.* must be a text that is not empty, or None"):
+        with pytest.raises(RequestError, match=r"user=.* must be a non-empty string, or None"):
             resolve_request(msgspec.structs.replace(request, user=wrong), manifest, CATALOGUE)
 
 
@@ -234,7 +234,7 @@ def test_retired_items_count_for_nothing(manifest: Manifest) -> None:
     resolved = resolve_request(request, manifest, fewer)
     assert resolved.history.item_rows.tolist() == [1, 0]
     assert resolved.candidates == 2
-    with pytest.raises(RequestError, match="k=3 items were asked for, but only 2 of the 3 items are eligible"):
+    with pytest.raises(RequestError, match="k=3 items were requested, but only 2 of the 3 items are eligible"):
         resolve_request(msgspec.structs.replace(request, k=3), manifest, fewer)
 
 
@@ -274,8 +274,8 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ({"k": 0}, "k=0 must be an integer of at least 1"),
         ({"k": 2.0}, r"k=2\.0 must be an integer"),
         ({"k": True}, "k=True must be an integer"),
-        ({"k": 5}, "k=5 items were asked for, but only 4 of the 5 items are eligible"),
-        ({"k": 4, "exclude": ("b",)}, "k=4 items were asked for, but only 3 of the 5 items are eligible"),
+        ({"k": 5}, "k=5 items were requested, but only 4 of the 5 items are eligible"),
+        ({"k": 4, "exclude": ("b",)}, "k=4 items were requested, but only 3 of the 5 items are eligible"),
         (
             {"k": 2, "allow": ("a", "b")},
             "k=2 .* only 1 of the 5 items are eligible .* 1 seen or excluded ones and those",
@@ -284,8 +284,8 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
             {"allow": ("z",)},
             "only 0 of the 5 items are eligible .* that allow or categories rule out; loosen the filters",
         ),
-        ({"k": 3, "categories": {"kind": ("blue",)}}, "k=3 items .* only 2 of the 5 items .*; ask for at most 2"),
-        ({"categories": {"colour": ("red",)}}, "categories: unknown feature 'colour'; .*: kind, size"),
+        ({"k": 3, "categories": {"kind": ("blue",)}}, "k=3 items .* only 2 of the 5 items .*; request at most 2"),
+        ({"categories": {"colour": ("red",)}}, "categories: unknown feature 'colour'; .* kind, size"),
         ({"categories": {"kind": ("green",)}}, "categories: kind has no word 'green'; it has \\['red', 'blue'\\]"),
         ({"candidates": 0}, "candidates=0 must be an integer of at least 1"),
         ({"now_ms": T - 1}, f"now_ms={T - 1} is before the last event at {T}"),
@@ -295,8 +295,8 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ({"weights": {"click": float("inf")}}, "weights=.*must be finite numbers"),
         ({"weights": {}}, "one of them other than 0"),
         ({"order": "best"}, "order='best' is unknown; send one of value, blend, product, retrieval"),
-        ({"order": "product"}, "order='product' needs the scale of retrieval's logits, which this bundle lacks"),
-        ({"order": "retrieval", "weights": {"click": 1.0}}, "change nothing where order is 'retrieval'"),
+        ({"order": "product"}, "order='product' needs the scale of retrieval, which this bundle lacks"),
+        ({"order": "retrieval", "weights": {"click": 1.0}}, "have no effect with order 'retrieval'"),
         ({"outcomes": ("save",)}, "this model's retrieval is not conditioned on outcomes"),
     ],
 )

@@ -69,8 +69,8 @@ def test_outputs_that_differ_are_reported_with_the_difference(copy: Path, reseal
     report = verify_bundle(copy)
     problems = {check.output: check.problem for check in report.golden if check.problem}
     assert not report.ok
-    assert problems["extend.present.1.key"] == "differs by up to 0.5, allowed are 0.0001"
-    assert problems["encoder.last_hidden_state"] == "differs by up to nan, allowed are 0.0001"
+    assert problems["extend.present.1.key"] == "differs by up to 0.5, at most 0.0001 is allowed"
+    assert problems["encoder.last_hidden_state"] == "differs by up to nan, at most 0.0001 is allowed"
     assert problems["retrieval.queries"] == "is (4, 1, 64), expected (1, 1, 64)"
     assert problems["ranker.logits"] == "is missing in golden.safetensors"
     assert len(problems) == 4
@@ -96,14 +96,14 @@ def test_a_difference_is_found_wherever_it_is_but_for_padding(
     outputs = sorted(name for name in golden if name.startswith(("encoder.", "extend.", "retrieval.", "ranker.")))
     output = data.draw(st.sampled_from(outputs))
     shape, lengths = golden[output].shape, golden["history.lengths"]
-    place = data.draw(st.tuples(*(st.integers(0, size - 1) for size in shape)))
+    index = data.draw(st.tuples(*(st.integers(0, size - 1) for size in shape)))
     padding = False
     if ".present." in output:
-        valid = int((lengths - golden["prefix_lengths"] if output.startswith("extend.") else lengths + 1)[place[0]])
-        slot = min(shape[2] - 1, data.draw(st.sampled_from([0, valid - 1, valid, place[2]])))
-        place, padding = (*place[:2], slot, place[3]), slot >= valid
+        valid = int((lengths - golden["prefix_lengths"] if output.startswith("extend.") else lengths + 1)[index[0]])
+        slot = min(shape[2] - 1, data.draw(st.sampled_from([0, valid - 1, valid, index[2]])))
+        index, padding = (*index[:2], slot, index[3]), slot >= valid
     by = data.draw(st.sampled_from([np.nan, np.inf, 2 * TOLERANCE, -1.0]))
-    golden[output][place] += np.float32(by)
+    golden[output][index] += np.float32(by)
     file = tmp_path_factory.mktemp("golden") / GOLDEN
     save_file(golden, file)
     altered = replace(stored, files=SealedFiles(file.parent, {GOLDEN: fingerprint(file)}))

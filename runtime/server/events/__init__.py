@@ -1,6 +1,6 @@
-"""Users' events, where a server keeps them.
+"""The stores of users' events.
 
 redis.py   in Redis or Valkey, for several replicas
 sqlite.py  in a file that survives kill -9
-store.py   users' events: the rule by which they are merged, and memory
+store.py   the interface, the rule by which events are merged, and the store in memory
 """

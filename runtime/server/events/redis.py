@@ -1,6 +1,6 @@
-"""Users' events in a Redis or Valkey server, for several replicas. Only this module knows its client.
+"""Users' events in a Redis or Valkey server, for several replicas. Only this module uses its client.
 
-One key for each user. An append reads it, and writes it unless another replica did meanwhile; then it begins anew.
+There is one key for each user. An append reads it and writes it, and begins again if another replica wrote meanwhile.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ATTEMPTS = 20
 
 
 class RedisEventStore:
-    """See `EventStore`. What is written is as durable as the server is configured to be."""
+    """See `EventStore`. Events are as durable as the server's configuration makes them."""
 
     def __init__(self, url: str, limits: StoreLimits) -> None:
-        """Connect to a server, which must answer.
+        """Connect to a server.
 
         Raises:
-            BackendError: It does not, the client is not installed, or the URL is not one of `SCHEMES`.
+            BackendError: It does not answer, the client is not installed, or the URL has none of `SCHEMES`.
         """
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES:
@@ -55,7 +55,7 @@ class RedisEventStore:
         self._limits = limits
         self._threads = ThreadPoolExecutor(CONNECTIONS, "unipinrec-events")
         try:
-            # Its own types leave open whether it decodes what it reads.
+            # Any: its types do not say whether answers are decoded.
             self._server: Any = redis.Redis.from_url(
                 url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, max_connections=CONNECTIONS
             )
@@ -81,16 +81,16 @@ class RedisEventStore:
         self._server.close()
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
+        def guarded() -> T:
+            try:
+                return work()
+            except self._failures as error:
+                raise self._failed(error) from error
+
         try:
-            return self._threads.submit(self._guarded, work)
+            return self._threads.submit(guarded)
         except RuntimeError as error:
             raise BackendError(f"{self.description} is closed") from error
-
-    def _guarded(self, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except self._failures as error:
-            raise self._failed(error) from error
 
     def _append(self, appends: Sequence[Append], now_ms: int) -> list[Receipt]:
         for attempt in range(ATTEMPTS):
@@ -115,7 +115,7 @@ class RedisEventStore:
         return receipts
 
     def _failed(self, error: Exception) -> BackendError:
-        return BackendError(f"{self.description}: {error}; check that the server runs and may be reached from here")
+        return BackendError(f"{self.description}: {error}; check that the server runs and can be reached from here")
 
 
 def _key(user: str) -> str:

@@ -1,8 +1,8 @@
-"""Users' events in one SQLite file: what was acknowledged is on the disk, whatever kills the process.
+"""Users' events in one SQLite file: acknowledged events are on the disk, even if the process is killed.
 
-One thread writes. It takes all that waits, writes it in one transaction, and acknowledges it when that is on the disk:
-many appends share the wait for one. Whoever asks reads in their own thread, and waits for none of this (write-ahead
-log): a row that is looked up takes some ten microseconds, handing that to another thread and back takes many times it.
+One thread writes. It takes all waiting appends, writes them in one transaction, and acknowledges them when that is on
+the disk: many appends share one wait. Readers read in their own thread and do not wait (write-ahead log): reading a row
+takes some ten microseconds, and handing that to another thread and back many times as long.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,13 +33,13 @@ from unipinrec.runtime.server.events.store import (
 
 FILE = "events.sqlite3"
 FORMAT = 2
-BUSY_S = 5.0  # how long another process, such as a backup, may hold the file up
-READERS_MS = 50  # how long those who wait for a write wait for other processes' reads
+BUSY_S = 5.0  # how long to wait for another process, such as a backup
+READERS_MS = 50  # how long emptying the log waits for reads of other processes
 log = logging.getLogger(__name__)
 SCHEMA = (
     "CREATE TABLE users (user TEXT PRIMARY KEY, updated_ms INTEGER NOT NULL, events BLOB NOT NULL)",
     "CREATE INDEX users_by_update ON users (updated_ms)",
-    "CREATE TABLE total (users INTEGER NOT NULL)",  # counting rows would take longer than to write some
+    "CREATE TABLE total (users INTEGER NOT NULL)",  # counting rows takes longer than writing some
     "INSERT INTO total VALUES (0)",
     "CREATE TRIGGER counted_in AFTER INSERT ON users BEGIN UPDATE total SET users = users + 1; END",
     "CREATE TRIGGER counted_out AFTER DELETE ON users BEGIN UPDATE total SET users = users - 1; END",
@@ -49,7 +48,7 @@ SCHEMA = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Write:
-    """What to do in a transaction, and who waits for it."""
+    """Work for a transaction, and its future."""
 
     work: Callable[[], Any]
     done: Future[Any]
@@ -59,21 +58,24 @@ class SqliteEventStore:
     """See `EventStore`; several processes may share a folder."""
 
     def __init__(self, folder: Path, limits: StoreLimits) -> None:
-        """Open the store in a folder, which is made if it is not there.
+        """Open the store in a folder, which is made if missing.
 
         Raises:
-            BackendError: There is no such store, none can be made, or another version of this package wrote it.
+            BackendError: The store cannot be opened or made, or another version of this package wrote it.
         """
         self._path, self._limits = folder / FILE, limits
         self.description = f"{self._path} (SQLite {sqlite3.sqlite_version})"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._writer, self._reader = _connect(self._path), _connect(self._path)
+            self._writer, self._reader = (
+                sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+                for _ in range(2)
+            )
             _prepare(self._writer, self._path)
             self._file = self._path.stat()
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
-        self._queue: deque[_Write] = deque()
+        self._queue: list[_Write] = []
         self._changed = threading.Condition()
         self._closed = False
         self._left_in_log = False
@@ -129,7 +131,7 @@ class SqliteEventStore:
                     results = [write.work() for write in running]
                     self._make_room()
                 self._empty_log()
-            except Exception as error:  # whatever it is, those who wait must hear of it
+            except Exception as error:  # any failure must reach the futures
                 for write in running:
                     write.done.set_exception(self._failed(error))
             else:
@@ -137,17 +139,15 @@ class SqliteEventStore:
                     write.done.set_result(result)
 
     def _require_file(self) -> None:
-        """SQLite goes on in a file that was deleted, which nobody would find again."""
+        """SQLite would go on to use a file that was deleted, and its events would be lost."""
         if not os.path.samestat(self._path.stat(), self._file):
             raise OSError("another file lies in its place; start again to use that one")
 
     def _next_writes(self) -> list[_Write]:
-        """All that waits; empty once the store is closed."""
+        """All waiting writes; empty once the store is closed."""
         with self._changed:
-            while not self._queue and not self._closed:
-                self._changed.wait()
-            writes = list(self._queue)
-            self._queue.clear()
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            writes, self._queue = self._queue, []
             return writes
 
     def _append(self, append: Append, now_ms: int) -> Receipt:
@@ -167,16 +167,16 @@ class SqliteEventStore:
         return len(known)
 
     def _empty_log(self) -> None:
-        """Who was forgotten is in the write-ahead log, and still in the file, until the log is copied and emptied."""
+        """A forgotten user is in the write-ahead log, and still in the file, until the log is copied and emptied."""
         if not self._left_in_log:
             return
         try:
             self._writer.execute(f"PRAGMA busy_timeout = {READERS_MS}")
             (busy, *_) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            self._left_in_log = bool(busy)  # then after the next write
+            self._left_in_log = bool(busy)  # if so, try again after the next write
             self._writer.execute(f"PRAGMA busy_timeout = {BUSY_S * 1e3:.0f}")
-        except sqlite3.Error as error:  # what was to be written is
-            log.warning("%s: who was forgotten is still in its log: %s", self._path, error)
+        except sqlite3.Error as error:  # the events themselves were written
+            log.warning("%s: forgotten users are still in its log: %s", self._path, error)
 
     def _make_room(self) -> None:
         (users,) = self._writer.execute("SELECT users FROM total").fetchone()
@@ -187,24 +187,20 @@ class SqliteEventStore:
 
     def _failed(self, error: Exception) -> BackendError:
         return BackendError(
-            f"{self._path}: {error}; check the folder, its rights and the room that is left, or give another --state"
+            f"{self._path}: {error}; check the folder, its rights and free space, or give another --state"
         )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-
-
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the table where there is none.
+    """Make the tables if there are none.
 
     Raises:
         BackendError: Another version of this package wrote the file.
     """
     _switch_to_wal(connection)
-    connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut too
-    connection.execute("PRAGMA secure_delete = ON")  # who is forgotten is not left in the free pages of the file
-    connection.execute("BEGIN IMMEDIATE")  # of processes that start together one makes the tables
+    connection.execute("PRAGMA synchronous = FULL")  # acknowledged events survive a power cut too
+    connection.execute("PRAGMA secure_delete = ON")  # forgotten users do not stay in free pages of the file
+    connection.execute("BEGIN IMMEDIATE")  # if processes start together, one makes the tables
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
         for statement in SCHEMA:
@@ -216,17 +212,16 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    """SQLite does not wait for others here, such as processes that start at the same moment."""
+    """SQLite itself does not wait here for other processes, such as those that start at the same moment."""
     limit = time.monotonic() + BUSY_S
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
+            return
         except sqlite3.OperationalError:
             if time.monotonic() > limit:
                 raise
             time.sleep(0.01)
-        else:
-            return
 
 
 def _select(connection: sqlite3.Connection, user: str) -> Events:

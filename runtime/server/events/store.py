@@ -1,8 +1,8 @@
-"""What the server knows of users: their events, appended as they happen, in the order of their times.
+"""The stores of users' events, which are appended as they happen and kept in the order of their times.
 
-One rule for all stores, `merged`: an event takes the place that its time says, after those of the same time; an event
-whose id is known is a duplicate and changes nothing; beyond the limit the oldest go, an eighth of all at a time, so
-that what is cached of a history does not move with every event.
+All stores follow `merged`: an event goes behind those of the same time; an event with a known id is a duplicate and
+changes nothing; beyond the limit the oldest events go, an eighth of all at a time, so that a cached history does not
+move with every event.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DROPPED_PART = 8
 
 
 class StoredEvent(Event, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True):
-    """An event with the id under which it was sent, if any; the item is a string."""
+    """An event with the id from its client, if any; the item is a string."""
 
     id: str | None = None
 
@@ -35,22 +35,22 @@ _EVENTS: msgspec.msgpack.Decoder[Events] = msgspec.msgpack.Decoder(Events)
 
 
 class Append(msgspec.Struct, frozen=True, kw_only=True):
-    """What a user just did: events in the order in which they were sent."""
+    """New events of a user, in the order in which they were sent."""
 
     user: str
     events: Events
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of an `Append`.
+    """The result of an `Append`.
 
     Attributes:
-        user: Whose events.
+        user: The user.
         appended: Events that are now part of the history.
         duplicates: Events whose id was known.
-        out_of_order: Of the appended, those that went before an event that was there: their user is encoded anew.
-        dropped: Events that were too old to be kept.
-        events: How many the history has now.
+        out_of_order: Appended events that went before an event already there: the history must be encoded again.
+        dropped: The oldest events, which were dropped beyond the limit.
+        events: Events in the history now.
     """
 
     user: str
@@ -62,37 +62,37 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventStore(Protocol):
-    """Keeps users' events. Safe to use from several threads; nothing here waits, futures do.
+    """Keeps users' events. Safe to use from several threads; methods return futures and do not wait.
 
-    What an `append` reported is read by every later `histories`. Futures fail with BackendError where the store does;
-    one that is cancelled before its work began leaves nothing behind.
+    Every later `histories` reads the events of a finished `append`. Futures fail with BackendError where the store
+    does; a future that is cancelled before its work began changes nothing.
     """
 
     description: str
-    """Where events are kept, for people."""
+    """Where events are kept, for the log."""
 
     def append(self, appends: Sequence[Append], now_ms: int) -> Future[list[Receipt]]:
-        """Add events that came in at `now_ms`; all of them are kept, or none is."""
+        """Add events that arrived at `now_ms`; all of them are kept, or none."""
         ...
 
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
-        """The events of each user, oldest first; none of a user who is not known."""
+        """The events of each user, oldest first; empty for an unknown user."""
         ...
 
     def forget(self, user: str) -> Future[int]:
-        """Delete a user; returns how many events that were."""
+        """Delete a user; returns the number of deleted events."""
         ...
 
     def close(self) -> None:
-        """Keep what was appended, then release everything."""
+        """Finish all appends, then release everything."""
         ...
 
 
 def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Events, Receipt]:
-    """A history with new events in it, of at most `limit`.
+    """A history with new events, of at most `limit`.
 
-    An event without a time gets `now_ms`, or the time of the last event if that is later; it stays without one where no
-    event before it has one, since data without times has none anywhere.
+    An event without a time gets `now_ms`, or the time of the last event if that is later. It stays without a time where
+    no event before it has one, since data without times has none anywhere.
     """
     events, ids = list(known), {event.id for event in known}
     appended = late = 0
@@ -102,15 +102,13 @@ def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Even
         last_ms = events[-1].timestamp_ms if events else None
         if event.timestamp_ms is None and last_ms is not None:
             event = msgspec.structs.replace(event, timestamp_ms=max(now_ms, last_ms))  # noqa: PLW2901
-        place = bisect_right(events, _time(event), key=_time)
-        late += place < len(events)
-        events.insert(place, event)
+        index = bisect_right(events, _time(event), key=_time)
+        late += index < len(events)
+        events.insert(index, event)
         ids.add(event.id)
         appended += 1
-    dropped = 0
-    if len(events) > limit:
-        dropped = len(events) - (limit - limit // DROPPED_PART)
-        del events[:dropped]
+    dropped = len(events) - (limit - limit // DROPPED_PART) if len(events) > limit else 0
+    del events[:dropped]
     receipt = Receipt(
         user=append.user,
         appended=appended,
@@ -127,21 +125,21 @@ def _time(event: Event) -> int:
 
 
 def encode_events(events: Events) -> bytes:
-    """What stores keep of a user: MessagePack, a tenth of what the objects take."""
+    """Events as stores keep them: MessagePack, a tenth of the objects' memory."""
     return msgspec.msgpack.encode(events)
 
 
 def decode_events(stored: bytes | None) -> Events:
-    """What was encoded; nothing of None.
+    """Events from their stored form; None is an empty history.
 
     Raises:
-        DecodeError: It is something else.
+        DecodeError: It is not that form.
     """
     return () if stored is None else _EVENTS.decode(stored)
 
 
 def done(value: T) -> Future[T]:
-    """A future that need not be waited for."""
+    """A future that is done already."""
     future: Future[T] = Future()
     future.set_result(value)
     return future
@@ -151,9 +149,9 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How much a store keeps.
 
     Attributes:
-        events: Of one user.
-        users: In all; beyond it the user whose last event came longest ago is forgotten.
-        memory_bytes: Of all users' events where they are kept in memory; beyond it the same.
+        events: Most events of one user.
+        users: Most users; beyond it the user whose last event is the oldest is forgotten.
+        memory_bytes: Most bytes of all events, in a store in memory; beyond it the same.
     """
 
     events: int
@@ -169,7 +167,7 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryEventStore:
-    """Keeps events in this process; a restart forgets them. For one thread alone, that of the event loop."""
+    """Keeps events in this process, until it ends. Only for the event loop's thread."""
 
     description = "memory, which a restart forgets"
 

@@ -1,8 +1,8 @@
-"""What a server says of itself: logs, metrics, traces, served lists.
+"""Logs, metrics, traces, and the log of recommendations.
 
 log.py               structured logs
 metrics.py           Prometheus metrics
-metrics_together.py  those of several processes as one scrape
-served_log.py        what was recommended, as Parquet files
-trace.py             where the time of one request went
+metrics_together.py  metrics of several processes in one scrape
+served_log.py        recommendations as Parquet files
+trace.py             the time of one request
 """

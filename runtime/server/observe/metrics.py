@@ -1,13 +1,13 @@
-"""Prometheus metrics of a server. What requests took is counted as they are answered; the rest is read when asked for.
+"""Prometheus metrics of a server. Requests are counted as they are answered; all else is read at each scrape.
 
-What every metric means, and which are worth an alert, is in docs/operations.md.
+docs/operations.md explains every metric, and which are worth an alert.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector
@@ -28,10 +28,10 @@ from unipinrec.runtime.kv.options import CacheStatistics
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.operations import Operation
+from unipinrec.runtime.server.swap import Deployments
 
-METRICS = Operation(method="GET", path="/metrics", summary="Metrics for Prometheus")
+METRICS = Operation(path="/metrics", summary="Metrics for Prometheus")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 STAGES = ("encode", "retrieve", "rank", "total")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -39,7 +39,7 @@ RECALLS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
 class Tally:
-    """A histogram that one thread counts into; the library's own have locks, which cost more than all else here."""
+    """A histogram for one thread; the library's own have locks, which cost more than all else here."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
@@ -49,20 +49,16 @@ class Tally:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
-    def add_to(self, family: HistogramMetricFamily, *labels: str) -> None:
-        """Put what was counted into a metric."""
-        names = [*map(floatToGoString, self.bounds), "+Inf"]
-        family.add_metric(labels, list(zip(names, accumulate(self.counts), strict=True)), self.total)
 
-
-class Metrics(Collector):
-    """The metrics of one server, in a registry of their own; used in the event loop's thread."""
+class ServerMetrics(Collector):
+    """The metrics of one server, in their own registry; used in the event loop's thread."""
 
     def __init__(self, server: Server, sampler: RecallSampler | None = None) -> None:
-        """Count for a server, and what a sampler compares."""
+        """Count the requests of a server, and the recall that a sampler measures."""
+        self._server, self._sampler = server, sampler
         self.registry = registry = CollectorRegistry(auto_describe=False)
         self._http: dict[str, Tally] = defaultdict(lambda: Tally(SECONDS))
-        self._stages = tuple((stage, Tally(SECONDS)) for stage in STAGES)
+        self._stages = {stage: Tally(SECONDS) for stage in STAGES}
         self._queue, self._batch = Tally(SECONDS), Tally(BATCHES)
         self._codes: Counter[tuple[str, str]] = Counter()
         self._errors: Counter[tuple[str, str]] = Counter()
@@ -74,7 +70,6 @@ class Metrics(Collector):
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         registry.register(self)
-        registry.register(_State(server, sampler))
 
     def observe(self, call: Call) -> None:
         """Count a request that was answered."""
@@ -86,30 +81,38 @@ class Metrics(Collector):
         for slate, answer in zip(call.slates, call.answers, strict=True):
             self._queue.observe(answer.started - answer.arrived)
             self._batch.observe(answer.batch)
-            if slate.source == "popular":  # neither looked up in the cache nor computed
+            if slate.source == "popular":  # neither cached nor computed
                 self._popular += 1
                 continue
-            for stage, tally in self._stages:
+            for stage, tally in self._stages.items():
                 tally.observe(getattr(slate.stages_ms, stage) * 1e-3)
             self._slates[slate.kv, "index" if slate.exact is None else "scan"] += 1
 
     def collect(self) -> Iterator[Metric]:
-        """What `observe` counted."""
-        yield _histogram("http_seconds", "From a request's arrival to its answer.", self._http.items(), "endpoint")
-        yield _histogram("stage_seconds", "What a stage took for a slate and its company.", self._stages, "stage")
-        yield _histogram("queue_seconds", "From a slate's request to the start of its batch.", [("", self._queue)])
-        yield _histogram("slate_batch_size", "Requests that were answered with a slate's.", [("", self._batch)])
-        yield _counters("http_requests", "Answers.", ("endpoint", "code"), self._codes.items())
-        yield _counters(
-            "http_errors", "Answers that are errors, by reason.", ("endpoint", "reason"), self._errors.items()
-        )
-        yield _counters(
-            "slates",
-            "The model's slates, by the cache's answer and what searched.",
-            ("kv", "search"),
-            self._slates.items(),
-        )
+        """All metrics of the server, at this moment."""
+        server, deployments = self._server, self._server.deployments
+        yield _histogram("http_seconds", "From a request's arrival to its answer.", self._http, "endpoint")
+        yield _histogram("stage_seconds", "Time of a stage, for a slate and its batch.", self._stages, "stage")
+        yield _histogram("queue_seconds", "From a slate's request to the start of its batch.", {"": self._queue})
+        yield _histogram("slate_batch_size", "Requests in a slate's batch.", {"": self._batch})
+        yield counters("http_requests", "Answers.", ("endpoint", "code"), self._codes)
+        yield counters("http_errors", "Answers that are errors, by reason.", ("endpoint", "reason"), self._errors)
+        yield counters("slates", "The model's slates, by cache result and search.", ("kv", "search"), self._slates)
         yield _counter("popular_slates", "Slates of popular items, for requests without a history.", self._popular)
+        for kind, admission in (("recommend", server.admission), ("store", server.writes)):
+            yield _gauge(f"{kind}_pending", "Requests that were admitted and not yet answered.", admission.pending)
+            yield _gauge(f"{kind}_pending_max", "Most pending requests so far.", admission.most_pending)
+            yield _counter(f"{kind}_turned_away", "Requests that were rejected for lack of room.", admission.refused)
+        yield _gauge("ready", "Whether requests are answered.", int(server.phase == "ready"))
+        if self._sampler is not None:
+            yield _counter("ann_recall_passed_over", "Samples that were not compared.", self._sampler.passed_over)
+        if deployments is not None:
+            yield from _active(deployments)
+            yield from _swaps(deployments)
+            yield from _batches(deployments)
+            cache = deployments.current.recommender.cache
+            if cache is not None:
+                yield from _cache(cache.statistics())
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their content type, in the format that an Accept header prefers."""
@@ -117,7 +120,7 @@ class Metrics(Collector):
         return encode(self.registry), content_type
 
 
-def metrics_route(server: Server, metrics: Metrics) -> Route:
+def metrics_route(server: Server, metrics: ServerMetrics) -> Route:
     """GET /metrics."""
 
     async def scrape(_server: Server, call: Call) -> Response:
@@ -127,53 +130,25 @@ def metrics_route(server: Server, metrics: Metrics) -> Route:
     return route(server, METRICS, scrape)
 
 
-class _State(Collector):
-    """What the server, its deployments and their cache count by themselves."""
-
-    def __init__(self, server: Server, sampler: RecallSampler | None) -> None:
-        self._server, self._sampler = server, sampler
-
-    def collect(self) -> Iterator[Metric]:
-        """All of it, at this moment."""
-        server, deployments = self._server, self._server.deployments
-        for kind, admission in (("recommend", server.admission), ("store", server.writes)):
-            yield _gauge(f"{kind}_pending", "Requests that were admitted and not yet answered.", admission.pending)
-            yield _gauge(f"{kind}_pending_max", "The most that ever were.", admission.most_pending)
-            yield _counter(f"{kind}_turned_away", "Requests for which there was no room.", admission.refused)
-        yield _gauge("ready", "Whether requests are answered.", int(server.phase == "ready"))
-        if self._sampler is not None:
-            yield _counter("ann_recall_passed_over", "Samples that were not compared.", self._sampler.passed_over)
-        if deployments is not None:
-            yield from _serving(deployments)
-            yield from _swaps(deployments)
-            yield from _batches(deployments)
-            cache = deployments.current.recommender.cache
-            if cache is not None:
-                yield from _cache(cache.statistics())
-
-
-def _serving(deployments: Deployments) -> Iterator[Metric]:
+def _active(deployments: Deployments) -> Iterator[Metric]:
     deployment = deployments.current
     device = deployment.recommender.device
-    serving = {"bundle": deployment.path.name, "version": deployment.version, "device": device.name}
-    yield InfoMetricFamily(
-        "unipinrec_serving",
-        "What serves, and on what.",
-        value={**serving, "precision": device.precision, "reason": device.reason},
-    )
-    refused = GaugeMetricFamily("unipinrec_device_refused", "What does not serve, and why not.", labels=["why"])
+    active = {"bundle": deployment.path.name, "version": deployment.version, "device": device.name}
+    active |= {"precision": device.precision, "reason": device.reason}
+    yield InfoMetricFamily("unipinrec_serving", "The active bundle and its device.", value=active)
+    refused = GaugeMetricFamily("unipinrec_device_refused", "Preferred devices that do not run.", labels=["why"])
     for why in device.refused:
         refused.add_metric([why], 1)
     yield refused
-    yield _gauge("device_fell_back", "Whether a device serves that nobody wanted.", int(device.fell_back))
-    yield _gauge("device_fallbacks", "Devices that were tried before the one that serves.", len(device.refused))
+    yield _gauge("device_fell_back", "Whether the device is a fallback.", int(device.fell_back))
+    yield _gauge("device_fallbacks", "Devices that were tried before the active one.", len(device.refused))
 
 
 def _swaps(deployments: Deployments) -> Iterator[Metric]:
     status = deployments.status()
-    yield _counters("swaps", "Attempts to swap the bundle.", ("kind", "result"), deployments.swap_counts().items())
-    yield _gauge("serving_since_seconds", "When what serves took over, Unix time.", status.since)
-    yield _gauge("swap_opening", "Whether a bundle is being opened beside it.", int(status.opening is not None))
+    yield counters("swaps", "Attempts to swap the bundle.", ("kind", "result"), deployments.swap_counts())
+    yield _gauge("serving_since_seconds", "When the active bundle took over, Unix time.", status.since)
+    yield _gauge("swap_opening", "Whether another bundle is being opened.", int(status.opening is not None))
     yield _gauge("draining", "Replaced bundles that requests still hold.", len(status.draining))
     yield _gauge("draining_requests", "Requests that hold a replaced bundle.", sum(status.draining.values()))
 
@@ -182,40 +157,42 @@ def _batches(deployments: Deployments) -> Iterator[Metric]:
     work = deployments.work()
     yield _counter("batches", "Batches computed.", work.batches)
     yield _counter("batched_requests", "Requests of those batches.", work.requests)
-    given = {(stage,): padding.given for stage, padding in work.padding.items()}
-    yield _counters("rows_given", "Events or candidates that a stage had to compute.", ("stage",), given.items())
-    computed = {(stage,): padding.computed for stage, padding in work.padding.items()}
-    yield _counters("rows_computed", "The same, with padding.", ("stage",), computed.items())
+    rows = {stage: padding.useful for stage, padding in work.padding.items()}
+    yield counters("rows_given", "Events or candidates that a stage had to compute.", ("stage",), rows)
+    rows = {stage: padding.computed for stage, padding in work.padding.items()}
+    yield counters("rows_computed", "The same, with padding.", ("stage",), rows)
 
 
 def _cache(kv: CacheStatistics) -> Iterator[Metric]:
-    hits = {("hit",): kv.hits, ("extended",): kv.extended}
-    yield _counters("kv_hits", "Lookups that found all events, or a beginning.", ("kind",), hits.items())
-    misses = {(reason,): count for reason, count in kv.misses.items()}
-    yield _counters("kv_misses", "Lookups that found nothing that serves.", ("reason",), misses.items())
-    yield _counter("kv_evictions", "Entries that made room.", kv.evictions)
-    yield _counter("kv_unstored", "Encoded histories that found no room.", kv.unstored)
+    hits = {"hit": kv.hits, "extended": kv.extended}
+    yield counters("kv_hits", "Lookups that found all events of a history, or its first ones.", ("kind",), hits)
+    yield counters("kv_misses", "Lookups that found no usable entry.", ("reason",), kv.misses)
+    yield _counter("kv_evictions", "Entries that were evicted.", kv.evictions)
+    yield _counter("kv_unstored", "Encoded histories that did not fit.", kv.unstored)
     yield _gauge("kv_entries", "Users with an entry.", kv.entries)
     yield _gauge("kv_pinned_entries", "Entries in use.", kv.pinned)
     yield _gauge("kv_budget_bytes", "Bytes allocated.", kv.bytes_budget)
     yield _gauge("kv_used_bytes", "Bytes of pages in use.", kv.bytes_used)
-    yield _gauge("kv_high_water_bytes", "The most that was ever in use.", kv.bytes_high_water)
-    yield _gauge("kv_beside_bytes", "Bytes that entries take beside the pages.", kv.bytes_beside)
+    yield _gauge("kv_high_water_bytes", "Most bytes in use so far.", kv.bytes_high_water)
+    yield _gauge("kv_beside_bytes", "Bytes of entries outside the pages.", kv.bytes_beside)
 
 
-def _counters(
-    name: str, text: str, labels: Sequence[str], counts: Iterable[tuple[Sequence[str], int]]
+def counters(
+    name: str, text: str, labels: Sequence[str], counts: Mapping[str, int] | Mapping[tuple[str, str], int]
 ) -> CounterMetricFamily:
+    """A counter for each label value, or pair of values."""
     family = CounterMetricFamily(f"unipinrec_{name}", text, labels=labels)
-    for values, count in sorted(counts):
-        family.add_metric(values, count)
+    for key, count in sorted(counts.items()):
+        family.add_metric([key] if isinstance(key, str) else key, count)
     return family
 
 
-def _histogram(name: str, text: str, tallies: Iterable[tuple[str, Tally]], *label: str) -> HistogramMetricFamily:
+def _histogram(name: str, text: str, tallies: Mapping[str, Tally], *label: str) -> HistogramMetricFamily:
     family = HistogramMetricFamily(f"unipinrec_{name}", text, labels=label)
-    for value, tally in tallies:
-        tally.add_to(family, *[value] * len(label))
+    for value, tally in tallies.items():
+        bounds = [*map(floatToGoString, tally.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(tally.counts), strict=True))
+        family.add_metric([value] * len(label), buckets, tally.total)
     return family
 
 

@@ -1,8 +1,8 @@
-"""What was recommended, as Parquet files: a row for each item of each answer, from which a later model can learn.
+"""Recommendations as Parquet files, a row for each item of each answer, from which a later model can learn.
 
-A request only puts its answer into a bounded queue. A thread writes the queue into a new file from time to
-time and at the end, and removes the oldest files beyond a bound. A file gets its final name when it is complete: a
-process that is killed loses what was not yet written, and nothing else.
+A request only puts its answer into a bounded queue. A thread writes the queue into a new file from time to time and at
+the end, and removes the oldest files beyond a bound. A file gets its final name when it is complete: a process that is
+killed loses only rows that still wait.
 
 Columns: `COLUMNS`. `prepare served` joins them with later events; docs/data.md says how.
 """
@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.call import Call
+from unipinrec.runtime.server.observe.metrics import counters
 
 if TYPE_CHECKING:
     import polars as pl
@@ -54,15 +55,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ServedLogOptions:
-    """Where what was recommended is logged, and how much of it.
+    """Where recommendations are logged, and how many.
 
     Attributes:
-        folder: Of the files; made if it is not there. Several processes may share it.
-        total_bytes: The files of the folder take no more; beyond it the oldest are removed.
-        file_rows: A file is written when so many rows wait.
-        file_s: Or when so much time has passed since the last one.
-        queue_rows: The most rows that wait; those of further answers are dropped.
-        warn_s: Of dropped rows and failed files a line is logged at most so often.
+        folder: Folder of the files, made if missing. Several processes may share it.
+        total_bytes: Most bytes of the folder's files; beyond it the oldest are removed.
+        file_rows: A file is written when this many rows wait.
+        file_s: A file is also written after this many seconds.
+        queue_rows: Most rows that wait; the rows of further answers are dropped.
+        warn_s: Least seconds between two warnings of lost rows.
     """
 
     folder: Path
@@ -81,21 +82,25 @@ class ServedLogOptions:
 
 
 class _Answer(NamedTuple):
-    """One slate, in the form in which it waits: short, and nothing of it is computed any more."""
+    """One slate in the queue: short, and nothing of it is computed later. Its fields are named like the columns."""
 
     request_id: str
     user: str | None
-    items: list[str]
-    scores: list[float]
-    values: list[float | None]
+    item: list[str]
+    score: list[float]
+    value: list[float | None]
     source: str
     surface: str
     bundle: str
     timestamp_ms: int
 
+    @property
+    def position(self) -> list[int]:
+        return list(range(len(self.item)))
+
 
 class ServedLog(Collector):
-    """Logs what is recommended; an observer of the server's calls, and a collector of its own counts."""
+    """Logs recommendations; an observer of the server's calls, and a collector of its own counts."""
 
     def __init__(self, options: ServedLogOptions) -> None:
         """Begin to write.
@@ -110,19 +115,17 @@ class ServedLog(Collector):
         self.files_removed = 0
         self._token = f"{os.getpid()}-{random.getrandbits(32):08x}"
         self._waiting: deque[_Answer] = deque()
-        self._put = self._taken = 0  # rows; each is counted by one thread
+        self._put = self._taken = 0  # rows; one thread counts each
         self._failure, self._warned_of, self._warned = "", 0, -float("inf")
         self._wake, self._closing = threading.Event(), threading.Event()
         self._writer = threading.Thread(target=self._write_until_closed, name="unipinrec-served-log", daemon=True)
         self._writer.start()
-        log.info("what is recommended is logged in %s, users' ids included", options.folder)
+        log.info("recommendations are logged in %s, users' ids included", options.folder)
 
     def observe(self, call: Call) -> None:
         """Queue the slates of a call; it never waits. Called in the event loop's thread alone."""
-        if not call.asked:
-            return
         now_ms = time.time_ns() // 1_000_000
-        for (request_id, asked), slate in zip(call.asked.items(), call.slates, strict=True):
+        for (request_id, request), slate in zip(call.requests.items(), call.slates, strict=True):
             if not slate.items:
                 continue
             if self._put - self._taken + len(slate.items) > self.options.queue_rows:
@@ -130,14 +133,14 @@ class ServedLog(Collector):
                 continue
             answer = _Answer(
                 request_id=request_id,
-                user=asked.user,
-                items=[one.item for one in slate.items],
-                scores=[one.score for one in slate.items],
-                values=[one.value for one in slate.items],
+                user=request.user,
+                item=[item.item for item in slate.items],
+                score=[item.score for item in slate.items],
+                value=[item.value for item in slate.items],
                 source=slate.source,
-                surface=asked.surface,
+                surface=request.surface,
                 bundle=slate.bundle,
-                timestamp_ms=now_ms if asked.now_ms is None else asked.now_ms,
+                timestamp_ms=now_ms if request.now_ms is None else request.now_ms,
             )
             self._put += len(slate.items)
             self._waiting.append(answer)
@@ -145,21 +148,17 @@ class ServedLog(Collector):
             self._wake.set()
 
     def close(self) -> None:
-        """Write what waits, and end; nothing may be observed after it."""
+        """Write the waiting rows, and end; `observe` may not be called after it."""
         self._closing.set()
         self._wake.set()
         self._writer.join(CLOSE_S)
         if self._writer.is_alive():
-            log.error("the log of recommendations could not be written in %g s; what was left of it is lost", CLOSE_S)
+            log.error("the log of recommendations could not be written in %g s; its last rows are lost", CLOSE_S)
 
     def collect(self) -> Iterator[Metric]:
         """The counts, for Prometheus."""
-        text = "Rows of the log of recommendations, by what became of them."
-        family = CounterMetricFamily("unipinrec_served_log_rows", text, labels=["result"])
-        for result, count in sorted(self.rows.items()):
-            family.add_metric([result], count)
-        yield family
-        text = "Files of that log that made room for newer ones."
+        yield counters("served_log_rows", "Rows of the log of recommendations, by result.", ("result",), self.rows)
+        text = "Files of that log that were removed for newer ones."
         yield CounterMetricFamily("unipinrec_served_log_files_removed", text, value=self.files_removed)
 
     def _write_until_closed(self) -> None:
@@ -174,30 +173,30 @@ class ServedLog(Collector):
             self._warn_of_losses(last=closing)
 
     def _take(self) -> list[_Answer]:
-        """The oldest answers that wait, of about the rows of one file."""
+        """The oldest waiting answers, with about the rows of one file."""
         answers: list[_Answer] = []
         rows = 0
         while self._waiting and rows < self.options.file_rows:
             answers.append(self._waiting.popleft())
-            rows += len(answers[-1].items)
+            rows += len(answers[-1].item)
         return answers
 
     def _write(self, answers: Sequence[_Answer]) -> None:
-        rows = sum(len(answer.items) for answer in answers)
+        rows = sum(len(answer.item) for answer in answers)
         if not rows:
             return
         try:
             newest = self._write_file(_parquet(answers))
             self.rows["written"] += rows
             self._remove_oldest(newest)
-        except Exception as error:  # whatever it is, serving goes on and the next file is tried
+        except Exception as error:  # after any failure serving goes on, and the next file is tried
             self.rows["write_failed"] += rows
             self._failure = repr(error)
         finally:
             self._taken += rows
 
     def _write_file(self, content: bytes) -> Path:
-        """A new file, complete under its final name."""
+        """Write a file, which gets its final name when it is complete."""
         folder, now = self.options.folder, datetime.now(UTC)
         final = folder / f"{PREFIX}{now:%Y%m%dT%H%M%S.%fZ}-{self._token}.parquet"
         partial = folder / f".{final.name}{PARTIAL}"
@@ -213,7 +212,7 @@ class ServedLog(Collector):
         return final
 
     def _remove_oldest(self, newest: Path) -> None:
-        """Keep the files of the folder within the bound."""
+        """Remove the oldest files beyond the bound of the folder."""
         sizes = {path: _size(path) for path in sorted(self.options.folder.glob(f"{PREFIX}*.parquet"))}
         total = sum(sizes.values())
         removed = []
@@ -251,14 +250,14 @@ def _require_polars() -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Make the folder, try to write into it, and remove what killed processes began there."""
+    """Make the folder, try to write into it, and remove unfinished files of killed processes."""
     trial = folder / f".{PREFIX}{random.getrandbits(64):016x}{PARTIAL}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"\0")
         trial.unlink()
         for path in folder.glob(f".{PREFIX}*{PARTIAL}"):
-            with suppress(FileNotFoundError):  # another process has just given it its name
+            with suppress(FileNotFoundError):  # another process has just renamed it
                 if time.time() - path.stat().st_mtime > STALE_S:
                     path.unlink()
     except OSError as error:
@@ -284,7 +283,7 @@ def _parquet(answers: Sequence[_Answer]) -> bytes:
             chunks.append([])
             rows = 0
         chunks[-1].append(answer)
-        rows += len(answer.items)
+        rows += len(answer.item)
     content = io.BytesIO()
     pl.concat([_frame(chunk) for chunk in chunks]).write_parquet(content, compression="zstd")
     return content.getvalue()
@@ -293,21 +292,7 @@ def _parquet(answers: Sequence[_Answer]) -> bytes:
 def _frame(answers: Sequence[_Answer]) -> pl.DataFrame:
     import polars as pl  # noqa: PLC0415 - an extra, and slow to import
 
-    frame = pl.DataFrame(
-        {
-            "request_id": [answer.request_id for answer in answers],
-            "user": [answer.user for answer in answers],
-            "item": [answer.items for answer in answers],
-            "position": [list(range(len(answer.items))) for answer in answers],
-            "score": [answer.scores for answer in answers],
-            "value": [answer.values for answer in answers],
-            "source": [answer.source for answer in answers],
-            "surface": [answer.surface for answer in answers],
-            "bundle": [answer.bundle for answer in answers],
-            "timestamp_ms": [answer.timestamp_ms for answer in answers],
-        },
-        schema={
-            name: pl.List(getattr(pl, kind)) if name in LISTED else getattr(pl, kind) for name, kind in COLUMNS.items()
-        },
-    )
-    return frame.explode(LISTED)
+    schema = {name: getattr(pl, kind) for name, kind in COLUMNS.items()}
+    schema |= {name: pl.List(schema[name]) for name in LISTED}
+    columns = {name: [getattr(answer, name) for answer in answers] for name in COLUMNS}
+    return pl.DataFrame(columns, schema=schema).explode(LISTED)

@@ -1,4 +1,4 @@
-"""Where the time of one request went: as a trace that Chrome and Perfetto show, or as spans of OpenTelemetry."""
+"""The time of one request, as a trace for Chrome and Perfetto, or as spans for OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.batching import Answer
-from unipinrec.runtime.requests import Slate
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
+from unipinrec.runtime.server.bodies import ApiError
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
 from unipinrec.runtime.server.operations import EVERY, Operation, in_path
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
 
-ASKED, PATH = "x-trace", "/debug/traces"
+HEADER, PATH = "x-trace", "/debug/traces"
 SERVICE = "unipinrec"
 TRACE = Operation(
-    method="GET",
     path=f"{PATH}/{{name}}",
     summary="The trace of a request",
     answer=dict[str, Any],
@@ -40,41 +37,40 @@ class Span:
     """A part of a request.
 
     Attributes:
-        name: What was done.
-        start, end: When, by `time.perf_counter`.
-        lane: 0 = for the request as a whole, else for which of its slates.
-        depth: Within how many other spans it lies; its parent is the latest one before it that lies less deep.
-        facts: What else is known.
+        name: Name of the part.
+        start, end: Times by `time.perf_counter`.
+        track: 0 = the request as a whole, else the number of its slate.
+        depth: Number of spans around it; its parent is the latest span before it with a lower depth.
+        facts: Further attributes.
     """
 
     name: str
     start: float
     end: float
-    lane: int = 0
+    track: int = 0
     depth: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def spans(call: Call) -> Iterator[Span]:
-    """The parts of a request that was answered, outer ones first."""
+    """The spans of a request that was answered, outer ones first."""
     facts = {"request_id": call.id, "status": call.status}
     yield Span(name=call.route, start=call.began, end=call.began + call.seconds, facts=facts)
-    for lane, (slate, answer) in enumerate(zip(call.slates, call.answers, strict=True), 1):
-        yield from _slate_spans(slate, answer, lane)
-
-
-def _slate_spans(slate: Slate, answer: Answer, lane: int) -> Iterator[Span]:
-    kv = {"kv": slate.kv, "kv_reason": slate.kv_reason}
-    serving = {"bundle": slate.bundle, "device": slate.device, "batch": answer.batch}
-    yield Span(name="queue", start=answer.arrived, end=answer.started, lane=lane, depth=1)
-    yield Span(name="batch", start=answer.started, end=answer.finished, lane=lane, depth=1, facts=serving)
-    times = slate.stages_ms
-    # A batch is computed in groups one after another, and which came first is not kept: the last group ends with it.
-    at = answer.finished - times.total / 1e3
-    for stage, facts in (("encode", kv), ("retrieve", {"exact": slate.exact}), ("rank", {"items": len(slate.items)})):
-        end = at + getattr(times, stage) / 1e3
-        yield Span(name=stage, start=at, end=end, lane=lane, depth=2, facts=facts)
-        at = end
+    for track, (slate, answer) in enumerate(zip(call.slates, call.answers, strict=True), 1):
+        batch = {"bundle": slate.bundle, "device": slate.device, "batch": answer.batch}
+        yield Span(name="queue", start=answer.arrived, end=answer.started, track=track, depth=1)
+        yield Span(name="batch", start=answer.started, end=answer.finished, track=track, depth=1, facts=batch)
+        stages: dict[str, dict[str, Any]] = {
+            "encode": {"kv": slate.kv, "kv_reason": slate.kv_reason},
+            "retrieve": {"exact": slate.exact},
+            "rank": {"items": len(slate.items)},
+        }
+        # A batch is computed in groups, one after another, whose order is not kept: assume that this one was the last.
+        at = answer.finished - slate.stages_ms.total / 1e3
+        for stage, facts_of_stage in stages.items():
+            end = at + getattr(slate.stages_ms, stage) / 1e3
+            yield Span(name=stage, start=at, end=end, track=track, depth=2, facts=facts_of_stage)
+            at = end
 
 
 def chrome_trace(call: Call) -> dict[str, Any]:
@@ -86,58 +82,59 @@ def chrome_trace(call: Call) -> dict[str, Any]:
             "ts": round((span.start - call.began) * 1e6, 1),
             "dur": round((span.end - span.start) * 1e6, 1),
             "pid": 1,
-            "tid": span.lane,
+            "tid": span.track,
             "args": span.facts,
         }
         for span in spans(call)
     ]
-    lanes = [("request", 0), *((f"slate {lane}", lane) for lane in range(1, len(call.slates) + 1))]
-    named = [{"name": "thread_name", "ph": "M", "pid": 1, "tid": lane, "args": {"name": name}} for name, lane in lanes]
+    tracks = [("request", 0), *((f"slate {track}", track) for track in range(1, len(call.slates) + 1))]
+    named = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": {"name": name}} for name, track in tracks
+    ]
     return {"displayTimeUnit": "ms", "traceEvents": [*named, *events]}
 
 
 class Traces:
-    """The traces of the latest requests that asked for one with `X-Trace: 1`; their answers say where it lies."""
+    """The traces of the latest requests with `X-Trace: 1`; their answers name the path of the trace."""
 
     def __init__(self, keep: int = 64) -> None:
-        """Keep so many, the latest."""
+        """Keep the latest `keep` traces."""
         self.keep = keep
         self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def observe(self, call: Call) -> None:
-        """Keep a request's trace if it asked for it."""
-        if call.request.headers.get(ASKED) != "1":
+        """Keep a request's trace if its header says so."""
+        if call.request.headers.get(HEADER) != "1":
             return
-        name = os.urandom(8).hex()  # not the request's id, which a client may choose, and others guess
+        name = os.urandom(8).hex()  # not the request's id, which other clients might guess
         self._kept[name] = chrome_trace(call)
         while len(self._kept) > self.keep:
             self._kept.popitem(last=False)
-        call.headers[ASKED] = f"{PATH}/{name}"
+        call.headers[HEADER] = f"{PATH}/{name}"
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """A trace that is kept."""
+        """A trace by its name; None if it is not kept."""
         return self._kept.get(name)
 
 
 def trace_route(server: Server, traces: Traces, everywhere: Callable[[Handler], Handler] | None = None) -> Route:
-    """GET /debug/traces/{name}; `everywhere` makes of its handler one that asks processes which serve together."""
+    """GET /debug/traces/{name}; `everywhere` wraps the handler to look in the other processes too."""
 
     async def find(_server: Server, call: Call) -> Response:
         trace = traces.find(call.request.path_params["name"])
         if trace is None:
-            raise Refusal(
-                404, "no_such_trace", f"there is no such trace; the latest {traces.keep} that X-Trace: 1 asked for are"
-            )
+            message = f"there is no such trace; the latest {traces.keep} that X-Trace: 1 asked for are kept"
+            raise ApiError(404, "no_such_trace", message)
         return as_json(trace)
 
     return route(server, TRACE, find if everywhere is None else everywhere(find))
 
 
 class OtelSpans:
-    """Sends the spans of every request to OpenTelemetry, under the caller's own where it names one (traceparent)."""
+    """Sends the spans of every request to OpenTelemetry, below the caller's span if there is one (traceparent)."""
 
     def __init__(self, processor: SpanProcessor) -> None:
-        """Hand spans to a processor, which needs OpenTelemetry to be installed."""
+        """Hand spans to a processor; needs OpenTelemetry."""
         from opentelemetry import trace  # noqa: PLC0415 - an extra
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
@@ -150,7 +147,7 @@ class OtelSpans:
 
     @classmethod
     def open(cls) -> OtelSpans:
-        """Send to the collector that OpenTelemetry's own variables name (OTEL_EXPORTER_OTLP_ENDPOINT), in batches.
+        """Send in batches to the collector in OpenTelemetry's environment variables (OTEL_EXPORTER_OTLP_ENDPOINT).
 
         Raises:
             ConfigError: OpenTelemetry, or its exporter, is not installed.
@@ -182,5 +179,5 @@ class OtelSpans:
             started.end(int(span.end * 1e9) + now_ns)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()

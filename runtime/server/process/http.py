@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with bounds on what comes before the body: how large it is, and how long it takes."""
+"""uvicorn's HTTP/1.1, with limits on the size of request line and headers, and on the time they take."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ HEAD_TIMEOUT_S = 20.0
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Closes connections whose request line and headers are too large, or do not arrive."""
+    """Closes connections whose request line and headers are too large or too late."""
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """A client is there: its first request is to come."""
+        """A client has connected; its first request is due."""
         super().connection_made(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
+        """The client has left."""
         self._head_complete()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, unless it is too much."""
+        """Parse the bytes, unless they are too many."""
         super().data_received(data)
         if self._head_timer is not None and not self.transport.is_closing():
             self._head_bytes += len(data)
@@ -41,7 +41,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._expect_head()
 
     def on_headers_complete(self) -> None:
-        """All of them are there."""
+        """All headers have arrived."""
         self._head_complete()
         super().on_headers_complete()
 

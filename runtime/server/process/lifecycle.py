@@ -1,10 +1,11 @@
-"""The life of a server process: listen, load, serve, and on SIGTERM answer what was accepted before it ends."""
+"""The life of a server process: listen, load, serve, and on SIGTERM answer all accepted requests before it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,16 +26,17 @@ from starlette.applications import Starlette
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.machine import keep_memory_flat
 from unipinrec.runtime.server.call import Server
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.swap import Deployments
 
-KEEP_ALIVE_S = 75  # longer than what proxies keep idle connections for, so that they end them and not we
+KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they close them first
 BACKLOG = 2_048
 BEAT_S = 1.0
-LINGER_S = 0.5  # after the last connection was accepted: what a client has sent by then is read and answered
-# The event loop waits this long at most for a batch that holds the interpreter; Python's own 5 ms are felt in the p99.
+LINGER_S = 0.5  # after the last connection was accepted: time for its request to arrive
+# The event loop waits at most this long for a batch that holds the interpreter; Python's own 5 ms raise the p99.
 SWITCH_INTERVAL_S = 1e-3
-# Python's own (700, 10, 10) looks through all objects of the process again and again: 40 ms, in which nobody is served.
+# Python's default of (700, 10, 10) scans all objects of the process often, and stops it for 40 ms each time.
 GC_THRESHOLDS = (50_000, 20, 100)
+Load = Callable[[], Deployments]
 log = logging.getLogger(__name__)
 
 
@@ -43,11 +45,11 @@ class RunOptions:
     """Where to listen, and how to end.
 
     Attributes:
-        host, port: The address; port 0 = one that is free, which the log names.
-        drain_delay_s: How long after SIGTERM connections are still accepted. Meanwhile /health/ready says 503, so that
-            load balancers go elsewhere, and every answer ends its connection.
-        drain_s: How long after that the requests that were accepted may take.
-        hung_s: Of processes that serve together, one whose event loop stands still for so long is killed and replaced.
+        host, port: The address; port 0 = any free port, which the log names.
+        drain_delay_s: How long after SIGTERM connections are still accepted. Meanwhile /health/ready answers 503, so
+            that load balancers go elsewhere, and every answer closes its connection.
+        drain_s: How long accepted requests may take after that.
+        hung_s: Of several processes, one whose event loop stands still for so long is killed and replaced.
     """
 
     host: str = "127.0.0.1"
@@ -57,7 +59,7 @@ class RunOptions:
     hung_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if not (self.drain_delay_s >= 0 and self.drain_s >= 1):
+        if not (0 <= self.drain_delay_s < math.inf and 1 <= self.drain_s < math.inf):
             raise ConfigError(
                 f"drain_delay_s={self.drain_delay_s} must be at least 0, drain_s={self.drain_s} at least 1"
             )
@@ -66,15 +68,15 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """The place of one process among those that serve together.
+class Worker:
+    """One of several processes that serve together.
 
     Attributes:
-        index: From 0 on.
-        count: How many there are.
-        folder: Where each of them makes a socket for the others as soon as it serves.
-        listener: What clients connect to; all of them accept from it.
-        again: Start with what served last here: what was to be served did not come up.
+        index: Number of the process, from 0.
+        count: Number of processes.
+        folder: Folder in which each ready process makes a socket for the others.
+        listener: The socket for clients; all processes accept from it.
+        again: Whether the process failed to load its bundle; it then loads the last active one.
     """
 
     index: int
@@ -84,52 +86,48 @@ class Place:
     again: bool = False
 
     def note(self, bundle: Path) -> None:
-        """Remember what serves, for processes that are started again."""
+        """Note the active bundle, for processes that are restarted."""
         new = self.folder / f"{self.index}.last"
         new.write_text(str(bundle.absolute()))
         new.replace(self.folder / "last")
 
     def last_served(self) -> Path | None:
-        """The bundle that took over last in one of the processes; None if there is none yet."""
+        """The last bundle that any process made active; None if there is none yet."""
         try:
             return Path((self.folder / "last").read_text())
         except FileNotFoundError:
             return None
 
     def socket_of(self, index: int) -> Path:
-        """The socket of a process; its time of change is that of the last beat of the event loop."""
+        """The socket of a process; its modification time is that of the event loop's last beat."""
         return self.folder / f"{index}.sock"
 
 
-def run(
-    server: Server, app: Starlette, load: Callable[[], Deployments], options: RunOptions, place: Place | None = None
-) -> None:
-    """Serve until a signal ends it; then all that was accepted is answered, and everything is closed.
+def run(server: Server, app: Starlette, load: Load, options: RunOptions, worker: Worker | None = None) -> None:
+    """Serve until a signal; then answer all accepted requests, and close everything.
 
     Args:
-        server: What the application's handlers share; it is opened when `load` is done.
+        server: Shared by the application's handlers; it is opened when `load` is done.
         app: The application.
-        load: Called in a thread of its own, while the server already says that it is not ready. Of processes that serve
-            together one that loads accepts nothing, for others may be ready.
+        load: Runs in a thread, while the server already answers that it is not ready. One of several processes accepts
+            no connections meanwhile, for others may be ready.
         options: Where to listen, and how to end.
-        place: Of this process among those that serve together; None = it serves alone.
+        worker: This process among several; None = it is the only one.
 
     Raises:
-        ConfigError: The address cannot be had.
-        UnipinrecError: What `load` raises.
+        ConfigError: The address is not available.
+        UnipinrecError: Raised by `load`.
     """
-    with place.listener if place else listen(options.host, options.port) as listener:
+    with worker.listener if worker else listen(options.host, options.port) as listener:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.set_threshold(*GC_THRESHOLDS)
         keep_memory_flat()
-        process = _Process(app, server, load, options, place)
+        process = _Process(app, server, load, options, worker)
         try:
             process.run(sockets=[listener])
         finally:
             if server.deployments is not None and not server.deployments.close(timeout_s=options.drain_s):
-                log.warning("ended before all that was computed was done")
-            server.threads.shutdown()
-            server.store.close()
+                log.warning("ended before all computations were done")
     if process.failure is not None:
         raise process.failure
 
@@ -138,7 +136,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that clients can connect to.
 
     Raises:
-        ConfigError: The address cannot be had.
+        ConfigError: The address is not available.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -151,32 +149,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Process(uvicorn.Server):
-    """uvicorn, with loading in the background, and an end in two steps."""
+    """uvicorn, with loading in the background and an end in two steps."""
 
-    def __init__(
-        self,
-        app: Starlette,
-        server: Server,
-        load: Callable[[], Deployments],
-        options: RunOptions,
-        place: Place | None,
-    ) -> None:
+    def __init__(self, app: Starlette, server: Server, load: Load, options: RunOptions, worker: Worker | None) -> None:
         super().__init__(_config(app, options))
         self.failure: BaseException | None = None
-        self._server, self._load, self._options, self._place = server, load, options, place
+        self._server, self._load, self._options, self._worker = server, load, options, worker
         self._ends: float | None = None
         self._beating: asyncio.Task[None] | None = None  # a loop holds its tasks weakly
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._load_in, args=(loop,), name="unipinrec-load", daemon=True).start()
-        while self._place is not None and self._server.deployments is None and not self.should_exit:
+        while self._worker is not None and self._server.deployments is None and not self.should_exit:
             await asyncio.sleep(0.02)
         if self.should_exit:
             return
         await super().startup(sockets)
-        if self._place is not None:
-            path = self._place.socket_of(self._place.index)
+        if self._worker is not None:
+            path = self._worker.socket_of(self._worker.index)
             self.servers.append(await loop.create_unix_server(self._protocol, path))
             self._beating = loop.create_task(_beat(path))
 
@@ -184,7 +175,7 @@ class _Process(uvicorn.Server):
         with suppress(RuntimeError):  # the server has ended meanwhile
             try:
                 deployments = self._load()
-            except BaseException as error:  # whatever it is, the process must end with it
+            except BaseException as error:  # any failure must end the process
                 loop.call_soon_threadsafe(self._failed, error)
             else:
                 loop.call_soon_threadsafe(self._server.open, deployments)
@@ -193,7 +184,7 @@ class _Process(uvicorn.Server):
         self.failure, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A first SIGTERM begins the end, a further signal hastens it; a last Ctrl-C waits for nothing."""
+        """The first SIGTERM starts draining, the next signal ends it; after that Ctrl-C exits without waiting."""
         if self.should_exit:
             self.force_exit = sig == signal.SIGINT
         elif sig == signal.SIGTERM and self._server.phase == "ready":
@@ -208,17 +199,15 @@ class _Process(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more, answer all that was accepted, then end."""
-        await self._accept_the_last(sockets or [])
-        await self._read_the_last()
-        await super().shutdown(sockets)
+        """Stop to accept, answer all accepted requests, then end.
 
-    async def _accept_the_last(self, sockets: list[socket.socket]) -> None:
-        """Closing a socket resets the connections that wait in it, though their clients think they are served."""
-        waiting = [listener.dup() for listener in sockets]
+        Closing a socket resets the connections that wait in it, so those are accepted first. And uvicorn closes
+        connections whose request it has not begun to read, so it gets some time to read them.
+        """
+        waiting = [listener.dup() for listener in sockets or []]
         for server in self.servers:
             server.close()
-        for listener in sockets:
+        for listener in sockets or []:
             listener.close()
         await asyncio.sleep(0)  # uvloop closes a step later
         accepted = []
@@ -227,23 +216,20 @@ class _Process(uvicorn.Server):
             with listener, suppress(BlockingIOError):
                 while True:
                     accepted.append(listener.accept()[0])
-        loop = asyncio.get_running_loop()
         for connection in accepted:
-            await loop.connect_accepted_socket(self._protocol, connection)
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+        ends = time.monotonic() + LINGER_S
+        while self.server_state.connections and time.monotonic() < ends and not self.force_exit:
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
         state, app_state = self.server_state, self.lifespan.state
         return self.config.http_protocol_class(config=self.config, server_state=state, app_state=app_state)  # type: ignore[call-arg]  # as uvicorn has it
 
-    async def _read_the_last(self) -> None:
-        """uvicorn closes a connection whose request it has not begun to read."""
-        ends = time.monotonic() + LINGER_S
-        while self.server_state.connections and time.monotonic() < ends and not self.force_exit:
-            await asyncio.sleep(0.01)
-
 
 async def _beat(path: Path) -> None:
-    """Show the parent process that the event loop turns, until the loop ends."""
+    """Show the parent process that the event loop runs."""
     while True:
         with suppress(FileNotFoundError):  # its server was closed
             os.utime(path)

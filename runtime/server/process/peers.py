@@ -1,7 +1,7 @@
-"""Among processes that serve together a user has one that keeps what is cached of them: requests are handed to it.
+"""Of several processes one caches a user's keys and values: the others hand it the requests of that user.
 
-Which one does not matter to an answer, for a cache entry proves itself and all read the same events. So a process that
-cannot be reached is no fault: its requests are answered where they arrived.
+Any process gives the same answer, for a cache entry is checked and all read the same events. So if a process cannot be
+reached, its requests are answered where they arrived.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import msgspec
 from starlette.responses import Response
 
 from unipinrec.errors import MALFORMED
-from unipinrec.runtime.server.api import ForgetAnswer, Refusal
+from unipinrec.runtime.server.bodies import ApiError, ForgetAnswer
 from unipinrec.runtime.server.call import Call, Handler, Server, as_json
-from unipinrec.runtime.server.process.lifecycle import Place
+from unipinrec.runtime.server.process.lifecycle import Worker
 
 PASSED_ON = ("authorization", "content-type", "traceparent", "tracestate", "x-trace")
 PASSED_BACK = ("content-type", "retry-after", "x-trace")
@@ -26,11 +26,11 @@ HEAD_END = b"\r\n\r\n"
 ASK_ALL_S = 2.0
 
 
-class _Whose(msgspec.Struct):
+class _Body(msgspec.Struct):
     user: str | None = None
 
 
-_whose = msgspec.json.Decoder(_Whose).decode
+_decode = msgspec.json.Decoder(_Body).decode
 
 
 class PeerGoneError(Exception):
@@ -39,14 +39,14 @@ class PeerGoneError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerAnswer:
-    """What another process answered; names of headers are in lower case."""
+    """The answer of another process; header names are in lower case."""
 
     status: int
     headers: dict[str, str]
     content: bytes
 
     def response(self) -> Response:
-        """The same for the client."""
+        """The same answer for the client."""
         kept = {name: self.headers[name] for name in PASSED_BACK if name in self.headers}
         return Response(self.content, self.status, kept)
 
@@ -56,31 +56,31 @@ _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass(kw_only=True, eq=False)
 class Peers:
-    """The other processes, as one of them sees them; used in the event loop's thread.
+    """The other processes of a worker; used in the event loop's thread.
 
     Attributes:
-        place: Of this process.
-        handed_over: How many requests went to each process, by what became of them: answered or gone.
+        worker: This process.
+        handed_over: Requests handed to each process, by result: answered or gone.
     """
 
-    place: Place
+    worker: Worker
     handed_over: Counter[tuple[int, str]] = field(default_factory=Counter)
     _idle: defaultdict[int, list[_Connection]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def others(self) -> Sequence[int]:
         """The indices of the other processes."""
-        return [index for index in range(self.place.count) if index != self.place.index]
+        return [index for index in range(self.worker.count) if index != self.worker.index]
 
     def owner(self, user: str) -> int:
-        """The process that keeps what is cached of a user."""
-        return zlib.crc32(user.encode("utf-8", "surrogatepass")) % self.place.count
+        """The process that caches a user's keys and values."""
+        return zlib.crc32(user.encode("utf-8", "surrogatepass")) % self.worker.count
 
     async def ask(self, index: int, call: Call, content: bytes = b"") -> PeerAnswer:
         """Hand a request over as it came.
 
         Raises:
-            PeerGoneError: The process cannot be reached, or went away.
+            PeerGoneError: The process cannot be reached, or ended.
         """
         connection: _Connection | None = None
         try:
@@ -90,10 +90,9 @@ class Peers:
                 if connection[0].at_eof():
                     connection[1].transport.abort()
                     connection = None
-            connection = connection or await asyncio.open_unix_connection(self.place.socket_of(index))
-            reader, writer = connection
-            writer.write(_message(call, content))
-            answer = await _read(reader)
+            connection = connection or await asyncio.open_unix_connection(self.worker.socket_of(index))
+            connection[1].write(_message(call, content))
+            answer = await _read(connection[0])
             if answer.headers.get("connection") != "close":
                 idle.append(connection)
                 connection = None
@@ -105,56 +104,50 @@ class Peers:
         return answer
 
     def at_owner(self, handler: Handler) -> Handler:
-        """A handler whose requests are answered by the process of the user that their body names."""
+        """A handler that hands each request to the process of its user; it answers a request itself if that is gone."""
 
         async def handed_over(server: Server, call: Call) -> Response:
             if not call.from_peer:
                 with server.handed_over.admit(call.left_s, measured=False):
                     content = await call.body(server.options.limits.body_bytes)
                     user = _user_of(content)
-                    index = self.place.index if user is None else self.owner(user)
-                    if index != self.place.index and (answer := await self._handed_over(index, call, content)):
-                        return answer
+                    index = self.worker.index if user is None else self.owner(user)
+                    if index != self.worker.index:
+                        request = asyncio.ensure_future(self.ask(index, call, content))
+                        await call.wait([request])
+                        if not isinstance(request.exception(), PeerGoneError):
+                            self.handed_over[index, "answered"] += 1
+                            call.answered_elsewhere = True
+                            return request.result().response()
+                        self.handed_over[index, "gone"] += 1
             return await handler(server, call)
 
         return handed_over
 
-    async def _handed_over(self, index: int, call: Call, content: bytes) -> Response | None:
-        """The answer of another process; None if there is none."""
-        asked = asyncio.ensure_future(self.ask(index, call, content))
-        await call.wait([asked])
-        if isinstance(asked.exception(), PeerGoneError):
-            self.handed_over[index, "gone"] += 1
-            return None
-        answer = asked.result()
-        self.handed_over[index, "answered"] += 1
-        call.answered_elsewhere = True
-        return answer.response()
-
     def forgetting(self, handler: Handler) -> Handler:
-        """The handler of DELETE /v1/users/{user}, which lets all processes forget."""
+        """A handler of DELETE /v1/users/{user} for all processes."""
 
         async def forgotten(server: Server, call: Call) -> Response:
             response = await handler(server, call)
             if call.from_peer:
                 return response
             bodies = [bytes(response.body)]
-            for answer in (await self.ask_others(call)).values():
-                if isinstance(answer, TimeoutError):
-                    message = "one of the processes did not answer in time; forget them again"
-                    raise Refusal(504, "deadline_exceeded", message)
-                if isinstance(answer, PeerAnswer):
-                    if answer.status != 200:
-                        return answer.response()
-                    bodies.append(answer.content)
-            said = [msgspec.json.decode(body, type=ForgetAnswer) for body in bodies]
-            events, cached = sum(one.events for one in said), any(one.cached for one in said)
-            return as_json(ForgetAnswer(user=said[0].user, events=events, cached=cached))
+            for reply in (await self.ask_others(call)).values():
+                if isinstance(reply, TimeoutError):
+                    message = "one of the processes did not answer in time; forget the user again"
+                    raise ApiError(504, "deadline_exceeded", message)
+                if isinstance(reply, PeerAnswer):
+                    if reply.status != 200:
+                        return reply.response()
+                    bodies.append(reply.content)
+            answers = [msgspec.json.decode(body, type=ForgetAnswer) for body in bodies]
+            events, cached = sum(answer.events for answer in answers), any(answer.cached for answer in answers)
+            return as_json(ForgetAnswer(user=answers[0].user, events=events, cached=cached))
 
         return forgotten
 
     def anywhere(self, handler: Handler) -> Handler:
-        """A handler for what only one of the processes may know."""
+        """A handler for something that only one of the processes may have."""
 
         async def found_anywhere(server: Server, call: Call) -> Response:
             if not call.from_peer:
@@ -166,7 +159,7 @@ class Peers:
         return found_anywhere
 
     async def ask_others(self, call: Call) -> dict[int, PeerAnswer | PeerGoneError | TimeoutError]:
-        """The same request to all other processes."""
+        """Send a request to all other processes."""
 
         async def ask(index: int) -> PeerAnswer | PeerGoneError | TimeoutError:
             try:
@@ -179,9 +172,9 @@ class Peers:
 
 
 def _user_of(content: bytes) -> str | None:
-    """The user of a request; None of a list, and of what is wrong with its body."""
+    """The user of a request; None for a list or a malformed body."""
     try:
-        return _whose(content).user
+        return _decode(content).user
     except MALFORMED:
         return None
 

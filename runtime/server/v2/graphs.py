@@ -1,6 +1,6 @@
-"""The graphs of a bundle as models of the Open Inference Protocol: what they take, within which bounds, and a run.
+"""The graphs of a bundle as models of the Open Inference Protocol: metadata, checks of inputs, and runs.
 
-A graph trusts its inputs: lengths and ids index memory. What comes from outside is checked here value by value.
+A graph trusts its inputs: lengths and ids index memory. So every value of a client is checked here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, RequestError
-from unipinrec.runtime.bundle.manifest import Manifest, TensorSpec, check_inputs
+from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec, check_inputs
 from unipinrec.runtime.graphs.backend import MAX_ROWS
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import YEAR_10000_MS
@@ -31,8 +31,8 @@ class GraphLimits:
         batch: Rows.
         candidates: Items to rank, per row.
         scores: Attention scores per head: rows x queries x keys. The default is a batch of 8 histories of 1,024 events.
-        body_bytes: Of one HTTP request; keys and values of long histories take tens of megabytes.
-        pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds the memory that they take.
+        body_bytes: Bytes of one HTTP body; keys and values of long histories take tens of megabytes.
+        pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds their memory.
     """
 
     batch: int = MAX_ROWS
@@ -43,32 +43,30 @@ class GraphLimits:
 
 
 def graph_metadata(name: str, recommender: Recommender, version: str) -> ModelMetadata:
-    """Inputs and outputs of a graph as a client sees them."""
-    device = recommender.device
-    inputs, outputs = _specs(name, recommender.bundle.manifest, device.precision)
+    """Inputs and outputs of a graph, in the protocol's terms."""
+    graph = _graph(name, recommender)
     return ModelMetadata(
         name=name,
         versions=(version,),
-        platform=PLATFORMS.get(device.name.partition("-")[0], "onnxruntime_onnx"),
-        inputs=tuple(map(_metadata, inputs)),
-        outputs=tuple(map(_metadata, outputs)),
+        platform=PLATFORMS.get(recommender.device.name.partition("-")[0], "onnxruntime_onnx"),
+        inputs=tuple(map(_metadata, graph.inputs)),
+        outputs=tuple(map(_metadata, graph.outputs)),
     )
 
 
 def output_names(name: str, recommender: Recommender) -> tuple[str, ...]:
-    """Outputs of a graph, in order."""
-    return tuple(spec.name for spec in _specs(name, recommender.bundle.manifest, recommender.device.precision)[1])
+    """Names of a graph's outputs, in order."""
+    return tuple(spec.name for spec in _graph(name, recommender).outputs)
 
 
 def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limits: GraphLimits) -> None:
     """Check everything that a graph relies on.
 
     Raises:
-        RequestError: An input is missing, foreign, too large, of the wrong type or shape, or holds a value that is not
-            finite or indexes something that there is not.
+        RequestError: An input is missing, unknown, too large, of the wrong type or shape, not finite, or an index out
+            of range.
     """
-    manifest = recommender.bundle.manifest
-    specs, _ = _specs(name, manifest, recommender.device.precision)
+    manifest, specs = recommender.bundle.manifest, _graph(name, recommender).inputs
     try:
         check_inputs(name, specs, inputs)
     except BackendError as error:
@@ -84,11 +82,11 @@ def check_graph_inputs(name: str, recommender: Recommender, inputs: Arrays, limi
 
 
 def run_graph(name: str, recommender: Recommender, inputs: Arrays) -> dict[str, NDArray[Any]]:
-    """Run a graph over checked inputs; its outputs on the host, in order.
+    """Run a graph over checked inputs; returns its outputs on the host, in order.
 
     Raises:
         BackendError: The run failed.
-        RequestError: Its outputs are not finite, as those of enormous inputs are.
+        RequestError: Its outputs are not finite, because inputs are enormous.
     """
     outputs = recommender.engine.backend.run(name, inputs)
     arrays = {output: outputs[output].numpy() for output in output_names(name, recommender)}
@@ -98,9 +96,8 @@ def run_graph(name: str, recommender: Recommender, inputs: Arrays) -> dict[str, 
     return arrays
 
 
-def _specs(name: str, manifest: Manifest, precision: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    graph = manifest.graphs_in(precision)[name]
-    return graph.inputs, graph.outputs
+def _graph(name: str, recommender: Recommender) -> GraphSpec:
+    return recommender.bundle.manifest.graphs_in(recommender.device.precision)[name]
 
 
 def _metadata(spec: TensorSpec) -> TensorMetadata:
@@ -113,9 +110,9 @@ def _check_sizes(name: str, sizes: Mapping[str, int], manifest: Manifest, limits
     past, events = sizes.get("past", prefix) - prefix, sizes.get("history", sizes.get("new", 0))
     candidates = sizes.get("candidates", 0)
     bounds = (("batch", sizes["batch"], limits.batch), ("events", past + events, most))
-    for what, size, limit in (*bounds, ("candidates", candidates, limits.candidates)):
+    for unit, size, limit in (*bounds, ("candidates", candidates, limits.candidates)):
         if size > limit:
-            raise RequestError(f"{name}: {size} {what} were sent; at most {limit} are accepted")
+            raise RequestError(f"{name}: {size} {unit} were sent; at most {limit} are accepted")
     scores = sizes["batch"] * max(events, candidates) * (past + events + prefix)
     if scores > limits.scores:
         raise RequestError(f"{name}: this batch takes {scores} attention scores; at most {limits.scores} are accepted")
@@ -136,7 +133,8 @@ def _check_values(name: str, inputs: Arrays, sizes: Mapping[str, int], manifest:
         "timestamps_ms": time,
         "past_timestamps_ms": time,
     }
-    for given, (least, most) in bounds.items():
-        if given in inputs and not (inputs[given].min() >= least and inputs[given].max() <= most):
-            found = f"{inputs[given].min()} to {inputs[given].max()}"
-            raise RequestError(f"{name}: {given} holds {found}; its values must be from {least} to {most}")
+    for tensor, (least, most) in bounds.items():
+        if tensor in inputs:
+            low, high = inputs[tensor].min(), inputs[tensor].max()
+            if low < least or high > most:
+                raise RequestError(f"{name}: {tensor} holds {low} to {high}; its values must be from {least} to {most}")

@@ -1,31 +1,27 @@
 """The Open Inference Protocol v2: the graphs of the bundle for clients that speak it, such as tritonclient.
 
-A version is the hash of a bundle. A client that chains graphs names it in every request: keys and values of one bundle
-then never reach another's ranker, whatever is swapped meanwhile.
+A version is the hash of a bundle. A client that chains graphs names it in every request: then the keys and values of
+one bundle never reach the ranker of another, even if a swap happens in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any
 
 from starlette.responses import Response
 from starlette.routing import Route
 
 from unipinrec.runtime.bundle.manifest import REQUIRED_GRAPHS
 from unipinrec.runtime.server.admission import Admission
-from unipinrec.runtime.server.api import Refusal
 from unipinrec.runtime.server.app import route
-from unipinrec.runtime.server.call import Call, Server, as_json
-from unipinrec.runtime.server.deployments import Deployment
-from unipinrec.runtime.server.operations import EVERY, POSTS, READS, AnyOf, Operation, in_header, in_path
+from unipinrec.runtime.server.bodies import ApiError
+from unipinrec.runtime.server.call import Call, Handler, Server, as_json
+from unipinrec.runtime.server.deployment import Deployment
+from unipinrec.runtime.server.operations import POSTS, READS, AnyOf, Operation, in_header, in_path
 from unipinrec.runtime.server.v2.codec import (
     HEADER_LENGTH,
-    Encoded,
     InferError,
     InferRequest,
     InferResponse,
@@ -47,83 +43,69 @@ from unipinrec.runtime.server.v2.graphs import (
 )
 
 SERVER_NAME, EXTENSIONS = "unipinrec", ("binary_tensor_data",)
-NONE: Mapping[str, Any] = MappingProxyType({})
-NAME, LENGTH = (
-    in_path("retrieval"),
-    in_header("Bytes of the JSON, where binary tensors follow it.", type="integer", minimum=0),
-)
-MODELS: dict[str, dict[str, Any]] = {
-    "/v2/models/{model}": {"model": NAME},
-    "/v2/models/{model}/versions/{version}": {"model": NAME, "version": in_path()},
+MODEL = "/v2/models/{model}"
+NAME = {"model": in_path("retrieval")}
+VERSION = {**NAME, "version": in_path()}
+LENGTH = {
+    HEADER_LENGTH: in_header("Bytes of the JSON, where binary tensors follow it.", type="integer", minimum=0),
 }
+_operation = partial(Operation, tag="graphs", error=InferError)
 
 
 def oip_routes(server: Server, limits: GraphLimits | None = None, *, version: str = "") -> list[Route]:
-    """The protocol's lines of the table of routes; `version` is that of the server."""
+    """The routes of the protocol; `version` is that of the server."""
     graphs = _Graphs(
         limits=limits or GraphLimits(),
         admission=Admission((limits or GraphLimits()).pending),
         executor=ThreadPoolExecutor(1, "unipinrec-graphs"),  # one run at a time, beside those of /v1/recommend
     )
-    about = ServerMetadata(name=SERVER_NAME, version=version, extensions=EXTENSIONS)
-    own = [
-        route(server, _get("/v2", "What the server is", ServerMetadata), partial(_about, about)),
-        route(server, _get("/v2/health/live", "Whether the server answers", ServerLive), _live),
-        route(server, READY, _ready),
+    metadata = ServerMetadata(name=SERVER_NAME, version=version, extensions=EXTENSIONS)
+
+    async def about(_server: Server, _call: Call) -> Response:
+        return as_json(metadata)
+
+    table: list[tuple[Operation, Handler]] = [
+        (_operation(path="/v2", summary="What the server is", answer=ServerMetadata), about),
+        (_operation(path="/v2/health/live", summary="Whether the server answers", answer=ServerLive), _live),
+        (READY, _ready),
     ]
-    return own + [
-        route(server, operation, handler)
-        for path, parameters in MODELS.items()
-        for operation, handler in (
-            (_get(path, "Inputs and outputs of a graph", ModelMetadata, (*READS, 404), parameters), _model),
-            (_model_readiness(path, parameters), _model_ready),
-            (_inference(path, parameters), graphs.infer),
+    for path, parameters in ((MODEL, NAME), (f"{MODEL}/versions/{{version}}", VERSION)):
+        metadata_of_graph = _operation(
+            path=path,
+            summary="Inputs and outputs of a graph",
+            answer=ModelMetadata,
+            statuses=(*READS, 404),
+            parameters=parameters,
         )
-    ]
+        readiness = _operation(
+            path=f"{path}/ready",
+            summary="Whether a graph is ready",
+            answer=ModelReady,
+            statuses=(*READS, 404),
+            parameters=parameters,
+            refused={503: AnyOf((ModelReady, InferError))},
+        )
+        inference = _operation(
+            method="POST",
+            path=f"{path}/infer",
+            summary="Run a graph",
+            body=InferRequest,
+            answer=InferResponse,
+            statuses=(*POSTS, 404),
+            parameters={**parameters, **LENGTH},
+            binary=True,
+        )
+        table += [(metadata_of_graph, _model), (readiness, _model_ready), (inference, graphs.infer)]
+    return [route(server, operation, handler) for operation, handler in table]
 
 
-def _get(
-    path: str, summary: str, answer: Any, statuses: Sequence[int] = EVERY, parameters: Mapping[str, Any] = NONE
-) -> Operation:
-    return Operation(
-        method="GET",
-        path=path,
-        tag="graphs",
-        summary=summary,
-        answer=answer,
-        statuses=statuses,
-        parameters=parameters,
-        error=InferError,
-    )
-
-
-READY = replace(
-    _get("/v2/health/ready", "Whether all graphs are ready", ServerReady, READS), refused={503: ServerReady}
+READY = _operation(
+    path="/v2/health/ready",
+    summary="Whether all graphs are ready",
+    answer=ServerReady,
+    statuses=READS,
+    refused={503: ServerReady},
 )
-
-
-def _model_readiness(path: str, parameters: Mapping[str, Any]) -> Operation:
-    ready = _get(f"{path}/ready", "Whether a graph is ready", ModelReady, (*READS, 404), parameters)
-    return replace(ready, refused={503: AnyOf((ModelReady, InferError))})
-
-
-def _inference(path: str, parameters: Mapping[str, Any]) -> Operation:
-    return Operation(
-        method="POST",
-        path=f"{path}/infer",
-        tag="graphs",
-        summary="Run a graph",
-        body=InferRequest,
-        answer=InferResponse,
-        statuses=(*POSTS, 404),
-        parameters={**parameters, HEADER_LENGTH: LENGTH},
-        error=InferError,
-        binary=True,
-    )
-
-
-async def _about(about: ServerMetadata, _server: Server, _call: Call) -> Response:
-    return as_json(about)
 
 
 async def _live(_server: Server, _call: Call) -> Response:
@@ -136,16 +118,14 @@ async def _ready(server: Server, _call: Call) -> Response:
 
 
 async def _model(server: Server, call: Call) -> Response:
-    model, version = _named(call)
     with server.acquire() as deployment:
-        _check_named(model, version, deployment)
+        model = _checked_model(call, deployment)
         return as_json(graph_metadata(model, deployment.recommender, deployment.version))
 
 
 async def _model_ready(server: Server, call: Call) -> Response:
-    model, version = _named(call)
     with server.acquire() as deployment:
-        _check_named(model, version, deployment)
+        model = _checked_model(call, deployment)
     ready = server.phase == "ready"
     return as_json(ModelReady(name=model, ready=ready), 200 if ready else 503)
 
@@ -164,15 +144,12 @@ class _Graphs:
             body = await call.body(self.limits.body_bytes)
             answer = self.executor.submit(self._answer, server, call, body)
             await call.wait([answer])
-            encoded = answer.result()
-        return Response(encoded.body, headers=encoded.headers)
+            return answer.result()
 
-    def _answer(self, server: Server, call: Call, body: bytes) -> Encoded:
-        """In the executor's thread, which holds the deployment: a client that leaves does not take it away."""
-        model, version = _named(call)
+    def _answer(self, server: Server, call: Call, body: bytes) -> Response:
+        """Runs in the executor's thread, which holds the deployment even if the client leaves."""
         with server.acquire() as deployment:
-            _check_named(model, version, deployment)
-            recommender = deployment.recommender
+            model, recommender = _checked_model(call, deployment), deployment.recommender
             request, inputs = decode_infer(body, call.request.headers.get(HEADER_LENGTH))
             wanted_outputs(request, output_names(model, recommender))
             check_graph_inputs(model, recommender, inputs, self.limits)
@@ -180,19 +157,18 @@ class _Graphs:
             return encode_infer(request, model, deployment.version, outputs)
 
 
-def _named(call: Call) -> tuple[str, str | None]:
-    """Model and version of the path."""
-    named = call.request.path_params
-    return named["model"], named.get("version")
+def _checked_model(call: Call, deployment: Deployment) -> str:
+    """The model in the path.
 
-
-def _check_named(model: str, version: str | None, deployment: Deployment) -> None:
+    Raises:
+        ApiError: 404, there is no such model, or its version is not that of the deployment.
+    """
+    model: str = call.request.path_params["model"]
+    version = call.request.path_params.get("version", deployment.version)
     if model not in REQUIRED_GRAPHS:
         known = ", ".join(REQUIRED_GRAPHS)
-        raise Refusal(404, "unknown_model", f"there is no model {model[:100]!r}; this server has {known}")
-    if version not in (None, deployment.version):
-        raise Refusal(
-            404,
-            "unknown_version",
-            f"version {(version or '')[:100]!r} does not serve; what serves is {deployment.version}",
-        )
+        raise ApiError(404, "unknown_model", f"there is no model {model[:100]!r}; this server has {known}")
+    if version != deployment.version:
+        message = f"version {version[:100]!r} is not active; the active version is {deployment.version}"
+        raise ApiError(404, "unknown_version", message)
+    return model

@@ -1,16 +1,16 @@
-"""The `unipinrec` command. Subcommands import what they need when they run, so serving never imports torch.
+"""The `unipinrec` command. Subcommands import their modules when they run, so serving never imports torch.
 
-common.py          what every subcommand shares
+common.py          shared by all subcommands
 compile.py         `unipinrec compile`
 demo.py            `unipinrec demo`
 doctor.py          `unipinrec doctor`
-evaluate.py        `unipinrec evaluate`, and how an evaluation is printed
+evaluate.py        `unipinrec evaluate`, and the printed form of an evaluation
 export.py          `unipinrec export`
 index.py           `unipinrec index`
 plan.py            `unipinrec plan`
-plan_report.py     what `unipinrec plan` says
+plan_report.py     the report of `unipinrec plan`
 prepare.py         `unipinrec prepare`
-prepare_report.py  what `prepare` says about the data set that it wrote, for people and for machines
+prepare_report.py  the report of `unipinrec prepare`
 recommend.py       `unipinrec verify` and `unipinrec recommend`
 serve.py           `unipinrec serve`
 train.py           `unipinrec train`
@@ -36,26 +36,15 @@ from unipinrec.cli.serve import serve
 from unipinrec.cli.train import train
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer."""
-    # Read when torch loads OpenMP, whose threads would spin for milliseconds at each barrier for one without a core.
+    # OpenMP reads this when torch loads it. Otherwise its threads spin for milliseconds at each barrier.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-for subcommand in (
-    prepare,
-    train,
-    evaluate,
-    export,
-    compile_engines,
-    verify,
-    recommend,
-    serve,
-    doctor,
-    index,
-    plan,
-    demo,
-):
+for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, serve):
     main.add_command(subcommand)
+for tool in (doctor, index, plan, demo):
+    main.add_command(tool)

@@ -1,4 +1,4 @@
-"""What every subcommand shares: exit codes, the console on stderr, the one JSON document on stdout."""
+"""Shared by all subcommands: exit codes, common options, text on stdout and stderr, JSON on stdout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import click
@@ -22,32 +23,34 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-TRAINING_MODULES = ("accelerate", "onnx", "onnxscript", "polars", "torch")
-INSTALL_TRAIN = "run pip install 'unipinrec[cpu,train]'"
-SERVER_MODULES = ("prometheus_client", "starlette", "uvicorn")
-INSTALL_SERVE = "run pip install 'unipinrec[cpu,serve]'"
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "onnx", "onnxscript", "polars", "torch"), "train"),
+    **dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "serve"),
+}
+SHORT = 12  # digits of a hash that tell bundles and engines apart
 
 stderr = Console(stderr=True)
 stdout = Console()
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; logs go to stderr."
-)
 
-
-def fail(error: BaseException) -> NoReturn:
-    """Print why the command failed and leave with exit code 1."""
+def fail(error: object) -> NoReturn:
+    """Print why the command failed, and exit with code 1."""
     stderr.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(1)
 
 
-def warn(message: str) -> None:
-    """Say on stderr what is likely to go wrong."""
-    stderr.print(f"[bold yellow]warning[/]: {escape(message)}", highlight=False, soft_wrap=True)
+def warn(message: str, kind: str = "warning") -> None:
+    """Print a warning on stderr."""
+    stderr.print(f"[bold yellow]{kind}[/]: {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line on stdout: not wrapped, not highlighted, and no markup."""
+    stdout.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class FiniteRange(click.FloatRange):
-    """A `FloatRange` that takes neither nan nor inf."""
+    """A `FloatRange` that accepts neither nan nor inf."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See `click.ParamType.convert`."""
@@ -57,8 +60,16 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+any_path = click.Path(path_type=Path)
+input_file = click.Path(path_type=Path, exists=True, dir_okay=False)
+positive = FiniteRange(0, min_open=True)
+bundle_argument = click.argument("bundle", type=any_path)
+data_option = click.option("--data", type=any_path, required=True, help="A folder that `prepare` wrote.")
+out_option = click.option("--out", type=any_path, required=True, help="Folder to write; it must not exist.")
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors, a missing extra and Ctrl-C into exit code 1 with a message instead of a traceback."""
+    """Turn our errors, a missing extra and Ctrl-C into a message and exit code 1, without a traceback."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -67,15 +78,22 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except UnipinrecError as error:
             fail(error)
         except ModuleNotFoundError as error:
-            if error.name in SERVER_MODULES:
-                fail(UnipinrecError(f"this command needs {error.name}, which is an extra; {INSTALL_SERVE}"))
-            if error.name not in TRAINING_MODULES:
+            if error.name not in EXTRAS:
                 raise
-            fail(UnipinrecError(f"this command needs {error.name}, which serving does not; {INSTALL_TRAIN}"))
+            install = f"run pip install 'unipinrec[cpu,{EXTRAS[error.name]}]'"
+            fail(f"this command needs {error.name}, which is an extra; {install}")
         except KeyboardInterrupt:
-            fail(UnipinrecError("interrupted"))
+            fail("interrupted")
 
     return guarded
+
+
+def json_command(function: Callable[P, R]) -> Callable[P, R]:
+    """A `command` with the option --json."""
+    option = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout; logs go to stderr."
+    )
+    return option(command(function))
 
 
 def print_json(document: Any) -> None:
@@ -84,14 +102,14 @@ def print_json(document: Any) -> None:
 
 
 def machine() -> Machine:
-    """Where devices are looked for: here, unless whoever runs the command says otherwise."""
+    """The machine whose devices are examined: this one, unless the caller of `main` passes another as `obj`."""
     from unipinrec.runtime.device import THIS_MACHINE
 
     return click.get_current_context().obj or THIS_MACHINE
 
 
 def progress() -> Progress:
-    """A progress bar on stderr that shows counts and the time that is left."""
+    """A progress bar on stderr with counts and the remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

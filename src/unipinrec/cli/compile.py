@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli.common import FiniteRange, command, json_option, machine, print_json, progress, stderr, stdout
+from unipinrec.cli import common
 from unipinrec.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from unipinrec.runtime.trt.library import Flavor, TensorRT
     from unipinrec.runtime.trt.record import EngineRecord
 
-SHORT = 12
 EXAMPLES = """\b
 Examples:
   unipinrec compile bundle/
@@ -36,57 +35,66 @@ DRY, LIST, REMOVE = "--dry-run", "--list", "--remove"
 
 
 @click.command("compile", epilog=EXAMPLES)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@common.bundle_argument
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     type=click.Choice(["fp32", "bf16", "fp16", "fp8"]),
-    help="Precision to compile, of those that the bundle holds; repeatable.  [default: bf16, else fp32]",
+    help="Precision to compile, which the bundle must hold; repeatable.  [default: bf16, else fp32]",
 )
 @click.option(
-    "--flavor", type=click.Choice(["tensorrt", "tensorrt_rtx"]), help="Which TensorRT.  [default: the installed one]"
+    "--flavor",
+    type=click.Choice(["tensorrt", "tensorrt_rtx"]),
+    help="TensorRT library to build with.  [default: the installed one]",
 )
 @click.option(
     "--target",
     metavar="SM[,SM..]",
-    help="With TensorRT-RTX: GPU architectures to build for without a GPU, as sm_89, or portable; with --out.",
+    help="With TensorRT-RTX and --out: GPU architectures to build for without a GPU, such as sm_89, or portable.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write: a new bundle that carries the engines.")
+@click.option("--out", type=common.any_path, help="Folder to write: a new bundle that contains the engines.")
 @click.option(
     "--profile",
     "profile_texts",
     multiple=True,
     metavar="NAME=MIN:OPT:MAX,..",
-    help="Sizes to build for instead of the default ones: batch, history, new, past, candidates; repeatable.",
+    help="Input sizes to build for, instead of the defaults: batch, history, new, past, candidates; repeatable.",
 )
 @click.option(
     "--profiles",
     "profile_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help='Or a JSON list of such: [{"batch": [1, 4, 8]}, ..].',
+    type=common.input_file,
+    help='A JSON file of such profiles: [{"batch": [1, 4, 8]}, ..].',
 )
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="How long to look for fast kernels.")
-@click.option("--workspace-gib", type=FiniteRange(0, min_open=True), help="Most scratch memory of one kernel.")
-@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="Kernel timings to use and keep.")
-@click.option("--strip-weights", is_flag=True, help="Leave the weights out of the engines; loading puts them back.")
-@click.option("--version-compatible", is_flag=True, help="Engines that later TensorRTs of the same major version load.")
-@click.option("--force", is_flag=True, help="Build anew what is there already.")
-@click.option(DRY, is_flag=True, help="Show profiles and memory; build nothing. Needs no TensorRT.")
-@click.option(LIST, "list_them", is_flag=True, help="Show the engines of this bundle, and why each is usable or not.")
-@click.option(REMOVE, metavar="ID", help="Remove an engine from the cache, by the beginning of its id.")
-@json_option
-@command
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Effort of the search for fast kernels.")
+@click.option("--workspace-gib", type=common.positive, help="Largest scratch memory of one kernel.")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="File of kernel timings to use and update."
+)
+@click.option(
+    "--strip-weights", is_flag=True, help="Build engines without weights; they are added when an engine is loaded."
+)
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="Build engines that later TensorRT releases of the same major version can load.",
+)
+@click.option("--force", is_flag=True, help="Rebuild existing engines.")
+@click.option(DRY, is_flag=True, help="Show profiles and memory, and build nothing. Needs no TensorRT.")
+@click.option(LIST, "list_them", is_flag=True, help="Show the engines of this bundle, and why an engine is not usable.")
+@click.option(REMOVE, metavar="ID", help="Remove the engine whose id begins with ID from the cache.")
+@common.json_command
 def compile_engines(bundle: Path, as_json: bool, **options: Any) -> None:
     """Compile a bundle's graphs into TensorRT engines for this machine's GPU.
 
-    They go to the private cache (~/.cache/unipinrec/engines) once the golden requests have passed through them. With
-    --target and --out they are built ahead of time, without a GPU, into a new bundle.
+    Engines that pass the golden requests are stored in the private cache (~/.cache/unipinrec/engines). With --target
+    and --out they are built ahead of time into a new bundle, without a GPU.
     """
     _check(options)
     from unipinrec.runtime import Bundle
 
-    with stderr.status("loading"):
+    with common.stderr.status("loading"):
         opened = Bundle.open(bundle)
     if options["list_them"]:
         _list(opened, as_json)
@@ -107,13 +115,13 @@ def _check(options: dict[str, Any]) -> None:
     if options["profile_texts"] and options["profile_file"]:
         raise click.UsageError("give --profile or --profiles, not both")
     if options["out"] and not options["target"]:
-        raise click.UsageError("--out writes a bundle with engines built ahead of time: say for what with --target")
+        raise click.UsageError("--out writes a bundle with engines built ahead of time: name their GPUs with --target")
     if options["target"] and not options["out"] and options["target"] != "portable" and not modes:
-        raise click.UsageError("engines for other GPUs belong into a bundle: give --out, or leave --target out")
+        raise click.UsageError("engines for other GPUs belong into a bundle: give --out, or omit --target")
 
 
 def _tasks(manifest: Manifest, options: dict[str, Any]) -> list[CompileTask]:
-    """One per precision."""
+    """A task per precision."""
     from unipinrec.runtime.tools.compile_plan import CompileTask
     from unipinrec.runtime.trt.profiles import default_buckets, parse_bucket, read_buckets
     from unipinrec.runtime.trt.record import BuildOptions
@@ -146,7 +154,6 @@ def _tasks(manifest: Manifest, options: dict[str, Any]) -> list[CompileTask]:
 
 
 def _dry_run(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
-
     from unipinrec.runtime.tools.compile_plan import plan_compile
     from unipinrec.runtime.trt.profiles import gaps
 
@@ -154,9 +161,9 @@ def _dry_run(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     plans = [plan for task in tasks for plan in plan_compile(bundle.manifest, task)]
     uncovered = gaps(tasks[0].buckets, bundle.manifest.model)
     if as_json:
-        print_json({"bundle": bundle.hash, "graphs": plans, "uncovered": uncovered})
+        common.print_json({"bundle": bundle.hash, "graphs": plans, "uncovered": uncovered})
     else:
-        print_plans(plans, uncovered)
+        _print_plans(plans, uncovered)
 
 
 def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
@@ -164,14 +171,15 @@ def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     from unipinrec.runtime.trt.store import EngineStore
 
     began, tasks = time.monotonic(), _tasks(bundle.manifest, options)
-    here = machine()
+    here = common.machine()
     trt, store = here.tensorrt(options["flavor"]), EngineStore()
-    missing = here.driver_problem()
-    if missing:
-        raise BackendError(f"{missing}; TensorRT-RTX builds for other machines without one: give --target and --out")
-    with here.cuda() as cuda, _bars(f"{trt} on {cuda.name}") as show:
-        done = [one for task in tasks for one in compile_bundle(bundle, task, trt, cuda, store, show)]
-        where = {"gpu": cuda.name, "cache": str(store.root)}
+    if missing := here.driver_problem():
+        raise BackendError(
+            f"{missing}; TensorRT-RTX can build for other machines without a GPU: give --target and --out"
+        )
+    with here.cuda() as cuda, _bars(f"{trt} on {cuda.info.name}") as show:
+        done = [engine for task in tasks for engine in compile_bundle(bundle, task, trt, cuda, store, show)]
+        where = {"gpu": cuda.info.name, "cache": str(store.root)}
     _report(bundle.hash, trt, done, where, as_json, began)
 
 
@@ -179,7 +187,7 @@ def _ahead(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     from unipinrec.runtime.tools.compile_ahead import compile_ahead
 
     began, tasks = time.monotonic(), _tasks(bundle.manifest, options)
-    trt = machine().tensorrt(options["flavor"] or "tensorrt_rtx")
+    trt = common.machine().tensorrt(options["flavor"] or "tensorrt_rtx")
     with _bars(f"{trt} for {options['target']}") as show:
         digest, done = compile_ahead(bundle, options["out"], tasks, trt, show)
     _report(digest, trt, done, {"out": str(options["out"]), "parent": bundle.hash}, as_json, began)
@@ -187,15 +195,15 @@ def _ahead(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
 
 @contextmanager
 def _bars(title: str) -> Iterator[GraphProgress]:
-    """Progress bars on stderr, one per engine."""
-    stderr.print(title, highlight=False)
+    """A progress bar on stderr per engine."""
+    common.stderr.print(title, highlight=False)
     rows: dict[str, Any] = {}
-    with progress() as bar:
+    with common.progress() as bar:
 
-        def show(what: str, share: float, phase: str) -> None:
-            if what not in rows:
-                rows[what] = bar.add_task(what, total=STEPS, note="")
-            bar.update(rows[what], completed=int(share * STEPS), note=phase)
+        def show(name: str, share: float, phase: str) -> None:
+            if name not in rows:
+                rows[name] = bar.add_task(name, total=STEPS, note="")
+            bar.update(rows[name], completed=int(share * STEPS), note=phase)
 
         yield show
 
@@ -203,128 +211,92 @@ def _bars(title: str) -> Iterator[GraphProgress]:
 def _report(
     digest: str, trt: TensorRT, done: Sequence[Compiled], where: dict[str, str], as_json: bool, began: float
 ) -> None:
-
     seconds = round(time.monotonic() - began, 1)
     if as_json:
-        print_json({**document_of(digest, trt, done), **where, "seconds": seconds})
-    else:
-        print_compiled(done, where, seconds)
+        engines = [{**_engine(compiled.record), "built": compiled.built} for compiled in done]
+        made = {"bundle": digest, "flavor": trt.flavor, "version": trt.version, "engines": engines}
+        common.print_json({**made, **where, "seconds": seconds})
+        return
+    for compiled in done:
+        record, key = compiled.record, compiled.record.key
+        state = f"built in {record.seconds:.1f} s" if compiled.built else "there already"
+        size = f"{_size(record.size_bytes)}, {_layers(record)}; {key.digest()[: common.SHORT]}"
+        common.say(f"{key.graph} in {key.precision}: {state}, {size}")
+    for how in dict.fromkeys(compiled.record.verified.how for compiled in done):
+        common.say(f"golden requests: {how}")
+    common.say(f"{where.get('out') or where.get('cache')}: {len(done)} engines, {seconds:.0f} s")
 
 
 def _list(bundle: Bundle, as_json: bool) -> None:
-
     from unipinrec.runtime.tools.engines import list_engines
     from unipinrec.runtime.trt.cuda import GpuInfo
     from unipinrec.runtime.trt.record import engine_host
     from unipinrec.runtime.trt.store import EngineStore
 
-    gpu, store, host = machine().gpu(), EngineStore(), engine_host()
-    if isinstance(gpu, GpuInfo):
-        host = engine_host(gpu.name, gpu.architecture, gpu.driver_version)
+    gpu, store = common.machine().gpu(), EngineStore()
+    host = engine_host(gpu if isinstance(gpu, GpuInfo) else None)
     engines = list_engines(bundle, store, host, _installed())
     if as_json:
-        print_json({"bundle": bundle.hash, "cache": str(store.root), "engines": list(map(listed_document, engines))})
-    else:
-        print_listed(engines, str(store.root))
+        common.print_json({"bundle": bundle.hash, "cache": str(store.root), "engines": list(map(_listed, engines))})
+        return
+    for engine in engines:
+        what = "?"
+        if engine.record is not None:
+            key = engine.record.key
+            made = f"{key.flavor} {key.version}, {engine.record.created}"
+            what = f"{key.graph} in {key.precision} for {key.target}, {made}"
+        common.say(f"{engine.id[: common.SHORT]} {engine.source}: {what}: {engine.problem or 'usable'}")
+    if not engines:
+        common.say(f"{store.root} has no engine of this bundle; run unipinrec compile")
 
 
 def _installed() -> dict[Flavor, TensorRT]:
     from unipinrec.runtime.trt.library import FLAVORS
 
-    found: dict[Flavor, TensorRT] = {}
+    installed: dict[Flavor, TensorRT] = {}
     for flavor in FLAVORS:
         with suppress(BackendError):
-            found[flavor] = machine().tensorrt(flavor)
-    return found
+            installed[flavor] = common.machine().tensorrt(flavor)
+    return installed
 
 
 def _remove(beginning: str) -> None:
     from unipinrec.runtime.trt.store import EngineStore
 
     store = EngineStore()
-    found = [name for name in store.entries() if name.startswith(beginning)]
-    if len(found) != 1:
-        raise BackendError(f"{len(found)} engines of {store.root} begin with {beginning!r}; see {LIST}")
-    store.remove(found[0])
-    stdout.print(f"removed {found[0]}", highlight=False)
+    matches = [name for name in store.entries() if name.startswith(beginning)]
+    if len(matches) != 1:
+        raise BackendError(f"{len(matches)} engines of {store.root} begin with {beginning!r}; see {LIST}")
+    store.remove(matches[0])
+    common.say(f"removed {matches[0]}")
 
 
-def print_plans(plans: Sequence[GraphPlan], uncovered: Sequence[str]) -> None:
+def _print_plans(plans: Sequence[GraphPlan], uncovered: Sequence[str]) -> None:
     """Profiles and memory, graph by graph."""
     for plan in plans:
-        stdout.print(f"{plan.graph} in {plan.precision} ({plan.file})", highlight=False)
+        common.say(f"{plan.graph} in {plan.precision} ({plan.file})")
         for profile in plan.profiles:
             sizes = ", ".join(f"{name} {low}:{usual}:{high}" for name, (low, usual, high) in profile.sizes.items())
-            stdout.print(
+            common.say(
                 f"  {sizes}; at most {_size(profile.kv_in_bytes)} of KV in, {_size(profile.kv_out_bytes)} of KV out, "
-                f"{_size(profile.other_bytes)} beside",
-                highlight=False,
-                soft_wrap=True,
+                f"{_size(profile.other_bytes)} of other tensors"
             )
     if uncovered:
-        stderr.print(
-            f"[bold yellow]warning[/]: requests beyond the profiles are refused: {'; '.join(uncovered)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        common.warn(f"requests beyond the profiles are rejected: {'; '.join(uncovered)}")
 
 
-def document_of(digest: str, trt: TensorRT, done: Sequence[Compiled]) -> dict[str, Any]:
-    """The documented JSON form of a compilation."""
-    engines = [{**_engine(one.record), "built": one.built} for one in done]
-    return {"bundle": digest, "flavor": trt.flavor, "version": trt.version, "engines": engines}
-
-
-def print_compiled(done: Sequence[Compiled], where: dict[str, str], seconds: float) -> None:
-    """One line per engine, then how the golden requests went."""
-    for one in done:
-        record, key = one.record, one.record.key
-        made = f"built in {record.seconds:.1f} s" if one.built else "there already"
-        stdout.print(
-            f"{key.graph} in {key.precision}: {made}, {_size(record.size_bytes)}, {_layers(record)}; "
-            f"{key.digest()[:SHORT]}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    for how in dict.fromkeys(one.record.verified.how for one in done):
-        stdout.print(f"golden requests: {how}", highlight=False, soft_wrap=True)
-    place = where.get("out") or where.get("cache")
-    stdout.print(f"{place}: {len(done)} engines, {seconds:.0f} s", highlight=False, soft_wrap=True)
-
-
-def listed_document(engine: ListedEngine) -> dict[str, Any]:
+def _listed(engine: ListedEngine) -> dict[str, Any]:
     """The documented JSON form of a listed engine."""
-    told = {"id": engine.id} if engine.record is None else _engine(engine.record)
-    return {**told, "source": engine.source, "usable": engine.problem is None, "problem": engine.problem}
-
-
-def print_listed(engines: Sequence[ListedEngine], root: str) -> None:
-    """One line per engine: what it is, and whether it is used."""
-    for engine in engines:
-        what = "?"
-        if engine.record is not None:
-            key = engine.record.key
-            what = (
-                f"{key.graph} in {key.precision} for {key.target}, {key.flavor} {key.version}, {engine.record.created}"
-            )
-        stdout.print(
-            f"{engine.id[:SHORT]} {engine.source}: {what}: {engine.problem or 'usable'}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if not engines:
-        stdout.print(f"{root} has no engine of this bundle; run unipinrec compile", highlight=False, soft_wrap=True)
+    known = {"id": engine.id} if engine.record is None else _engine(engine.record)
+    return {**known, "source": engine.source, "usable": engine.problem is None, "problem": engine.problem}
 
 
 def _engine(record: EngineRecord) -> dict[str, Any]:
     key = record.key
+    named = ("graph", "precision", "flavor", "version", "target")
     return {
         "id": key.digest(),
-        "graph": key.graph,
-        "precision": key.precision,
-        "flavor": key.flavor,
-        "version": key.version,
-        "target": key.target,
+        **{name: getattr(key, name) for name in named},
         "created": record.created,
         "seconds": record.seconds,
         "size_bytes": record.size_bytes,
@@ -337,7 +309,7 @@ def _engine(record: EngineRecord) -> dict[str, Any]:
 
 
 def _counts(record: EngineRecord) -> dict[str, int]:
-    """Layers by the floating-point types that they read."""
+    """Number of layers by the floating-point types that they read."""
     kinds = ("+".join(sorted({name for name in layer.inputs if "float" in name})) for layer in record.layers.layers)
     return dict(Counter(kind for kind in kinds if kind))
 

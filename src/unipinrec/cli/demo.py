@@ -1,4 +1,4 @@
-"""`unipinrec demo`: every step from data to recommendations, each shown as the command that one would type."""
+"""`unipinrec demo`: all steps from data to recommendations, each printed as the command that a user would type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from unipinrec.cli.common import command, stderr, stdout
+from unipinrec.cli.common import any_path, command, say, stderr
 from unipinrec.errors import DataError
 
 SOURCES = {
@@ -22,13 +22,17 @@ SOURCES = {
 
 
 @click.command(epilog="Example: unipinrec demo --out demo/   or, on real data:   unipinrec demo --data KuaiRand-Pure/")
-@click.option("--data", type=click.Path(path_type=Path), help="KuaiRand or MovieLens files, or a prepared folder.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--config", default="tiny", show_default=True, help="As for `train`.")
-@click.option("--epochs", type=int, default=12, show_default=True)
+@click.option(
+    "--data",
+    type=any_path,
+    help="A folder of KuaiRand or MovieLens files, or one that `prepare` wrote.  [default: simulated data]",
+)
+@click.option("--out", type=any_path, default=Path("demo"), help="Folder for data, checkpoint and bundle.")
+@click.option("--config", default="tiny", help="Size of the model, as for `train`.")
+@click.option("--epochs", type=int, default=12, help="Epochs of training.")
 @command
 def demo(data: Path | None, out: Path, config: str, epochs: int) -> None:
-    """Prepare, train, export with an evaluation of the lists, verify and recommend, in one folder."""
+    """Run all steps in one folder: prepare, train, export with an evaluation, verify and recommend."""
     prepared, checkpoint, bundle = out / "data", out / "checkpoint", out / "bundle"
     began = time.monotonic()
     seconds = {}
@@ -39,17 +43,17 @@ def demo(data: Path | None, out: Path, config: str, epochs: int) -> None:
     else:
         prepared = data
     seconds["train"] = _run(
-        "train", "--data", prepared, "--config", config, "--out", checkpoint, "--epochs", str(epochs)
+        *("train", "--data", prepared, "--out", checkpoint), *("--config", config, "--epochs", epochs)
     )
     seconds["export"] = _run("export", checkpoint, bundle, "--data", prepared, "--evaluate", "20000")
     seconds["verify"] = _run("verify", bundle)
     user = json.loads((bundle / "user_ids.json").read_text())[0]
     seconds["recommend"] = _run("recommend", bundle, "--user", user, "-k", "10")
-    stdout.print("  ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()), highlight=False)
-    stdout.print(f"all steps: {time.monotonic() - began:.0f} s; everything is in {out}", highlight=False)
+    say("  ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()))
+    say(f"all steps: {time.monotonic() - began:.0f} s; all files are in {out}")
 
 
-def _run(*words: str | Path) -> float:
+def _run(*words: object) -> float:
     """Run one subcommand in this process; a failure ends the demo with its exit code."""
     root = click.get_current_context().find_root().command
     arguments = [str(word) for word in words]
@@ -60,11 +64,11 @@ def _run(*words: str | Path) -> float:
 
 
 def _kind_of(folder: Path) -> str | None:
-    """Which `prepare` subcommand reads this folder; None if it is prepared already."""
+    """The `prepare` subcommand that reads this folder; None if the folder is prepared already."""
     for pattern, kind in SOURCES.items():
         if any(folder.glob(pattern)) or any(folder.glob(f"data/{pattern}")):
             return kind
     raise DataError(
-        f"{folder} holds none of {', '.join(SOURCES)}; bring other files in with `unipinrec prepare table`, "
+        f"{folder} holds none of {', '.join(SOURCES)}; read other files with `unipinrec prepare table`, "
         "then pass its output as --data"
     )

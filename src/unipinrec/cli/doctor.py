@@ -13,46 +13,38 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import command, json_option, machine, print_json, stderr, stdout
+from unipinrec.cli.common import SHORT, any_path, json_command, machine, print_json, stderr, stdout
 from unipinrec.errors import BackendError
 
 if TYPE_CHECKING:
-    from unipinrec.runtime.tools.diagnosis import Diagnosis, Engine, Gpu, Library
-
-EXAMPLES = """\b
-Examples:
-  unipinrec doctor
-  unipinrec doctor bundle/ --json"""
+    from unipinrec.runtime.tools.diagnosis import Diagnosis, EngineReport, Gpu, Library
 
 GIB, MIB = 2**30, 2**20
-SHORT = 12
 
 
-@click.command(epilog=EXAMPLES)
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@json_option
-@command
+@click.command(epilog="\b\nExamples:\n  unipinrec doctor\n  unipinrec doctor bundle/ --json")
+@click.argument("bundle", type=any_path, required=False)
+@json_command
 def doctor(bundle: Path | None, as_json: bool) -> None:
-    """Show what this machine can serve on, and why not on more.
+    """Show which devices of this machine can serve, and why the others cannot.
 
-    With a BUNDLE it also shows the bundle's compiled engines, loads it as a server would, and fails if nothing serves
-    it.
+    With a BUNDLE, also show its compiled engines and load it as a server would. Exits with 1 if no device can serve it.
     """
     with stderr.status("examining"), _without_warnings():
         from unipinrec.runtime.tools.doctor import examine
 
-        found = examine(bundle, machine())
+        diagnosis = examine(bundle, machine())
     if as_json:
-        print_json(found)
+        print_json(diagnosis)
     else:
-        _print(found)
-    if bundle and found.auto.device is None:
-        raise BackendError(f"{bundle} cannot be served here: {found.auto.problem}")
+        _print(diagnosis)
+    if bundle and diagnosis.auto.device is None:
+        raise BackendError(f"{bundle} cannot be served here: {diagnosis.auto.problem}")
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep back what loading a bundle warns of: the diagnosis has all of it."""
+    """Silence the warnings of loading a bundle: the diagnosis repeats them."""
     logger = logging.getLogger("unipinrec")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -62,46 +54,44 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _print(found: Diagnosis) -> None:
+def _print(diagnosis: Diagnosis) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
-    for name, value in _machine(found):
+    for name, value in _machine(diagnosis):
         table.add_row(name, value)
-    for name, problem in found.devices.items():
-        told = "see GPU" if problem == found.gpu.problem else problem
-        table.add_row(f"device {name}", Text(told, style="red") if told else Text("ok", style="green"))
-    if found.bundle:
-        for engine in found.engines:
+    for name, problem in diagnosis.devices.items():
+        reason = "see GPU" if problem == diagnosis.gpu.problem else problem
+        table.add_row(f"device {name}", Text(reason, style="red") if reason else Text("ok", style="green"))
+    if diagnosis.bundle:
+        for engine in diagnosis.engines:
             table.add_row(f"engine {engine.id[:SHORT]}", _engine(engine))
-        if found.engines_problem or not found.engines:
-            table.add_row("engines", Text(found.engines_problem or f"none for {found.bundle}"))
-    table.add_row("device=auto", _choice(found))
+        if diagnosis.engines_problem or not diagnosis.engines:
+            table.add_row("engines", Text(diagnosis.engines_problem or f"none for {diagnosis.bundle}"))
+    table.add_row("device=auto", _choice(diagnosis))
     stdout.print(table)
 
 
-def _machine(found: Diagnosis) -> list[tuple[str, Text]]:
-    """Everything but devices and engines."""
-    cpu, memory, cache = found.cpu, found.memory, found.cache
+def _machine(diagnosis: Diagnosis) -> list[tuple[str, Text]]:
+    """All rows but devices and engines."""
+    cpu, memory, cache, gpu = diagnosis.cpu, diagnosis.memory, diagnosis.cache, diagnosis.gpu
+    onnxruntime = diagnosis.onnxruntime
     features = ", ".join(name if there else f"no {name}" for name, there in cpu.features.items())
     limit = "" if memory.limit_bytes is None else f", the cgroup allows {memory.limit_bytes / GIB:.1f} GiB"
     sizes = [size / GIB for size in (memory.total_bytes, memory.available_bytes) if size is not None]
-    state = (
-        f"mode {cache.mode}, {cache.entries} engines, {cache.size_bytes / MIB:.1f} MiB"
-        if cache.mode
-        else "not there yet"
-    )
-    wheels, providers = ", ".join(found.onnxruntime.wheels), ", ".join(found.onnxruntime.providers)
+    content = f"mode {cache.mode}, {cache.entries} engines, {cache.size_bytes / MIB:.1f} MiB"
+    state = cache.problem or (content if cache.mode else "not there yet")
+    wheels, providers = ", ".join(onnxruntime.wheels), ", ".join(onnxruntime.providers)
     return [
-        ("unipinrec", Text(f"{found.unipinrec} on Python {found.python}, {found.system}")),
+        ("unipinrec", Text(f"{diagnosis.unipinrec} on Python {diagnosis.python}, {diagnosis.system}")),
         ("CPU", Text(f"{cpu.model}: {features}")),
         ("threads", Text(f"{cpu.threads}: {cpu.threads_reason}")),
         ("memory", Text(f"{' GiB, available '.join(f'{size:.1f}' for size in sizes) or '?'} GiB{limit}")),
-        ("GPU", _gpu(found.gpu)),
-        ("CUDA", Text(", ".join(f"{name} {version}" for name, version in found.gpu.packages.items()) or "no packages")),
-        ("ONNX Runtime", _library(found.onnxruntime, f" ({wheels}): {providers}")),
-        *((library.name, _library(library)) for library in (*found.tensorrt, found.openvino)),
-        ("engine cache", Text(": ".join(filter(None, (cache.path, cache.problem or state))))),
+        ("GPU", _gpu(gpu)),
+        ("CUDA", Text(", ".join(f"{name} {version}" for name, version in gpu.packages.items()) or "no packages")),
+        ("ONNX Runtime", _library(onnxruntime, f" ({wheels}): {providers}")),
+        *((library.name, _library(library)) for library in (*diagnosis.tensorrt, diagnosis.openvino)),
+        ("engine cache", Text(": ".join(filter(None, (cache.path, state))))),
     ]
 
 
@@ -120,22 +110,19 @@ def _library(library: Library, more: str = "") -> Text:
     return Text(f"{library.version}{more}{problem}", style="red" if problem else "")
 
 
-def _engine(engine: Engine) -> Text:
-    what = "cannot be told"
+def _engine(engine: EngineReport) -> Text:
+    what = "not readable"
     if engine.graph:
-        size = (engine.size_bytes or 0) / MIB
-        what = (
-            f"{engine.graph} in {engine.precision} for {engine.target}, {engine.library}, {size:.1f} MiB, in the "
-            f"{engine.source}"
-        )
+        where = f"{(engine.size_bytes or 0) / MIB:.1f} MiB, in the {engine.source}"
+        what = f"{engine.graph} in {engine.precision} for {engine.target}, {engine.library}, {where}"
     return Text(f"{what}: {engine.problem or 'usable'}", style="yellow" if engine.problem else "green")
 
 
-def _choice(found: Diagnosis) -> Text:
-    auto = found.auto
+def _choice(diagnosis: Diagnosis) -> Text:
+    auto = diagnosis.auto
     if auto.device is None:
-        return Text(f"nothing serves: {auto.problem}", style="red")
-    known = tuple(problem for problem in found.devices.values() if problem)
+        return Text(f"no device can serve: {auto.problem}", style="red")
+    known = tuple(problem for problem in diagnosis.devices.values() if problem)
     refused = "".join(f"\nnot {reason}" for reason in auto.device.refused if not reason.endswith(known))
     problem = f"\n{auto.problem}" if auto.problem else ""
     return Text(f"{auto.device.name} ({auto.device.reason}){refused}{problem}", style="red" if problem else "")

@@ -1,4 +1,4 @@
-"""`unipinrec evaluate`, and how an evaluation is printed."""
+"""`unipinrec evaluate`, and the printed form of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from rich import box
 from rich.table import Table
 
-from unipinrec.cli.common import command, json_option, print_json, progress, stderr, stdout, warn
+from unipinrec.cli.common import any_path, data_option, json_command, print_json, progress, say, stderr, stdout, warn
 
 if TYPE_CHECKING:
     from unipinrec.runtime.bundle.quality import Estimate, Evaluation
@@ -27,21 +27,20 @@ COLUMNS = {
 
 
 @click.command(epilog="Example: unipinrec evaluate bundle/ --data data/")
-@click.argument("model", type=click.Path(path_type=Path), metavar="CHECKPOINT|BUNDLE")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
-@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Answer at most this many requests, drawn evenly.")
+@click.argument("model", type=any_path, metavar="CHECKPOINT|BUNDLE")
+@data_option
+@click.option("--split", type=click.Choice(["test", "valid"]), default="test", help="The part of the data to measure.")
+@click.option("--limit", type=click.IntRange(min=1), help="Measure at most this many requests, drawn evenly.")
 @click.option(
     "--repeats",
     is_flag=True,
-    help="Serve items that the user had before, and count them: for shops where people buy the same again.",
+    help="Also recommend and count items that the user had before, as for shops where people buy the same again.",
 )
-@json_option
-@command
+@json_command
 def evaluate(model: Path, data: Path, split: Any, limit: int | None, repeats: bool, as_json: bool) -> None:
-    """Measure the lists that a bundle serves on held-out requests, beside other orders and simple baselines.
+    """Measure a bundle's recommendations on held-out requests, next to other orders and simple baselines.
 
-    A checkpoint is exported to a temporary bundle first. docs/ranking.md explains the figures.
+    A checkpoint is first exported to a temporary bundle. docs/ranking.md explains the figures.
     """
     with stderr.status("loading"):
         from unipinrec.export.lists.evaluation import evaluate as measure
@@ -53,7 +52,7 @@ def evaluate(model: Path, data: Path, split: Any, limit: int | None, repeats: bo
         bundle = model if scratch is None else _exported(model, data, Path(scratch) / "bundle")
         with Recommender.load(bundle, "cpu") as recommender, progress() as bar:
             task = bar.add_task("evaluate", total=None, note="")
-            found = measure(
+            evaluation = measure(
                 recommender,
                 data,
                 split,
@@ -62,9 +61,9 @@ def evaluate(model: Path, data: Path, split: Any, limit: int | None, repeats: bo
                 on_batch=lambda done, total: bar.update(task, completed=done, total=total),
             )
     if as_json:
-        print_json({"model": str(model), "data": str(data), "evaluation": found})
+        print_json({"model": str(model), "data": str(data), "evaluation": evaluation})
     else:
-        print_evaluation(found)
+        print_evaluation(evaluation)
 
 
 def _exported(checkpoint: Path, data: Path, bundle: Path) -> Path:
@@ -86,7 +85,7 @@ def _exported(checkpoint: Path, data: Path, bundle: Path) -> Path:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the lists, a row each with standard errors, then the actions; warnings go to stderr."""
+    """Print a row with standard errors per list, then a row per action; warnings go to stderr."""
     from unipinrec.runtime.bundle.quality import named
 
     title = f"lists of ten, {evaluation.requests} {evaluation.split} requests, served by {evaluation.order}"
@@ -104,7 +103,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             actions.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
         stdout.print(actions)
     for line in _lines(evaluation):
-        stdout.print(line, highlight=False, soft_wrap=True)
+        say(line)
     for warning in evaluation.warnings:
         warn(warning)
 
@@ -122,7 +121,7 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.gap_closed is not None:
         yield (
             f"the served list closes {evaluation.gap_closed:.0%} of the gap in true value between popularity and the "
-            "best ten; HR@10 favors what the policy of the log showed, true value does not"
+            "best ten; HR@10 favors the items that the logged policy showed, true value does not"
         )
 
 

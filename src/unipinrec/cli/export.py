@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from unipinrec.cli.common import command, json_option, print_json, stderr, stdout
+from unipinrec.cli.common import any_path, bundle_argument, json_command, print_json, say, stderr, stdout
 from unipinrec.cli.evaluate import print_evaluation
 from unipinrec.cli.index import recall_option, warn_of_low_recall
 
@@ -21,47 +21,40 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
 
 
 @click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="The prepared data: for real golden requests, users, and what is popular.",
-)
+@click.argument("checkpoint", type=any_path)
+@bundle_argument
+@click.option("--data", type=any_path, help="The prepared data, for real golden requests, sample users and popularity.")
 @click.option(
     "--users",
     type=click.IntRange(0),
     default=1000,
-    show_default=True,
-    help="Histories of how many users go into the bundle, for `recommend --user`; 0 = none. They are personal data; "
-    "with --data golden.safetensors holds up to four real histories in any case, without user ids.",
+    help="Number of sample users whose histories go into the bundle, for `recommend --user`; 0 = none. They are "
+    "personal data. With --data, golden.safetensors always holds up to four real histories, without user ids.",
 )
 @click.option(
     "--precision",
     "precisions",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="Write the graphs in this precision too, for GPUs; may be repeated. fp32 is always written. Each is measured: "
-    "it has to recommend what fp32 recommends, or nothing is written. fp8 is for linear layers, with bf16 around them, "
-    "and needs --data.",
+    help="Also write the graphs in this precision, for GPUs; repeatable. fp32 is always written. If a precision does "
+    "not recommend the same items as fp32, nothing is written. fp8 covers linear layers, the rest is bf16; it needs "
+    "--data.",
 )
 @click.option(
     "--accept-loss",
     is_flag=True,
-    help="Write a precision although it recommends something else than fp32, as fp8 may; the report and the manifest "
-    "say how far it goes.",
+    help="Write a precision even if it recommends other items than fp32, as fp8 may. Report and manifest hold the "
+    "measured difference.",
 )
 @click.option(
     "--evaluate",
     "evaluated",
     type=click.IntRange(0),
     default=2000,
-    show_default=True,
-    help="With --data, measure the lists that the bundle serves on so many test requests; 0 = none.",
+    help="With --data, measure the bundle's recommendations on this many test requests; 0 = none.",
 )
 @recall_option
-@json_option
-@command
+@json_command
 def export(
     checkpoint: Path,
     bundle: Path,
@@ -74,7 +67,7 @@ def export(
     recall: float | None,
     as_json: bool,
 ) -> None:
-    """Write a trained checkpoint as a bundle, and prove that its graphs compute what PyTorch computes."""
+    """Write a trained checkpoint as a bundle, and check that its graphs compute the same as PyTorch."""
     with stderr.status("loading"):
         from unipinrec.export.bundle_writer import ExportOptions, export_bundle
         from unipinrec.export.checkpoint_source import source_from_checkpoint
@@ -120,21 +113,17 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
     if manifest.evaluation:
         print_evaluation(manifest.evaluation)
     if manifest.order:
-        stdout.print(
-            f"slates are ordered by {manifest.order.by}: {manifest.order.reason}", markup=False, soft_wrap=True
-        )
+        say(f"slates are ordered by {manifest.order.by}: {manifest.order.reason}")
     if manifest.precisions:
         stdout.print(_precision_table(manifest))
     for name, spec in manifest.precisions.items():
         if spec.agreement.problem:
-            stdout.print(f"{name} does not recommend what fp32 recommends: {spec.agreement.problem} (--accept-loss)")
+            say(f"{name} does not recommend what fp32 recommends: {spec.agreement.problem} (--accept-loss)")
     size = sum(file.size_bytes for file in manifest.files.values()) / 2**20
     index = manifest.index
-    stdout.print(
+    say(
         f"{bundle}: {manifest.num_items} items, {size:.1f} MiB, index recall@{index.recall_k} {index.recall:.4f} "
-        f"at ef={index.ef_search}, {seconds:.0f} s",
-        markup=False,
-        highlight=False,
+        f"at ef={index.ef_search}, {seconds:.0f} s"
     )
 
 

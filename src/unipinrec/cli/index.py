@@ -9,50 +9,50 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from unipinrec.cli.common import FiniteRange, command, json_option, print_json, stderr, stdout, warn
+from unipinrec.cli import common
 
 if TYPE_CHECKING:
     from unipinrec.runtime.bundle.manifest import IndexSpec
     from unipinrec.runtime.tools.update_bundle import UpdateReport
 
-INDEX_EXAMPLES = """\b
+EXAMPLES = """\b
 Examples:
   unipinrec index bundle/ --out bundle-2/ --add items.jsonl --retire gone.txt
   unipinrec index bundle/ --out bundle-3/ --add items.jsonl --recall 0.995 --json"""
 
 recall_option = click.option(
     "--recall",
-    type=FiniteRange(0.0, 1.0, min_open=True),
-    help="Share of the 100 nearest items that the index is to find.  [default: 0.99; of an update, the bundle's own]",
+    type=common.FiniteRange(0.0, 1.0, min_open=True),
+    help="Share of the 100 nearest items that the index must find.  [default: 0.99; in an update, the bundle's own]",
 )
-input_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-@click.command(epilog=INDEX_EXAMPLES)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.command(epilog=EXAMPLES)
+@common.bundle_argument
+@common.out_option
 @click.option(
     "--add",
-    type=input_file,
+    type=common.input_file,
     metavar="ITEMS.json[l]",
-    help='Items to add, a list or one per line: {"item", "title", "dense": {feature: [..]}, "categories": '
+    help='Items to add, as a list or one per line: {"item", "title", "dense": {feature: [..]}, "categories": '
     "{feature: word}}.",
 )
-@click.option("--retire", type=input_file, metavar="IDS.txt", help="Items never to find again, one id per line.")
+@click.option(
+    "--retire", type=common.input_file, metavar="IDS.txt", help="Items to remove from the index, one id per line."
+)
 @recall_option
-@json_option
-@command
+@common.json_command
 def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall: float | None, as_json: bool) -> None:
-    """Add and retire items without another export: a new bundle beside the old one.
+    """Add and retire items without another export, and write the result as a new bundle.
 
-    Cached keys and values of histories stay valid across the two. An item is replaced by retiring and adding it.
+    Cached histories stay valid for the new bundle. To replace an item, retire it and add it.
     """
     if add is None and retire is None:
         raise click.UsageError("give --add, --retire or both")
     began = time.monotonic()
-    with stderr.status("loading") as status:
+    with common.stderr.status("loading") as status:
         from unipinrec.runtime.bundle.catalogue import parse_ids
-        from unipinrec.runtime.tools.new_items import parse_items
+        from unipinrec.runtime.tools.item_input import parse_items
         from unipinrec.runtime.tools.update_bundle import update_bundle
 
         report = update_bundle(
@@ -65,15 +65,15 @@ def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall
         )
     warn_of_low_recall(report.index)
     if as_json:
-        print_json(_document(report))
+        common.print_json(_document(report))
     else:
         _print_report(out, report, time.monotonic() - began)
 
 
 def warn_of_low_recall(index: IndexSpec) -> None:
-    """Say it on stderr where an index misses its target."""
+    """Warn if an index misses its target."""
     if index.recall < index.recall_target:
-        warn(
+        common.warn(
             f"the index finds {index.recall:.4f} of the nearest {index.recall_k} items, not "
             f"{index.recall_target:g}, even with M={index.m} and ef={index.ef_search}; "
             "exact search finds all of them (recommend --exact)"
@@ -82,9 +82,8 @@ def warn_of_low_recall(index: IndexSpec) -> None:
 
 def _document(report: UpdateReport) -> dict[str, object]:
     """The documented JSON form."""
-    document: dict[str, object] = msgspec.structs.asdict(report)
-    index = report.index
-    del document["index"]
+    document = msgspec.structs.asdict(report)
+    index = document.pop("index")
     measured = {"recall": index.recall, "recall_target": index.recall_target, "ef": index.ef_search, "m": index.m}
     return {**document, **measured}
 
@@ -92,15 +91,12 @@ def _document(report: UpdateReport) -> dict[str, object]:
 def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
     index = report.index
     for feature, count in report.unknown_words.items():
-        warn(
+        common.warn(
             f"{count} of {report.added} added items have a {feature} that the model does not know; it counts as unknown"
         )
-    stdout.print(
+    common.say(
         f"{out}: {report.items_before} items before, {report.added} added, {report.retired} retired "
         f"({report.already_retired} were already), {report.items_after} now; index {report.way}, "
         f"recall@{index.recall_k} {index.recall:.4f} at ef={index.ef_search}, {seconds:.0f} s; "
-        f"bundle {report.bundle[:12]} from {report.parent[:12]}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"bundle {report.bundle[: common.SHORT]} from {report.parent[: common.SHORT]}"
     )

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli.common import FiniteRange, command, json_option, print_json, stderr
+from unipinrec.cli.common import FiniteRange, any_path, input_file, json_command, positive, print_json, stderr
 from unipinrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from unipinrec.runtime.tools.arrivals import ArrivalModel
-    from unipinrec.runtime.tools.capacity import Deployment, Footprint, Histories, StageCosts
+    from unipinrec.runtime.tools.capacity import CapacityInput, Footprint, HistoryLengths
 
 EXAMPLES = """\b
 Examples:
@@ -26,70 +25,67 @@ Examples:
 
 COSTS = ("encode_ms", "extend_ms", "retrieve_ms", "rank_ms")
 OWN_SHAPE = ("layers", "dim", "heads")
-positive = FiniteRange(0, min_open=True)
-existing_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--users", type=click.IntRange(1), required=True, help="Distinct users of a month.")
-@click.option("--qps", type=positive, required=True, help="Requests per second to be served, at peak.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Take the model's shape from this bundle.")
-@click.option("--size", type=click.Choice(["tiny", "small", "paper"]), help="Or from a named size.")
-@click.option("--layers", type=click.IntRange(1), help="Or from these: layers, ...")
+@click.option("--users", type=click.IntRange(1), required=True, help="Distinct users per month.")
+@click.option("--qps", type=positive, required=True, help="Requests per second at peak.")
+@click.option("--bundle", type=any_path, help="Take the model's shape from this bundle.")
+@click.option(
+    "--size", type=click.Choice(["tiny", "small", "paper"]), help="Or take the model's shape from a named size."
+)
+@click.option("--layers", type=click.IntRange(1), help="Or give the shape: layers, ...")
 @click.option("--dim", type=click.IntRange(1), help="... hidden width, ...")
 @click.option("--heads", type=click.IntRange(1), help="... attention heads, ...")
-@click.option("--kv-heads", type=click.IntRange(1), help="... key/value heads.  [default: as many as heads]")
-@click.option("--max-history", type=click.IntRange(1), help="Longest history in events.  [default: the model's; none]")
+@click.option("--kv-heads", type=click.IntRange(1), help="... and key/value heads.  [default: --heads]")
+@click.option(
+    "--max-history", type=click.IntRange(1), help="Longest history in events.  [default: the model's, or no limit]"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     default="int8",
-    show_default=True,
-    help="Type of the cached keys and values.",
+    help="Precision of cached keys and values.",
 )
-@click.option("--page-slots", type=click.IntRange(1), help="Events of a page.  [default: the cache's own]")
-@click.option("--events", type=positive, help="Mean history length over users, spread as in KuaiRand-Pure.")
-@click.option("--events-file", type=existing_file, help="Or the lengths themselves: CSV with a column `events`.")
-@click.option("--budget-gib", type=positive, help="Memory of the cache, all machines together.")
-@click.option("--memory-gib", type=positive, help="Or memory of the cache on each machine; needs the stage times.")
-@click.option("--ttl-hours", type=positive, help="Entries unused for so long are not served.  [default: no limit]")
-@click.option("--arrivals", type=existing_file, help="Your log of requests: CSV with columns `user,timestamp_ms`.")
+@click.option("--page-slots", type=click.IntRange(1), help="Events per page of the cache.  [default: the cache's own]")
+@click.option("--events", type=positive, help="Mean history length of users, spread as in KuaiRand-Pure.")
+@click.option("--events-file", type=input_file, help="Or all history lengths: CSV with a column `events`.")
+@click.option("--budget-gib", type=positive, help="Total memory of the cache on all machines.")
+@click.option("--memory-gib", type=positive, help="Or memory of the cache per machine; needs the stage times.")
+@click.option("--ttl-hours", type=positive, help="Time after which an unused entry expires.  [default: no limit]")
+@click.option("--arrivals", type=input_file, help="Your log of requests: CSV with columns `user,timestamp_ms`.")
 @click.option(
     "--pattern",
     type=click.Choice(["slate", "exposure"]),
-    help="Without a log, the pattern of KuaiRand-Pure: requests that begin a slate, or every exposure.  "
-    "[default: slate]",
+    help="Without --arrivals, a pattern of KuaiRand-Pure: one request per slate, or per exposure.  [default: slate]",
 )
 @click.option(
     "--requests-per-user-day",
     type=positive,
-    help="Pace of a user; with a TTL it matters.  [default: the log's, else --qps over --users]",
+    help="Requests of a user per day; matters with --ttl-hours only.  [default: the log's, else --qps over --users]",
 )
 @click.option("--new-share", type=FiniteRange(0, 1, max_open=True), help="Share of requests from new users.")
 @click.option(
     "--unchanged-share",
     type=FiniteRange(0, 1),
     default=0.0,
-    show_default=True,
-    help="Share of the found requests that bring no new event.",
+    help="Share of cache hits whose history has no new event.",
 )
-@click.option("--encode-ms", type=positive, help="EngineHost time per request to encode a whole history, ...")
-@click.option("--extend-ms", type=positive, help="... to encode its new events, ...")
+@click.option("--encode-ms", type=positive, help="Machine time per request to encode a whole history, ...")
+@click.option("--extend-ms", type=positive, help="... to encode only its new events, ...")
 @click.option("--retrieve-ms", type=positive, help="... to retrieve, ...")
-@click.option("--rank-ms", type=positive, help="... and to rank. All four, measured on your machine, or none.")
+@click.option("--rank-ms", type=positive, help="... and to rank. Give all four, measured on your machine, or none.")
 @click.option(
     "--utilisation",
     type=FiniteRange(0, 1, min_open=True),
     default=0.7,
-    show_default=True,
-    help="Share of a machine's time to plan with.",
+    help="Highest share of time that a machine is busy.",
 )
-@json_option
-@command
+@json_command
 def plan(as_json: bool, budget_gib: float | None, memory_gib: float | None, **options: Any) -> None:
-    """Plan a key/value cache: bytes per user, expected hit rate for a memory, and machines for a load.
+    """Plan a key/value cache: bytes per user, expected hit rate per memory, and machines for a load.
 
-    Times are never guessed: without the four stage times all but the machines is planned.
+    Times are never guessed: without the four stage times the plan has no machines.
     """
     _check(budget_gib, memory_gib, options)
     from unipinrec.cli.plan_report import document_of, print_document
@@ -109,11 +105,11 @@ def plan(as_json: bool, budget_gib: float | None, memory_gib: float | None, **op
 
 def _check(budget_gib: float | None, memory_gib: float | None, options: dict[str, Any]) -> None:
     own = [name for name in OWN_SHAPE if options[name] is not None]
-    given = [name for name in ("bundle", "size") if options[name] is not None]
-    if len(given) + bool(own) != 1 or 0 < len(own) < len(OWN_SHAPE):
+    named = [name for name in ("bundle", "size") if options[name] is not None]
+    if len(named) + bool(own) != 1 or 0 < len(own) < len(OWN_SHAPE):
         raise click.UsageError("give the model's shape: one of --bundle, --size, or --layers with --dim and --heads")
     if options["kv_heads"] and not own:
-        raise click.UsageError(f"--kv-heads belongs to --layers, --dim and --heads; --{given[0]} has its own")
+        raise click.UsageError(f"--kv-heads belongs to --layers, --dim and --heads; --{named[0]} has its own")
     if (options["events"] is None) == (options["events_file"] is None):
         raise click.UsageError("give exactly one of --events and --events-file")
     if budget_gib is not None and memory_gib is not None:
@@ -122,45 +118,43 @@ def _check(budget_gib: float | None, memory_gib: float | None, options: dict[str
         raise click.UsageError("give --arrivals or --pattern, not both")
     missing = [name for name in COSTS if options[name] is None]
     if missing and len(missing) < len(COSTS):
-        named = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise click.UsageError(f"stage times go together: {named} is missing")
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise click.UsageError(f"stage times go together: {flags} is missing")
     if memory_gib is not None and missing:
         raise click.UsageError("--memory-gib plans machines and needs all four stage times; --budget-gib needs none")
 
 
-def _deployment(options: dict[str, Any]) -> Deployment:
+def _deployment(options: dict[str, Any]) -> CapacityInput:
     from unipinrec.runtime.tools.arrivals import FOREVER
-    from unipinrec.runtime.tools.capacity import Deployment
+    from unipinrec.runtime.tools.capacity import CapacityInput, StageCosts
 
-    return Deployment(
+    return CapacityInput(
         footprint=_footprint(options),
         histories=_histories(options),
-        users=options["users"],
-        qps=options["qps"],
         arrivals=_arrivals(options),
         ttl_hours=options["ttl_hours"] or FOREVER,
-        unchanged_share=options["unchanged_share"],
-        costs=_costs(options),
-        utilisation=options["utilisation"],
+        costs=None if options["encode_ms"] is None else StageCosts(**{name: options[name] for name in COSTS}),
+        **{name: options[name] for name in ("users", "qps", "unchanged_share", "utilisation")},
     )
 
 
 def _footprint(options: dict[str, Any]) -> Footprint:
+    from unipinrec.runtime.bundle.bundle import read_manifest
+    from unipinrec.runtime.kv.pages import PAGE_SLOTS
     from unipinrec.runtime.tools.capacity import Footprint
 
+    page_slots = options["page_slots"] or PAGE_SLOTS
     if options["bundle"] is not None:
-        from unipinrec.runtime.bundle.bundle import read_manifest
-
-        footprint = Footprint.of(read_manifest(options["bundle"])[0].model, options["dtype"], _page_slots(options))
+        footprint = Footprint.of(read_manifest(options["bundle"])[0].model, options["dtype"], page_slots)
     else:
-        footprint = _footprint_of_sizes(options)
+        footprint = _footprint_of_sizes(options, page_slots)
     longest = options["max_history"] or footprint.max_history
     if longest > footprint.max_history:
         raise click.UsageError(f"--max-history {longest} must be at most the model's own, {footprint.max_history}")
     return dataclasses.replace(footprint, max_history=longest)
 
 
-def _footprint_of_sizes(options: dict[str, Any]) -> Footprint:
+def _footprint_of_sizes(options: dict[str, Any], page_slots: int) -> Footprint:
     from unipinrec.models.config import SIZES
     from unipinrec.runtime.kv.pages import KvGeometry
     from unipinrec.runtime.tools.capacity import NO_LIMIT, Footprint
@@ -175,42 +169,30 @@ def _footprint_of_sizes(options: dict[str, Any]) -> Footprint:
         layers, kv_heads = options["layers"], options["kv_heads"] or options["heads"]
         head_dim, prefix, longest = options["dim"] // options["heads"], 1, NO_LIMIT
     geometry = KvGeometry(
-        tensors=2 * layers,
-        heads=kv_heads,
-        head_dim=head_dim,
-        dtype=options["dtype"],
-        page_slots=_page_slots(options),
+        tensors=2 * layers, heads=kv_heads, head_dim=head_dim, dtype=options["dtype"], page_slots=page_slots
     )
     return Footprint(geometry=geometry, prefix_slots=prefix, max_history=longest)
 
 
-def _page_slots(options: dict[str, Any]) -> int:
-    from unipinrec.runtime.kv.pages import PAGE_SLOTS
-
-    return options["page_slots"] or PAGE_SLOTS
-
-
-def _histories(options: dict[str, Any]) -> Histories:
-    from unipinrec.runtime.tools.capacity import Histories, histories_of_mean
+def _histories(options: dict[str, Any]) -> HistoryLengths:
+    from unipinrec.runtime.tools.capacity import HistoryLengths, histories_of_mean
 
     if options["events"] is not None:
         return histories_of_mean(options["events"])
-    return Histories(events=tuple(_read_lengths(options["events_file"])))
-
-
-def _read_lengths(path: Path) -> list[float]:
-    lengths = []
+    path, lengths = options["events_file"], []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 lengths.append(float(row["events"]))
     except KeyError as error:
-        raise DataError(f"{path}: no column 'events'; one row per user, its history's length in that column") from error
+        raise DataError(
+            f"{path}: no column 'events'; give a row per user with the length of its history in that column"
+        ) from error
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: line {len(lengths) + 2}: events is a number of events: {error}") from error
     except (OSError, csv.Error) as error:
         raise DataError(f"{path}: not readable as CSV: {error}") from error
-    return lengths
+    return HistoryLengths(events=tuple(lengths))
 
 
 def _arrivals(options: dict[str, Any]) -> ArrivalModel:
@@ -223,9 +205,3 @@ def _arrivals(options: dict[str, Any]) -> ArrivalModel:
         model = KUAIRAND[options["pattern"] or "slate"]
         rate = options["requests_per_user_day"] or options["qps"] * 86_400 / options["users"]
     return model.at_rate(rate, options["new_share"])
-
-
-def _costs(options: dict[str, Any]) -> StageCosts | None:
-    from unipinrec.runtime.tools.capacity import StageCosts
-
-    return None if options["encode_ms"] is None else StageCosts(**{name: options[name] for name in COSTS})

@@ -1,4 +1,4 @@
-"""What `unipinrec plan` says: one document, and the same for people."""
+"""The report of `unipinrec plan`: the JSON document, and its printed form."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from unipinrec.cli.common import stdout
+from unipinrec.cli.common import say, stdout
 from unipinrec.runtime.tools.arrivals import FOREVER
 from unipinrec.runtime.tools.capacity import (
     ACTIVITY_EXPONENT,
     GIB,
     NO_LIMIT,
-    Deployment,
+    CapacityInput,
     Outcome,
     memory_of_all,
     outcome,
@@ -30,9 +30,9 @@ COLUMNS = ("GiB", "users", "found", "hit", "extend", "new", "lost")
 
 
 def document_of(
-    deployment: Deployment, budget_gib: float | None, memory_gib: float | None, options: dict[str, Any]
+    deployment: CapacityInput, budget_gib: float | None, memory_gib: float | None, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that the command knows, for `--json`.
+    """The plan as JSON.
 
     Raises:
         ConfigError: The deployment contradicts itself.
@@ -59,7 +59,7 @@ def document_of(
     }
 
 
-def _fleet(deployment: Deployment, machine_gib: float) -> dict[str, Any]:
+def _fleet(deployment: CapacityInput, machine_gib: float) -> dict[str, Any]:
     return _row(smallest_fleet(deployment, int(machine_gib * GIB))) | {"machine_gib": machine_gib}
 
 
@@ -67,7 +67,7 @@ def _row(result: Outcome) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "found": result.found, "machine_gib": None}
 
 
-def _memory(deployment: Deployment, everything: int) -> dict[str, Any]:
+def _memory(deployment: CapacityInput, everything: int) -> dict[str, Any]:
     footprint, events = deployment.footprint, deployment.histories.events
     geometry = footprint.geometry
     pages = user_pages(footprint, deployment.histories)
@@ -93,60 +93,52 @@ def _memory(deployment: Deployment, everything: int) -> dict[str, Any]:
     }
 
 
-def _basis(deployment: Deployment, options: dict[str, Any]) -> dict[str, list[str]]:
-    """Where every figure comes from."""
-    arrivals = deployment.arrivals
-    measured = [f"pauses between requests: {arrivals.source}"]
-    if options["events"] is not None:
-        measured.append("spread of history lengths around their mean: KuaiRand-Pure")
-    measured.append(f"activity grows as history length ^ {ACTIVITY_EXPONENT}: KuaiRand-Pure")
-    lengths = "mean history length" if options["events"] is not None else "history lengths"
-    given = [f"users, requests per second, model shape, {lengths}{', stage times' if deployment.costs else ''}"]
+def _basis(deployment: CapacityInput, options: dict[str, Any]) -> dict[str, list[str]]:
+    """The source of each figure."""
+    arrivals, own_log = deployment.arrivals, options["arrivals"] is not None
+    spread = ["spread of history lengths around their mean: KuaiRand-Pure"] if options["events"] is not None else []
+    lengths = "mean history length" if spread else "history lengths"
+    inputs = [f"users, requests per second, model shape, {lengths}{', stage times' if deployment.costs else ''}"]
+    activity = f"activity grows as history length ^ {ACTIVITY_EXPONENT}: KuaiRand-Pure"
+    measured = [f"pauses between requests: {arrivals.source}", *spread, activity]
+    computed = ["bytes: exact for the given lengths", "shares of requests: expected by the arrival model"]
     pace = f"{arrivals.requests_per_user_day:.3g} requests per user and day"
     if options["requests_per_user_day"] is not None:
-        given.append(pace)
-    elif options["arrivals"] is not None:
+        inputs.append(pace)
+    elif own_log:
         measured.append(f"{pace}: {options['arrivals']}")
-    if options["new_share"] is None and options["arrivals"] is not None:
-        measured.append(f"{arrivals.new_share:.2%} of the requests from users not seen in the first half of the log")
-    return {
-        "given": given,
-        "measured": measured,
-        "computed": _computed(deployment, options, pace),
-        "assumed": _assumed(deployment),
-    }
-
-
-def _computed(deployment: Deployment, options: dict[str, Any], pace: str) -> list[str]:
-    computed = ["bytes: exact for the given lengths", "shares of requests: expected by the arrival model"]
-    if options["requests_per_user_day"] is None and options["arrivals"] is None:
+    else:
         computed.append(f"{pace} = qps over users; the pauses are stretched to it, which matters with a TTL only")
-    if options["new_share"] is None and options["arrivals"] is None:
-        computed.append(f"{deployment.arrivals.new_share:.2%} of the requests from new users, as few as in the data")
-    return computed
+    if options["new_share"] is None:
+        share = f"{arrivals.new_share:.2%} of the requests from"
+        if own_log:
+            measured.append(f"{share} users not seen in the first half of the log")
+        else:
+            computed.append(f"{share} new users, as few as in the data")
+    return {"given": inputs, "measured": measured, "computed": computed, "assumed": _assumed(deployment)}
 
 
-def _assumed(deployment: Deployment) -> list[str]:
+def _assumed(deployment: CapacityInput) -> list[str]:
     assumed = [
-        "a user's requests reach the machine that holds the user; behind a balancer that spreads them at random the "
-        "machines' memories do not add up: take one machine's as --budget-gib",
+        "a user's requests always reach the same machine; if a balancer spreads them at random, the machines' "
+        "memories do not add up: give one machine's memory as --budget-gib",
         f"users are distinct users of {deployment.arrivals.users_days:.0f} days",
-        "the memory is that of the cache's pages, without model, item table and index",
-        "no other misses: a new bundle empties the cache, an edited history is encoded anew",
+        "memory means the cache's pages, without model, item table and index",
+        "no other misses: neither new bundles, which empty the cache, nor edited histories, which are encoded anew",
     ]
     if deployment.unchanged_share == 0:
-        assumed.append("every found request brings new events and extends (--unchanged-share)")
+        assumed.append("every cache hit has new events to encode (--unchanged-share)")
     at_limit = requests_at_limit(deployment.footprint, deployment.histories)
     if at_limit:
         assumed.append(
-            f"{at_limit:.0%} of the requests are of users with {deployment.footprint.max_history} events, the longest "
-            "history; what re-encoding costs them when their window moves is left out"
+            f"{at_limit:.0%} of the requests are from users with {deployment.footprint.max_history} events, the "
+            "longest history; the plan leaves out the cost of re-encoding when their window moves"
         )
     return assumed
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """The plan for people."""
+    """Print the plan."""
     _print_memory(document)
     plan = document["plan"]
     fleets = plan is not None and plan["machine_gib"] is not None
@@ -160,25 +152,21 @@ def print_document(document: dict[str, Any]) -> None:
         table.add_section()
         table.add_row(*_cells(plan, document["users"]), style="bold")
     stdout.print(table)
-    _say(_conclusion(document))
+    say(_conclusion(document))
     for kind, lines in document["basis"].items():
-        _say(f"\n{kind}:")
+        say(f"\n{kind}:")
         for line in lines:
-            _say(f"  {line}")
-
-
-def _say(line: str) -> None:
-    stdout.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(f"  {line}")
 
 
 def _print_memory(document: dict[str, Any]) -> None:
     kv = document["kv"]
     heads = f"{kv['num_layers']} layers, {kv['num_kv_heads']} key/value heads of {kv['head_dim']}, {kv['dtype']}"
     page = f"{kv['events_per_page']} events per page of {kv['page_bytes'] / 1024:,.0f} KiB"
-    _say(f"{kv['bytes_per_event']:,} bytes per event ({heads}), {page}")
+    say(f"{kv['bytes_per_event']:,} bytes per event ({heads}), {page}")
     user = f"{kv['mean_events']:,.4g} events, {kv['pages_per_user']:.2f} pages, {kv['filled']:.0%} filled"
-    _say(f"{kv['bytes_per_user'] / 2**20:,.2f} MiB per user ({user}), {kv['users_per_gib']:,.0f} users per GiB")
-    _say(f"{kv['bytes_of_all_users'] / GIB:,.1f} GiB for all {document['users']:,} users")
+    say(f"{kv['bytes_per_user'] / 2**20:,.2f} MiB per user ({user}), {kv['users_per_gib']:,.0f} users per GiB")
+    say(f"{kv['bytes_of_all_users'] / GIB:,.1f} GiB for all {document['users']:,} users")
 
 
 def _cells(row: dict[str, Any], users: float) -> list[str]:
@@ -193,8 +181,8 @@ def _conclusion(document: dict[str, Any]) -> str:
     plan, none = document["plan"], document["choices"][0]["machines"]
     if document["stage_costs"] is None:
         return (
-            "machines: not planned, for want of stage times. Measure them on your machine, with your bundle and "
-            "histories of your length (docs/capacity.md), and give --encode-ms --extend-ms --retrieve-ms --rank-ms"
+            "machines: not planned, because the stage times are missing. Measure them on your machine, with your "
+            "bundle and histories of your length (docs/capacity.md): --encode-ms --extend-ms --retrieve-ms --rank-ms"
         )
     load = f"for {document['qps']:g} requests per second, each busy {document['utilisation']:.0%} of the time"
     if plan is None:

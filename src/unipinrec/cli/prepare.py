@@ -1,4 +1,4 @@
-"""`unipinrec prepare`: brings a data set into the one input format and reports what was kept and dropped."""
+"""`unipinrec prepare`: converts a data set to the input format, and reports kept and dropped rows."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from unipinrec.cli.common import FiniteRange, command, json_option, print_json, progress, stderr, stdout, warn
+from unipinrec.cli.common import (
+    FiniteRange,
+    any_path,
+    json_command,
+    out_option,
+    positive,
+    print_json,
+    progress,
+    stderr,
+    stdout,
+    warn,
+)
 from unipinrec.cli.prepare_report import print_summary, summarize
-from unipinrec.errors import LONGEST_VALUE, ConfigError, DataError
+from unipinrec.errors import LONGEST_VALUE, ConfigError
 
-EXAMPLE = """\b
-Example:
-  unipinrec prepare simulate --out demo/data --users 2000 --items 2000 --seed 7"""
 many = click.IntRange(1, 1_000_000_000)
-
 
 if TYPE_CHECKING:
     from unipinrec.models.data.download import Archive
-    from unipinrec.models.data.schema import Dataset, TimeSplit
+    from unipinrec.models.data.schema import Dataset
     from unipinrec.models.data.validate import RawTables
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,33 +62,24 @@ def _moment(_ctx: click.Context, _param: click.Parameter, text: str | None) -> i
 def split_options(function: F) -> F:
     """`--valid-start` and `--test-start`, as Unix ms."""
     for name, part in (("--test-start", "Test"), ("--valid-start", "Validate")):
-        text = f"{part} from here on: ISO 8601 (UTC unless it says otherwise) or Unix ms."
+        text = f"{part} from this time on: ISO 8601 (UTC without an offset) or Unix ms."
         function = click.option(name, callback=_moment, metavar="TIME", help=text)(function)
     return function
 
 
-source_argument = click.argument("source", type=click.Path(path_type=Path), required=False)
-required_source = click.argument("source", type=click.Path(path_type=Path))
-out_option = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist."
-)
+source_argument = click.argument("source", type=any_path, required=False)
+required_source = click.argument("source", type=any_path)
 download_option = click.option(
-    "--download",
-    is_flag=True,
-    help="Fetch the data from its owner, into SOURCE or a cache, if it is not there.",
+    "--download", is_flag=True, help="Fetch the data from its owner into SOURCE or a cache, unless it is there."
 )
 gap_option = click.option(
-    "--slate-gap-minutes",
-    type=FiniteRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="A pause this long ends an impression slate.",
+    "--slate-gap-minutes", type=positive, default=30.0, help="A pause this long ends an impression slate."
 )
 
 
 @click.group()
 def prepare() -> None:
-    """Bring a data set into the one input format.
+    """Convert a data set to the input format.
 
     \b
     Example:
@@ -94,10 +93,9 @@ def prepare() -> None:
 @download_option
 @gap_option
 @split_options
-@json_option
-@command
+@json_command
 def kuairand(source: Path | None, download: bool, slate_gap_minutes: float, **options: Any) -> None:
-    """KuaiRand: exposures of short videos with eight actions. SOURCE is its folder.
+    """Read KuaiRand: exposures of short videos with eight actions. SOURCE is its folder.
 
     \b
     Examples:
@@ -121,15 +119,13 @@ def kuairand(source: Path | None, download: bool, slate_gap_minutes: float, **op
     "--edition",
     type=click.Choice(["ml-100k", "ml-1m"]),
     default="ml-100k",
-    show_default=True,
-    help="What --download fetches.",
+    help="Edition that --download fetches.",
 )
 @gap_option
 @split_options
-@json_option
-@command
+@json_command
 def movielens(source: Path | None, download: bool, edition: str, slate_gap_minutes: float, **options: Any) -> None:
-    """MovieLens 100K or 1M: ratings, of which 4 and 5 are likes. SOURCE is its folder.
+    """Read MovieLens 100K or 1M: ratings, of which 4 and 5 are likes. SOURCE is its folder.
 
     \b
     Examples:
@@ -149,11 +145,10 @@ def movielens(source: Path | None, download: bool, edition: str, slate_gap_minut
 @prepare.command()
 @required_source
 @out_option
-@click.option("--licence", help="Where the file came from and under which terms, for the record.")
-@json_option
-@command
+@click.option("--licence", help="Origin and licence of the file; kept in the data set.")
+@json_command
 def sasrec(source: Path, licence: str | None, **options: Any) -> None:
-    """SASRec ("user item") or S3-Rec ("user item item ...") text file, plain or .gz. SOURCE is the file.
+    """Read a SASRec ("user item") or S3-Rec ("user item item ...") text file, plain or .gz. SOURCE is the file.
 
     \b
     Example:
@@ -166,13 +161,12 @@ def sasrec(source: Path, licence: str | None, **options: Any) -> None:
 
 @prepare.command()
 @required_source
-@click.option("--columns", type=click.Path(path_type=Path), required=True, help="TOML file that names the columns.")
+@click.option("--columns", type=any_path, required=True, help="TOML file that names the columns.")
 @out_option
 @split_options
-@json_option
-@command
+@json_command
 def table(source: Path, columns: Path, **options: Any) -> None:
-    """Any CSV or Parquet files. SOURCE is the events file, or the folder of the files that --columns names.
+    """Read any CSV or Parquet files. SOURCE is the events file, or the folder of the files that --columns names.
 
     \b
     Example, with a columns.toml as in docs/data.md:
@@ -184,23 +178,21 @@ def table(source: Path, columns: Path, **options: Any) -> None:
 
 
 @prepare.command()
-@click.argument("log", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("log", type=any_path)
+@click.argument("data", type=any_path)
 @out_option
 @click.option(
     "--within-hours",
     type=FiniteRange(min=0, min_open=True, max=24 * 365),
     default=24.0,
-    show_default=True,
-    help="How long after an answer an event counts for it.",
+    help="How long after a recommendation an event counts as its effect.",
 )
 @split_options
-@json_option
-@command
+@json_command
 def served(log: Path, data: Path, within_hours: float, **options: Any) -> None:
-    """What was recommended and what users then did, as slates. LOG is the folder of `serve --log-served`.
+    """Turn logged recommendations and the events after them into slates. LOG is the folder of `serve --log-served`.
 
-    DATA is a prepared folder whose events include those that came after. Its split is kept unless others are given.
+    DATA is a prepared folder that includes the later events. Its split is kept unless the options give another.
 
     \b
     Example:
@@ -219,16 +211,17 @@ def _prepare(
     valid_start: int | None = None,
     test_start: int | None = None,
 ) -> None:
-    """Read, clean, write, report; `read` runs only once everything else is known to be in order."""
-    from unipinrec.models.data.schema import write_dataset
+    """Read, clean, write, report; `read` runs after all options are checked."""
+    from unipinrec.models.data.schema import TimeSplit, require_new, write_dataset
     from unipinrec.models.data.validate import build_dataset
 
-    split = _split(valid_start, test_start)
-    if out.exists():
-        raise DataError(f"{out} exists; choose another --out or remove it first")
+    if (valid_start is None) != (test_start is None):
+        raise click.UsageError("--valid-start and --test-start go together; give both or neither")
+    require_new(out)
     begin = time.perf_counter()
     raw = read()
-    raw = dataclasses.replace(raw, split=split) if split else raw
+    if valid_start is not None and test_start is not None:
+        raw = dataclasses.replace(raw, split=TimeSplit(valid_start_ms=valid_start, test_start_ms=test_start))
     with stderr.status(f"cleaning {raw.events.height:,} events"):
         dataset = build_dataset(raw)
         write_dataset(dataset, out)
@@ -238,17 +231,7 @@ def _prepare(
     if as_json:
         print_json(prepared)
     else:
-        print_summary(prepared, stdout)
-
-
-def _split(valid_start: int | None, test_start: int | None) -> TimeSplit | None:
-    from unipinrec.models.data.schema import TimeSplit
-
-    if valid_start is None and test_start is None:
-        return None
-    if valid_start is None or test_start is None:
-        raise click.UsageError("--valid-start and --test-start go together; give both or neither")
-    return TimeSplit(valid_start_ms=valid_start, test_start_ms=test_start)
+        print_summary(prepared)
 
 
 def _gap_ms(minutes: float) -> int:
@@ -259,11 +242,11 @@ def _gap_ms(minutes: float) -> int:
     return max(1, round(minutes * 60_000))
 
 
-def _fetched(source: Path | None, archive: Archive, wanted: bool) -> Path:
-    """The folder to read: SOURCE, fetched first where that was asked for."""
+def _fetched(source: Path | None, archive: Archive, fetch: bool) -> Path:
+    """The folder to read: SOURCE, or with --download the fetched archive."""
     from unipinrec.models.data.download import download
 
-    if not wanted:
+    if not fetch:
         if source is None:
             raise click.UsageError("give SOURCE, the folder of the data, or --download")
         return source
@@ -284,50 +267,29 @@ def _cache() -> Path:
         raise click.UsageError(f"no folder to fetch into ({error}); give SOURCE, or set XDG_CACHE_HOME") from error
 
 
-@click.command(epilog=EXAMPLE)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
-@click.option("--users", type=many, default=2000, show_default=True, help="Number of users.")
-@click.option("--items", type=many, default=2000, show_default=True, help="Catalogue size.")
-@click.option(
-    "--categories",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Item categories.  [default: one per 50 items]",
-)
-@click.option(
-    "--sessions",
-    "sessions_per_user",
-    type=FiniteRange(min=1),
-    default=4.0,
-    show_default=True,
-    help="Mean sessions per user.",
-)
-@click.option(
-    "--slates",
-    "slates_per_session",
-    type=FiniteRange(min=1),
-    default=3.0,
-    show_default=True,
-    help="Mean slates per session.",
-)
-@click.option("--slate-size", type=click.IntRange(min=1), default=10, show_default=True, help="Items shown per slate.")
-@click.option("--days", type=click.IntRange(1, 36_500), default=28, show_default=True, help="Simulated time.")
-@click.option("--seed", type=click.IntRange(min=0), default=7, show_default=True, help="Same seed, same data.")
-@json_option
-@command
+@prepare.command(epilog="\b\nExample:\n  unipinrec prepare simulate --out demo/data --users 2000 --items 2000 --seed 7")
+@out_option
+@click.option("--users", type=many, default=2000, help="Number of users.")
+@click.option("--items", type=many, default=2000, help="Catalogue size.")
+@click.option("--categories", type=click.IntRange(min=1), help="Item categories.  [default: one per 50 items]")
+@click.option("--sessions", "sessions_per_user", type=FiniteRange(1), default=4.0, help="Mean sessions per user.")
+@click.option("--slates", "slates_per_session", type=FiniteRange(1), default=3.0, help="Mean slates per session.")
+@click.option("--slate-size", type=click.IntRange(min=1), default=10, help="Items shown per slate.")
+@click.option("--days", type=click.IntRange(1, 36_500), default=28, help="Days of simulated time.")
+@click.option("--seed", type=click.IntRange(min=0), default=7, help="Seed of the data.")
+@json_command
 def simulate(out: Path, as_json: bool, **settings: Any) -> None:
-    """Simulate users, what they were shown and what they did: a data set whose best possible score is known.
+    """Simulate users, their slates and their actions: a data set whose best possible score is known.
 
-    Besides the tables of every data set, the folder gets oracle.parquet, oracle_slates.parquet and
-    oracle_items.parquet: the true chances behind the labels. Nothing is downloaded.
+    The folder also gets oracle.parquet, oracle_slates.parquet and oracle_items.parquet, the true chances behind the
+    labels. Nothing is downloaded.
     """
-    from unipinrec.models.data.schema import write_dataset
+    from unipinrec.models.data.schema import require_new, write_dataset
     from unipinrec.models.simulator.oracle import write_oracle
     from unipinrec.models.simulator.simulator import simulate as run
     from unipinrec.models.simulator.world import SimulatorConfig
 
-    if out.exists():
-        raise DataError(f"{out} exists; choose another --out or remove it first")
+    require_new(out)
     settings["categories"] = settings["categories"] or max(1, settings["items"] // 50)
     try:
         config = SimulatorConfig(**settings)
@@ -349,10 +311,7 @@ def _summary(dataset: Dataset) -> dict[str, Any]:
     slates, split = dataset.slates, dataset.spec.split
     assert split is not None
     time_ms = slates["timestamp_ms"]
-    train, before_test = (
-        int((time_ms < split.valid_start_ms).sum()),
-        int((time_ms < split.test_start_ms).sum()),
-    )
+    train, before_test = (int((time_ms < start).sum()) for start in (split.valid_start_ms, split.test_start_ms))
     return {
         "slate_rows": len(slates),
         "slates": slates["slate_id"].n_unique(),
@@ -367,13 +326,8 @@ def _summary(dataset: Dataset) -> dict[str, Any]:
 
 
 def _print_table(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
     table = Table(show_header=False)
     for name, value in report.items():
-        text = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else value
+        text = ", ".join(f"{key} {part:,}" for key, part in value.items()) if isinstance(value, dict) else value
         table.add_row(name.replace("_", " "), f"{text:,}" if isinstance(text, int) else str(text))
     stdout.print(table)
-
-
-prepare.add_command(simulate)

@@ -1,17 +1,16 @@
-"""What `prepare` says about the data set that it wrote, for people and for machines."""
+"""The report of `unipinrec prepare` on the data set that it wrote: JSON, and its printed form."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unipinrec.cli.common import stdout
 from unipinrec.errors import LONGEST_VALUE, listed
 
 if TYPE_CHECKING:
@@ -62,28 +61,29 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarize(dataset: Dataset, raw: RawTables, out: Path, seconds: float) -> Prepared:
-    """Report on a data set and the raw tables that it was made of."""
+    """Report on a data set and its raw tables."""
+    from unipinrec.models.data.validate import date_text
+
     spec, tables = dataset.spec, {"events": dataset.events, "slates": dataset.slates}
-    given = {"events": raw.events.height, "slates": raw.slates.height, "items": raw.items.height}
-    kept = {name: table.height for name, table in {**tables, "items": dataset.items}.items()}
+    rows = {name: (getattr(raw, name).height, getattr(dataset, name).height) for name in (*tables, "items")}
     times = dataset.events["timestamp_ms"]
     return Prepared(
         name=spec.name,
         out=str(out),
         source=spec.source,
-        rows={name: Counts(given=given[name], kept=count) for name, count in kept.items()},
+        rows={name: Counts(given=read, kept=kept) for name, (read, kept) in rows.items()},
         users=len({*dataset.events["user_id"].unique(), *dataset.slates["user_id"].unique()}),
         slates=dataset.slates["slate_id"].n_unique(),
         surfaces=spec.surfaces,
-        first_event=_moment(times.min()),
-        last_event=_moment(times.max()),
+        first_event=date_text(times.min()),
+        last_event=date_text(times.max()),
         action_rates={
             name: {action: _rate(table[f"action_{action}"]) for action in spec.actions}
             for name, table in tables.items()
         },
         split=_parts(dataset),
-        valid_start=_moment(spec.split.valid_start_ms if spec.split else None),
-        test_start=_moment(spec.split.test_start_ms if spec.split else None),
+        valid_start=date_text(spec.split and spec.split.valid_start_ms),
+        test_start=date_text(spec.split and spec.split.test_start_ms),
         dropped=spec.dropped,
         examples={
             reason: _unknown(table, dataset.items)
@@ -95,8 +95,8 @@ def summarize(dataset: Dataset, raw: RawTables, out: Path, seconds: float) -> Pr
     )
 
 
-def print_summary(prepared: Prepared, console: Console) -> None:
-    """The report for people."""
+def print_summary(prepared: Prepared) -> None:
+    """Print the report."""
     table = Table(title=f"{prepared.name} -> {prepared.out}", title_justify="left", show_header=False)
     for name, counts in prepared.rows.items():
         lists = f" in {prepared.slates:,} slates" if name == "slates" and prepared.slates else ""
@@ -111,12 +111,12 @@ def print_summary(prepared: Prepared, console: Console) -> None:
             table.add_row(f"{name}: actions", ", ".join(f"{key} {rate:.2%}" for key, rate in rates.items()))
     _add_split(table, prepared)
     for reason, count in prepared.dropped.items():
-        such = f", such as {listed(prepared.examples[reason])}" if reason in prepared.examples else ""
+        examples = f", such as {listed(prepared.examples[reason])}" if reason in prepared.examples else ""
         label = reason if reason.endswith(")") else f"{reason}, dropped"
-        table.add_row(label, escape(f"{count:,}{such}"), style="yellow")
+        table.add_row(label, escape(f"{count:,}{examples}"), style="yellow")
     table.add_row("source", escape(prepared.source))
     table.add_row("seconds", f"{prepared.seconds:.1f}")
-    console.print(table)
+    stdout.print(table)
 
 
 def _add_split(table: Table, prepared: Prepared) -> None:
@@ -141,7 +141,7 @@ def _parts(dataset: Dataset) -> dict[str, Part]:
 
 
 def _part(slates: pl.DataFrame, events: pl.DataFrame, low: int, high: int) -> Part:
-    """Size of the part between two times; unknown times are -1, before all known."""
+    """Size of the part between two times; unknown times count as -1, before all known times."""
     inside = [table["timestamp_ms"].fill_null(-1).is_between(low, high, closed="left") for table in (slates, events)]
     rows = slates.filter(inside[0])
     return Part(slates=rows["slate_id"].n_unique(), slate_rows=rows.height, events=int(inside[1].sum()))
@@ -161,32 +161,26 @@ def _warnings(dataset: Dataset, raw: RawTables) -> Iterator[str]:
     dropped, spec = dataset.spec.dropped, dataset.spec
     if UNORDERED in dropped:
         yield (
-            f"{dropped[UNORDERED]:,} events have neither a time nor an `order`: their place in the file is taken for "
-            "the order in which they happened. If the file is sorted otherwise, histories and test are wrong: map "
+            f"{dropped[UNORDERED]:,} events have neither a time nor an `order`: they are used in the order of the "
+            "file. If that is not the order in which they happened, histories and test are wrong: map "
             "`timestamp` or `order`"
         )
     time = pl.col("timestamp_ms")
     ties = int(dataset.events.select((time == time.shift().over("user_id")).sum()).item())
     if "order" not in raw.events.columns and ties > MANY_TIES * dataset.events.height:
         yield (
-            f"{ties:,} of {dataset.events.height:,} events have the same time as the event before them of their user: "
-            "their place in the source is taken for the order in which they happened. If it is sorted otherwise, "
-            "histories and test are wrong: give finer times, or map `order`"
+            f"{ties:,} of {dataset.events.height:,} events have the same time as their user's event before them: they "
+            "are used in the order of the source. If that is not the order in which they happened, histories and test "
+            "are wrong: give finer times, or map `order`"
         )
     in_events, in_slates = (
         {name for name in spec.actions if table[f"action_{name}"].any()} for table in (dataset.events, dataset.slates)
     )
     if never := [name for name in spec.actions if name not in in_events | in_slates]:
-        yield f"the actions {listed(never)} never happen: correct what they are made of, or leave them out"
+        yield f"the actions {listed(never)} never happen: correct their definition, or remove them"
     if dataset.slates.height and (never := [name for name in spec.actions if name in in_events - in_slates]):
-        yield f"the actions {listed(never)} happen in events but never in slates: correct what they are made of there"
+        yield f"the actions {listed(never)} happen in events but never in slates: correct their definition there"
 
 
 def _rate(column: pl.Series) -> float:
     return round(int(column.sum()) / column.len(), 6) if column.len() else 0.0
-
-
-def _moment(time_ms: Any) -> str | None:
-    if time_ms is None:
-        return None
-    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")

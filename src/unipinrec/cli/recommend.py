@@ -11,24 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import command, json_option, print_json, stderr, stdout, warn
+from unipinrec.cli.common import SHORT, bundle_argument, input_file, json_command, print_json, say, stderr, stdout, warn
 from unipinrec.errors import BackendError, BundleError, RequestError
 
 if TYPE_CHECKING:
     from unipinrec.runtime import Bundle, Recommender
     from unipinrec.runtime.bundle.manifest import Agreement
-    from unipinrec.runtime.device import DeviceRules
     from unipinrec.runtime.golden_check import GoldenCheck
     from unipinrec.runtime.requests import Event, Slate
     from unipinrec.runtime.verify import VerifyReport
 
-RECOMMEND_EXAMPLES = """\b
+EXAMPLES = """\b
 Examples:
   unipinrec recommend bundle/ --user user-17 -k 10
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json
   unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
 
-SOON_MS = 60_000
 TITLE_WIDTH = 12
 
 
@@ -42,35 +40,31 @@ def _device(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
     return name
 
 
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-ids_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 device_option = click.option(
     "--device",
     callback=_device,
     default="auto",
-    show_default=True,
-    help="auto, cpu, cuda (both ONNX Runtime), tensorrt or openvino, with a precision if wanted (tensorrt-bf16); what "
-    "really runs is in the output.",
+    help="auto, cpu or cuda (both with ONNX Runtime), tensorrt or openvino; with a precision as in tensorrt-bf16. The "
+    "output names the device that was used.",
 )
 strict_option = click.option(
     "--strict",
     is_flag=True,
-    help="Fail where another device than the wanted one would have to run; with auto, where there is an NVIDIA driver "
-    "and TensorRT does not run.",
+    help="Fail instead of falling back to another device. With auto, fail if there is an NVIDIA driver but TensorRT "
+    "does not run.",
 )
 cold_start_option = click.option(
     "--cold-start",
     type=click.Choice(["popular", "refuse"]),
     default="popular",
-    show_default=True,
-    help="What a user without events gets: popular items, or an error. A bundle that was exported without --data knows "
-    "none.",
+    help="Answer for users without events: popular items, or an error. A bundle exported without --data has no popular "
+    "items.",
 )
 engines_option = click.option(
     "--allow-bundle-engines",
     is_flag=True,
-    help="Run TensorRT engines that travel in the bundle. They are executable code: allow them only if you trust who "
-    "built them.",
+    help="Run TensorRT engines that are part of the bundle. They are executable code: allow them only if you trust "
+    "their source.",
 )
 
 
@@ -79,10 +73,9 @@ engines_option = click.option(
 @device_option
 @strict_option
 @engines_option
-@json_option
-@command
+@json_command
 def verify(bundle: Path, device: str, strict: bool, allow_bundle_engines: bool, as_json: bool) -> None:
-    """Prove that a bundle is whole and computes on this machine what PyTorch computed at export."""
+    """Check that a bundle is complete and computes the same on this machine as PyTorch did at export."""
     with stderr.status("verifying"):
         from unipinrec.runtime.verify import verify_bundle
 
@@ -92,11 +85,10 @@ def verify(bundle: Path, device: str, strict: bool, allow_bundle_engines: bool, 
     else:
         _print_report(report)
     if not report.ok:
-        judged = (report.agreement,) if report.agreement else report.golden
-        sample = (report.sample,) if report.sample else ()
-        problems = [check.problem for check in (*report.files, *judged, *sample)]
-        failed = sum(problem is not None for problem in problems)
-        raise BundleError(f"{bundle}: {failed} of {len(problems)} checks failed; copy or export the bundle again")
+        computed = (report.agreement,) if report.agreement else report.golden
+        checks = [check for check in (*report.files, *computed, report.sample) if check]
+        failed = sum(check.problem is not None for check in checks)
+        raise BundleError(f"{bundle}: {failed} of {len(checks)} checks failed; copy or export the bundle again")
 
 
 def _print_report(report: VerifyReport) -> None:
@@ -111,17 +103,21 @@ def _print_report(report: VerifyReport) -> None:
     if report.sample:
         here = report.sample.here
         measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users"
-        said = _state(report.sample.problem) if report.sample.problem else Text("as at export", style="green")
-        stdout.print(f"last item among the best ten: {measured}:", said, highlight=False, soft_wrap=True)
+        state = _state(report.sample.problem, "as at export")
+        stdout.print(f"last item among the best ten: {measured}:", state, highlight=False, soft_wrap=True)
     if report.device is None:
-        stdout.print("golden outputs were not compared: the bundle is damaged")
-        return
-    stdout.print(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}", highlight=False)
+        say("golden outputs were not compared: the bundle is damaged")
+    else:
+        say(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}")
 
 
 def _print_golden(report: VerifyReport) -> None:
     golden = Table("output", "largest difference", "", title=f"golden outputs, allowed {report.tolerance:g}")
-    for name, checks in _grouped(report.golden).items():
+    groups: dict[str, list[GoldenCheck]] = {}
+    for check in report.golden:  # one row for all keys and values of a graph
+        graph, _, name = check.output.partition(".")
+        groups.setdefault(f"{graph}.present.*" if name.startswith("present.") else check.output, []).append(check)
+    for name, checks in groups.items():
         differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
         problems = [f"{check.output} {check.problem}" for check in checks if check.problem]
         largest = f"{max(differences):.1e}" if differences else "-"
@@ -132,7 +128,7 @@ def _print_golden(report: VerifyReport) -> None:
 def _print_agreement(agreement: Agreement) -> None:
     from unipinrec.runtime.agreement import MAX_LOGIT_DIFF, MIN_COSINE, MIN_OVERLAP, TOP
 
-    table = Table("", "measured", "needed", title=f"agreement with fp32 on {agreement.requests} requests")
+    table = Table("", "measured", "required", title=f"agreement with fp32 on {agreement.requests} requests")
     for stage in ("ranked", "retrieved"):
         overlap, strict = getattr(agreement, f"{stage}_overlap"), getattr(agreement, f"{stage}_overlap_strict")
         measured = f"{overlap:.4f} ({strict:.4f} without ties)"
@@ -142,43 +138,34 @@ def _print_agreement(agreement: Agreement) -> None:
     stdout.print(table, _state(agreement.problem))
 
 
-def _grouped(checks: tuple[GoldenCheck, ...]) -> dict[str, list[GoldenCheck]]:
-    """One group for all keys and values of a graph."""
-    groups: dict[str, list[GoldenCheck]] = {}
-    for check in checks:
-        graph, _, rest = check.output.partition(".")
-        groups.setdefault(f"{graph}.present.*" if rest.startswith("present.") else check.output, []).append(check)
-    return groups
-
-
-def _state(problem: str | None) -> Text:
-    return Text(problem, style="red") if problem else Text("ok", style="green")
+def _state(problem: str | None, passed: str = "ok") -> Text:
+    return Text(problem, style="red") if problem else Text(passed, style="green")
 
 
 def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> dict[str, float] | None:
-    if text is None:
-        return None
     weights = {}
-    for part in text.split(","):
+    for part in text.split(",") if text is not None else ():
         name, _, value = part.partition("=")
         try:
             weights[name.strip()] = float(value)
         except ValueError as error:
             raise click.BadParameter(f"{part!r} is not ACTION=NUMBER, such as click=1,save=2") from error
-    return weights
+    return weights or None
 
 
-def _ids(path: Path, bundle: Bundle) -> tuple[str, ...]:
+def _ids(path: Path | None, bundle: Bundle) -> tuple[str, ...] | None:
     from unipinrec.runtime.bundle.catalogue import as_known, parse_ids
 
+    if path is None:
+        return None
     return tuple(as_known(item, bundle.rows) for item in parse_ids(path.read_bytes(), str(path)).values())
 
 
 def _categories(
-    _ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]
+    _ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]] | None:
     categories: dict[str, tuple[str, ...]] = {}
-    for text in given:
+    for text in texts:
         name, equals, words = text.partition("=")
         if not equals:
             raise click.BadParameter(f"{text!r} is not NAME=WORD[,WORD], such as genre=Drama,Comedy")
@@ -186,76 +173,68 @@ def _categories(
     return categories or None
 
 
-def _words(given: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Each text as the word that it is, or else as several words with commas between."""
-    return tuple(word for text in given for word in ([text] if text in known else text.split(",")))
+def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of these texts: a text that is no known word is split at its commas."""
+    return tuple(word for text in texts for word in ([text] if text in known else text.split(",")))
 
 
-@click.command(epilog=RECOMMEND_EXAMPLES)
+@click.command(epilog=EXAMPLES)
 @bundle_argument
-@click.option(
-    "--user", metavar="ID", help="One of the sample users that the bundle carries; another gets popular items."
-)
+@click.option("--user", metavar="ID", help="A sample user of the bundle. Any other id gets popular items.")
 @click.option(
     "--history",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=input_file,
     metavar="EVENTS.json",
-    help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first; an empty list gets popular items.',
+    help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first. An empty list gets popular items.',
 )
-@click.option("-k", type=click.IntRange(1), default=20, show_default=True, help="How many items.")
-@click.option("--surface", default="unknown", show_default=True, help="Where the items will be shown.")
+@click.option("-k", type=click.IntRange(1), default=20, help="Number of items to recommend.")
+@click.option("--surface", default="unknown", help="Name of the place where the items are shown.")
 @click.option(
     "--now",
     "now_ms",
     type=int,
     metavar="MS",
-    help="Time of the request, Unix ms.  [default: the current time, unknown where no event has a time; with --user, "
-    "whose history may be old, a minute after the last event]",
+    help="Time of the request in Unix ms.  [default: with --user, a minute after the last event; else the current "
+    "time, or unknown if no event has a time]",
 )
-@click.option(
-    "--candidates", type=click.IntRange(1), default=200, show_default=True, help="Items that retrieval hands on."
-)
+@click.option("--candidates", type=click.IntRange(1), default=200, help="Items that retrieval passes to ranking.")
 @click.option(
     "--order",
     type=click.Choice(["value", "blend", "product", "retrieval"]),
-    help="What the list is ordered by; retrieval does not run the ranker.  [default: what the bundle says]",
+    help="Score that orders the list; with retrieval the ranker does not run.  [default: the bundle's order]",
 )
 @click.option(
     "--weights",
     callback=_weights,
     metavar="ACTION=W,...",
-    help="Weight of each action's probability in the value.  [default: 1 for each positive action]",
+    help="Weight of each action's probability in the value of an item.  [default: 1 for each positive action]",
 )
-@click.option("--allow", type=ids_file, metavar="IDS.txt", help="Recommend only these items, one id a line.")
-@click.option("--deny", type=ids_file, metavar="IDS.txt", help="Recommend none of these items.")
+@click.option("--allow", type=input_file, metavar="IDS.txt", help="Recommend only these items, one id per line.")
+@click.option("--deny", type=input_file, metavar="IDS.txt", help="Recommend none of these items, one id per line.")
 @click.option(
     "--category",
     "categories",
     multiple=True,
     callback=_categories,
     metavar="NAME=WORD[,WORD]",
-    help="Recommend only items that have one of these words; may be given again, for the same or another feature. A "
-    "word may hold commas.",
+    help="Recommend only items with one of these words of a category feature; repeatable. A word may contain commas.",
 )
 @click.option(
     "--exclude-seen/--include-seen",
     default=True,
-    show_default=True,
-    help="Leave out the items of the history, or recommend them again.",
+    help="Exclude the items of the history, or include them.",
 )
-@click.option("--exact", is_flag=True, help="Scan all items instead of asking the index.")
+@click.option("--exact", is_flag=True, help="Scan all items instead of searching the index.")
 @click.option(
     "--truncate/--no-truncate",
     default=True,
-    show_default=True,
-    help="Of a history that is too long keep a window of the newest events, or refuse it.",
+    help="Shorten a history that is too long to its newest events, or reject it.",
 )
 @cold_start_option
 @device_option
 @strict_option
 @engines_option
-@json_option
-@command
+@json_command
 def recommend(
     bundle: Path,
     user: str | None,
@@ -265,41 +244,31 @@ def recommend(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Recommend items to a user: encode the history once, retrieve candidates with it, rank them with it."""
+    """Recommend items to a user: encode the history once, then use it to retrieve candidates and to rank them."""
     if (user is None) == (history is None):
         raise click.UsageError("give exactly one of --user and --history")
     with stderr.status("loading"):
         from unipinrec.runtime import Recommender, RecommendOptions
 
-        rules: DeviceRules = {
-            "strict": options.pop("strict"),
-            "allow_bundle_engines": options.pop("allow_bundle_engines"),
-        }
-        recommender = Recommender.load(bundle, device, cold_start=options.pop("cold_start"), **rules)
+        rules = {name: options.pop(name) for name in ("strict", "allow_bundle_engines", "cold_start")}
+        recommender = Recommender.load(bundle, device, **rules)
     with recommender:
         events = _events(recommender, user, history)
         if user is not None and events and options["now_ms"] is None:
             options["now_ms"] = _soon_after(events[-1])
-        allow, deny = options.pop("allow"), options.pop("deny")
         opened = recommender.bundle
-        options |= {"allow": _ids(allow, opened) if allow else None, "exclude": _ids(deny, opened) if deny else ()}
+        options["allow"], options["exclude"] = _ids(options["allow"], opened), _ids(options.pop("deny"), opened) or ()
         if options["categories"]:
-            known = opened.manifest.categories
-            options["categories"] = {
-                name: _words(given, known.get(name, ())) for name, given in options["categories"].items()
-            }
+            known, categories = opened.manifest.categories, options["categories"].items()
+            options["categories"] = {name: _words(texts, known.get(name, ())) for name, texts in categories}
         spec = opened.manifest.order
         if spec is not None and spec.by == "retrieval" and options["order"] in ("value", "product"):
-            warn(f"the bundle is ordered by retrieval, for {spec.reason}; by {options['order']} it may order by chance")
+            warn(f"this bundle orders by retrieval ({spec.reason}); an order by {options['order']} may be random")
         slate = recommender.recommend(events, k, RecommendOptions(**options))
     running = recommender.device
     if slate.source == "popular":
-        why = (
-            f"{history} holds no events"
-            if user is None
-            else f"user {user!r} is not among the sample users of this bundle"
-        )
-        stderr.print(f"[bold yellow]note[/]: {escape(why)}: popular items", highlight=False, soft_wrap=True)
+        unknown = f"user {user!r} is not among the sample users of this bundle"
+        warn(f"{f'{history} holds no events' if user is None else unknown}: popular items", "note")
     if as_json:
         print_json({**slate.to_json(), "device_reason": running.reason, "device_refused": running.refused})
     else:
@@ -321,6 +290,8 @@ def _events(recommender: Recommender, user: str | None, history: Path | None) ->
 
 
 def _soon_after(event: Event) -> int | None:
+    from unipinrec.runtime.requests import SOON_MS
+
     return None if event.timestamp_ms is None else event.timestamp_ms + SOON_MS
 
 
@@ -344,35 +315,25 @@ def _print_slate(slate: Slate, reason: str) -> None:
         table.add_row(str(rank), *names, *shares)
     stdout.print(table)
     if hidden:
-        stdout.print(f"not shown for lack of width: {', '.join(hidden)} (--json has all)", markup=False)
+        say(f"not shown for lack of width: {', '.join(hidden)} (--json has all)")
     times = slate.stages_ms
     if popular:
-        stdout.print(
-            f"popular items; {times.total:.1f} ms; bundle {slate.bundle[:12]}", highlight=False, soft_wrap=True
-        )
+        say(f"popular items; {times.total:.1f} ms; bundle {slate.bundle[:SHORT]}")
         return
-    stdout.print(
+    say(
         f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
         f"total {times.total:.1f} ms; history {slate.kv} ({slate.kv_reason}); "
         f"{'exact scan: ' + slate.exact if slate.exact else 'hnswlib'}; ordered by {slate.order}; "
-        f"{slate.device} ({reason}); bundle {slate.bundle[:12]}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{slate.device} ({reason}); bundle {slate.bundle[:SHORT]}"
     )
 
 
 def _fitting_actions(slate: Slate) -> tuple[list[str], list[str], int]:
-    """Actions whose columns fit the terminal beside rank, id, title, score and retrieval; the others; spare width."""
+    """Actions whose columns fit the terminal beside the other columns; the other actions; the spare width."""
     titled = any(item.title for item in slate.items)
-    fixed = [
-        2,
-        max(len(item.item) for item in slate.items),
-        TITLE_WIDTH if titled else 0,
-        len("score"),
-        5 if slate.order in ("blend", "product") else 0,
-        len("retrieval"),
-    ]
+    ids = max(len(item.item) for item in slate.items)
+    value = len("value") if slate.order in ("blend", "product") else 0
+    fixed = (len("10"), ids, TITLE_WIDTH if titled else 0, len("score"), value, len("retrieval"))
     room = stdout.width - sum(width + 3 for width in fixed)
     shown: list[str] = []
     hidden: list[str] = []

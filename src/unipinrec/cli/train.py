@@ -9,28 +9,26 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from unipinrec.cli.common import command, json_option, print_json, progress, stderr, stdout, warn
+from unipinrec.cli.common import any_path, data_option, json_command, print_json, progress, stderr, stdout, warn
 
 if TYPE_CHECKING:
     from unipinrec.models.training.config import RunConfig
-    from unipinrec.models.training.log import StepReport
     from unipinrec.models.training.train import EpochReport, Trainer
 
 
 @click.command(epilog="Example: unipinrec train --data data/ --config tiny --out checkpoint/ --epochs 10")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="A folder that `prepare` wrote.")
-@click.option("--config", default="tiny", show_default=True, help="tiny, small, paper, or a TOML file.")
-@click.option("--out", type=click.Path(path_type=Path), help="The checkpoint folder to write.")
+@data_option
+@click.option("--config", default="tiny", help="Settings of model and training: tiny, small, paper, or a TOML file.")
+@click.option("--out", type=any_path, help="The checkpoint folder to write.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, FLOPs and memory; train and write nothing.")
-@click.option("--resume", is_flag=True, help="Go on with the run that --out holds.")
-@click.option("--epochs", type=int, help="Overrides the configuration, as do the next four.")
-@click.option("--batch-size", type=int)
-@click.option("--learning-rate", type=float)
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]))
-@click.option("--seed", type=int)
+@click.option("--resume", is_flag=True, help="Resume the run in --out.")
+@click.option("--epochs", type=int, help="Overrides --config, as do the next four options.")
+@click.option("--batch-size", type=int, help="Windows per training step.")
+@click.option("--learning-rate", type=float, help="Highest learning rate, after warm-up.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Precision of the computation.")
+@click.option("--seed", type=int, help="Seed of all random numbers.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events beside log.csv.")
-@json_option
-@command
+@json_command
 def train(
     *,
     data: Path,
@@ -42,7 +40,7 @@ def train(
     as_json: bool,
     **overrides: Any,
 ) -> None:
-    """Train a model; Ctrl-C stops after the current step and leaves a state to resume from.
+    """Train a model. Ctrl-C stops after the current step; --resume continues from there.
 
     The checkpoint folder holds log.csv (a row per ten steps) and metrics.json (an entry per epoch).
     For several GPUs: torchrun --nproc-per-node 4 -m unipinrec train ...
@@ -95,7 +93,7 @@ def _print_cost(data: Path, config: RunConfig, as_json: bool) -> None:
 
 
 def _request_stop(trainer: Trainer, previous: Any) -> None:
-    """First Ctrl-C: stop after the step. Second: whatever Ctrl-C did before."""
+    """First Ctrl-C: stop after the step. Second: the previous handler of Ctrl-C."""
     trainer.stop_requested = True
     signal.signal(signal.SIGINT, previous)
     stderr.print("stopping after this step ...")
@@ -116,19 +114,16 @@ def _follow(trainer: Trainer) -> EpochReport | None:
                 if not bar.disable:
                     bar.console.print(_epoch_line(report), highlight=False, soft_wrap=True)
             else:
-                bar.update(task, completed=report.step, note=_step_note(report))
+                note = f"epoch {report.epoch + 1} loss {report.losses['loss']:.3f}"
+                bar.update(task, completed=report.step, note=note)
     return last
-
-
-def _step_note(report: StepReport) -> str:
-    return f"epoch {report.epoch + 1} loss {report.losses['loss']:.3f}"
 
 
 def _epoch_line(report: EpochReport) -> str:
     parts = [f"epoch {report.epoch + 1}", f"{report.seconds:.0f} s", f"loss {report.losses['loss']:.3f}"]
     if report.metrics.retrieval:
         parts.append(f"HR@10 {report.metrics.retrieval.hit_rate[10]:.4f}")
-    measured = {name: m.auc for name, m in (report.metrics.ranking or {}).items() if m.auc is not None}
-    if measured:
-        parts.append("AUC " + " ".join(f"{name} {auc:.3f}" for name, auc in measured.items()))
-    return "  ".join([*parts, "best" if report.best else ""]).rstrip()
+    ranking = (report.metrics.ranking or {}).items()
+    if aucs := [f"{name} {metrics.auc:.3f}" for name, metrics in ranking if metrics.auc is not None]:
+        parts.append("AUC " + " ".join(aucs))
+    return "  ".join([*parts, *["best"] * report.best])

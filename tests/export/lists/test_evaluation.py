@@ -43,7 +43,7 @@ def evaluation(recommender: Recommender, dataset: Path) -> Evaluation:
 def test_the_served_list_is_what_a_client_gets(recommender: Recommender, dataset: Path, evaluation: Evaluation) -> None:
     table = read_dataset(dataset)
     truth = read_oracle(dataset)
-    hits, true_values, places = [], [], {item: row for row, item in enumerate(table.items["item_id"])}
+    hits, true_values, indices = [], [], {item: row for row, item in enumerate(table.items["item_id"])}
     test = table.slates.filter(pl.col("timestamp_ms") >= table.spec.split.test_start_ms) if table.spec.split else None
     assert test is not None
     measured = held_out(dataset)
@@ -53,7 +53,7 @@ def test_the_served_list_is_what_a_client_gets(recommender: Recommender, dataset
         events = [event for event in events_of(table, user) if (event.timestamp_ms or 0) < now_ms]
         slate = recommender.recommend(events, 10, RecommendOptions(surface=surface, now_ms=now_ms))
         chances = oracle_click_chances(truth, [slate_id])[0]
-        true_values.append(np.mean([chances[places[item.item]] for item in slate.items]))
+        true_values.append(np.mean([chances[indices[item.item]] for item in slate.items]))
         if target is not None:
             hits.append(target in {item.item for item in slate.items})
     served = evaluation.lists["served"]
@@ -198,8 +198,8 @@ def test_the_blend_is_that_which_orders_pairs_of_validation_slates_best(
             telling.append((user, time_ms, slate, shown))
     telling.sort(key=lambda one: one[:3])
     rates = np.zeros(3)
-    places = np.linspace(0, len(telling) - 1, 25).astype(int)
-    for user, time_ms, _, shown in [telling[place] for place in places]:
+    positions = np.linspace(0, len(telling) - 1, 25).astype(int)
+    for user, time_ms, _, shown in [telling[position] for position in positions]:
         history = [event for event in events_of(table, data.user_ids[user]) if (event.timestamp_ms or 0) < time_ms]
         items, clicked = shown["item_id"].to_list(), dict(shown.select("item_id", "action_click").iter_rows())
         options = RecommendOptions(
@@ -290,7 +290,7 @@ def test_what_is_served_follows_the_order_in_every_precision(bundle: Path) -> No
     first = {}
     for by in ("value", "blend", "product", "retrieval"):
         spec = msgspec.structs.replace(manifest.order, by=by, retrieval_scale=20.0, retrieval_weight=0.1)
-        scores, tied = agreement._served(msgspec.structs.replace(manifest, order=spec), given, similarity)
+        scores, tied = agreement._scores(msgspec.structs.replace(manifest, order=spec), given, similarity)
         first[by] = int(scores.argmax())
         assert (tied > 0).all()
     assert first == {"value": 0, "blend": 1, "product": 1, "retrieval": 1}

@@ -97,6 +97,6 @@ def test_every_item_has_a_chance_and_items_of_equal_counts_are_equal() -> None:
 
 def test_data_in_which_nothing_is_positive_is_refused() -> None:
     with pytest.raises(
-        ExportError, match=r"no event of the data has a positive action \(save\), so nothing is popular"
+        ExportError, match=r"no event of the data has a positive action \(save\), so no item is popular"
     ):
         shares([("u", "a", "home", NOW, "click")], positive=("save",))

@@ -61,14 +61,14 @@ def test_only_keys_and_values_change_their_type(reduced: Path) -> None:
 
 
 def test_the_graphs_of_a_precision_share_its_weights_which_are_half_as_large(reduced: Path) -> None:
-    places = []
+    indices = []
     for name in ("encoder", "extend", "ranker"):
         model = onnx.load(reduced / f"{name}_bf16.onnx", load_external_data=False)
         entries = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
         assert {entry["location"] for entry in entries} == {"weights_bf16.bin"}
-        places.append({int(entry["offset"]) for entry in entries})
-    assert len(places[0] & places[1] & places[2]) >= 8
-    content, used = (reduced / "weights_bf16.bin").read_bytes(), sorted(set.union(*places))
+        indices.append({int(entry["offset"]) for entry in entries})
+    assert len(indices[0] & indices[1] & indices[2]) >= 8
+    content, used = (reduced / "weights_bf16.bin").read_bytes(), sorted(set.union(*indices))
     pieces = [content[begin:end] for begin, end in zip(used, [*used[1:], None], strict=True)]
     assert len({piece.rstrip(b"\0") for piece in pieces}) == len(pieces)
     exact = onnx.load(reduced / "ranker.onnx", load_external_data=False).graph.initializer
@@ -130,12 +130,12 @@ def test_held_out_events_are_scored_from_those_before_them(bundle: Path) -> None
     opened = Bundle.open(bundle)
     engine, history = Engine.on_cpu(opened), opened.sample_histories(1)[0]
     logits = held_out_logits(engine, history)
-    for place in range(4):
-        cut = len(history) - 4 + place
+    for index in range(4):
+        cut = len(history) - 4 + index
         shown = history.part(cut, cut + 1)
         before = engine.encode(pad_histories([history.part(0, cut)]))
         expected = engine.rank(before, shown.item_rows[None], shown.surfaces, shown.timestamps_ms)[0, 0]
-        np.testing.assert_allclose(logits[place], expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(logits[index], expected, atol=1e-5, rtol=0)
 
 
 def test_auc_is_that_of_the_last_events_and_left_out_where_it_says_nothing() -> None:

@@ -77,14 +77,14 @@ def test_types_around_fp8(quantized: Path, name: str) -> None:
 
 
 def test_weights_are_stored_in_fp8_once(quantized: Path) -> None:
-    places = []
+    indices = []
     for name in ("encoder", "ranker"):
         model = onnx.load(quantized / f"{name}_fp8.onnx", load_external_data=False)
         small = [t for t in model.graph.initializer if t.data_type == FP8 and len(t.dims) == 2]
         assert len(small) == {"encoder": 13, "ranker": 10}[name]
-        places.append({entry.value for t in small for entry in t.external_data if entry.key == "offset"})
+        indices.append({entry.value for t in small for entry in t.external_data if entry.key == "offset"})
     # The ranker makes no keys and values; the encoder's last layer is not quantised.
-    assert len(places[0] & places[1]) == 9
+    assert len(indices[0] & indices[1]) == 9
     assert not list(quantized.glob("weights_bf16.bin"))
 
 
@@ -133,8 +133,8 @@ hand_made (float[batch, 16] x) => (float[batch, 16] last_hidden_state) {
 
 def hand_made() -> onnx.ModelProto:
     model = parser.parse_model(TWO_LAYERS)
-    for place, node in enumerate(model.graph.node):
-        node.name = f"node {place}"
+    for index, node in enumerate(model.graph.node):
+        node.name = f"node {index}"
     arrays: dict[str, NDArray[Any]] = {
         "square": np.eye(16, dtype=np.float32) * 3.5,
         "scale": np.ones(16, np.float32),

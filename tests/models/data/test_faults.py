@@ -278,7 +278,7 @@ def test_case_6_every_reader_refuses_a_positive_action_that_never_happens() -> N
         items=items,
         split=None,
     )
-    with pytest.raises(DataError, match=r"positive actions \['buy'\] never happen in what is left, 1 events"):
+    with pytest.raises(DataError, match=r"positive actions \['buy'\] never happen in the 1 events"):
         build_dataset(raw)
     slates = events.with_columns(slate_id=1, position=0, action_buy=True)
     assert build_dataset(replace(raw, slates=slates)).events["action_view"].to_list() == [True]
@@ -597,7 +597,7 @@ CASES = st.builds(
     ending=st.sampled_from(ENDINGS),
     gap=st.booleans(),
     damage=st.sampled_from(["none", "none", "none", *DAMAGE]),
-    place=st.integers(0, 2**16),
+    index=st.integers(0, 2**16),
 )
 
 
@@ -611,8 +611,8 @@ def test_a_data_set_is_what_its_tables_mean_or_is_refused_in_a_few_words(case: C
 def test_the_usual_cases_are_not_refused(tmp_path: Path) -> None:
     """So that the test above can fail."""
     made = [*((stored, FLAGS[1]) for stored in STORED), *(("Int64 s", flags) for flags in FLAGS[:6])]
-    for place, ((stored, flags), ending) in enumerate(itertools.product(made, ENDINGS)):
+    for index, ((stored, flags), ending) in enumerate(itertools.product(made, ENDINGS)):
         case = Case(rows=[("u", "a", S * 1000, True)], stored=stored, flags=flags, ending=ending)
         assert case.usual() == (stored != "Float32 s")
-        (tmp_path / str(place)).mkdir()
-        check(case, tmp_path / str(place))
+        (tmp_path / str(index)).mkdir()
+        check(case, tmp_path / str(index))

@@ -30,8 +30,8 @@ def events(*rows: tuple[Any, ...]) -> pl.DataFrame:
 def answer(request: str, user: str | None, at: int, *items: str, surface: str = "home") -> pl.DataFrame:
     """The rows that a server logs of an answer at T + at."""
     listed = [
-        (request, user, item, place, 1.0 - place / 10, None, "model", surface, "hash", T + at)
-        for place, item in enumerate(items)
+        (request, user, item, index, 1.0 - index / 10, None, "model", surface, "hash", T + at)
+        for index, item in enumerate(items)
     ]
     return pl.DataFrame(listed, schema=SCHEMA, orient="row")
 
@@ -39,8 +39,8 @@ def answer(request: str, user: str | None, at: int, *items: str, surface: str = 
 def write_log(folder: Path, *answers: pl.DataFrame) -> Path:
     """A file for each answer."""
     folder.mkdir()
-    for place, one in enumerate(answers):
-        one.write_parquet(folder / f"served-{place}.parquet")
+    for index, one in enumerate(answers):
+        one.write_parquet(folder / f"served-{index}.parquet")
     return folder
 
 
@@ -255,7 +255,7 @@ def test_a_label_comes_from_events_after_the_answer_and_inside_the_window(
             later = [time for name, time, other in answers if name == user and item in other and time > at]
             until = min([at + within, *later])
             found = [one for one in acted if one[:2] == (user, item) and at < one[2] <= until]
-            expected[f"r-{number}", item] = tuple(any(one[place] for one in found) for place in (3, 4))
+            expected[f"r-{number}", item] = tuple(any(one[index] for one in found) for index in (3, 4))
     assert {(row[0], row[1]): row[2:] for row in _labels(made)} == expected
     assert made.height == shown.height
 

@@ -241,7 +241,7 @@ def test_a_wrong_map_is_refused(tmp_path: Path, toml: str, message: str) -> None
         ),
         (
             HEAD + '[actions]\nclick = "kind"\n' + COLUMNS,
-            r"click: column 'kind' is neither true/false nor 0/1, it holds \['buy', 'view', 'refund'\]; say",
+            r"click: column 'kind' is neither true/false nor 0/1, it holds \['buy', 'view', 'refund'\]; define",
         ),
         (
             HEAD + '[actions]\nclick = { column = "kind", at_least = 1 }\n' + COLUMNS,

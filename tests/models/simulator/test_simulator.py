@@ -295,8 +295,8 @@ def test_click_chances_are_those_that_the_shown_rows_were_drawn_by(data: Dataset
         shown = oracle.rows.filter(pl.col("slate_id") == slate)
         (chances,) = oracle_click_chances(oracle, [slate])
         assert chances.shape == (1500,)
-        places = [rows[item] for item in shown["item_id"]]
-        np.testing.assert_allclose(chances[places], shown["p_click"].to_numpy(), atol=1e-5)
+        indices = [rows[item] for item in shown["item_id"]]
+        np.testing.assert_allclose(chances[indices], shown["p_click"].to_numpy(), atol=1e-5)
 
 
 def test_click_chances_of_a_slate_that_is_not_there(oracle: Oracle) -> None:

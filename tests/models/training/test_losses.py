@@ -3,17 +3,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from unipinrec.models.batches import Batch, Batches, BatchOptions
+from unipinrec.models.batches import Batch, Batches, TrainBatchOptions
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences, sequences_of, vocabulary_of
 from unipinrec.models.model import CandidateTokens, HistoryTokens, UniPinRec
-from unipinrec.models.training.losses import LossOptions, Objective
+from unipinrec.models.training.config import TrainConfig
+from unipinrec.models.training.losses import Objective
 
 MakeData = Callable[..., Dataset]
 MakeModel = Callable[..., UniPinRec]
@@ -29,9 +31,11 @@ class Setup:
     data: Sequences
     batch: Batch
 
-    def losses(self, batch: Batch | None = None, **options: object) -> dict[str, Tensor]:
-        known: dict[str, object] = {"action_weights": WEIGHTS, **options}
-        objective = Objective(self.model, self.data.features, LossOptions(**known))  # type: ignore[arg-type]
+    def losses(
+        self, batch: Batch | None = None, action_weights: tuple[float, ...] = WEIGHTS, **options: Any
+    ) -> dict[str, Tensor]:
+        weights = dict(zip(self.model.vocabulary.actions, action_weights, strict=True))
+        objective = Objective(self.model, self.data.features, TrainConfig(action_weights=weights, **options))
         losses: dict[str, Tensor] = objective.eval()(batch or self.batch)
         return losses
 
@@ -57,8 +61,8 @@ class Setup:
         return vectors, *self.model.joint(history, batch.masked, slate, dense_mask=True)
 
 
-def _options(num_negatives: int, mask_probability: float = 0.3) -> BatchOptions:
-    return BatchOptions(
+def _options(num_negatives: int, mask_probability: float = 0.3) -> TrainBatchOptions:
+    return TrainBatchOptions(
         batch_size=4,
         max_history=8,
         max_candidates=20,
@@ -200,9 +204,9 @@ def test_an_action_that_is_known_of_few_positions_is_averaged_over_those(setup: 
     expected = {}
     with torch.no_grad():
         _, *hidden = setup.hidden()
-        places = (batch.masked > 0).nonzero(), batch.candidate_valid.nonzero()
+        indices = (batch.masked > 0).nonzero(), batch.candidate_valid.nonzero()
         names, labels = ("history_actions", "candidate_actions"), (batch.history_actions, batch.candidate_actions)
-        for name, states, known, at, label in zip(names, hidden, (history, candidates), places, labels, strict=True):
+        for name, states, known, at, label in zip(names, hidden, (history, candidates), indices, labels, strict=True):
             few = at[:2].unbind(1)
             known[few] = 1.0
             assert len(at) > 3

@@ -331,7 +331,7 @@ def test_a_model_without_a_state_is_neither_overwritten_nor_resumed(noise: Datas
     _run(Trainer(noise, _config({"epochs": 1}), tmp_path))
     (tmp_path / "state.safetensors").unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="holds a model, but no run to go on with; choose another --out"):
+    with pytest.raises(CheckpointError, match="holds a model, but no run to resume; choose another --out"):
         Trainer(noise, _config(), tmp_path)
     with pytest.raises(CheckpointError, match="leave out --resume to start one, in a folder without a model"):
         Trainer(noise, _config(), tmp_path, resume=True)
@@ -450,7 +450,7 @@ def test_metrics_json_tells_the_whole_run(noise: Dataset, tmp_path: Path) -> Non
     assert document.epochs == trainer.reports
     assert [report.epoch for report in document.epochs] == [0, 1]
     assert sorted(document.epochs[0].losses) == ["candidate_actions", "history_actions", "loss", "retrieval"]
-    assert trainer.objective.options.action_weights == (1.0, 2.0, 1.0)
+    assert trainer.objective.action_weights.tolist() == [1.0, 2.0, 1.0]
 
 
 def test_metrics_json_holds_what_there_was_to_learn_from(noise: Dataset, tmp_path: Path) -> None:

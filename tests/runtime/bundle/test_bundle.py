@@ -58,7 +58,7 @@ def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
 def test_one_flipped_bit_in_the_manifest_is_found(copy: Path, name: str) -> None:
     flip_byte(copy / name)
-    with pytest.raises(BundleCorruptError, match=r"manifest\.json is altered: its sha256 is"):
+    with pytest.raises(BundleCorruptError, match=r"manifest\.json is altered: sha256 "):
         Bundle.open(copy)
 
 
@@ -101,7 +101,7 @@ def test_a_file_that_is_not_listed_is_ignored(copy: Path) -> None:
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/file", "..", ""])
 def test_file_names_stay_inside_the_folder(copy: Path, reseal: Reseal, name: str) -> None:
     reseal(copy, files={name: {"sha256": "0" * 64, "size_bytes": 1}})
-    with pytest.raises(BundleError, match="a file of a bundle has a plain name inside its folder"):
+    with pytest.raises(BundleError, match="use a plain name inside the bundle's folder"):
         Bundle.open(copy)
 
 
@@ -161,7 +161,7 @@ def test_item_vectors_are_finite_and_of_unit_length(copy: Path, reseal: Reseal, 
     vectors[41] *= value
     save_file({"item_vectors": vectors}, copy / "items.safetensors")
     reseal(copy)
-    with pytest.raises(BundleError, match="item row 41 is not finite or not of unit length"):
+    with pytest.raises(BundleError, match="item row 41 is not a unit vector"):
         Bundle.open(copy)
 
 
@@ -172,7 +172,7 @@ def test_a_category_code_is_that_of_a_word(copy: Path, reseal: Reseal, feature: 
         stored["categories"][41, feature] = code
         save_file(stored, copy / "items.safetensors")
         reseal(copy)
-        with nullcontext() if valid else pytest.raises(BundleError, match="a category code is not that of a word"):
+        with nullcontext() if valid else pytest.raises(BundleError, match="a category code stands for no word"):
             Bundle.open(copy)
 
 

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError, RequestError
-from unipinrec.runtime.bundle.catalogue import Catalogue, as_known, mask_without, parse_ids
+from unipinrec.runtime.bundle.catalogue import Catalogue, Eligible, as_known, mask_without, parse_ids
 
 NONE = np.array([], np.int64)
 CODES = np.array([[1, 0], [2, 1], [1, 2], [0, 1], [2, 2]], np.int32)
@@ -69,16 +69,16 @@ def test_retired_items_are_never_allowed() -> None:
 
 def test_eligible_items_are_counted() -> None:
     some = catalogue(retired=(1,))
-    assert catalogue().eligible(None, NONE) == 5
-    assert catalogue().eligible(None, np.array([0, 4])) == 3
-    assert some.eligible(some.live, np.array([0, 1])) == 3
-    assert some.eligible(some.allowed(("a", "c"), None), np.array([0, 4])) == 1
+    assert Eligible().count(5) == 5
+    assert Eligible(excluded=np.array([0, 4])).count(5) == 3
+    assert Eligible(allowed=some.live, excluded=np.array([0, 1])).count(5) == 3
+    assert Eligible(allowed=some.allowed(("a", "c"), None), excluded=np.array([0, 4])).count(5) == 1
 
 
 @pytest.mark.parametrize(
     ("categories", "match"),
     [
-        ({"colour": ("red",)}, "categories: unknown feature 'colour'; this bundle's categorical features: kind, size"),
+        ({"colour": ("red",)}, "categories: unknown feature 'colour'; this bundle has the features kind, size"),
         ({"kind": ("red", "green")}, "categories: kind has no word 'green'; it has \\['red', 'blue'\\]"),
     ],
 )
@@ -94,10 +94,10 @@ def test_many_words_are_not_all_listed() -> None:
 
 
 def test_a_bundle_without_codes_says_so() -> None:
-    with pytest.raises(RequestError, match=r"does not carry the words of its items.*export it again"):
+    with pytest.raises(RequestError, match=r"does not store the words of its items.*export it again"):
         catalogue(codes=None).allowed(None, {"kind": ("red",)})
     none = Catalogue(rows={"a": 0}, num_rows=1, retired=NONE, words={}, codes=None)
-    with pytest.raises(RequestError, match="unknown feature 'kind'; this bundle's categorical features: none"):
+    with pytest.raises(RequestError, match="unknown feature 'kind'; this bundle has the features none"):
         none.allowed(None, {"kind": ("red",)})
 
 

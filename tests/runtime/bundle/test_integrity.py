@@ -75,7 +75,7 @@ def test_what_fails_once_the_folder_is_in_place_says_so(tmp_path: Path, monkeypa
         return opened(path, *more, **options)
 
     monkeypatch.setattr(os, "open", refuse)
-    match = r"out is whole and in place, but .*Permission denied"
+    match = r"out is complete and in place, but .*Permission denied"
     with pytest.raises(ExportError, match=match) as caught, written_whole(tmp_path / "out") as folder:
         (folder / "f").touch()
     monkeypatch.undo()

@@ -215,7 +215,7 @@ def test_no_memory_for_a_bundle_is_said(folder: Path, monkeypatch: pytest.Monkey
 
 def test_without_proc_it_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sealed_files, "OWN_FILES", tmp_path / "proc")
-    with pytest.raises(BackendError, match="proc is not there, through which bundles are read; mount /proc"):
+    with pytest.raises(BackendError, match="proc is missing, but bundles are read through it; mount /proc"):
         sealed(folder)
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.graphs.backend import HostTensor, row_of
-from unipinrec.runtime.graphs.engine import KvBuffer
+from unipinrec.runtime.graphs.engine import HostTensor, KvBuffer, row_of
 
 
 def numbered(count: int, first: float = 1.0) -> list[np.ndarray[tuple[int, int, int], np.dtype[np.float32]]]:
@@ -38,7 +37,7 @@ def test_slots_lie_where_they_were_put(buffer: KvBuffer) -> None:
 def test_tensors_and_rows_are_views(buffer: KvBuffer) -> None:
     tensors = buffer.tensors()
     buffer.row(1)[...] = 4.0
-    assert [tensor.shape() for tensor in tensors] == [[2, 1, 5, 2]] * 2
+    assert [tensor.shape for tensor in tensors] == [(2, 1, 5, 2)] * 2
     for tensor in tensors:
         assert (tensor.numpy()[1] == 4.0).all()
         assert np.isnan(tensor.numpy()[0]).all()
@@ -48,7 +47,7 @@ def test_a_beginning_is_a_copy(buffer: KvBuffer) -> None:
     buffer.put(0, 0, numbered(5))
     beginning = buffer.beginning(2)
     buffer.values.fill(7.0)
-    assert [tensor.shape() for tensor in beginning] == [[2, 1, 2, 2]] * 2
+    assert [tensor.shape for tensor in beginning] == [(2, 1, 2, 2)] * 2
     assert beginning[0].numpy()[0, 0, :, 0].tolist() == [1, 2]
     assert beginning[0].numpy().flags.c_contiguous
 

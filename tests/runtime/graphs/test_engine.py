@@ -37,7 +37,7 @@ class Counting(OrtBackend):
 
 
 def test_batches_that_are_computed_at_the_same_time_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unipinrec.runtime.graphs.engine.LANE_WORK", 1)
+    monkeypatch.setattr("unipinrec.runtime.graphs.engine.THREAD_WORK", 1)
     bundle = Bundle.open(STORED)
     backend = Counting(bundle.graph_files(), threads=4)
     engine = Engine(backend, bundle.manifest.model, bundle.item_vectors)
@@ -57,7 +57,7 @@ def test_batches_that_are_computed_at_the_same_time_share_the_threads(monkeypatc
 
 
 def test_closing_ends_a_ranking_with_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unipinrec.runtime.graphs.engine.LANE_WORK", 1)
+    monkeypatch.setattr("unipinrec.runtime.graphs.engine.THREAD_WORK", 1)
     bundle = Bundle.open(STORED)
     engine = Engine(OrtBackend(bundle.graph_files(), threads=3), bundle.manifest.model, bundle.item_vectors)
     encoded = engine.encode(pad_histories([history(bundle, 3)]))

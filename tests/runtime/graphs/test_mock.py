@@ -74,13 +74,20 @@ def test_what_a_function_raises_comes_out(stored: Bundle) -> None:
             r"ranker: logits is float32 \[1, 3\], expected float32",
         ),
         ({"logits": np.zeros((1, 23, 2))}, "ranker: logits is float64"),
-        ({"scores": np.zeros((1, 23, 2), np.float32)}, "ranker: the inputs are .*'scores'"),
+        ({"scores": np.zeros((1, 23, 2), np.float32)}, r"ranker: the function returned \['scores'\], not some of the"),
+        ([1.0], "ranker: the function returned list, not some of the outputs"),
+        (None, "ranker: the function returned NoneType, not some of"),
     ],
 )
 def test_outputs_are_held_to_the_manifest(stored: Bundle, outputs: Arrays, message: str) -> None:
     backend = MockBackend(stored.manifest.graphs, ranker=lambda _: outputs)
     with Recommender.load(STORED, backend, verify=False) as recommender, pytest.raises(BackendError, match=message):
         recommender.recommend(EVENTS, 5)
+
+
+def test_a_function_for_no_graph_is_refused(stored: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"\['rank'\] are no graphs; there are \["):
+        MockBackend(stored.manifest.graphs, rank=lambda _: {})
 
 
 def test_it_does_not_pass_for_the_model(stored: Bundle) -> None:

@@ -26,8 +26,7 @@ from unipinrec.runtime import Bundle, Recommender, verify_bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.device import open_engine
-from unipinrec.runtime.graphs.backend import HostTensor
-from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.engine import Engine, HostTensor, pad_histories
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, load_session, session_options
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend, misplaced, preload, provider_problem
 from unipinrec.runtime.machine import driver_problem
@@ -275,7 +274,7 @@ def test_bf16_goes_in_rounded_and_comes_out_widened(tmp_path: Path, layout: str)
     again = backend.run("bf16", {"given": outputs["same"]})
     for tensors in (outputs, again):
         assert isinstance(tensors["same"], OrtTensor)
-        assert (tensors["same"].dtype, tensors["same"].shape()) == ("bfloat16", [3, 2])
+        assert (tensors["same"].dtype, tensors["same"].shape) == ("bfloat16", (3, 2))
         assert tensors["same"].numpy().dtype == np.float32
         for name in ("same", "wide"):
             np.testing.assert_array_equal(tensors[name].numpy(), rounded)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from unipinrec.errors import BackendError, ConfigError
+from unipinrec.errors import BackendError, CacheError, ConfigError
 from unipinrec.runtime import CacheOptions, KvCache
 from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 from unipinrec.runtime.kv.cache import CacheKey, Lease
@@ -34,7 +34,7 @@ def key(events: str, user: str = "u", namespace: str = "one", start: int = 0) ->
 
 def slots_of(asked: CacheKey, first: int = 0) -> list[NDArray[np.float32]]:
     """What encoding gives for slots `first` and after: values that depend on all events up to theirs."""
-    beginnings = [asked.events[:place] for place in range(first, asked.count + 1)]
+    beginnings = [asked.events[:index] for index in range(first, asked.count + 1)]
     numbers = [zlib.crc32(events) % 10_000 for events in beginnings]
     values = np.repeat(np.array(numbers, np.float32), 2).reshape(1, -1, 2)
     return [values, -values]
@@ -426,3 +426,26 @@ def test_options_that_cannot_be(model: ModelSpec, changes: dict[str, Any], match
     options = CacheOptions(budget_bytes=1 << 10, dtype="fp32", page_slots=4)
     with pytest.raises(ConfigError, match=match):
         KvCache(model, replace(options, **changes))
+
+
+def test_a_lease_that_is_closed_stores_nothing_more(cache: KvCache) -> None:
+    asked = key("abc")
+    with cache.lookup(asked) as lease:
+        assert lease.write(slots_of(asked))
+    lease.commit(state_of(asked))
+    with pytest.raises(CacheError, match="user 'u': the lease is closed"):
+        lease.write(slots_of(asked))
+    cache.check_integrity()
+    assert cache.statistics().entries == 0
+
+
+def test_a_lease_is_committed_once(cache: KvCache) -> None:
+    asked = key("abc")
+    with cache.lookup(asked) as lease:
+        assert lease.write(slots_of(asked))
+        for _ in range(2):
+            lease.commit(state_of(asked))
+        cache.check_integrity()
+    with cache.lookup(asked) as lease:
+        assert lease.kind == "hit"
+        check_content(lease)

@@ -42,7 +42,7 @@ def key(events: str, user: str = "u", namespace: str = "one", start: int = 0) ->
 
 def slots_of(asked: CacheKey, first: int = 0) -> list[NDArray[np.float32]]:
     """What encoding gives for slots `first` and after: values that depend on all events up to theirs."""
-    beginnings = [asked.namespace.encode() + asked.events[:place] for place in range(first, asked.count + 1)]
+    beginnings = [asked.namespace.encode() + asked.events[:index] for index in range(first, asked.count + 1)]
     numbers = [zlib.crc32(events) % 10_000 for events in beginnings]
     values = np.repeat(np.array(numbers, np.float32), 2).reshape(1, -1, 2)
     return [values, -values]
@@ -175,9 +175,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.open.append(request)
 
     @precondition(lambda self: self.open)
-    @rule(place=st.integers(0, 3))
-    def write(self, place: int) -> None:
-        request = self.open[place % len(self.open)]
+    @rule(index=st.integers(0, 3))
+    def write(self, index: int) -> None:
+        request = self.open[index % len(self.open)]
         asked, entry = request.lease.key, request.entry
         if request.state != "found" or request.lease.kind == "hit":
             return
@@ -200,9 +200,9 @@ class CacheMachine(RuleBasedStateMachine):
             entry.writer = request
 
     @precondition(lambda self: self.open)
-    @rule(place=st.integers(0, 3))
-    def commit(self, place: int) -> None:
-        request = self.open[place % len(self.open)]
+    @rule(index=st.integers(0, 3))
+    def commit(self, index: int) -> None:
+        request = self.open[index % len(self.open)]
         asked, entry = request.lease.key, request.entry
         if request.state == "committed":
             return
@@ -225,9 +225,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.lost.pop(asked.user, None)
 
     @precondition(lambda self: self.open)
-    @rule(place=st.integers(0, 3))
-    def close(self, place: int) -> None:
-        request = self.open.pop(place % len(self.open))
+    @rule(index=st.integers(0, 3))
+    def close(self, index: int) -> None:
+        request = self.open.pop(index % len(self.open))
         request.lease.close()
         self.counts["unstored"] += request.unstored
         if request.entry is not None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
-from unipinrec.runtime.kv.histories import Padding, PaddingMeter, Work, grouped, half_octave
+from unipinrec.runtime.kv.encoder import Padding, PaddingMeter, Work, grouped, half_octave
 
 LIMITS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 WORK = Work(kind="miss", slots=33, new=32, candidates=200)
@@ -42,9 +42,9 @@ def test_sizes_of_a_group_are_within_a_third() -> None:
 @given(works=works, chunk=st.sampled_from([None, 64, 256]))
 def test_every_request_is_in_one_group_of_its_kind(works: list[Work], chunk: int | None) -> None:
     groups = grouped(works, chunk)
-    assert sorted(place for group in groups for place in group) == list(range(len(works)))
+    assert sorted(index for group in groups for index in group) == list(range(len(works)))
     for group in groups:
-        members = [works[place] for place in group]
+        members = [works[index] for index in group]
         assert len({work.kind for work in members}) == 1
         assert len(group) <= MAX_ROWS
         assert len(group) == 1 or len(group) * max(work.slots for work in members) <= MAX_SLOTS
@@ -88,16 +88,16 @@ def test_waste_is_what_was_computed_and_not_given() -> None:
     meter.add("encode", [6])
     meter.add("rank", [200, 200])
     assert meter.snapshot() == {
-        "encode": Padding(given=30, computed=36),
-        "rank": Padding(given=400, computed=400),
+        "encode": Padding(useful=30, computed=36),
+        "rank": Padding(useful=400, computed=400),
     }
     assert meter.snapshot()["encode"].waste == pytest.approx(1 / 6)
     assert meter.snapshot()["rank"].waste == 0.0
-    assert Padding(given=0, computed=0).waste == 0.0
+    assert Padding(useful=0, computed=0).waste == 0.0
 
 
 def test_threads_count_together() -> None:
     meter = PaddingMeter()
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: meter.add("encode", [1, 3]), range(4000)))
-    assert meter.snapshot() == {"encode": Padding(given=16_000, computed=24_000)}
+    assert meter.snapshot() == {"encode": Padding(useful=16_000, computed=24_000)}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
 from unipinrec.runtime.graphs.engine import Engine
-from unipinrec.runtime.kv.histories import HistoryEncoder
+from unipinrec.runtime.kv.encoder import HistoryEncoder
 from unipinrec.runtime.kv.pages import KvDtype
 
 TOLERANCE = (
@@ -79,10 +79,10 @@ class Histories:
             history = (*history, self.event(last + int(self.rng.integers(1, 30)) * HOUR_MS))
         return history
 
-    def edited(self, history: History, place: int) -> History:
+    def edited(self, history: History, index: int) -> History:
         """The history with another item, action, surface or time at a place."""
-        event, manifest = history[place], self.bundle.manifest
-        before = history[place - 1].timestamp_ms if place else T - 24 * HOUR_MS
+        event, manifest = history[index], self.bundle.manifest
+        before = history[index - 1].timestamp_ms if index else T - 24 * HOUR_MS
         assert event.timestamp_ms is not None
         assert before is not None
         toggled = manifest.actions[self.rng.integers(len(manifest.actions))]
@@ -94,7 +94,7 @@ class Histories:
             {"timestamp_ms": (before + event.timestamp_ms) // 2},
         ]
         changed = msgspec.structs.replace(event, **changes[self.rng.integers(4)])
-        return (*history[:place], changed, *history[place + 1 :])
+        return (*history[:index], changed, *history[index + 1 :])
 
 
 def request(recommender: Recommender, history: History, user: str | None = None) -> Request:

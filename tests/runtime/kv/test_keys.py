@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unipinrec.runtime.kv.cache import CacheKey, mismatch
-from unipinrec.runtime.kv.histories import event_records
+from unipinrec.runtime.kv.encoder import event_records
 from unipinrec.runtime.requests import History
 
 KEY = CacheKey(user="u", namespace="one", events=b"abcd", count=4, start=0)
@@ -51,19 +51,19 @@ def test_all_records_of_a_bundle_are_of_equal_length(bits: int, size: int) -> No
 @given(data=st.data(), count=events, bits=actions, seed=seeds)
 def test_whatever_differs_shows_in_its_own_record(data: st.DataObject, count: int, bits: int, seed: int) -> None:
     history = random_history(seed, count, bits)
-    place = data.draw(st.integers(0, count - 1), label="place")
+    index = data.draw(st.integers(0, count - 1), label="place")
     bit = data.draw(st.integers(0, bits - 1), label="bit")
     column = data.draw(st.sampled_from(["item_rows", "actions", "surfaces", "timestamps_ms"]), label="column")
     step = data.draw(st.sampled_from([1, 256, 2**31, 2**40, -1]), label="step")
     values = getattr(history, column).copy()
     if column == "actions":
-        values[place, bit] = 1.0 - values[place, bit]
+        values[index, bit] = 1.0 - values[index, bit]
     else:
-        values[place] += step
+        values[index] += step
     before, after = event_records(history), event_records(replace(history, **{column: values}))
     size = len(before) // count
     differ = [before[i : i + size] != after[i : i + size] for i in range(0, len(before), size)]
-    assert differ == [i == place for i in range(count)]
+    assert differ == [i == index for i in range(count)]
 
 
 @quick

@@ -25,10 +25,10 @@ def normal(rng: np.random.Generator, geometry: KvGeometry, slots: int) -> list[N
     return [rng.standard_normal(shape, np.float32) for _ in range(geometry.tensors)]
 
 
-def make(geometry: KvGeometry, count: int, lanes: int = 3) -> KvPages:
+def make(geometry: KvGeometry, count: int, threads: int = 3) -> KvPages:
     """Pages that are copied in so many threads, whatever this machine has; 16 pages at least are needed for it."""
     pages = KvPages(geometry, count)
-    pages._lanes = lanes
+    pages._parallel = threads
     return pages
 
 
@@ -76,17 +76,17 @@ def test_a_geometry_that_is_none(changes: dict[str, Any], match: str) -> None:
     dtype=st.sampled_from(KV_DTYPES),
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 33), st.integers(1, 5)),
     runs=st.lists(st.integers(1, 30), min_size=1, max_size=4),
-    lanes=st.integers(1, 4),
+    threads=st.integers(1, 4),
     seed=st.integers(0, 2**31),
 )
 def test_what_is_written_in_parts_is_read_as_stored(
-    dtype: KvDtype, sizes: tuple[int, int, int, int], runs: list[int], lanes: int, seed: int
+    dtype: KvDtype, sizes: tuple[int, int, int, int], runs: list[int], threads: int, seed: int
 ) -> None:
     tensors, heads, head_dim, page_slots = sizes
     geometry = KvGeometry(tensors=tensors, heads=heads, head_dim=head_dim, dtype=dtype, page_slots=page_slots)
     rng, slots = np.random.default_rng(seed), sum(runs)
     needed = geometry.pages_for(slots)
-    pages = make(geometry, 2 * needed, lanes)
+    pages = make(geometry, 2 * needed, threads)
     mine, others = np.split(rng.permutation(2 * needed), 2)
     theirs = normal(rng, geometry, needed * page_slots)
     pages.write(others.tolist(), 0, theirs)

@@ -147,7 +147,7 @@ def test_an_index_of_another_shape_is_not_loaded(
 
 
 def test_an_index_of_other_vectors_is_not_used(path: Path) -> None:
-    with pytest.raises(BundleError, match="the index does not match the items: it was built of other vectors"):
+    with pytest.raises(BundleError, match="the index does not match the items: it has other vectors"):
         HnswIndex(path, SPEC, unit(np.random.default_rng(7), 500))
 
 

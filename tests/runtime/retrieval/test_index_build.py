@@ -127,5 +127,5 @@ def test_a_file_that_does_not_read_back_is_refused(
     vectors: NDArray[np.float32], queries: NDArray[np.float32], tmp_path: Path
 ) -> None:
     (tmp_path / "index").symlink_to("/dev/null")
-    with pytest.raises(ExportError, match=r"index: 0 of \d+ bytes were written; is there space left on the disk"):
+    with pytest.raises(ExportError, match=r"index: wrote 0 of \d+ bytes; no space left on the disk"):
         build_index(IndexTask(vectors=vectors, queries=queries), tmp_path / "index")

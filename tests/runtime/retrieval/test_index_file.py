@@ -74,24 +74,24 @@ def upper(content: bytes) -> int:
         ((64, "Q", 2**20), "its layout is not"),
         ((80, "d", 0.0), "levels of scale 0.0"),
         ((80, "d", float("nan")), "levels of scale nan"),
-        ((HEADER.size, "H", 9), "a link at level 0 leads nowhere"),
-        ((HEADER.size + 4, "I", COUNT), "a link at level 0 leads nowhere"),
-        ((HEADER.size + 4 * (WORDS - 2), "Q", COUNT), "a label is no row of the items"),
-        ((HEADER.size + 4 * (WORDS - 2), "q", -1), "a label is no row of the items"),
-        ((HEADER.size + 4 * (1 + 2 * M), "f", float("nan")), "it was built of other vectors"),
+        ((HEADER.size, "H", 9), "a link at level 0 leads to no item"),
+        ((HEADER.size + 4, "I", COUNT), "a link at level 0 leads to no item"),
+        ((HEADER.size + 4 * (WORDS - 2), "Q", COUNT), "a label is not a row of the items"),
+        ((HEADER.size + 4 * (WORDS - 2), "q", -1), "a label is not a row of the items"),
+        ((HEADER.size + 4 * (1 + 2 * M), "f", float("nan")), "it has other vectors"),
         ((-1, "I", 4), "the links of item .* above level 0 do not fit"),
         ((-1, "I", 2**31), "above level 0 do not fit"),
         ((-1, "I", 0), "bytes follow its end|do not fit|begins at an item"),
-        ((-5, "H", M + 1), "a link above level 0 leads nowhere"),
-        ((-9, "I", COUNT), "a link above level 0 leads nowhere"),
+        ((-5, "H", M + 1), "a link above level 0 leads to no item"),
+        ((-9, "I", COUNT), "a link above level 0 leads to no item"),
     ],
 )
 def test_numbers_that_lead_elsewhere(
     whole: Path, vectors: NDArray[np.float32], tmp_path: Path, change: tuple[int, str, float], message: str
 ) -> None:
-    place, form, value = change
+    index, form, value = change
     content = bytearray(whole.read_bytes())
-    at = place if place >= 0 else upper(bytes(content)) - place - 1
+    at = index if index >= 0 else upper(bytes(content)) - index - 1
     struct.pack_into(f"<{form}", content, at, value)
     (tmp_path / "index.hnsw").write_bytes(content)
     with pytest.raises(BundleError, match=message):
@@ -105,7 +105,7 @@ def test_a_link_to_an_item_that_is_not_on_its_level(whole: Path, vectors: NDArra
         low, at = low + 1, at + 4 + struct.unpack_from("<I", content, at)[0]
     struct.pack_into("<HHI", content, upper(bytes(content)) + 4, 1, 0, low)
     (tmp_path / "index.hnsw").write_bytes(content)
-    with pytest.raises(BundleError, match="a link above level 0 leads nowhere"):
+    with pytest.raises(BundleError, match="a link above level 0 leads to no item"):
         check_index_file(tmp_path / "index.hnsw", SPEC, vectors[::-1])
 
 

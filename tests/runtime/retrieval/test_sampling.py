@@ -15,11 +15,12 @@ from answers import retrieved
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.retrieval.index import Eligible, ExactIndex, Found
+from unipinrec.runtime.bundle.catalogue import Eligible
+from unipinrec.runtime.retrieval.index import ExactIndex, Matches
 from unipinrec.runtime.retrieval.retriever import Retriever
 from unipinrec.runtime.retrieval.sampling import RecallSampler
-from unipinrec.runtime.server.deployment import DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.swap import Deployments
 
 VECTORS = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
@@ -31,7 +32,7 @@ class Forgetful:
 
     ef = 1
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
+    def search(self, queries: NDArray[np.float32], k: int) -> Matches:
         rows, similarity = ExactIndex(VECTORS).search(queries, k + 1)
         return rows[:, 1:], similarity[:, 1:]
 
@@ -84,8 +85,8 @@ def test_a_share_is_compared(retriever: Retriever) -> None:
         sampler = RecallSampler(share, seed=1)
         sampler.observe = measured.append
         watched = sampler.watch(retriever)
-        for place in range(200):
-            retrieved(watched, VECTORS[place : place + 1], 5, NONE)
+        for index in range(200):
+            retrieved(watched, VECTORS[index : index + 1], 5, NONE)
             sampler.settle()
         sampler.close()
         assert fewest <= len(measured) <= most

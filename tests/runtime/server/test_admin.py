@@ -27,7 +27,7 @@ from unipinrec.runtime.server.admin import (
     read_token,
 )
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.deployments import Deployments
+from unipinrec.runtime.server.swap import Deployments
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ALLOWED = {"authorization": f"Bearer {TOKEN}"}
@@ -123,7 +123,7 @@ def test_reload_and_rollback(client: TestClient, deployments: Deployments) -> No
         (b'{"bundle": "b\\n"}', 400, "invalid_request", "does not name a bundle"),
         (b'{"bundle": 7}', 400, "invalid_request", "Expected `str`"),
         (b"{}", 400, "invalid_request", "missing required field `bundle`"),
-        (b"b", 400, "invalid_request", "the body must be"),
+        (b"b", 400, "invalid_request", "it must be"),
         (b'{"bundle": "%s"}' % (b"b" * 5000), 413, "too_large", "4096"),
         (b'{"bundle": "c"}', 404, "no_such_bundle", "there is no bundle 'c'"),
     ],
@@ -145,7 +145,7 @@ def test_a_refused_swap_says_why(deployments: Deployments, twins: tuple[Path, Pa
     with TestClient(make_app(server, routes)) as client:
         answer = client.post("/admin/reload", headers=ALLOWED, json={"bundle": "empty"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bundle_refused")
-        assert "what served before serves on" in answer.json()["error"]["message"]
+        assert "the active bundle was not changed" in answer.json()["error"]["message"]
         answer = client.post("/admin/rollback", headers=ALLOWED)
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "not_swapped")
     assert deployments.current.path == twins[0]
@@ -173,13 +173,13 @@ def test_swaps_by_http_while_clients_ask(deployments: Deployments, twins: tuple[
 
     def ask(port: int, first: int) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            place = first
+            index = first
             while not stop.is_set():
-                place = (place + 1) % len(events)
-                body = {"history": events[place], "user": f"u{place % 3}", "k": 5, "exclude_seen": False}
+                index = (index + 1) % len(events)
+                body = {"history": events[index], "user": f"u{index % 3}", "k": 5, "exclude_seen": False}
                 answer = client.post("/v1/recommend", json={**body, "now_ms": NOW_MS + 1000})
                 assert answer.status_code == 200, answer.text
-                served.append((place, answer.json()))
+                served.append((index, answer.json()))
 
     with listening(app) as port, ThreadPoolExecutor(3) as threads, httpx.Client(timeout=60) as admin:
         asking = [threads.submit(ask, port, first) for first in range(3)]
@@ -196,9 +196,9 @@ def test_swaps_by_http_while_clients_ask(deployments: Deployments, twins: tuple[
         for one in asking:
             one.result()
     assert {answer["bundle"] for _, answer in served} == set(expected)
-    for place, answer in served:
+    for index, answer in served:
         scores = [item["score"] for item in answer["items"]]
-        np.testing.assert_allclose(scores, expected[answer["bundle"]][place], atol=1e-5)
+        np.testing.assert_allclose(scores, expected[answer["bundle"]][index], atol=1e-5)
 
 
 def test_a_renamed_file_swaps(deployments: Deployments, folder: Path) -> None:
@@ -294,5 +294,5 @@ def test_names(tmp_path: Path) -> None:
     (tmp_path / "current.json").unlink()
     with pytest.raises(BundleError, match="must be a file such as"):
         read_current(tmp_path)
-    with pytest.raises(ConfigError, match="cannot be looked at every 0 s"):
+    with pytest.raises(ConfigError, match="cannot be checked every 0 s"):
         CurrentWatcher(None, tmp_path, 0)  # type: ignore[arg-type]

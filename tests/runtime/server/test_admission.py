@@ -6,7 +6,7 @@ import pytest
 
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.server.admission import Admission
-from unipinrec.runtime.server.api import Refusal
+from unipinrec.runtime.server.bodies import ApiError
 
 
 @dataclass
@@ -24,9 +24,9 @@ def clock() -> Clock:
 
 def test_there_is_room_for_so_many() -> None:
     admission = Admission(3)
-    with admission.admit(1.0) as place:
-        place.add(2)
-        with pytest.raises(Refusal, match="3 requests are waiting, of at most 3"), admission.admit(1.0):
+    with admission.admit(1.0) as ticket:
+        ticket.add(2)
+        with pytest.raises(ApiError, match="3 requests are waiting, of at most 3"), admission.admit(1.0):
             pass
         assert (admission.pending, admission.refused) == (3, 1)
     assert (admission.pending, admission.most_pending) == (0, 3)
@@ -34,19 +34,19 @@ def test_there_is_room_for_so_many() -> None:
 
 def test_what_does_not_fit_takes_no_room() -> None:
     admission = Admission(3)
-    with pytest.raises(Refusal, match="1 requests are waiting"), admission.admit(1.0) as place:
-        place.add(3)
+    with pytest.raises(ApiError, match="1 requests are waiting"), admission.admit(1.0) as ticket:
+        ticket.add(3)
     assert admission.pending == 0
-    with admission.admit(1.0) as place:
-        place.add(2)
+    with admission.admit(1.0) as ticket:
+        ticket.add(2)
 
 
 def test_nobody_waits_for_what_comes_too_late() -> None:
     admission = Admission(100)
     admission.learn(0.5)
-    with admission.admit(10.0) as place:
-        place.add(3)
-        with pytest.raises(Refusal, match="4 requests are ahead, which may take 2000 ms") as refused:
+    with admission.admit(10.0) as ticket:
+        ticket.add(3)
+        with pytest.raises(ApiError, match="4 requests are ahead, which may take 2000 ms") as refused:
             admission.take(1, within_s=1.9)
         assert (refused.value.status, refused.value.headers) == (429, {"retry-after": "2"})
         admission.take(1, within_s=2.1)
@@ -61,15 +61,15 @@ def test_an_answer_that_may_take_much_longer_is_counted_as_such() -> None:
         admission.learn(seconds)
     assert (admission.seconds_each, admission.deviation) == pytest.approx((0.2, 0.1))
     with admission.admit(10.0):
-        with pytest.raises(Refusal, match="1 requests are ahead, which may take 400 ms"):
+        with pytest.raises(ApiError, match="1 requests are ahead, which may take 400 ms"):
             admission.take(1, within_s=0.39)
         admission.take(1, within_s=0.41)
 
 
 def test_how_long_an_answer_takes_is_shared_by_those_ahead(clock: Clock) -> None:
     admission = Admission(100, clock)
-    with admission.admit(9.0) as place:
-        place.add(3)
+    with admission.admit(9.0) as ticket:
+        ticket.add(3)
         with admission.admit(9.0):
             clock.now += 1.0
         assert admission.seconds_each == pytest.approx(0.2)
@@ -79,9 +79,9 @@ def test_how_long_an_answer_takes_is_shared_by_those_ahead(clock: Clock) -> None
 
 def test_what_a_client_takes_to_send_does_not_count(clock: Clock) -> None:
     admission = Admission(100, clock)
-    with admission.admit(9.0) as place:
+    with admission.admit(9.0) as ticket:
         clock.now += 5.0
-        place.begin()
+        ticket.begin()
         clock.now += 0.1
     assert admission.seconds_each == pytest.approx(0.1)
 
@@ -90,14 +90,14 @@ def test_nobody_waits_for_what_a_client_has_not_sent(clock: Clock) -> None:
     admission = Admission(3, clock)
     admission.learn(1.0)
     with admission.admit(9.0, arriving=True) as slow, admission.admit(9.0, arriving=True):
-        with admission.admit(0.1, arriving=True) as place:  # though two of a second are before it
-            place.begin()
+        with admission.admit(0.1, arriving=True) as ticket:  # though two of a second are before it
+            ticket.begin()
             clock.now += 0.5
-            with pytest.raises(Refusal, match="3 requests are waiting, of at most 3"), admission.admit(9.0):
+            with pytest.raises(ApiError, match="3 requests are waiting, of at most 3"), admission.admit(9.0):
                 pass  # they take room all the same
         assert admission.seconds_each == pytest.approx((1.0 + 0.5) / 2)
         slow.begin()
-        with pytest.raises(Refusal, match="1 requests are ahead"), admission.admit(0.1):
+        with pytest.raises(ApiError, match="1 requests are ahead"), admission.admit(0.1):
             pass
     assert (admission.pending, admission.arriving) == (0, 0)
 
@@ -113,12 +113,12 @@ def test_only_answers_and_deadlines_that_passed_are_learnt_from(clock: Clock) ->
             raise error
 
     fail(RequestError("wrong"), 0.0)
-    fail(Refusal(422, "cold_start", ""), 0.0)
-    fail(Refusal(504, "deadline_exceeded", ""), 0.001)  # its own deadline was that short
+    fail(ApiError(422, "cold_start", ""), 0.0)
+    fail(ApiError(504, "deadline_exceeded", ""), 0.001)  # its own deadline was that short
     with admission.admit(9.0, measured=False):
         clock.now += 5.0
     assert admission.seconds_each == pytest.approx(0.1)
-    fail(Refusal(504, "deadline_exceeded", ""), 0.5)
+    fail(ApiError(504, "deadline_exceeded", ""), 0.5)
     assert admission.seconds_each == pytest.approx(0.3)
     assert admission.pending == 0
 

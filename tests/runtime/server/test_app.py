@@ -20,12 +20,12 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server, ServerOptions
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.store import Events, MemoryEventStore, StoreLimits
+from unipinrec.runtime.server.swap import Deployments
 
 WAIT_MS = 400  # how long a request waits for company, so that a test can look at it while it waits
 BODY = {"history": [{"item": "item-1", "actions": ["click"]}], "k": 1}
@@ -64,7 +64,7 @@ async def pending(server: Server, count: int) -> None:
 
 
 def answered(deployments: Deployments) -> int:
-    return deployments.current.recommender.padding()["encode"].given
+    return deployments.current.recommender.padding()["encode"].useful
 
 
 # Overload.

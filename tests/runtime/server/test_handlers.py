@@ -19,17 +19,17 @@ from starlette.testclient import TestClient
 
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RecommendOptions
-from unipinrec.runtime.server.api import Limits
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployments
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
 from unipinrec.runtime.server.handlers import usable
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 AT = 1_700_000_000_000
-HISTORY = [{"item": f"item-{place}", "actions": ["click"], "timestamp_ms": AT + place} for place in range(3)]
+HISTORY = [{"item": f"item-{index}", "actions": ["click"], "timestamp_ms": AT + index} for index in range(3)]
 EVENTS = tuple(msgspec.convert(HISTORY, type=tuple[Event, ...]))
 
 
@@ -76,9 +76,7 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
     answer = post(client, "/v1/recommend", {"history": HISTORY, "k": 4, **options})
     slate = recommender.recommend(EVENTS, 4, msgspec.convert(options, type=RecommendOptions))
     expected = slate.to_json()
-    assert [{**item, "title": None} for item in expected["items"]] == [
-        {**item, "title": None} for item in answer["items"]
-    ]
+    assert answer["items"] == list(expected["items"])
     assert answer["items"][0]["title"] == slate.items[0].title
     assert list(answer) == [
         "items",
@@ -93,7 +91,8 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
         "events",
         "skipped_events",
     ]
-    for name in ("source", "order", "kv", "kv_reason", "device", "bundle"):
+    assert list(answer) == [*expected, "events", "skipped_events"]
+    for name in ("source", "order", "kv", "kv_reason", "device", "bundle", "exact"):
         assert answer[name] == expected[name]
     assert (answer["events"], answer["skipped_events"]) == (3, 0)
 
@@ -139,7 +138,7 @@ def test_requests_of_a_list_are_computed_together(client: TestClient, deployment
     ("body", "message"),
     [
         ({"history": [{"item": "new", "actions": []}]}, "item 'new' is not among the 24 items"),
-        ({"history": HISTORY[::-1]}, "send events oldest first"),
+        ({"history": HISTORY[::-1]}, "send the oldest first"),
         ({"history": HISTORY * 5, "truncate": False}, "this model takes at most 8"),
         ({"history": HISTORY, "k": 0}, "k=0 must be an integer of at least 1"),
         ({"history": HISTORY, "now_ms": 5}, "before the last event"),
@@ -166,8 +165,8 @@ def test_a_compressed_body_is_refused(client: TestClient) -> None:
 
 def test_a_user_without_events_is_a_cold_start_where_nothing_is_known_to_be_popular(client: TestClient) -> None:
     why = (
-        "the history is empty, and this bundle does not store what is popular; export it again with --data, or send "
-        "events or a history first"
+        "the history is empty, and this bundle stores no popularity; send events or a history first, or "
+        "export it again with --data"
     )
     assert post(client, "/v1/recommend", {"user": "nobody"}, 422)["error"] == {
         "code": "cold_start",
@@ -185,12 +184,12 @@ def test_a_cold_start_that_the_operator_refuses(popular: Path) -> None:
     ):
         asked = [{"user": "nobody"}, {"history": []}, {"history": HISTORY, "k": 1, "now_ms": AT + 5}]
         unknown, empty, answered = post(client, "/v1/recommend", asked)
-        why = "the history is empty, and cold starts are refused here; send events or a history first, or show what is"
+        why = "the history is empty, and cold starts are refused here; send events or a history first, or show popular"
         assert unknown["error"] == {
             "code": "cold_start",
-            "message": f"user 'nobody': no events are known; {why} popular",
+            "message": f"user 'nobody': no events are known; {why} items of your own",
         }
-        assert empty["error"] == {"code": "cold_start", "message": f"{why} popular"}
+        assert empty["error"] == {"code": "cold_start", "message": f"{why} items of your own"}
         assert answered["source"] == "model"
         assert post(client, "/v1/recommend", {"user": "nobody"}, 422) == unknown
 
@@ -389,9 +388,9 @@ def test_similar_to_any_of_several_under_filters(client: TestClient) -> None:
     }
     answer = post(client, "/v1/items/similar", {**body, "exact": True})
     assert {item["item"] for item in answer["items"]} == {"item-5", "item-6"}
-    assert answer["exact"] == "asked for"
+    assert answer["exact"] == "requested"
     assert post(client, "/v1/items/similar", {**body, "k": 3}, 400)["error"]["message"] == (
-        "k=3 is more than the 2 items that are left by the filters"
+        "k=3 is more than the 2 items that the filters leave"
     )
     assert "items[0]: item 'new'" in post(client, "/v1/items/similar", {"items": ["new"]}, 400)["error"]["message"]
 
@@ -406,7 +405,7 @@ def test_health(client: TestClient, server: Server, deployments: Deployments) ->
     assert ready.json() == {
         "status": "ready",
         "device": "cpu",
-        "device_reason": "asked for",
+        "device_reason": "requested",
         "refused": [],
         "bundle": deployments.current.version,
     }

@@ -14,7 +14,7 @@ from unipinrec.errors import BundleError, RequestError, UnipinrecError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.requests import parse_events
 from unipinrec.runtime.server.admin import read_current
-from unipinrec.runtime.server.api import Limits, decode_events, decode_recommend, decode_similar
+from unipinrec.runtime.server.bodies import Limits, decode_events, decode_recommend, decode_similar
 from unipinrec.runtime.server.v2.codec import decode_infer
 
 Reseal = Callable[..., None]
@@ -64,5 +64,5 @@ def test_manifests(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("content", [b'{"bundle": "\x82"}', DEEP], ids=["utf-8", "deep"])
 def test_the_file_that_names_what_serves(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "current.json").write_bytes(content)
-    with pytest.raises(UnipinrecError, match=r"current\.json must be a file such as"):
+    with pytest.raises(UnipinrecError, match=r"current\.json: .*must be a file such as"):
         read_current(tmp_path)

@@ -78,7 +78,7 @@ def test_every_reference_and_schema_is_valid(document: dict[str, Any]) -> None:
     assert item["description"] == "One recommended item."
     assert (
         item["properties"]["actions"]["description"]
-        == "Probability of each action; empty where the ranker did not run."
+        == "Probability of each action; empty if the ranker did not run."
     )
 
 

@@ -54,7 +54,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, hostile: Path) -> dict[str, A
 def hostile(tmp_path_factory: pytest.TempPathFactory, reseal: Callable[..., None]) -> Path:
     """The stored bundle with a title and a user id that try to be markup."""
     folder = shutil.copytree(STORED, tmp_path_factory.mktemp("hostile") / "bundle")
-    (folder / "item_titles.json").write_text(json.dumps([f"{EVIL} {place}" for place in range(23)] + [None]))
+    (folder / "item_titles.json").write_text(json.dumps([f"{EVIL} {index}" for index in range(23)] + [None]))
     (folder / "user_ids.json").write_text(json.dumps(["random-0", EVIL_USER]))
     reseal(folder)
     return folder

@@ -22,9 +22,9 @@ from unipinrec.runtime.tools.capacity import (
     GIB,
     HISTORY_SHAPE,
     NO_LIMIT,
-    Deployment,
+    CapacityInput,
     Footprint,
-    Histories,
+    HistoryLengths,
     StageCosts,
     UserPages,
     histories_of_mean,
@@ -48,10 +48,10 @@ def small(dtype: KvDtype = "fp32", page_slots: int = 32, max_history: int = 992)
     return Footprint(geometry=geometry, prefix_slots=1, max_history=max_history)
 
 
-def deployment(**changes: Any) -> Deployment:
+def deployment(**changes: Any) -> CapacityInput:
     """A thousand users of 31 events (one page of 256 KiB) who come once a day."""
-    base = Deployment(
-        footprint=small(), histories=Histories(events=(31.0,)), users=1000, qps=100.0, arrivals=DAILY, costs=COSTS
+    base = CapacityInput(
+        footprint=small(), histories=HistoryLengths(events=(31.0,)), users=1000, qps=100.0, arrivals=DAILY, costs=COSTS
     )
     return replace(base, **changes)
 
@@ -90,10 +90,10 @@ def test_lengths_of_a_mean_keep_it() -> None:
 
 
 def test_active_users_hold_more_pages() -> None:
-    pages = user_pages(small(), Histories(events=(31.0, 31.0, 31.0, 319.0), activity_exponent=1.0))
+    pages = user_pages(small(), HistoryLengths(events=(31.0, 31.0, 31.0, 319.0), activity_exponent=1.0))
     assert pages.of_users == 3.25
     assert pages.of_requests == pytest.approx(6.5)  # 7.97, more than twice the mean of all users
-    even = user_pages(small(), Histories(events=(31.0, 319.0), activity_exponent=0.0))
+    even = user_pages(small(), HistoryLengths(events=(31.0, 319.0), activity_exponent=0.0))
     assert (even.of_users, even.of_requests) == (5.5, 5.5)
 
 
@@ -105,7 +105,7 @@ def test_a_cache_fills_with_active_users_first() -> None:
 
 
 def test_requests_at_the_limit() -> None:
-    histories = Histories(events=(100.0, 400.0, 992.0, 2000.0), activity_exponent=0.0)
+    histories = HistoryLengths(events=(100.0, 400.0, 992.0, 2000.0), activity_exponent=0.0)
     assert requests_at_limit(small(), histories) == 0.5
     assert requests_at_limit(small(max_history=NO_LIMIT), histories) == 0.0
 
@@ -154,7 +154,7 @@ def test_a_footprint_or_a_history_that_cannot_be() -> None:
         small(max_history=0)
     for events in ((), (0.0, 0.0), (-1.0, 5.0), (float("nan"),), (float("inf"),)):
         with pytest.raises(ConfigError, match="history lengths must be numbers"):
-            Histories(events=events)
+            HistoryLengths(events=events)
 
 
 shares = st.floats(0, 1)
@@ -194,7 +194,7 @@ def test_pages_hold_the_slots_and_no_page_is_empty(events: list[float], slots: i
 
 @given(events=lengths, users=st.integers(1, 10**6))
 def test_memory_of_all_users_holds_all_users(events: list[float], users: int) -> None:
-    plan = deployment(histories=Histories(events=tuple(events)), users=users)
+    plan = deployment(histories=HistoryLengths(events=tuple(events)), users=users)
     result = outcome(plan, memory_of_all(plan))
     assert result.cached_users == pytest.approx(users)
     per_user = user_pages(plan.footprint, plan.histories).of_users * plan.footprint.geometry.page_bytes

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -136,7 +137,7 @@ def test_engines_are_listed_with_their_state(
 
 
 def test_an_engine_that_is_not_used_says_why(machine: HostMachine, gpu: GpuInfo) -> None:
-    install_engines(Bundle.open(STORED), gpu, engine_host("Other GPU", gpu.architecture))
+    install_engines(Bundle.open(STORED), gpu, engine_host(replace(gpu, name="Other GPU")))
     found = examine(STORED, machine)
     assert len(found.engines) == 4
     assert all("was built on a Other GPU" in str(engine.problem) for engine in found.engines)
@@ -165,7 +166,7 @@ def test_a_gpu_with_wrong_answers_leaves_the_cpu(machine: HostMachine, gpu: GpuI
     install_engines(stored, gpu, files={"ranker": wrong_ranker(stored, tmp_path)})
     found = examine(STORED, machine)
     assert found.auto.device is not None
-    assert (found.auto.device.name, found.auto.device.reason) == ("cpu", "asked for")
+    assert (found.auto.device.name, found.auto.device.reason) == ("cpu", "requested")
     assert "golden outputs do not reproduce on tensorrt-fp32" in str(found.auto.problem)
 
 

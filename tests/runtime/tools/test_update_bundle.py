@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, DataError, ExportError, RequestError
 from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, verify_bundle
-from unipinrec.runtime.tools.new_items import NewItem
+from unipinrec.runtime.tools.item_input import NewItem
 from unipinrec.runtime.tools.update_bundle import UpdateReport, update_bundle
 
 Reseal = Callable[..., None]
@@ -30,7 +30,7 @@ UPDATE = """
 import resource, sys
 from pathlib import Path
 from unipinrec.runtime.tools.update_bundle import update_bundle
-from unipinrec.runtime.tools.new_items import parse_items
+from unipinrec.runtime.tools.item_input import parse_items
 limit = int(sys.argv[4])
 def progress(stage):
     print(stage, flush=True)
@@ -51,8 +51,8 @@ def update(bundle: Path, out: Path, add: tuple[NewItem, ...] = (), retire: tuple
     return update_bundle(
         bundle,
         out,
-        add={f"items[{place}]": item for place, item in enumerate(add)},
-        retire={f"ids line {place}": item for place, item in enumerate(retire, 1)},
+        add={f"items[{index}]": item for index, item in enumerate(add)},
+        retire={f"ids line {index}": item for index, item in enumerate(retire, 1)},
     )
 
 
@@ -192,7 +192,7 @@ def test_retired_items_are_history_but_never_found(ids: list[str], updated: tupl
         options = msgspec.structs.replace(OPTIONS, exact=exact)
         slate = recommender.recommend(history, 299, options)
         assert {item.item for item in slate.items} == {*ids, "new-1", "new-2"} - {ids[17], ids[40], ids[299]}
-    with pytest.raises(RequestError, match="k=300 items were asked for, but only 299 of the 300 items are eligible"):
+    with pytest.raises(RequestError, match="k=300 items were requested, but only 299 of the 300 items are eligible"):
         recommender.recommend(history, 300, OPTIONS)
     only = msgspec.structs.replace(OPTIONS, allow=(ids[17], ids[5], "new-2"))
     assert {item.item for item in recommender.recommend(history, 2, only).items} == {ids[5], "new-2"}
@@ -264,7 +264,7 @@ def test_a_bundle_of_an_older_version_is_updated(tmp_path: Path) -> None:
     assert (report.items_before, report.items_after) == (24, 24)
     assert verify_bundle(tmp_path / "new").ok
     assert Bundle.open(tmp_path / "new").titles[24] == "Late"
-    with pytest.raises(RequestError, match="does not carry the words of its items"):
+    with pytest.raises(RequestError, match="does not store the words of its items"):
         Bundle.open(tmp_path / "new").catalogue.allowed(None, {"kind": ("a",)})
 
 
@@ -360,7 +360,7 @@ def test_a_failure_at_any_step_leaves_nothing(
 
     before = state(bundle)
     instead = SimpleNamespace(copyfile=fail) if broken == "shutil" else fail
-    monkeypatch.setattr(f"unipinrec.runtime.tools.update_bundle.{broken}", instead)
+    monkeypatch.setattr(f"unipinrec.runtime.bundle.derived.{broken}", instead)
     with pytest.raises(ExportError, match=r"could not write .*new: .*Input/output error; nothing was left behind"):
         update(bundle, tmp_path / "new", (new("n"),))
     assert list(tmp_path.iterdir()) == []

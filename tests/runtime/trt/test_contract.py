@@ -32,9 +32,9 @@ WHEELS = {
 SESSION = (
     "library.py",
     "io.py",
-    "lane.py",
+    "runner.py",
     "load.py",
-    "session.py",
+    "backend.py",
 )
 OURS = {"num_layers"}  # of our own models as well
 Classes = dict[str, dict[str, dict[str, Any]]]

@@ -50,7 +50,7 @@ def test_what_is_copied_in_comes_out(runtime: HostRuntime) -> None:
     cuda.copy_out(here.address, pointer, 1000, stream)
     cuda.synchronize(stream)
     np.testing.assert_array_equal(here.view, there.view)
-    assert len(here) == 1000
+    assert len(here.view) == 1000
     cuda.free(pointer, stream)
     cuda.host_free(there)
     cuda.host_free(there)
@@ -60,7 +60,7 @@ def test_what_is_copied_in_comes_out(runtime: HostRuntime) -> None:
 
 def test_it_says_what_it_is(runtime: HostRuntime) -> None:
     cuda = host_cuda(runtime)
-    assert (cuda.name, cuda.architecture, cuda.driver_version) == ("Host GPU", "sm_90", "13.0")
+    assert (cuda.info.name, cuda.info.architecture, cuda.info.driver_version) == ("Host GPU", "sm_90", "13.0")
     assert cuda.info.memory_bytes == 1 << 20
     pointer = cuda.malloc(1 << 10, cuda.stream())
     assert cuda.memory_info() == ((1 << 20) - (1 << 10), 1 << 20)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.profiles import default_buckets, for_graph
-from unipinrec.runtime.trt.session import TensorRtBackend
 
 GOES_ON = CLEANING | {"cudaSetDevice"}  # cleaning up goes on without what cannot be freed
 
@@ -218,7 +218,7 @@ def test_a_closed_backend_says_so_and_keeps_nothing_but_what_is_held(stored: Bun
     assert memory.left() == {"blocks": 1}
     with pytest.raises(BackendError, match="encoder: the graphs were closed; load the bundle again"):
         engine.encode(batch)
-    with pytest.raises(BackendError, match="the graphs were closed, and what they gave cannot be read any more"):
+    with pytest.raises(BackendError, match="the graphs were closed, and their outputs cannot be read any more"):
         held.last_hidden_state.numpy()
     assert backend.compiled_kernels() == {}
     del held

@@ -15,12 +15,12 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.golden_check import compare_golden
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.machine import driver_problem
+from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.build import BuildTask, build_engine
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
-from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging
+from unipinrec.runtime.trt.memory import DeviceBlock, DeviceTensor, Reader, Staging
 from unipinrec.runtime.trt.profiles import default_buckets, for_graph
-from unipinrec.runtime.trt.session import TensorRtBackend
 
 pytestmark = pytest.mark.gpu
 SLACK = 32 << 20  # bytes that libraries may take for themselves between two measurements
@@ -66,8 +66,8 @@ def test_what_goes_in_comes_out(cuda: Cuda) -> None:
         address = staging.put({"x": values}, {"x": dtype})["x"]
         assert address % 256 == 0
         cuda.synchronize(stream)
-        block = Block(cuda, 1, stream)
-        given = DeviceTensor(dtype=dtype, sizes=values.shape, address=address, block=block, reader=reader)
+        block = DeviceBlock(cuda, 1, stream)
+        given = DeviceTensor(dtype=dtype, shape=values.shape, address=address, block=block, reader=reader)
         np.testing.assert_allclose(given.numpy(), values, rtol=rounding, atol=1e-7)
         block.free()
     reader.release()
@@ -78,7 +78,7 @@ def test_what_goes_in_comes_out(cuda: Cuda) -> None:
 def test_the_gpu_is_described(cuda: Cuda) -> None:
     assert probe_gpu() == cuda.info
     assert isinstance(cuda.info, GpuInfo)
-    assert cuda.architecture.startswith("sm_")
+    assert cuda.info.architecture.startswith("sm_")
     free, total = cuda.memory_info()
     assert 0 < free <= total
     assert total == pytest.approx(cuda.info.memory_bytes, rel=0.1)

@@ -110,12 +110,12 @@ def module() -> Any:
 def test_a_logger_keeps_errors_and_what_is_wanted() -> None:
     lines = LogLines(keep=lambda line: "Layers" in line)
     logger = tensorrt_logger(module(), lines)
-    for place in range(30):
-        logger.log(Severity.ERROR, f"error {place}")
+    for index in range(30):
+        logger.log(Severity.ERROR, f"error {index}")
     logger.log(Severity.INTERNAL_ERROR, "last")
     logger.log(Severity.VERBOSE, "Layers: 3")
     logger.log(Severity.INFO, "nothing of interest")
-    assert lines.errors == [f"error {place}" for place in range(20)]
+    assert lines.errors == [f"error {index}" for index in range(20)]
     assert lines.kept == ["Layers: 3"]
     assert LogLines(errors=["a", "a", "b"]).reason() == "a; b"
     assert LogLines().reason() == "it gave no reason"

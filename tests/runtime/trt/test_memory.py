@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.trt.cuda import Cuda
-from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging, layout, size_bytes
+from unipinrec.runtime.trt.memory import DeviceBlock, DeviceTensor, Reader, Staging, layout, size_bytes
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_parts_of_a_block_are_aligned() -> None:
 
 
 def test_a_block_is_freed_once(runtime: HostRuntime, cuda: Cuda) -> None:
-    kept, dropped = Block(cuda, 100, cuda.stream()), Block(cuda, 100, cuda.stream())
+    kept, dropped = DeviceBlock(cuda, 100, cuda.stream()), DeviceBlock(cuda, 100, cuda.stream())
     assert kept.address != dropped.address
     del dropped
     gc.collect()
@@ -51,7 +51,7 @@ def test_a_block_is_freed_once(runtime: HostRuntime, cuda: Cuda) -> None:
 def test_a_free_that_fails_is_said_and_hides_nothing(
     runtime: HostRuntime, cuda: Cuda, caplog: pytest.LogCaptureFixture
 ) -> None:
-    block = Block(cuda, 100, cuda.stream())
+    block = DeviceBlock(cuda, 100, cuda.stream())
     runtime.fail = lambda name: CudaError.cudaErrorIllegalAddress if name == "cudaFreeAsync" else None
     block.free()
     assert "memory of the GPU may be lost: could not free memory of the GPU: cudaErrorIllegalAddress" in caplog.text
@@ -63,19 +63,19 @@ def test_all_inputs_go_in_one_copy_and_are_rounded_on_the_way(runtime: HostRunti
     values = np.array([[1.00390625, 1.0], [3.14159, -2.5e-5]], np.float32)
     arrays: dict[str, NDArray[Any]] = {"exact": values, "bf16": values, "fp16": values[:, ::-1], "rows": np.arange(5)}
     dtypes = {"exact": "float32", "bf16": "bfloat16", "fp16": "float16", "rows": "int64"}
-    places = staging.put(arrays, dtypes)
+    indices = staging.put(arrays, dtypes)
     cuda.synchronize(stream)
     assert runtime.calls["cudaMemcpyAsync"] == 1
-    assert all(address % 256 == 0 for address in places.values())
+    assert all(address % 256 == 0 for address in indices.values())
     reader = Reader(cuda)
-    block = Block(cuda, 1, stream)
+    block = DeviceBlock(cuda, 1, stream)
     tensors = {
-        name: DeviceTensor(dtype=dtypes[name], sizes=array.shape, address=places[name], block=block, reader=reader)
+        name: DeviceTensor(dtype=dtypes[name], shape=array.shape, address=indices[name], block=block, reader=reader)
         for name, array in arrays.items()
     }
     np.testing.assert_array_equal(tensors["exact"].numpy(), values)
     rounded = tensors["bf16"].numpy()
-    assert (rounded.dtype.name, tensors["bf16"].dtype, tensors["bf16"].shape()) == ("float32", "bfloat16", [2, 2])
+    assert (rounded.dtype.name, tensors["bf16"].dtype, tensors["bf16"].shape) == ("float32", "bfloat16", (2, 2))
     np.testing.assert_array_equal(rounded, np.array([[1.0, 1.0], [3.140625, -2.5033951e-05]], np.float32))
     np.testing.assert_array_equal(rounded, values.astype(ml_dtypes.bfloat16).astype(np.float32))
     np.testing.assert_array_equal(tensors["fp16"].numpy(), values[:, ::-1].astype(np.float16).astype(np.float32))
@@ -117,12 +117,12 @@ def test_staging_that_could_not_grow_works_again_later(runtime: HostRuntime, cud
 
 def tensor(cuda: Cuda, reader: Reader, values: NDArray[np.float32]) -> DeviceTensor:
     stream = cuda.stream()
-    block = Block(cuda, values.nbytes, stream)
+    block = DeviceBlock(cuda, values.nbytes, stream)
     pinned = cuda.host_alloc(values.nbytes)
     pinned.view[:] = values.view(np.uint8)
     cuda.copy_in(block.address, pinned.address, values.nbytes, stream)
     cuda.synchronize(stream)
-    return DeviceTensor(dtype="float32", sizes=values.shape, address=block.address, block=block, reader=reader)
+    return DeviceTensor(dtype="float32", shape=values.shape, address=block.address, block=block, reader=reader)
 
 
 def test_several_threads_read_at_the_same_time(runtime: HostRuntime, cuda: Cuda) -> None:
@@ -158,8 +158,8 @@ def test_a_tensor_cannot_be_read_once_the_reader_is_closed(runtime: HostRuntime,
     reader = Reader(cuda)
     given = tensor(cuda, reader, np.zeros(7, np.float32))
     reader.release()
-    with pytest.raises(BackendError, match="the graphs were closed, and what they gave cannot be read any more"):
+    with pytest.raises(BackendError, match="the graphs were closed, and their outputs cannot be read any more"):
         given.numpy()
-    assert given.shape() == [7]
+    assert given.shape == (7,)
     assert given.lies_on(cuda)
     assert not given.lies_on(host_cuda(runtime))

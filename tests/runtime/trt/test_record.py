@@ -15,6 +15,7 @@ from engine_records import HERE, KEY, need_of, record_of
 
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.trt import record as engine_record
+from unipinrec.runtime.trt.cuda import GpuInfo
 from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.record import (
     BuildOptions,
@@ -134,7 +135,7 @@ def test_a_machine_shows_a_hash_of_its_id(monkeypatch: pytest.MonkeyPatch, tmp_p
     identity.write_text("0123456789abcdef\n")
     empty.touch()
     monkeypatch.setattr(engine_record, "MACHINE_IDS", (tmp_path / "absent", empty, identity))
-    machine = engine_host("NVIDIA H200", "sm_90", "13.0")
+    machine = engine_host(GpuInfo(name="NVIDIA H200", architecture="sm_90", driver_version="13.0", memory_bytes=1))
     assert machine.id == "da7ceff4e6143568b6d858b5719c7fa55a918d9d16f23783635f1a0afcd00402"
     assert (machine.gpu, machine.architecture, machine.driver) == ("NVIDIA H200", "sm_90", "13.0")
     identity.write_text("another")

@@ -18,7 +18,7 @@ import pytest
 from engine_records import HERE, KEY, need_of, record_of
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.trt.record import EngineRecord, Refusal
+from unipinrec.runtime.trt.record import EngineProblem, EngineRecord
 from unipinrec.runtime.trt.store import EngineStore, cache_root
 
 DIGEST = KEY.digest()
@@ -49,8 +49,8 @@ def files(store: EngineStore) -> list[str]:
     return sorted(path.name for path in store.root.iterdir())
 
 
-def refusal(found: EngineRecord | Refusal) -> str:
-    assert isinstance(found, Refusal)
+def refusal(found: EngineRecord | EngineProblem) -> str:
+    assert isinstance(found, EngineProblem)
     return str(found)
 
 
@@ -140,9 +140,9 @@ def test_a_record_under_another_name_is_refused(store: EngineStore, entry: Path)
 
 @pytest.mark.parametrize("name", ["", "engine.plan", "engine.json"])
 def test_a_link_is_not_followed(name: str, store: EngineStore, entry: Path, tmp_path: Path) -> None:
-    place = entry / name if name else entry
-    place.rename(tmp_path / "elsewhere")
-    place.symlink_to(tmp_path / "elsewhere")
+    index = entry / name if name else entry
+    index.rename(tmp_path / "elsewhere")
+    index.symlink_to(tmp_path / "elsewhere")
     assert "is a link, or no folder, where a private folder or file belongs" in refusal(store.find(KEY))
 
 
@@ -153,7 +153,7 @@ def test_a_linked_cache_is_not_followed(store: EngineStore, entry: Path, tmp_pat
     assert [str(found) for found in store.entries().values()] == [
         f"{store.root}: is a link, or no folder, where a private folder or file belongs; remove it, and compile again"
     ]
-    with pytest.raises(BackendError, match=r"is a link.*nothing was left behind"):
+    with pytest.raises(BackendError, match=r"is a link.*remove it, and compile again"):
         store.put(record_of(), PLAN)
 
 
@@ -240,9 +240,9 @@ def test_what_cannot_be_trusted_is_replaced(occupant: str, store: EngineStore, e
 def test_builds_at_the_same_time_agree_on_one(store: EngineStore) -> None:
     barrier = threading.Barrier(8)
 
-    def put(place: int) -> EngineRecord:
+    def put(index: int) -> EngineRecord:
         barrier.wait()
-        return store.put(record_of(seconds=float(place)), b"plan %d" % place)
+        return store.put(record_of(seconds=float(index)), b"plan %d" % index)
 
     with ThreadPoolExecutor(8) as pool:
         records = list(pool.map(put, range(8)))

@@ -101,7 +101,7 @@ def test_beyond_the_limit_the_oldest_go_an_eighth_at_a_time() -> None:
 def test_a_history_is_in_order_and_does_not_depend_on_how_it_was_sent(
     sent: list[tuple[int, str | None]], cuts: list[int]
 ) -> None:
-    events = [event(str(place), at, name) for place, (at, name) in enumerate(sent)]
+    events = [event(str(index), at, name) for index, (at, name) in enumerate(sent)]
     whole, _ = merged((), append("u", *events), 100, NOW)
     parts: tuple[StoredEvent, ...] = ()
     for cut in (*cuts, len(events)):
@@ -184,8 +184,8 @@ def test_a_user_who_is_forgotten_is_new(store: EventStore) -> None:
 
 
 def test_events_of_a_user_are_bounded(store: EventStore) -> None:
-    for place in range(30):
-        store.append([append("u", event(str(place % 10), place))], NOW).result(10)
+    for index in range(30):
+        store.append([append("u", event(str(index % 10), index))], NOW).result(10)
     (events,) = store.histories(["u"]).result(10)
     assert 7 <= len(events) <= 8
     assert events[-1].timestamp_ms == 29
@@ -221,8 +221,8 @@ def test_many_writers_lose_nothing(state: str) -> None:
 
     def write(writer: int) -> None:
         order = random.Random(writer)
-        for place in range(25):
-            one = append(order.choice("uv"), event("a", place, f"{writer}.{place}"))
+        for index in range(25):
+            one = append(order.choice("uv"), event("a", index, f"{writer}.{index}"))
             futures.append(stores[writer % 2].append([one], NOW))
 
     writers = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]

@@ -20,8 +20,9 @@ from unipinrec.runtime.requests import Event
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.call import Call, Server
-from unipinrec.runtime.server.deployments import Deployment, Deployments
-from unipinrec.runtime.server.observe.metrics import Metrics, metrics_route
+from unipinrec.runtime.server.deployment import Deployment
+from unipinrec.runtime.server.observe.metrics import ServerMetrics, metrics_route
+from unipinrec.runtime.server.swap import Deployments
 
 NOW_MS = 1_760_000_000_000
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -40,7 +41,7 @@ def server(deployments: Deployments) -> Server:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[TestClient]:
-    metrics = Metrics(server)
+    metrics = ServerMetrics(server)
     server.observers.append(metrics.observe)
     with TestClient(make_app(server, [metrics_route(server, metrics)])) as opened:
         yield opened
@@ -64,7 +65,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def body(events: int, user: str | None = None) -> dict[str, object]:
-    history = [{"item": f"item-{place}", "actions": ["click"], "timestamp_ms": NOW_MS} for place in range(events)]
+    history = [{"item": f"item-{index}", "actions": ["click"], "timestamp_ms": NOW_MS} for index in range(events)]
     return {"history": history, "user": user, "k": 3, "now_ms": NOW_MS + 1, "candidates": 6}
 
 
@@ -108,7 +109,7 @@ def test_errors_in_a_list_are_counted_each(client: TestClient) -> None:
 def test_popular_answers_are_counted_apart_and_are_no_misses(popular: Path) -> None:
     with deployed(popular) as deployments:
         server = make_server(deployments=deployments)
-        metrics = Metrics(server)
+        metrics = ServerMetrics(server)
         server.observers.append(metrics.observe)
         with TestClient(make_app(server, [metrics_route(server, metrics)])) as client:
             client.post("/v1/recommend", json=body(3, "ann"))
@@ -151,7 +152,7 @@ def test_what_the_cache_had(client: TestClient, answers: list[dict[str, Any]], d
     assert value(samples, "kv_evictions_total") == 0
     assert value(samples, "device_fallbacks") == 0
     serving = {"bundle": "a", "version": deployments.current.version, "device": "cpu"}
-    assert value(samples, "serving_info", precision="fp32", reason="asked for", **serving) == 1
+    assert value(samples, "serving_info", precision="fp32", reason="requested", **serving) == 1
 
 
 def test_padding(client: TestClient) -> None:
@@ -195,7 +196,7 @@ def test_swaps_are_counted_and_totals_go_on(
 def test_what_does_not_serve_says_why(twins: tuple[Path, Path]) -> None:
     deployments = Deployments(Deployment.open(twins[0]))  # auto
     server = make_server(deployments=deployments)
-    with TestClient(make_app(server, [metrics_route(server, Metrics(server))])) as client:
+    with TestClient(make_app(server, [metrics_route(server, ServerMetrics(server))])) as client:
         samples = scrape(client)
     refused = deployments.current.recommender.device.refused
     assert deployments.close(timeout_s=20)
@@ -209,7 +210,7 @@ def test_what_does_not_serve_says_why(twins: tuple[Path, Path]) -> None:
 
 def test_before_the_first_bundle_there_are_metrics_too() -> None:
     server = make_server()
-    with TestClient(make_app(server, [metrics_route(server, Metrics(server))])) as client:
+    with TestClient(make_app(server, [metrics_route(server, ServerMetrics(server))])) as client:
         samples = scrape(client)
     assert value(samples, "ready") == 0
     assert not any(name.startswith("unipinrec_serving") for name, _ in samples)
@@ -225,7 +226,7 @@ def test_openmetrics_where_it_is_asked_for(client: TestClient) -> None:
 
 def test_two_servers_do_not_share_a_registry(server: Server) -> None:
     sampler = RecallSampler(0.0)
-    first, second = Metrics(server), Metrics(server, sampler)
+    first, second = ServerMetrics(server), ServerMetrics(server, sampler)
     sampler.close()
     assert first.registry is not second.registry
     assert b"unipinrec_ann_recall" not in first.render()[0]
@@ -233,7 +234,7 @@ def test_two_servers_do_not_share_a_registry(server: Server) -> None:
 
 
 def test_a_bucket_holds_its_bound(server: Server) -> None:
-    metrics = Metrics(server)
+    metrics = ServerMetrics(server)
     for seconds in (0.001, 0.0011, 99.0):
         metrics.observe(call(seconds=seconds))
     text = metrics.render()[0].decode()
@@ -244,7 +245,7 @@ def test_a_bucket_holds_its_bound(server: Server) -> None:
 
 
 def test_counting_takes_microseconds(server: Server, deployments: Deployments) -> None:
-    metrics, request = Metrics(server), Request(history=(Event(item="item-1", actions=()),), k=1)
+    metrics, request = ServerMetrics(server), Request(history=(Event(item="item-1", actions=()),), k=1)
     answer = deployments.current.batcher.submit(request)
     one = call(seconds=0.01)
     one.slates, one.answers = [answer.result()], [answer]

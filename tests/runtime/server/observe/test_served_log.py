@@ -29,8 +29,8 @@ from starlette.testclient import TestClient
 from unipinrec.errors import ConfigError
 from unipinrec.models.data.served import SCHEMA
 from unipinrec.runtime.requests import Slate, SlateItem, StageTimes
-from unipinrec.runtime.server.api import RecommendBody
 from unipinrec.runtime.server.app import make_app, make_server
+from unipinrec.runtime.server.bodies import RecommendBody
 from unipinrec.runtime.server.call import Call
 from unipinrec.runtime.server.observe import served_log as server_served_log
 from unipinrec.runtime.server.observe.served_log import COLUMNS, ServedLog, ServedLogOptions
@@ -41,8 +41,8 @@ AT = 1_760_000_000_000
 def slate(*items: str, **fields: Any) -> Slate:
     """Items with scores 1, 1/2, 1/3, ..."""
     listed = tuple(
-        SlateItem(item=item, title=None, score=1 / place, actions={}, retrieval_score=0.0, value=fields.get("value"))
-        for place, item in enumerate(items, 1)
+        SlateItem(item=item, title=None, score=1 / index, actions={}, retrieval_score=0.0, value=fields.get("value"))
+        for index, item in enumerate(items, 1)
     )
     times = StageTimes(encode=0.0, retrieve=0.0, rank=0.0, total=0.0)
     return Slate(
@@ -62,7 +62,7 @@ def call(request_id: str, *items: str, user: str | None = "ann", now_ms: int | N
     body = RecommendBody(user=user, now_ms=now_ms, surface="home")
     made = Call(request=cast(Any, None), id=request_id, route="/v1/recommend", began=0.0, deadline=0.0)
     made.slates.append(slate(*items))
-    made.asked = {request_id: body}
+    made.requests = {request_id: body}
     return made
 
 
@@ -112,7 +112,7 @@ def test_a_call_that_recommended_nothing_leaves_no_file(opened: Callable[..., Se
     log = opened()
     refused = call("r-1", "a")
     refused.slates.clear()
-    refused.asked.clear()
+    refused.requests.clear()
     log.observe(refused)
     log.observe(call("r-2"))
     log.close()

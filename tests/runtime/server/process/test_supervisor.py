@@ -25,7 +25,7 @@ from served_process import HISTORY, Running, started
 from twin_bundle import twin
 
 from unipinrec.cli import main
-from unipinrec.runtime.server.process.lifecycle import Place
+from unipinrec.runtime.server.process.lifecycle import Worker
 from unipinrec.runtime.server.process.peers import Peers
 
 COUNT, NOW_MS = 2, 1_000_000
@@ -92,7 +92,7 @@ def known_user(running: Running, name: str, events: int = 3) -> None:
 
 def owner(name: str, folder: Path = Path()) -> int:
     with socket.socket() as listener:
-        return Peers(place=Place(index=0, count=COUNT, folder=folder, listener=listener)).owner(name)
+        return Peers(worker=Worker(index=0, count=COUNT, folder=folder, listener=listener)).owner(name)
 
 
 def user_of(process: int, prefix: str) -> str:
@@ -348,7 +348,7 @@ def test_a_bundle_that_all_refused_keeps_no_process_from_starting_again(tmp_path
         assert {dict(labels)["result"] for labels in samples(running, "unipinrec_swaps_total")} == {"refused"}
         for victim in children(running):
             os.kill(victim, signal.SIGKILL)
-        eventually(lambda: len(running.found("which served last, does")) == COUNT)
+        eventually(lambda: len(running.found("the last active one is used")) == COUNT)
         all_up(running)
         serving = [dict(labels)["bundle"] for labels in samples(running, "unipinrec_serving_info")]
         assert serving == ["a", "a"]
@@ -383,7 +383,7 @@ def test_a_bundle_that_cannot_be_served_ends_the_start(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "items.safetensors" in done.stderr
-    assert "ended with exit code 1 before it served" in done.stderr
+    assert "ended with exit code 1 before it was ready" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -391,7 +391,7 @@ def test_a_bundle_that_cannot_be_served_ends_the_start(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ((), "2 processes need a --state"),
-        (("--state", "s", "--admin-token-env", "TOKEN"), "are swapped by --watch, not by /admin"),
+        (("--state", "s", "--admin-token-env", "TOKEN"), "swap by --watch, not by /admin"),
     ],
 )
 def test_what_processes_cannot_share_is_refused(options: tuple[str, ...], message: str) -> None:

@@ -138,7 +138,7 @@ def test_header_lengths_that_are_refused(length: str, message: str) -> None:
         (-16, 16, "binary_data_size=-16"),
         (True, 16, "binary_data_size=True"),
         (16.0, 16, "binary_data_size=16.0"),
-        (16, 15, "needs 16 bytes behind the JSON, 15 are left"),
+        (16, 15, "needs 16 bytes after the JSON, 15 are left"),
         (16, 17, "1 bytes follow the inputs"),
     ],
 )
@@ -157,8 +157,8 @@ def asked(**members: Any) -> InferRequest:
 
 def test_an_answer_is_json_unless_it_is_asked_for_as_binary() -> None:
     answer = encode_infer(asked(id="42"), "ranker", "v", OUTPUTS)
-    assert answer.headers == {"Content-Type": "application/json"}
-    assert json.loads(answer.body) == {
+    assert dict(answer.headers) == {"content-length": str(len(answer.body)), "content-type": "application/json"}
+    assert json.loads(bytes(answer.body)) == {
         "model_name": "ranker",
         "model_version": "v",
         "id": "42",
@@ -174,7 +174,7 @@ def test_binary_outputs_follow_the_json_in_the_order_asked_for() -> None:
     answer = encode_infer(asked(parameters={"binary_data_output": True}, outputs=wanted), "ranker", "v", OUTPUTS)
     size = int(answer.headers[HEADER_LENGTH])
     assert answer.headers["Content-Type"] == "application/octet-stream"
-    assert json.loads(answer.body[:size])["outputs"] == [
+    assert json.loads(bytes(answer.body)[:size])["outputs"] == [
         {"name": "ids", "datatype": "INT64", "shape": [2], "parameters": {"binary_data_size": 16}},
         {"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": [0.5, -2.0]},
     ]
@@ -185,7 +185,7 @@ def test_binary_outputs_follow_the_json_in_the_order_asked_for() -> None:
     ("wanted", "message"),
     [
         ([{"name": "queries"}], "no output 'queries'; this model gives logits, ids"),
-        ([{"name": "ids"}, {"name": "ids"}], "output 'ids' is asked for twice"),
+        ([{"name": "ids"}, {"name": "ids"}], "output 'ids' is listed twice"),
         ([{"name": "ids", "parameters": {"classification": 2}}], "classification is not supported"),
     ],
 )

@@ -124,11 +124,11 @@ def test_an_inference_as_json(client: httpx2.Client, recommender: Recommender, a
     ("path", "status", "message"),
     [
         ("/v2/models/item_embedder", 404, "there is no model 'item_embedder'"),
-        ("/v2/models/..%2f..%2fetc%2fpasswd", 404, "there is"),
-        ("/v2/models/ranker/versions/1", 404, "version '1' does not serve; what serves is"),
-        ("/v2/models/ranker/versions/1/ready", 404, "version '1' does not serve"),
-        ("/v2/models/ranker/infer", 405, "this path does not answer to this method"),
-        ("/v2/nothing", 404, "there is nothing here"),
+        ("/v2/models/..%2f..%2fetc%2fpasswd", 404, "this path"),
+        ("/v2/models/ranker/versions/1", 404, "version '1' is not active; the active version is"),
+        ("/v2/models/ranker/versions/1/ready", 404, "version '1' is not active"),
+        ("/v2/models/ranker/infer", 405, "this path does not accept this method"),
+        ("/v2/nothing", 404, "this path does not exist"),
     ],
 )
 def test_errors_have_the_shape_of_the_protocol(client: httpx2.Client, path: str, status: int, message: str) -> None:
@@ -189,7 +189,7 @@ def test_what_is_too_much_is_refused(client: httpx2.Client, asked: Arrays) -> No
 def test_a_wish_for_a_deadline_that_is_none(client: httpx2.Client) -> None:
     answer = client.get("/v2", headers={"X-Deadline-Ms": "soon"})
     assert answer.status_code == 400
-    assert answer.json() == {"error": "X-Deadline-Ms: 'soon' must be an integer number of ms, from 1 on"}
+    assert answer.json() == {"error": "X-Deadline-Ms: 'soon' must be an integer number of ms, at least 1"}
 
 
 def ranking(recommender: Recommender, key: Any) -> Arrays:
@@ -304,5 +304,5 @@ def test_tritonclient_understands_our_errors(triton: Any, asked: Arrays) -> None
         ask(triton, "encoder", asked | {"lengths": np.array([8, 9])}, binary=True)
     with pytest.raises(InferenceServerException, match=r"\[400\] Content-Encoding: 'gzip' is not supported"):
         triton.infer("encoder", [], request_compression_algorithm="gzip")
-    with pytest.raises(InferenceServerException, match=r"\[404\] version 'old' does not serve"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] version 'old' is not active"):
         ask(triton, "encoder", asked, binary=True, version="old")

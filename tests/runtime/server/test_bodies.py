@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.requests import Event
-from unipinrec.runtime.server.api import (
+from unipinrec.runtime.server.bodies import (
+    ApiError,
     Limits,
-    Refusal,
     SentEvent,
     decode_events,
     decode_recommend,
@@ -148,7 +148,7 @@ def test_limits_are_checked() -> None:
 
 
 def test_a_message_does_not_send_back_all_that_was_sent() -> None:
-    assert len(Refusal(400, "invalid_request", "x" * 10_000).detail.message) == 500
+    assert len(ApiError(400, "invalid_request", "x" * 10_000).detail.message) == 500
 
 
 def test_retry_after_is_at_least_a_second() -> None:

@@ -32,9 +32,8 @@ from unipinrec.runtime import (
     Request,
     Slate,
 )
-from unipinrec.runtime.server import deployments as server_state
-from unipinrec.runtime.server.deployment import DeploymentOptions
-from unipinrec.runtime.server.deployments import Deployment, Deployments
+from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
+from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.tools.update_bundle import update_bundle
 
 NOW_MS = 1_760_000_000_000
@@ -57,15 +56,15 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     """Histories that grow, of a few users who come again, of no one, and of users who change their past."""
     rng = np.random.default_rng(seed)
     made = []
-    for place in range(count):
-        past = np.random.default_rng(place % 5)
+    for index in range(count):
+        past = np.random.default_rng(index % 5)
         events = tuple(
             Event(
                 item=f"item-{past.integers(24)}", actions=("click",) if past.random() < 0.5 else (), timestamp_ms=NOW_MS
             )
             for _ in range(int(rng.integers(1, 9)))
         )
-        user = None if place % 4 == 0 else f"user-{place % 5}"
+        user = None if index % 4 == 0 else f"user-{index % 5}"
         options = RecommendOptions(
             now_ms=NOW_MS + 1000,
             candidates=int(rng.integers(4, 12)),
@@ -116,7 +115,7 @@ def test_every_answer_is_that_of_the_bundle_it_names(twins: tuple[Path, Path], d
     for bundle in twins:
         with Recommender.load(bundle, "cpu") as alone:
             expected[alone.bundle.hash] = [alone.recommend_many([request])[0] for request in asked]
-    stop, places = threading.Event(), itertools.count()
+    stop, indices = threading.Event(), itertools.count()
     served: list[tuple[int, Slate]] = []
 
     def reached(count: int) -> bool:
@@ -124,8 +123,8 @@ def test_every_answer_is_that_of_the_bundle_it_names(twins: tuple[Path, Path], d
 
     def client() -> None:
         while not stop.is_set():
-            place = next(places) % len(asked)
-            served.append((place, ask(deployments, asked[place])))
+            index = next(indices) % len(asked)
+            served.append((index, ask(deployments, asked[index])))
 
     with ThreadPoolExecutor(6) as threads:
         clients = [threads.submit(client) for _ in range(6)]
@@ -140,8 +139,8 @@ def test_every_answer_is_that_of_the_bundle_it_names(twins: tuple[Path, Path], d
         for one in clients:
             one.result()
     assert {slate.bundle for _, slate in served} == set(expected)
-    for place, slate in served:
-        check_same(slate, expected[slate.bundle][place])
+    for index, slate in served:
+        check_same(slate, expected[slate.bundle][index])
     assert {slate.kv for _, slate in served} == {"hit", "extended", "miss"}
     assert "version" in {slate.kv_reason for _, slate in served}
     cache = deployments.current.recommender.cache
@@ -317,7 +316,7 @@ def test_one_swap_at_a_time(
         assert go_on.wait(20)
         return really(*given, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(server_state.Deployment, "open", slow)
+    monkeypatch.setattr(Deployment, "open", slow)
     with ThreadPoolExecutor(1) as thread:
         first = thread.submit(deployments.swap, twins[1])
         assert entered.wait(20)
@@ -331,7 +330,7 @@ def test_one_swap_at_a_time(
 
 def test_rollback_brings_back_what_served(twins: tuple[Path, Path], deployments: Deployments) -> None:
     first = deployments.current.version
-    with pytest.raises(SwapError, match="nothing was replaced since the start"):
+    with pytest.raises(SwapError, match="no bundle was replaced since the start"):
         deployments.rollback()
     second = deployments.swap(twins[1]).version
     assert deployments.status().previous == first
@@ -342,12 +341,12 @@ def test_rollback_brings_back_what_served(twins: tuple[Path, Path], deployments:
 
 
 def test_rollback_refuses_another_bundle_in_the_same_place(twins: tuple[Path, Path], tmp_path: Path) -> None:
-    place = twin(tmp_path / "place", seed=4)
-    deployments = Deployments(Deployment.open(place, CACHED))
+    index = twin(tmp_path / "place", seed=4)
+    deployments = Deployments(Deployment.open(index, CACHED))
     second = deployments.swap(twins[1]).version
-    place.rename(tmp_path / "moved")
-    twin(place, seed=5)
-    with pytest.raises(SwapError, match="place is no longer the bundle that served"):
+    index.rename(tmp_path / "moved")
+    twin(index, seed=5)
+    with pytest.raises(SwapError, match="place is no longer the bundle that was replaced"):
         deployments.rollback()
     assert deployments.current.version == second
     assert deployments.close(timeout_s=20)

@@ -17,10 +17,10 @@ from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
 from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.engine import Engine, KvBuffer
 from unipinrec.runtime.graphs.mock import Arrays, Handler, MockBackend
-from unipinrec.runtime.kv.histories import HistoryEncoder
+from unipinrec.runtime.kv.encoder import HistoryEncoder
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvPages
 from unipinrec.runtime.requests import SlateItem
-from unipinrec.runtime.retrieval.retriever import Candidates, Retriever, Search
+from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 
 T = 1_760_000_000_000
 OPTIONS = RecommendOptions(now_ms=T + 10**9, candidates=300)  # all, so that no near tie decides who is ranked
@@ -100,7 +100,7 @@ class FailingRetriever(Retriever):
 
     fuse: Fuse
 
-    def retrieve(self, searches: Sequence[Search]) -> list[Candidates]:
+    def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         self.fuse.burn()
         return super().retrieve(searches)
 
@@ -152,8 +152,8 @@ def history(recommender: Recommender, count: int, seed: int = 0) -> tuple[Event,
     ids, actions = recommender.bundle.item_ids, recommender.bundle.manifest.actions
     rng = np.random.default_rng(seed)
     return tuple(
-        Event(item=ids[row], actions=(actions[action],), timestamp_ms=T + place * 10**6)
-        for place, (row, action) in enumerate(zip(rng.integers(0, 300, 64), rng.integers(0, 4, 64), strict=True))
+        Event(item=ids[row], actions=(actions[action],), timestamp_ms=T + index * 10**6)
+        for index, (row, action) in enumerate(zip(rng.integers(0, 300, 64), rng.integers(0, 4, 64), strict=True))
     )[:count]
 
 
@@ -280,7 +280,7 @@ def test_what_memory_held_before_is_nothing_to_a_history(
     fresh: Recommender, dtype: KvDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Histories of several lengths together, new, extended and found, encoded in chunks and at once."""
-    for module in ("kv.histories", "graphs.engine"):
+    for module in ("kv.encoder", "graphs.engine"):
         monkeypatch.setattr(f"unipinrec.runtime.{module}.KvBuffer", DirtyBuffer)
     rig = make_rig(fresh, dtype=dtype)
     counts = {"a": 9, "b": 12, "c": 50, "d": 11}
@@ -299,7 +299,7 @@ def test_an_answer_that_finds_no_room_is_the_same(
     fresh: Recommender, dtype: KvDtype, slot_bytes: int, before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three pages of four slots hold nine events, but not forty."""
-    monkeypatch.setattr("unipinrec.runtime.kv.histories.KvBuffer", DirtyBuffer)
+    monkeypatch.setattr("unipinrec.runtime.kv.encoder.KvBuffer", DirtyBuffer)
     slates = []
     for budget_bytes in (12 * slot_bytes, 1 << 18):
         rig = make_rig(fresh, dtype=dtype, budget_bytes=budget_bytes)

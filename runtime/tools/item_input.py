@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import MALFORMED, BundleError, DataError
+from unipinrec.errors import BundleError, DataError, decoding
 from unipinrec.runtime.bundle.bundle import Bundle, off_unit
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
@@ -28,10 +28,9 @@ class NewItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     Attributes:
         item: External id; an integer stands for its decimal string.
-        title: What people are shown; None = its category words.
+        title: Title for users; None = its category words.
         dense: Values of every dense feature that the model declares.
-        categories: Word of each categorical feature; one that is left out, or whose word the model does not know, is
-            unknown.
+        categories: Word of each categorical feature. A missing word, or one that the model does not know, is unknown.
     """
 
     item: str | int
@@ -42,7 +41,7 @@ class NewItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ItemRows:
-    """A new items in row order: ids, titles, dense [A, F] f32, codes [A, features] i32; how many words were unknown."""
+    """A new items in row order: ids, titles, dense [A, F] f32, codes [A, features] i32; counts of unknown words."""
 
     ids: tuple[str, ...]
     titles: tuple[str | None, ...]
@@ -52,34 +51,30 @@ class ItemRows:
 
 
 def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
-    """Read a JSON list of items or one item per line; the keys say where each was, for messages.
+    """Read a JSON list of items or one item per line; the keys name the place of each, for messages.
 
     Raises:
-        DataError: Something is not JSON, or not an item; an unknown key is an error.
+        DataError: The content is not JSON, or no list of items; an unknown key is an error.
     """
     listed = content.lstrip().startswith(b"[")
-    try:
+    with decoding(DataError, source, ITEM_FORMAT):
         parts = msgspec.json.decode(content, type=list[msgspec.Raw]) if listed else content.splitlines()
-    except MALFORMED as error:
-        raise DataError(f"{source}: {error}; {ITEM_FORMAT}") from error
     items = {}
-    for place, part in enumerate(parts):
-        where = f"{source}[{place}]" if listed else f"{source} line {place + 1}"
-        try:
+    for index, part in enumerate(parts):
+        where = f"{source}[{index}]" if listed else f"{source} line {index + 1}"
+        with decoding(DataError, where, ITEM_FORMAT):
             if listed or bytes(part).strip():
                 items[where] = msgspec.json.decode(part, type=NewItem)
-        except MALFORMED as error:
-            raise DataError(f"{where}: {error}; {ITEM_FORMAT}") from error
     return items
 
 
 def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Container[str]) -> ItemRows:
-    """Check items against what the model declares; `taken` holds the ids that are not free.
+    """Check items against the features of the model; `taken` holds the ids in use.
 
     Raises:
-        BundleError: The model declares no item features, so that it has no vector for a new item.
-        DataError: An id is empty, has a line break, occurs twice or is taken;
-            a feature is unknown, missing, of the wrong width or not finite.
+        BundleError: The model declares no item features, and so has no vectors for new items.
+        DataError: An id is empty, has a line break, occurs twice or is taken; a feature is unknown, missing, of the
+            wrong width or not finite.
     """
     if items and "item_embedder" not in manifest.graphs:
         raise BundleError(
@@ -98,7 +93,7 @@ def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Contain
                 f"{where}: item {identity!r}: an id is not empty and has no line break, as in a list of ids"
             )
         if identity in first:
-            raise DataError(f"{where}: item {identity!r} was given before, at {first[identity]}; give each item once")
+            raise DataError(f"{where}: item {identity!r} occurs twice, first at {first[identity]}; give each item once")
         if identity in taken:
             raise DataError(
                 f"{where}: item {identity!r} is already in the catalogue; retire it at the same time to replace it"
@@ -120,11 +115,11 @@ def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Contain
 
 
 def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
-    """Vectors [A, E] of unit length for items that training did not know.
+    """Vectors [A, E] of unit length for new items.
 
     Raises:
         BackendError: The graph does not run.
-        DataError: An item has no such vector, as its values are beyond what the model can take.
+        DataError: An item has no such vector, because its values are too large for the model.
     """
     if not rows.ids:
         return np.zeros((0, bundle.manifest.model.item_dim), np.float32)
@@ -153,19 +148,19 @@ def _dense(item: NewItem, declared: Mapping[str, int], where: str) -> list[float
     _check_names(item.dense, declared, "dense", where)
     values: list[float] = []
     for feature, width in declared.items():
-        given = item.dense.get(feature)
-        if given is None or len(given) != width:
-            count = "is missing" if given is None else f"has {len(given)} values"
+        numbers = item.dense.get(feature)
+        if numbers is None or len(numbers) != width:
+            count = "is missing" if numbers is None else f"has {len(numbers)} values"
             raise DataError(f"{where}: dense feature {feature!r} {count}; the model needs {width}")
-        values += given
+        values += numbers
     largest = float(np.finfo(np.float32).max)
     if not all(-largest <= value <= largest for value in values):
         raise DataError(f"{where}: a dense value of {list(item.dense.values())} is not a finite 32-bit number")
     return values
 
 
-def _check_names(given: Mapping[str, object], declared: Mapping[str, object], kind: str, where: str) -> None:
-    for feature in given:
+def _check_names(features: Mapping[str, object], declared: Mapping[str, object], kind: str, where: str) -> None:
+    for feature in features:
         if feature not in declared:
             listed = ", ".join(declared) or "none"
             raise DataError(f"{where}: unknown {kind} feature {feature!r}; the model's {kind} features: {listed}")

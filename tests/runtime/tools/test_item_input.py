@@ -7,7 +7,7 @@ import pytest
 
 from unipinrec.errors import BundleError, DataError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest
-from unipinrec.runtime.tools.new_items import ItemRows, NewItem, check_items, parse_items
+from unipinrec.runtime.tools.item_input import ItemRows, NewItem, check_items, parse_items
 
 EMBEDDER = {"item_embedder": GraphSpec(file="item_embedder.onnx", inputs=(), outputs=())}
 
@@ -77,10 +77,10 @@ def test_an_unknown_word_counts_as_unknown(declared: Manifest) -> None:
 @pytest.mark.parametrize(
     ("items", "match"),
     [
-        ([item(), item()], r"items\.json\[1\]: item 'n' was given before, at items\.json\[0\]; give each item once"),
+        ([item(), item()], r"items\.json\[1\]: item 'n' occurs twice, first at items\.json\[0\]; give each item once"),
         ([item("")], r"items\.json\[0\]: item '': an id is not empty and has no line break"),
         ([item("a\nb")], r"items\.json\[0\]: item 'a\\nb': an id is not empty and has no line break"),
-        ([item("7"), item(7)], r"items\.json\[1\]: item '7' was given before"),
+        ([item("7"), item(7)], r"items\.json\[1\]: item '7' occurs twice"),
         ([item("b")], r"\[0\]: item 'b' is already in the catalogue; retire it at the same time to replace it"),
         ([item(dense={"size": [1]})], r"\[0\]: dense feature 'look' is missing; the model needs 2"),
         (

@@ -25,11 +25,10 @@ from unipinrec.runtime import Bundle
 from unipinrec.runtime.bundle.manifest import GraphSpec, TensorSpec
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.golden_check import compare_golden
-from unipinrec.runtime.graphs.backend import row_of
-from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories
-from unipinrec.runtime.trt.load import Plan
+from unipinrec.runtime.graphs.engine import Encoded, Engine, KvBuffer, pad_histories, row_of
+from unipinrec.runtime.trt.backend import TensorRtBackend
+from unipinrec.runtime.trt.load import EnginePlan
 from unipinrec.runtime.trt.profiles import ProfileShapes, default_buckets, for_graph, parse_bucket
-from unipinrec.runtime.trt.session import TensorRtBackend
 
 ALL = (1, 8, 64)
 
@@ -310,17 +309,17 @@ def test_an_engine_without_weights_gets_them_from_its_graph(
     trt, cuda = fake_tensorrt.fake_tensorrt(memory), host_cuda(memory)
     state = {"last_hidden_state": np.ones((1, stored.manifest.model.hidden_size), np.float32)}
 
-    def retrieve(given: bytes | Plan) -> Any:
+    def retrieve(given: bytes | EnginePlan) -> Any:
         with TensorRtBackend(trt, cuda, {"retrieval": given}, {"retrieval": spec}, "fp32") as backend:
             return backend.run("retrieval", state)["queries"].numpy()
 
-    assert np.linalg.norm(retrieve(Plan(content=plan, weights=GraphFile.at(file)))) == pytest.approx(1.0)
+    assert np.linalg.norm(retrieve(EnginePlan(content=plan, weights=GraphFile.at(file)))) == pytest.approx(1.0)
     with pytest.raises(BackendError, match=r"retrieval: TensorRT does not run.*the engine has no weights"):
         retrieve(plan)
     with pytest.raises(BackendError, match=r"gone.onnx: its weights do not fit the engine: Failed to parse"):
-        retrieve(Plan(content=plan, weights=GraphFile(name="gone.onnx", content=b"", weights={})))
+        retrieve(EnginePlan(content=plan, weights=GraphFile(name="gone.onnx", content=b"", weights={})))
     with pytest.raises(BackendError, match=r"does not put its weights into the engine"):
-        retrieve(Plan(content=plan, weights=GraphFile.at(graph_paths(stored)["encoder"])))
+        retrieve(EnginePlan(content=plan, weights=GraphFile.at(graph_paths(stored)["encoder"])))
     gc.collect()
     assert (memory.left(), memory.faults) == ({}, [])
 
@@ -331,7 +330,9 @@ def test_code_for_the_cpu_is_loaded_only_where_the_engine_was_built_with_it(
     spec, file = stored.manifest.graphs["retrieval"], graph_paths(stored)["retrieval"]
     plan = make_plan(file, profiles_of(stored, spec), host_code=True)
     trt, cuda = fake_tensorrt.fake_tensorrt(memory), host_cuda(memory)
-    with TensorRtBackend(trt, cuda, {"retrieval": Plan(content=plan, host_code=True)}, {"retrieval": spec}, "fp32"):
+    with TensorRtBackend(
+        trt, cuda, {"retrieval": EnginePlan(content=plan, host_code=True)}, {"retrieval": spec}, "fp32"
+    ):
         pass
     with pytest.raises(BackendError, match="does not load the engine: The engine contains host code, which is not all"):
         TensorRtBackend(trt, cuda, {"retrieval": plan}, {"retrieval": spec}, "fp32")

@@ -1,4 +1,4 @@
-"""One optimisation profile of a loaded engine, which makes one run at a time."""
+"""One optimisation profile of a loaded engine, for one run at a time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor
-from unipinrec.runtime.graphs.backend import host_array
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, host_array
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
 from unipinrec.runtime.trt.library import LogLines
-from unipinrec.runtime.trt.memory import Block, DeviceTensor, Reader, Staging, layout, size_bytes
+from unipinrec.runtime.trt.memory import DeviceBlock, DeviceTensor, Reader, Staging, layout, size_bytes
 
 Shapes = dict[str, tuple[int, ...]]
-Given = Mapping[str, NDArray[Any] | Tensor]
+Inputs = Mapping[str, NDArray[Any] | Tensor]
 
 
-class Lane:
+class ProfileRunner:
     """An execution context with a stream and staging memory of its own. A run ends with the GPU done."""
 
     def __init__(self, graph: str, spec: GraphSpec, context: Any, cuda: Cuda, stream: int, lines: LogLines) -> None:
@@ -28,15 +27,15 @@ class Lane:
         self._outputs = {tensor.name: tensor.dtype for tensor in spec.outputs}
         self._context: Any | None = context
         self._staging = Staging(cuda, stream)
-        self._shapes: Shapes = {}  # of the inputs as the context has them now
-        self._sizes: Shapes = {}  # of the outputs that follow
+        self._shapes: Shapes = {}  # the context's present input shapes
+        self._sizes: Shapes = {}  # the output shapes that follow from them
         self._lock = threading.Lock()
 
-    def run(self, inputs: Given, shapes: Shapes, reader: Reader) -> dict[str, Tensor]:
-        """Run the graph on inputs that were checked, of shapes that the profile covers.
+    def run(self, inputs: Inputs, shapes: Shapes, reader: Reader) -> dict[str, Tensor]:
+        """Run the graph on checked inputs, of shapes that the profile covers.
 
         Raises:
-            BackendError: The run failed, or the lane was released.
+            BackendError: The run failed, or the runner was released.
         """
         with self._lock:
             context = self._context
@@ -46,38 +45,38 @@ class Lane:
                 return self._execute(context, inputs, shapes, reader)
             except BaseException as error:
                 self._shapes = {}
-                # What is under way still reads inputs that may be freed, or overwritten, from here on.
+                # The GPU may still read inputs that may be freed or overwritten from here on.
                 with suppressed(f"{self._graph}: after a failure"):
                     self._cuda.synchronize(self._stream)
                 if isinstance(error, Exception) and not isinstance(error, BackendError):
                     raise BackendError(f"{self._graph}: TensorRT failed: {error}{self._reason()}") from error
                 raise
 
-    def _execute(self, context: Any, inputs: Given, shapes: Shapes, reader: Reader) -> dict[str, Tensor]:
+    def _execute(self, context: Any, inputs: Inputs, shapes: Shapes, reader: Reader) -> dict[str, Tensor]:
         if shapes != self._shapes:
             self._sizes = self._set_shapes(context, shapes)
             self._shapes = shapes
         addresses = self._addresses(inputs)
-        places, total = layout(size_bytes(self._outputs[name], shape) for name, shape in self._sizes.items())
-        block = Block(self._cuda, total, self._stream)
-        outputs = {name: block.address + place for name, place in zip(self._sizes, places, strict=True)}
+        offsets, total = layout(size_bytes(self._outputs[name], shape) for name, shape in self._sizes.items())
+        block = DeviceBlock(self._cuda, total, self._stream)
+        outputs = {name: block.address + offset for name, offset in zip(self._sizes, offsets, strict=True)}
         try:
             for name, address in (addresses | outputs).items():
                 self._require(context.set_tensor_address(name, address), f"takes no address for {name}")
             self._require(context.execute_async_v3(self._stream), "does not run")
             self._cuda.synchronize(self._stream)
         except BaseException:
-            block.free()  # now, not when whoever handles the error lets go of it
+            block.free()  # the traceback may keep it for long
             raise
         return {
             name: DeviceTensor(
-                dtype=self._outputs[name], sizes=self._sizes[name], address=address, block=block, reader=reader
+                dtype=self._outputs[name], shape=self._sizes[name], address=address, block=block, reader=reader
             )
             for name, address in outputs.items()
         }
 
     def _set_shapes(self, context: Any, shapes: Shapes) -> Shapes:
-        """Set the shapes of all inputs; those of the outputs."""
+        """Set the shapes of all inputs; returns those of the outputs."""
         for name, shape in shapes.items():
             self._require(context.set_input_shape(name, shape), f"takes no {list(shape)} for {name}")
         unknown = context.infer_shapes()
@@ -87,31 +86,30 @@ class Lane:
         self._require(not unknown, f"cannot tell the shapes of {', '.join(unknown)}")
         return sizes
 
-    def _addresses(self, inputs: Given) -> dict[str, int]:
-        """Where each input lies on the GPU; those from elsewhere are copied there."""
-        there, elsewhere = {}, {}
-        for name, given in inputs.items():
-            if isinstance(given, DeviceTensor) and given.lies_on(self._cuda) and given.dtype == self._inputs[name]:
-                there[name] = given.address
+    def _addresses(self, inputs: Inputs) -> dict[str, int]:
+        """The address of each input on the GPU; copies the others there."""
+        on_gpu, elsewhere = {}, {}
+        for name, value in inputs.items():
+            if isinstance(value, DeviceTensor) and value.lies_on(self._cuda) and value.dtype == self._inputs[name]:
+                on_gpu[name] = value.address
             else:
-                elsewhere[name] = host_array(given)
-        return there | self._staging.put(elsewhere, self._inputs)
+                elsewhere[name] = host_array(value)
+        return on_gpu | self._staging.put(elsewhere, self._inputs)
 
     def _require(self, done: bool, problem: str) -> None:
         if not done:
             raise BackendError(f"{self._graph}: TensorRT {problem}{self._reason()}")
 
     def _reason(self) -> str:
-        """What TensorRT had to say, for a message."""
+        """TensorRT's errors, for a message."""
         reason = f": {self._lines.reason()}" if self._lines.errors else ""
         self._lines.errors.clear()
         return reason
 
     def release(self) -> None:
-        """Release everything, once a run that is under way is over; may be called again."""
+        """Wait for the present run and release everything; may be called again."""
         with self._lock:
-            context, self._context = self._context, None
-            del context  # it uses the stream until it is gone
+            self._context = None  # first, because it uses the stream
             self._staging.release()
             with suppressed(f"{self._graph}: a stream may be lost"):
                 self._cuda.destroy(self._stream)
