@@ -132,6 +132,10 @@ class EngineLoader:
         if config is None or not hasattr(config, "create_runtime_cache"):
             return strategy, None
         config.set_execution_context_allocation_strategy(strategy)
+        # Kernels specialised in the background would change the last bits of answers while a server runs.
+        kernel_strategy = self._trt.module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kernel_strategy.NONE
+        config.cuda_graph_strategy = self._trt.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         cache = config.create_runtime_cache()
         if kernels is not None and not cache.deserialize(kernels):
             log.info("%s: the stored kernels are not of this GPU, driver and %s; compiling", self._graph, self._trt)
@@ -144,6 +148,7 @@ class EngineLoader:
             if context is None or not context.set_optimization_profile_async(index, stream):
                 free, total = self._cuda.memory_info()
                 raise self._failed(f"makes no context for profile {index}, {free:,} of {total:,} bytes are free")
+            context.nvtx_verbosity = self._trt.module.ProfilingVerbosity.NONE  # each run would pay for its markers
             self._cuda.synchronize(stream)
         except BaseException:
             with suppressed("a stream may be lost"):

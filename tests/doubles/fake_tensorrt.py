@@ -74,6 +74,23 @@ class TensorLocation(Enum):
     HOST = 1
 
 
+class ProfilingVerbosity(Enum):
+    LAYER_NAMES_ONLY = 0
+    NONE = 1
+    DETAILED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
+class CudaGraphStrategy(Enum):
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
 class ExecutionContextAllocationStrategy(Enum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
@@ -112,6 +129,9 @@ def fake_tensorrt(memory: HostRuntime, flavor: Flavor = "tensorrt") -> TensorRT:
         TensorIOMode=TensorIOMode,
         TensorLocation=TensorLocation,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
+        ProfilingVerbosity=ProfilingVerbosity,
+        DynamicShapesKernelSpecializationStrategy=DynamicShapesKernelSpecializationStrategy,
+        CudaGraphStrategy=CudaGraphStrategy,
         Runtime=functools.partial(Runtime, memory=memory, flavor=flavor),
         Refitter=Refitter,
         OnnxParserRefitter=OnnxParserRefitter,
@@ -144,6 +164,17 @@ class Runtime:
         except MemoryError:
             self._world.error("Requested size was too large: cudaMalloc of weights failed.")
         return None
+
+
+def _setting(name: str, kind: type[Enum]) -> property:
+    """A property that takes members of an enumeration alone."""
+
+    def put(owner: Any, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: incompatible {value!r}")
+        setattr(owner, name, value)
+
+    return property(lambda owner: getattr(owner, name), put)
 
 
 class World:
@@ -235,6 +266,7 @@ class IExecutionContext:
     def __init__(self, engine: ICudaEngine, how: ExecutionContextAllocationStrategy | IRuntimeConfig) -> None:
         self._engine, self._world, self._how = engine, engine._world, how
         self._profile = 0
+        self._nvtx_verbosity = ProfilingVerbosity.DETAILED  # as the engine was built
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._busy = threading.Lock()
@@ -243,6 +275,8 @@ class IExecutionContext:
     def __del__(self) -> None:
         if hasattr(self, "_activations"):
             self._world.memory.give_back(self._activations)
+
+    nvtx_verbosity = _setting("_nvtx_verbosity", ProfilingVerbosity)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
@@ -352,6 +386,12 @@ class IRuntimeConfig:
 
 class RtxRuntimeConfig(IRuntimeConfig):
     """As TensorRT-RTX has it: it compiles kernels where they run."""
+
+    _specialization, _graphs = DynamicShapesKernelSpecializationStrategy.LAZY, CudaGraphStrategy.DISABLED
+    dynamic_shapes_kernel_specialization_strategy = _setting(
+        "_specialization", DynamicShapesKernelSpecializationStrategy
+    )
+    cuda_graph_strategy = _setting("_graphs", CudaGraphStrategy)
 
     def create_runtime_cache(self) -> IRuntimeCache:
         return IRuntimeCache()

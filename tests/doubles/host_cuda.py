@@ -322,7 +322,7 @@ class HostRuntime:
         return OK
 
 
-def host_cuda(runtime: HostRuntime) -> Cuda:
+def host_cuda(runtime: HostRuntime, device: int = DEVICE) -> Cuda:
     """The real wrapper over the double."""
     driver = SimpleNamespace(cuuint64_t=int)
-    return Cuda(SimpleNamespace(runtime=runtime, driver=driver), DEVICE)
+    return Cuda(SimpleNamespace(runtime=runtime, driver=driver), device)

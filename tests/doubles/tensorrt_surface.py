@@ -24,6 +24,9 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
         "TF32": MEMBER,
         "VERSION_COMPATIBLE": MEMBER,
     },
+    "CudaGraphStrategy": {
+        "WHOLE_GRAPH_CAPTURE": MEMBER,
+    },
     "DataType": {
         "INT32": MEMBER,
         "INT64": MEMBER,
@@ -34,6 +37,9 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "ExecutionContextAllocationStrategy": {
         "ON_PROFILE_CHANGE": MEMBER,
+    },
+    "DynamicShapesKernelSpecializationStrategy": {
+        "NONE": MEMBER,
     },
     "ElementWiseOperation": {
         "LESS": MEMBER,
@@ -85,6 +91,7 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
         "execute_async_v3": "(stream_handle: int) -> bool",
         "get_tensor_shape": "(name: str) -> Dims",
         "infer_shapes": "() -> list[str]",
+        "nvtx_verbosity": "ProfilingVerbosity",
         "set_input_shape": "(name: str, shape: tuple) -> bool",
         "set_optimization_profile_async": "(profile_index: int, stream_handle: int) -> bool",
         "set_tensor_address": "(name: str, memory: int) -> bool",
@@ -136,6 +143,8 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "IRuntimeConfig": {
         "create_runtime_cache": "() -> IRuntimeCache",
+        "cuda_graph_strategy": "CudaGraphStrategy",
+        "dynamic_shapes_kernel_specialization_strategy": "DynamicShapesKernelSpecializationStrategy",
         "set_execution_context_allocation_strategy": "(strategy: ExecutionContextAllocationStrategy = ...) -> None",
         "set_runtime_cache": "(cache: IRuntimeCache = ...) -> bool",
     },
@@ -179,6 +188,7 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "ProfilingVerbosity": {
         "DETAILED": MEMBER,
+        "NONE": MEMBER,
     },
     "Refitter": {
         "__init__": "(engine: ICudaEngine, logger: ILogger) -> None",
@@ -204,10 +214,14 @@ SINCE_11 = {"IAttention.key_value_lengths"}  # and in TensorRT-RTX
 
 RTX_ONLY = {
     "ComputeCapability",
+    "CudaGraphStrategy",
+    "DynamicShapesKernelSpecializationStrategy",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
     "IRuntimeCache",
     "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IRuntimeConfig.set_runtime_cache",
 }
 
