@@ -77,8 +77,7 @@ def test_every_reference_and_schema_is_valid(document: dict[str, Any]) -> None:
     item = document["components"]["schemas"]["SlateItem"]
     assert item["description"] == "One recommended item."
     assert (
-        item["properties"]["actions"]["description"]
-        == "Probability of each action; empty if the ranker did not run."
+        item["properties"]["actions"]["description"] == "Probability of each action; empty if the ranker did not run."
     )
 
 
