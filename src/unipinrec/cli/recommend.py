@@ -217,7 +217,7 @@ def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     multiple=True,
     callback=_categories,
     metavar="NAME=WORD[,WORD]",
-    help="Recommend only items with one of these words of a category feature; repeatable. A known word may have commas.",
+    help="Only items with one of these words of a category feature; repeatable. A known word may hold commas.",
 )
 @click.option(
     "--exclude-seen/--include-seen",
