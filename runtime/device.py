@@ -86,7 +86,7 @@ class DeviceRules(TypedDict, total=False):
 def open_engine(
     bundle: Bundle,
     device: str | Backend,
-    proof: Callable[[Engine], None] = lambda _: None,
+    proof: Callable[[Engine], None] | None = None,
     **rules: Unpack[DeviceRules],
 ) -> Engine:
     """Load a bundle's graphs on a device or, if it does not run, on the next candidate; see `DeviceRules`.
@@ -134,9 +134,10 @@ def open_engine(
     raise BackendError(f"{bundle.path} does not run on {device}{rule}: {'; '.join(refused)}")
 
 
-def _proven(engine: Engine, proof: Callable[[Engine], None]) -> Engine:
+def _proven(engine: Engine, proof: Callable[[Engine], None] | None) -> Engine:
     try:
-        proof(engine)
+        if proof is not None:
+            proof(engine)
     except BaseException:
         engine.close()
         raise

@@ -124,8 +124,7 @@ class Recommender:
         model = bundle.manifest.model
         if window_slack is not None and not (isinstance(window_slack, int) and 0 < window_slack <= model.max_history):
             raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
-        proof = partial(require_golden, bundle=bundle) if verify else (lambda _: None)
-        engine = open_engine(bundle, device, proof, **rules)
+        engine = open_engine(bundle, device, partial(require_golden, bundle=bundle) if verify else None, **rules)
         with ExitStack() as on_failure:
             on_failure.callback(engine.close)
             namespace = f"{bundle.kv_namespace} {engine.device.precision}"
