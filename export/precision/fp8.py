@@ -134,7 +134,7 @@ def quantized_graphs(
     Args:
         bundle: The bundle.
         models: Its graphs with their weights inside.
-        histories: Histories of at least two events. Uses the first ones, up to CALIBRATION_EVENTS events, and at least one.
+        histories: Histories of at least two events. Uses the first ones, up to CALIBRATION_EVENTS events, at least one.
 
     Raises:
         ExportError: No graph has a layer to quantise.
