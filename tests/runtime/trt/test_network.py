@@ -13,13 +13,16 @@ import onnx
 import onnxruntime
 import pytest
 from answers import STORED
+from fake_gpu import HostMachine
+from host_cuda import HostRuntime
+from invariants import Shape, extend, independent, same
 from network import NUMPY, Network
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
 from unipinrec.export.precision.check import add_precisions, sources_of
 from unipinrec.export.precision.typed import LowType, emulated_graph
-from unipinrec.runtime import Bundle
+from unipinrec.runtime import Bundle, CacheOptions, Recommender
 from unipinrec.runtime.graphs.backend import Precision
 from unipinrec.runtime.trt import network as our_network
 from unipinrec.runtime.trt.library import LogLines, TensorRT, import_tensorrt, tensorrt_logger
@@ -273,3 +276,22 @@ def test_an_unknown_layer_fails(typed: Path, trt: TensorRT) -> None:
     (shapes,) = list(shapes_of(Bundle.open(typed), "retrieval"))[-1:]
     with pytest.raises(NotImplementedError, match="layers of type TOPK are not known"):
         network.run(ragged(shapes, 1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_the_invariants_hold_in_less_precision(typed: Path, precision: str) -> None:
+    """Golden requests and sample users, alone and in ragged batches, agree with fp32 when the bundle is loaded."""
+    memory = HostRuntime()
+    rounding = {"bf16": 0.04, "fp16": 0.005, "fp8": 0.2}[precision]  # of values up to 4
+    machine, cache = HostMachine(memory, compiled=True), CacheOptions(budget_bytes=8 << 20, dtype="fp32")
+    with Recommender.load(typed, f"tensorrt-{precision}", strict=True, machine=machine, cache=cache) as recommender:
+        actions, shape = len(recommender.bundle.manifest.actions), Shape(events=48, candidates=20, cases=3)
+        found = {
+            **extend(recommender.engine, actions, shape),
+            **independent(recommender.engine, actions, shape),
+            **same(recommender, recommender.bundle.user_events(recommender.bundle._user_ids()[0])),
+        }
+    if precision == "fp8":
+        del found["extended"]  # it may swap the twentieth item for the next
+    assert {name: off for name, off in found.items() if not off <= rounding} == {}
+    assert memory.faults == []
