@@ -2,9 +2,13 @@
 
     machine                                  the machine
     model --size SIZE                        a model with random weights, exported in three precisions
-    probe --flavor F --target T              whether that TensorRT builds and runs an engine on this card
-    probe-ort                                whether ONNX Runtime's CUDA provider runs
-    check --size SIZE --device D [...]       build, golden requests, invariants, times
+    tests --file FILE                        the tests of a file that are marked `gpu`
+    costs, ipc, kv-copies                    memory, copies, launches (costs.py)
+    torch --size SIZE                        the PyTorch model on the GPU (torch_model.py)
+    probe --device D [--flavor F --target T] whether a backend runs the stored bundle
+    validity                                 what TensorRT-RTX says of its engines on this card
+    check --size SIZE --device D [...]       build, golden requests, invariants, times (checks.py)
+    joint-attention                          bench/joint_attention.py
 
 `ran` says whether the step ran, `refused` the error if not; `problems` lists the failed checks.
 """
@@ -12,245 +16,203 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import invariants
-import numpy as np
+import checks
+import costs
 import torch
-from common import card, interleaved, ratio, spread
-from synthetic import ACTIONS, random_events, random_source
+import torch_model
+from common import card
+from floors import Load
 
 from unipinrec.errors import UnipinrecError
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
-from unipinrec.export.checkpoint_source import ServableUniPinRec
-from unipinrec.export.protocol import ExportSource
 from unipinrec.models.config import SIZES
-from unipinrec.models.model import UniPinRec
-from unipinrec.runtime import CacheOptions, Recommender
-from unipinrec.runtime.graphs.engine import Engine, pad_histories
-from unipinrec.runtime.trt.library import import_tensorrt
-from unipinrec.runtime.verify import verify_bundle
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.machine import driver_problem
+from unipinrec.runtime.trt.build import BuildTask, build_engine
+from unipinrec.runtime.trt.library import LogLines, import_tensorrt, tensorrt_logger
+from unipinrec.runtime.trt.profiles import default_buckets, for_graph
 
-ITEMS = 2000
+ROOT = Path(__file__).resolve().parent.parent.parent
+STORED = ROOT / "tests" / "fixtures" / "bundle_v1"
 REDUCED = ("bf16", "fp16")
-SHAPES = {"tiny": (64, 40, 3), "small": (992, 656, 4), "paper": (992, 656, 3)}  # events, candidates, cases
-FP32_TOLERANCE, INDEPENDENT = 1e-4, 1e-5
-ROUNDS = 31
-
-
-def source_of(size: str) -> ExportSource:
-    """Random weights, large enough that every event moves the logits."""
-    source = random_source("sink", ITEMS, SIZES[size])
-    noise = torch.Generator().manual_seed(0)
-    model = model_of(source)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "norm" not in name:
-            parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
-    return source
-
-
-def model_of(source: ExportSource) -> UniPinRec:
-    """The PyTorch model itself."""
-    assert isinstance(source.module, ServableUniPinRec)
-    return source.module.model
+PACKAGES = (
+    "onnxscript",
+    "msgspec",
+    "cuda-bindings",
+    "onnxruntime-gpu",
+    "tensorrt-rtx-cu13-libs",
+    "safetensors",
+    "triton",
+)
+QUERY = (
+    "name,driver_version,memory.total,compute_cap,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,clocks.max.memory"
+)
 
 
 def machine() -> dict[str, Any]:
     """GPU, driver and versions."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         gpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         gpu = f"nvidia-smi: {error}"
-    return {"ran": True, **card("accept"), "gpu": gpu, "torch_cuda": torch.version.cuda}
+    found = {name: version_of(name) for name in PACKAGES}
+    return {
+        "ran": True,
+        **card("accept"),
+        "gpu": gpu,
+        "driver_problem": driver_problem(),
+        "torch_cuda": torch.version.cuda,
+        "torch_sees_gpu": torch.cuda.is_available(),
+        "packages": found,
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Its installed version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def export(work: Path, size: str) -> dict[str, Any]:
-    """The bundle, unless it exists."""
-    folder = bundle_of(work, size)
+    """The bundle, unless it was carried or exported before."""
+    folder = checks.bundle_of(work, size)
     if not folder.exists():
-        export_bundle(source_of(size), folder, precisions=REDUCED, options=ExportOptions(accept_loss=True))
+        export_bundle(checks.source_of(size), folder, precisions=REDUCED, options=ExportOptions(accept_loss=True))
     manifest = json.loads((folder / "manifest.json").read_text())
     reduced = {name: spec["agreement"] for name, spec in manifest["precisions"].items()}
-    return {"ran": True, "parity": manifest["parity"]["max_abs_diff"], "emulated": reduced}
+    return {"ran": True, "parity": manifest["parity"]["max_abs_diff"], "emulated": reduced, "tools": manifest["tools"]}
 
 
-def bundle_of(work: Path, size: str) -> Path:
-    """Where the bundle of a size lies."""
-    return work / "models" / size
+def tests(file: str) -> dict[str, Any]:
+    """Run the tests of a file that are marked `gpu`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", file]
+        done = subprocess.run(
+            [*command, f"--junit-xml={report}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        cases = list(ET.parse(report).iter("testcase")) if report.exists() else []
+    sys.stderr.write(done.stdout)
+    passed, skipped, failed = [], dict[str, str](), dict[str, str]()
+    for case in cases:
+        name, outcome = case.get("name", ""), next((e for e in case if e.tag in ("skipped", "failure", "error")), None)
+        if outcome is None:
+            passed.append(name)
+        else:
+            (skipped if outcome.tag == "skipped" else failed)[name] = outcome.get("message", "").strip()[:500]
+    if not passed and not failed:
+        reasons = "; ".join(dict.fromkeys(skipped.values())) or f"no test was collected (exit code {done.returncode})"
+        return {"ran": False, "refused": reasons}
+    return {"ran": True, "passed": passed, "skipped": skipped, "problems": [f"{n}: {m}" for n, m in failed.items()]}
 
 
-def command(*arguments: str) -> dict[str, Any]:
-    """Run one of our commands; its JSON document, or its error message."""
-    done = subprocess.run(
-        [sys.executable, "-m", "unipinrec", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"ran": False, "refused": done.stderr.strip()[-2000:]}
-    return {"ran": True, "said": json.loads(done.stdout)}
+def on_torch(size: str) -> dict[str, Any]:
+    """The PyTorch model on the GPU."""
+    costs.require_gpu()
+    shape = checks.SHAPES[size]
+    load = Load(events=shape.events, candidates=shape.candidates)
+    return torch_model.measure(checks.model_of(checks.source_of(size)), SIZES[size], load, "cuda")
 
 
-def probe_bundle(work: Path) -> Path:
-    """The smallest bundle, in fp32."""
-    folder = bundle_of(work, "probe")
-    if not folder.exists():
-        export_bundle(random_source("sink", 50, SIZES["tiny"]), folder)
-    return folder
-
-
-def probe_ort(work: Path) -> dict[str, Any]:
-    """The smallest bundle on the GPU."""
-    return command("verify", str(probe_bundle(work)), "--device", "cuda", "--strict")
-
-
-def probe(work: Path, flavor: str, target: str) -> dict[str, Any]:
-    """The smallest bundle, compiled and verified."""
-    served, built = compile_for(probe_bundle(work), flavor, target, "fp32", work)
-    if not built["ran"]:
-        return built
-    return command("verify", str(served), "--device", "tensorrt-fp32", "--strict", *trusted(target))
-
-
-def compile_for(bundle: Path, flavor: str, target: str, precision: str, work: Path) -> tuple[Path, dict[str, Any]]:
-    """Build engines for this card, or ahead of time for a target: the bundle to serve, and the command's document."""
-    asked = ["compile", str(bundle), "--flavor", flavor, "--precision", precision]
-    if target == "current":
-        return bundle, command(*asked)
-    ahead = work / "models" / f"{bundle.name}-{flavor_version(flavor)}-{target}-{precision}"
-    return ahead, {"ran": True} if ahead.exists() else command(*asked, "--target", target, "--out", str(ahead))
-
-
-def flavor_version(flavor: str) -> str:
-    """The installed TensorRT, in a file name: engines built ahead of time by one version are no use to another."""
-    trt = import_tensorrt("tensorrt" if flavor == "tensorrt" else "tensorrt_rtx")
-    return f"{trt.flavor}-{trt.version}"
-
-
-def trusted(target: str) -> list[str]:
-    """The option that allows a bundle's own engines."""
-    return [] if target == "current" else ["--allow-bundle-engines"]
-
-
-def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one backend in one precision on one model."""
-    bundle, built = bundle_of(work, options.size), None
+def probe(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The stored bundle in fp32: built where the backend needs engines, and its golden requests."""
+    served, trusted, device = STORED, [], options.device
     if options.target:
-        precision = options.device.rpartition("-")[2]
-        bundle, built = compile_for(bundle, options.flavor, options.target, precision, work)
+        served, built = checks.compile_for(STORED, options, "fp32", work)
         if not built["ran"]:
             return built
-    allow = bool(options.target) and options.target != "current"
-    verified = verify_bundle(bundle, options.device, strict=True, allow_bundle_engines=allow)
-    recommender = Recommender.load(
-        bundle,
-        options.device,
-        verify=False,
-        strict=True,
-        allow_bundle_engines=allow,
-        cache=CacheOptions(budget_bytes=2**28, dtype="fp32"),
-    )
-    events, candidates, count = SHAPES[options.size]
-    shape = invariants.Shape(events=events, candidates=candidates, cases=count)
-    found = {
-        "golden": {check.output: check.max_abs_diff for check in verified.golden},
-        "agreement": verified.agreement
-        and {n: getattr(verified.agreement, n) for n in verified.agreement.__struct_fields__},
-        **checked(recommender, shape, options.size),
-    }
-    fp32 = recommender.device.precision == "fp32"
-    return {
-        "ran": True,
-        "device": recommender.device.name,
-        "reason": recommender.device.reason,
-        "built": built and built.get("said"),
-        **found,
-        "problems": problems(found, verified.ok) if fp32 else reduced_problems(found, verified.ok),
-        "times_ms": times(recommender.engine, shape),
-    }
+        device += "-fp32"
+        trusted = checks.trusted(options.target)
+    return checks.command("verify", str(served), "--device", device, "--strict", *trusted)
 
 
-def checked(recommender: Recommender, shape: invariants.Shape, size: str) -> dict[str, invariants.Differences]:
-    """The invariants, but for the golden requests."""
-    engine, actions = recommender.engine, len(ACTIONS)
-    return {
-        "split": invariants.split(engine, model_of(source_of(size)), actions, shape),
-        "extend": invariants.extend(engine, actions, shape),
-        "independent": invariants.independent(engine, actions, shape),
-        "same": invariants.same(recommender, random_events(min(200, shape.events), ITEMS, seed=3)),
-    }
+def validity() -> dict[str, Any]:
+    """What TensorRT-RTX says of engines for this card, and of portable ones, before it runs any."""
+    trt = import_tensorrt("tensorrt_rtx")
+    if problem := driver_problem():
+        return {"ran": False, "refused": problem}  # TensorRT's runtime ends the process without a driver
+    bundle = Bundle.open(STORED)
+    specs, model = bundle.manifest.graphs_in("fp32"), bundle.manifest.model
+    profiles = for_graph(default_buckets(model), specs["encoder"], model.kv_prefix_slots)
+    lines, found = LogLines(), dict[str, Any]()
+    runtime = trt.module.Runtime(tensorrt_logger(trt.module, lines))
+    for target in ("current", "portable"):
+        try:
+            file = STORED / specs["encoder"].file
+            targets = None if target == "current" else (target,)
+            plan = build_engine(trt, file, BuildTask(profiles=profiles, targets=targets)).plan
+            valid, diagnostics = runtime.get_engine_validity(plan)
+            found[target] = {"validity": str(valid), "diagnostics": str(diagnostics), "log": lines.errors[-3:]}
+        except Exception as error:  # the refusal is the finding
+            found[target] = {"refused": f"{type(error).__name__}: {error}"}
+    return {"ran": True, "version": trt.version, **found}
 
 
-def problems(found: dict[str, Any], verified: bool) -> list[str]:
-    """Violations in fp32."""
-    bounds = {"split": FP32_TOLERANCE, "extend": FP32_TOLERANCE, "independent": INDEPENDENT, "same": FP32_TOLERANCE}
-    over = [
-        f"{name} {part} is {value:.3g}, allowed {bound:g}"
-        for name, bound in bounds.items()
-        for part, value in found[name].items()
-        if not value <= bound
+def joint_attention() -> dict[str, Any]:
+    """Attention of a training step on the GPU."""
+    costs.require_gpu()
+    command = [sys.executable, str(ROOT / "bench" / "joint_attention.py"), "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"ran": False, "refused": done.stderr.strip()[-2000:]}
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    wrong = [
+        f"{way} at n={row['n']}: {row[way]}"
+        for row in rows
+        for way in ("split", "dense", "flex")
+        if "cannot run" in row[way]
     ]
-    return over if verified else ["the golden requests do not reproduce", *over]
-
-
-def reduced_problems(found: dict[str, Any], verified: bool) -> list[str]:
-    """Violations in bf16 or fp16; the agreement covers rounding."""
-    wrong = [] if verified else ["it does not recommend what fp32 recommends"]
-    finite = all(np.isfinite(value) for name in ("split", "extend", "independent") for value in found[name].values())
-    return wrong if finite else [*wrong, "values are not finite"]
-
-
-def times(engine: Engine, shape: invariants.Shape) -> dict[str, Any]:
-    """Encoding and ranking at the full shape for one request and for eight, and the gain of one shared encode."""
-    rng = np.random.default_rng(5)
-    measured: dict[str, Any] = {}
-    for batch in (1, 8):
-        made = [invariants.random_history(rng, engine, len(ACTIONS), shape.events) for _ in range(batch)]
-        histories = pad_histories(made)
-        rows = rng.integers(0, ITEMS, (batch, shape.candidates))
-        context = np.zeros(batch, np.int64), np.full(batch, invariants.NOW_MS)
-        encoded = engine.encode(histories)
-        took = interleaved(
-            {"encode": partial(engine.encode, histories), "rank": partial(engine.rank, encoded, rows, *context)}, ROUNDS
-        )
-        shared = {
-            "two models": [2 * e + r for e, r in zip(took["encode"], took["rank"], strict=True)],
-            "shared": [e + r for e, r in zip(took["encode"], took["rank"], strict=True)],
-        }
-        measured[f"batch {batch}"] = {
-            "n": shape.events,
-            "k": shape.candidates,
-            **{name: spread(values) for name, values in took.items()},
-            "two_models_over_shared": ratio(shared, "two models", "shared"),
-        }
-    return measured
+    return {"ran": True, "rows": rows, "problems": wrong}
 
 
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["machine", "model", "probe", "probe-ort", "check"])
+    parser.add_argument("step")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--size", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--size", choices=list(checks.SHAPES), default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--flavor", default="tensorrt_rtx")
     parser.add_argument("--target", default="")
+    parser.add_argument("--file", default="")
     options = parser.parse_args()
     # A separate cache for each backend: else one backend would use another's engines.
     os.environ["UNIPINREC_CACHE"] = str(options.work / "cache" / f"{options.flavor}-{options.target or 'none'}")
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "machine": machine,
         "model": partial(export, options.work, options.size),
-        "probe": partial(probe, options.work, options.flavor, options.target),
-        "probe-ort": partial(probe_ort, options.work),
-        "check": partial(check, options.work, options),
+        "tests": partial(tests, options.file),
+        "costs": costs.costs,
+        "ipc": costs.ipc,
+        "kv-copies": costs.kv_copies,
+        "torch": partial(on_torch, options.size),
+        "probe": partial(probe, options.work, options),
+        "validity": validity,
+        "check": partial(checks.check, options.work, options),
+        "joint-attention": joint_attention,
     }
+    if options.step not in steps:
+        parser.error(f"unknown step {options.step!r}; there are {', '.join(steps)}")
     try:
         found = steps[options.step]()
     except UnipinrecError as error:
