@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
+from unipinrec.export.servable import source_from_model
 from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.config import SMALL, AttentionForm, ModelConfig, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures

@@ -1,7 +1,8 @@
 """Unpacks carried archives, whose pieces may arrive in several calls.
 
 Pieces are copied to a folder of their own first, so that a later call need not bring them again. `payloads.py` writes
-beside the pieces of an archive a list of them with their hashes, as `sha256sum` does; an archive waits until all are there.
+beside the pieces of an archive a list of them with their hashes, as `sha256sum` does. An archive waits until all of its
+pieces are there.
 """
 
 from __future__ import annotations

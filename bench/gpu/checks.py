@@ -1,11 +1,9 @@
-"""Everything about one backend in one precision on one model: build, golden requests, invariants, times."""
+"""The models, and everything about one backend in one precision on one of them: golden requests, invariants, times."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,23 @@ import invariants
 import numpy as np
 import torch
 from common import interleaved, ratio, spread
+from costs import require_gpu
+from engines import compile_for
 from floors import Load, floors_ms
 from synthetic import ACTIONS, random_events, random_source
+from torch_model import measure
 
-from unipinrec.export.checkpoint_source import ServableUniPinRec
+from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.protocol import ExportSource
+from unipinrec.export.servable import ServableUniPinRec
 from unipinrec.models.config import SIZES
 from unipinrec.models.model import UniPinRec
 from unipinrec.runtime import CacheOptions, Recommender
 from unipinrec.runtime.graphs.engine import pad_histories
-from unipinrec.runtime.trt.library import import_tensorrt
 from unipinrec.runtime.verify import verify_bundle
 
 ITEMS = 2000
+REDUCED = ("bf16", "fp16")
 SHAPES = {
     "tiny": invariants.Shape(events=64, candidates=40, cases=3),
     "small": invariants.Shape(events=992, candidates=656, cases=4),
@@ -58,44 +60,30 @@ def bundle_of(work: Path, size: str) -> Path:
     return work / "models" / size
 
 
-def command(*arguments: str) -> dict[str, Any]:
-    """Run one of our commands; its JSON document, or its error message."""
-    done = subprocess.run(
-        [sys.executable, "-m", "unipinrec", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"ran": False, "refused": done.stderr.strip()[-2000:]}
-    return {"ran": True, "said": json.loads(done.stdout)}
+def export(options: argparse.Namespace) -> dict[str, Any]:
+    """The bundle, unless it was carried or exported before."""
+    folder = bundle_of(options.work, options.size)
+    if not folder.exists():
+        export_bundle(source_of(options.size), folder, precisions=REDUCED, options=ExportOptions(accept_loss=True))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    reduced = {name: spec["agreement"] for name, spec in manifest["precisions"].items()}
+    return {"ran": True, "parity": manifest["parity"]["max_abs_diff"], "emulated": reduced, "tools": manifest["tools"]}
 
 
-def compile_for(bundle: Path, options: argparse.Namespace, precision: str, work: Path) -> tuple[Path, dict[str, Any]]:
-    """Build engines for this card, or ahead of time for a target: the bundle to serve, and the command's document."""
-    asked = ["compile", str(bundle), "--flavor", options.flavor, "--precision", precision]
-    if options.target == "current":
-        return bundle, command(*asked)
-    ahead = work / "models" / f"{bundle.name}-{flavor_version(options.flavor)}-{options.target}-{precision}"
-    if ahead.exists():
-        return ahead, {"ran": True}
-    return ahead, command(*asked, "--target", options.target, "--out", str(ahead))
+def on_torch(options: argparse.Namespace) -> dict[str, Any]:
+    """The PyTorch model on the GPU."""
+    require_gpu()
+    shape = SHAPES[options.size]
+    load = Load(events=shape.events, candidates=shape.candidates)
+    return measure(model_of(source_of(options.size)), SIZES[options.size], load, "cuda")
 
 
-def flavor_version(flavor: str) -> str:
-    """The installed TensorRT, in a file name: engines built ahead of time by one version are no use to another."""
-    trt = import_tensorrt("tensorrt" if flavor == "tensorrt" else "tensorrt_rtx")
-    return f"{trt.flavor}-{trt.version}"
-
-
-def trusted(target: str) -> list[str]:
-    """The option that allows a bundle's own engines."""
-    return [] if target == "current" else ["--allow-bundle-engines"]
-
-
-def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+def check(options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one backend in one precision on one model."""
-    bundle, built = bundle_of(work, options.size), None
+    bundle, built = bundle_of(options.work, options.size), None
     if options.target:
         precision = options.device.rpartition("-")[2]
-        bundle, built = compile_for(bundle, options, precision, work)
+        bundle, built = compile_for(bundle, options, precision)
         if not built["ran"]:
             return built
     allow = bool(options.target) and options.target != "current"

@@ -1,17 +1,21 @@
-"""What a GPU's memory, copies and launches cost, and whether two processes can share its memory.
+"""The machine; what a GPU's memory, copies and launches cost, and whether two processes can share its memory.
 
 Every part is measured alone: one that fails leaves its error as its result.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import queue
+import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from common import milliseconds, spread
+from common import card, milliseconds, spread
 from floors import kv_bytes
 
 from unipinrec.errors import BackendError
@@ -25,7 +29,46 @@ LAUNCHES = 1000
 IN_GRAPH = 100
 EVENTS = 992
 WAIT_S = 30.0
+PACKAGES = (
+    "onnxscript",
+    "msgspec",
+    "cuda-bindings",
+    "onnxruntime-gpu",
+    "tensorrt-rtx-cu13-libs",
+    "safetensors",
+    "triton",
+)
+QUERY = (
+    "name,driver_version,memory.total,compute_cap,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,clocks.max.memory"
+)
 Found = dict[str, Any]
+
+
+def machine(_: argparse.Namespace) -> dict[str, Any]:
+    """GPU, driver and versions."""
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    try:
+        gpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        gpu = f"nvidia-smi: {error}"
+    found = {name: version_of(name) for name in PACKAGES}
+    return {
+        "ran": True,
+        **card("accept"),
+        "gpu": gpu,
+        "driver_problem": driver_problem(),
+        "torch_cuda": torch.version.cuda,
+        "torch_sees_gpu": torch.cuda.is_available(),
+        "packages": found,
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Its installed version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def require_gpu() -> None:
@@ -53,7 +96,7 @@ def parts(measurements: dict[str, Callable[[], Any]]) -> Found:
     return {"ran": True, **found, "problems": problems}
 
 
-def costs() -> Found:
+def costs(_: argparse.Namespace) -> Found:
     """Copies, memory from the pool, launches, CUDA graphs."""
     require_gpu()
     return parts({"copies_gb_s": copy_rates, "pool_us": pool, "launch_us": launches, "graph_us": graphs})
@@ -110,10 +153,10 @@ def pool() -> Found:
             pair(nbytes)
             cuda.synchronize(stream)
 
-        sizes = {"64 KiB": MIB >> 4, "64 MiB": 64 * MIB}
         found = {
-            f"malloc and free of {name}": microseconds(lambda size=size: pair(size)) for name, size in sizes.items()
-        }  # type: ignore[misc]
+            "malloc and free of 64 KiB": microseconds(lambda: pair(MIB >> 4)),
+            "malloc and free of 64 MiB": microseconds(lambda: pair(64 * MIB)),
+        }
         found["the same and synchronize"] = microseconds(lambda: waited(MIB))
         found["synchronize an idle stream"] = microseconds(lambda: cuda.synchronize(stream))
         return found
@@ -172,15 +215,10 @@ def graphs() -> Found:
     return {f"{IN_GRAPH} kernels": microseconds(one_by_one), "the same as a graph": microseconds(replayed)}
 
 
-def kv_copies() -> Found:
+def kv_copies(_: argparse.Namespace) -> Found:
     """Keys and values of one history at the paper's shape in bf16: as one block, and layer by layer."""
     require_gpu()
-    return parts(
-        {
-            f"{kind}_ms": lambda pinned=pinned: kv_copy(pinned)
-            for kind, pinned in (("pinned", True), ("pageable", False))
-        }
-    )
+    return parts({"pinned_ms": partial(kv_copy, True), "pageable_ms": partial(kv_copy, False)})
 
 
 def kv_copy(pinned: bool) -> Found:
@@ -193,7 +231,7 @@ def kv_copy(pinned: bool) -> Found:
     return found
 
 
-def ipc() -> Found:
+def ipc(_: argparse.Namespace) -> Found:
     """Memory of the GPU that two processes share: what one writes the other reads, without a copy."""
     require_gpu()
     context = torch.multiprocessing.get_context("spawn")

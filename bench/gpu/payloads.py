@@ -10,8 +10,8 @@
     polars      for the training test alone
 
 Without names, the first four are made. Every archive is cut into pieces NAME.tar.xz.00, .01, ... of at most 56 MiB, so
-that each fits a transfer of 60 MiB; NAME.tar.xz.sha256 lists them. Prints each piece and its size. NVIDIA's wheels are under its licence: carry the
-archives, do not publish them.
+that each fits a transfer of 60 MiB; NAME.tar.xz.sha256 lists them. Prints each piece and its size. NVIDIA's wheels are
+under its licence: carry the archives, do not publish them.
 """
 
 from __future__ import annotations
