@@ -30,6 +30,7 @@ from pathlib import Path
 from carried import LIST, sha256
 from prune import keep_architecture
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PIECE_BYTES = 56 << 20
 ARCHITECTURE = 90  # of an H100 and H200
 ORT_GPU = ("onnxruntime-gpu==1.31.1",)
@@ -89,7 +90,8 @@ def models(work: Path, site: Path) -> None:
     """The bundle of `small`; its weights are random, and the same wherever they are made."""
     steps = Path(__file__).with_name("steps.py")
     command = [sys.executable, str(steps), "--work", str(work), "model", "--size", "small"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "bench")])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
     shutil.copytree(work / "models" / "small", site / "small")
 
 
