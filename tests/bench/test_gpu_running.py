@@ -47,7 +47,7 @@ def runner(tmp_path: Path) -> Counted:
     def save(present: Runner) -> None:
         (tmp_path / "state.json").write_text(json.dumps({"steps": present.results}))
 
-    return Counted(work=tmp_path, commit="a", ends=time.monotonic() + 60, save=save)
+    return Counted(work=tmp_path, code="a", ends=time.monotonic() + 60, save=save)
 
 
 STEP = Step(name="one", arguments=("one",), seconds=20)
@@ -56,12 +56,12 @@ STEP = Step(name="one", arguments=("one",), seconds=20)
 def test_what_ran_is_not_repeated(runner: Counted, tmp_path: Path) -> None:
     first = runner.run(STEP)
     assert first["ran"]
-    assert first["commit"] == "a"
+    assert first["code"] == "a"
     runner.results = {}
     runner.restore(tmp_path / "state.json")
     assert runner.run(STEP) == first
     assert runner.starts == 1
-    runner.commit = "b"
+    runner.code = "b"
     runner.run(STEP)
     assert runner.starts == 2
 
