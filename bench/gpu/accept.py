@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 from carried import take  # noqa: E402 - the paths come first
 from common import card  # noqa: E402
 from phases import PHASES, Models  # noqa: E402
-from running import Runner  # noqa: E402
+from running import Runner, code_hash  # noqa: E402
 
 STATE = "accept.json"
 RESULT = ROOT / "bench" / "results" / "gpu" / "accept.json"
@@ -80,7 +80,7 @@ def main() -> None:
         write(work / STATE, text)
         write(out, text)
 
-    runner = Runner(work=work, commit=card("accept")["commit"], ends=ends, save=save, patience=options.patience)
+    runner = Runner(work=work, code=code_hash(), ends=ends, save=save, patience=options.patience)
     runner.restore(work / STATE if (work / STATE).exists() else out)
     models = Models(runner, ("tiny",) if options.dry_run else ("small", "paper"))
     run_phases(runner, models, options.phase or [number for number in PHASES if number <= 4])

@@ -1,11 +1,12 @@
 """Runs the steps of the acceptance, each in a process with a time limit, and keeps what they found.
 
 A step that dies, hangs or is refused costs no other step. The state file is written after each step. A step that ran is
-not repeated at the same commit; a refusal or a timeout is tried again by the next run.
+not repeated with the same code; a refusal or a timeout is tried again by the next run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ class Runner:
 
     Attributes:
         work: Where carried packages, models and engines lie.
-        commit: Of the code; results of another commit do not count.
+        code: A hash of it; results of other code do not count.
         ends: Deadline of all steps, by `time.monotonic`.
         save: Called after each step.
         patience: Multiplies the limits of the steps.
@@ -58,7 +59,7 @@ class Runner:
     """
 
     work: Path
-    commit: str
+    code: str
     ends: float
     save: Callable[[Runner], None]
     patience: float = 1.0
@@ -73,7 +74,7 @@ class Runner:
     def run(self, step: Step) -> Found:
         """The result of a step, of an earlier run if it ran there."""
         kept = self.results.get(step.name)
-        if kept and kept["ran"] and kept["commit"] == self.commit and (self.work / step.leaves).exists():
+        if kept and kept["ran"] and kept["code"] == self.code and (self.work / step.leaves).exists():
             return kept
         left = min(step.seconds * self.patience, min(self.ends, self.until) - time.monotonic())
         if left < 1:
@@ -82,7 +83,7 @@ class Runner:
             began = time.monotonic()
             found = finish(self.start(step), left)
             found["seconds"] = round(time.monotonic() - began, 1)
-        self.results[step.name] = {**found, "commit": self.commit}
+        self.results[step.name] = {**found, "code": self.code}
         self.save(self)
         return self.results[step.name]
 
@@ -117,6 +118,15 @@ def finish(process: subprocess.Popen[str], seconds: float) -> Found:
         last = (tail(err) or ["no output"])[-1]
         return {"ran": False, "refused": f"exit code {process.returncode}: {last}", "log": tail(err)}
     return found if found["ran"] else {**found, "log": tail(err)}
+
+
+def code_hash() -> str:
+    """A hash of our code: a copy of the tree need not have git."""
+    digest = hashlib.sha256()
+    for folder in ("src", "runtime", "models", "export", "bench", "tests"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def tail(text: str) -> list[str]:

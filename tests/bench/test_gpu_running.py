@@ -34,12 +34,12 @@ def prints(document: dict[str, Any]) -> str:
 class Counted(Runner):
     """A runner whose step is a given program; counts its starts."""
 
-    code = prints(DOCUMENT)
+    program = prints(DOCUMENT)
     starts = 0
 
     def start(self, step: Step) -> subprocess.Popen[str]:
         self.starts += 1
-        return started(self.code)
+        return started(self.program)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def runner(tmp_path: Path) -> Counted:
     def save(present: Runner) -> None:
         (tmp_path / "state.json").write_text(json.dumps({"steps": present.results}))
 
-    return Counted(work=tmp_path, commit="a", ends=time.monotonic() + 60, save=save)
+    return Counted(work=tmp_path, code="a", ends=time.monotonic() + 60, save=save)
 
 
 STEP = Step(name="one", arguments=("one",), seconds=20)
@@ -56,20 +56,20 @@ STEP = Step(name="one", arguments=("one",), seconds=20)
 def test_what_ran_is_not_repeated(runner: Counted, tmp_path: Path) -> None:
     first = runner.run(STEP)
     assert first["ran"]
-    assert first["commit"] == "a"
+    assert first["code"] == "a"
     runner.results = {}
     runner.restore(tmp_path / "state.json")
     assert runner.run(STEP) == first
     assert runner.starts == 1
-    runner.commit = "b"
+    runner.code = "b"
     runner.run(STEP)
     assert runner.starts == 2
 
 
 def test_a_refusal_is_tried_again_and_a_lost_model_made_again(runner: Counted) -> None:
-    runner.code = prints({"ran": False, "refused": "not today"})
+    runner.program = prints({"ran": False, "refused": "not today"})
     assert runner.run(STEP)["refused"] == "not today"
-    runner.code = prints(DOCUMENT)
+    runner.program = prints(DOCUMENT)
     assert runner.run(STEP)["ran"]
     model = Step(name="model", arguments=(), seconds=20, leaves="models/x")
     runner.run(model)
