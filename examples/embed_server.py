@@ -27,6 +27,8 @@ def query(url: str, bundle: Path) -> Any:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     bundle, port = Path(sys.argv[1]), int((sys.argv[2:] or ["8000"])[0])
     options = ServeOptions(port=port, cache_mib=64, log_level="warning")  # a field for each option of `unipinrec serve`
     server = multiprocessing.get_context("spawn").Process(target=serve_bundle, args=(bundle, options), daemon=True)

@@ -15,9 +15,8 @@ def main(folder: str) -> None:
         slate = recommender.recommend(history, k=3, user="ada")
         print(f"{slate.kv} ({slate.kv_reason}):", [item.item for item in slate.items])
 
-        clicked = slate.items[
-            0
-        ].item  # the whole history comes with each request; the cache keeps what is encoded of it
+        # The whole history comes with each request; the cache keeps its keys and values.
+        clicked = slate.items[0].item
         history.append(Event(item=clicked, actions=(action,)))
         slate = recommender.recommend(history, k=3, user="ada")
         print(f"{slate.kv} ({slate.kv_reason}):", [item.item for item in slate.items])

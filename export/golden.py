@@ -22,14 +22,14 @@ from unipinrec.export.protocol import (
 from unipinrec.runtime.graphs.engine import HistoryBatch, pad_histories
 
 REQUESTS = 4
-MAX_EVENTS = 64
+GOLDEN_EVENTS = 64
 GOLDEN_CANDIDATES = 50
 
 
 def random_histories(source: ExportSource, seed: int = 0) -> Histories:
     """Histories of random items, for a model that is exported without data."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, max(3, min(MAX_EVENTS, source.model.max_history) + 1), REQUESTS)
+    lengths = rng.integers(2, max(3, min(GOLDEN_EVENTS, source.model.max_history) + 1), REQUESTS)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
     return Histories(
@@ -83,7 +83,7 @@ def golden_tensors(
 
 def _padded(source: ExportSource, histories: Histories) -> HistoryBatch:
     """The newest events of the first few users with at least two, right-padded; missing times in the padding."""
-    longest = min(MAX_EVENTS, source.model.max_history)
+    longest = min(GOLDEN_EVENTS, source.model.max_history)
     chosen = [history for history in histories.split() if len(history) >= 2][:REQUESTS]
     batch = pad_histories([history.part(-longest) for history in chosen])
     real = np.arange(len(batch)) < batch.lengths[:, None]

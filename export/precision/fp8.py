@@ -33,7 +33,7 @@ from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History
 
 E4M3, LARGEST = ml_dtypes.float8_e4m3fn, 448.0
 MULTIPLE = 16
-MAX_EVENTS = 16_384
+CALIBRATION_EVENTS = 16_384
 Inputs = dict[str, NDArray[Any]]
 
 
@@ -134,7 +134,7 @@ def quantized_graphs(
     Args:
         bundle: The bundle.
         models: Its graphs with their weights inside.
-        histories: Histories of at least two events. Uses the first ones, up to MAX_EVENTS events, and at least one.
+        histories: Histories of at least two events. Uses the first ones, up to CALIBRATION_EVENTS events, at least one.
 
     Raises:
         ExportError: No graph has a layer to quantise.
@@ -149,7 +149,7 @@ def quantized_graphs(
     with closing(Engine(watched, bundle.manifest.model, bundle.item_vectors)) as engine:
         events = 0
         for history in histories:
-            if events and events + len(history) > MAX_EVENTS:
+            if events and events + len(history) > CALIBRATION_EVENTS:
                 break
             events += len(history)
             _answer(engine, bundle, history)

@@ -113,6 +113,7 @@ RELOAD = Operation(
     body=Current,
     answer=DeploymentStatus,
     statuses=(*ADMIN, 404, 408, 409, 413, 422),
+    examples="reload",
 )
 ROLLBACK = Operation(
     method="POST",

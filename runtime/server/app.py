@@ -38,6 +38,7 @@ RECOMMEND = Operation(
     body=RecommendBody | list[RecommendBody],
     answer=AnyOf((RecommendAnswer, AnyOf((RecommendAnswer, ErrorAnswer), listed=True))),
     statuses=(*POSTS, 422),
+    examples="recommend",
 )
 APPEND = Operation(
     method="POST",
@@ -47,6 +48,7 @@ APPEND = Operation(
     body=EventsBody | list[EventsBody],
     answer=AnyOf((Receipt, AnyOf((Receipt, ErrorAnswer), listed=True))),
     statuses=POSTS,
+    examples="events",
 )
 NAMED = {"user": in_path(EXAMPLE_USER, maxLength=256)}
 USER = Operation(
@@ -74,14 +76,16 @@ SIMILAR = Operation(
     body=SimilarBody,
     answer=SimilarAnswer,
     statuses=POSTS,
+    examples="similar",
 )
-LIVE = Operation(path="/health/live", summary="Whether the process answers", answer=dict[str, str])
+LIVE = Operation(path="/health/live", summary="Whether the process answers", answer=dict[str, str], polled=True)
 READY = Operation(
     path="/health/ready",
     summary="Whether requests are answered, and on what device",
     answer=Readiness,
     statuses=READS,
     refused={503: Readiness},
+    polled=True,
 )
 
 

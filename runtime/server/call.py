@@ -75,6 +75,7 @@ class Call:
         requests: The request of each slate by its id: that of the call, in a list with the index.
         users: Users in the request; logged only if the operator wants it.
         content: The body, after it was read.
+        polled: See `Operation`.
         answered_elsewhere: Another process has answered it, and told its own observers.
         headers: Further headers of the answer; an observer may add some.
         status: Status of the answer; 499 = the client left first.
@@ -94,6 +95,7 @@ class Call:
     users: list[str] = field(default_factory=list)
     content: bytes | None = None
     answered_elsewhere: bool = False
+    polled: bool = False
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 0
     code: str | None = None
@@ -271,14 +273,15 @@ class Server:
             raise ApiError(503, "not_ready", "the server is still loading its bundle", {"retry-after": "1"})
         return self.deployments
 
-    def call(self, request: Request, route: str) -> Call:
+    def call(self, request: Request, operation: Operation) -> Call:
         """A new call for a request."""
         began = time.perf_counter()
         request_id = request.headers.get("x-request-id", "")
         return Call(
             request=request,
             id=request_id if REQUEST_ID.fullmatch(request_id) else f"{random.getrandbits(64):016x}",
-            route=route,
+            route=operation.documented,
+            polled=operation.polled,
             began=began,
             deadline=began + self.options.deadline_ms / 1e3,
         )
@@ -331,7 +334,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        call = self.server.call(Request(scope, receive, send), self.operation.documented)
+        call = self.server.call(Request(scope, receive, send), self.operation)
         try:
             self.server.set_deadline(call)
             response = await self.handler(self.server, call)

@@ -243,7 +243,7 @@ async def user_events(server: Server, call: Call) -> Response:
         user = _user(call, server)
         (stored,) = await settled(call, lambda: server.store.histories([user]))
         if not stored:
-            raise ApiError(404, "unknown_user", f"no events are known of user {user!r}")
+            raise ApiError(404, "unknown_user", f"user {user!r} has no stored events; send some to POST /v1/events")
         events = tuple(SentEvent(**msgspec.structs.asdict(event)) for event in stored)
         return as_json(UserAnswer(user=user, events=events))
 

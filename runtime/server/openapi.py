@@ -62,13 +62,15 @@ def openapi_route(server: Server, version: str = "0") -> Route:
 
 
 def document(operations: Iterable[Operation], version: str, bodies: dict[str, Examples]) -> dict[str, Any]:
-    """The OpenAPI document of operations, with examples of bodies by path."""
+    """The OpenAPI document of operations, with examples of bodies by `Operation.examples`."""
     documented = [operation for operation in operations if operation.summary]
     schemas, components = _schemas(documented)
     paths: dict[str, dict[str, Any]] = {}
     for operation in documented:
         path = operation.documented
-        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, schemas, bodies.get(path, {}))
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(
+            operation, schemas, bodies.get(operation.examples, {})
+        )
     terms = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     return {
         "openapi": "3.1.0",
@@ -129,7 +131,7 @@ def _operation(operation: Operation, schemas: Schemas, bodies: Examples) -> dict
                 for name, example in bodies.items()
             }
         described["requestBody"] = {"required": True, "content": {JSON: content} | binary}
-    if operation.path.startswith("/admin/"):
+    if 401 in operation.statuses:
         described["security"] = [{"token": []}]
     return described
 

@@ -30,18 +30,16 @@ Examples = dict[str, Example]
 
 
 def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
-    """Examples of bodies by path; with `cold_start`, a user without events is answered."""
+    """Examples of bodies by `Operation.examples`; with `cold_start`, a user without events is answered."""
     live = bundle.catalogue.live
     ids = islice((item for row, item in enumerate(bundle.item_ids) if live is None or live[row]), HISTORY_EVENTS + 1)
     *items, other = ids
     return {
-        "/v1/recommend": _recommend(bundle, items, other, 200 if cold_start else 422),
-        "/v1/events": _events(bundle, items),
-        "/v1/items/similar": _similar(bundle, items),
-        "/v2/models/{model}/infer": _inference(bundle),
-        "/admin/reload": {
-            "absent": Example(summary="A bundle that does not exist", value={"bundle": "none"}, status=404)
-        },
+        "recommend": _recommend(bundle, items, other, 200 if cold_start else 422),
+        "events": _events(bundle, items),
+        "similar": _similar(bundle, items),
+        "inference": _inference(bundle),
+        "reload": {"absent": Example(summary="A bundle that does not exist", value={"bundle": "none"}, status=404)},
     }
 
 

@@ -36,6 +36,8 @@ class Operation:
         refused: Types of error answers by status, where they are not `error`.
         error: Type of the other error answers; its method `of` makes one of an `ErrorDetail`.
         binary: Whether tensors may follow the JSON of body and answer.
+        examples: Key of its bodies in `openapi_examples`; "" = none.
+        polled: Whether probes ask for it every few seconds; then it is logged only if it fails.
     """
 
     path: str
@@ -49,6 +51,8 @@ class Operation:
     refused: Mapping[int, Any] = field(default_factory=dict)
     error: Any = ErrorAnswer
     binary: bool = False
+    examples: str = ""
+    polled: bool = False
 
     @cached_property
     def documented(self) -> str:

@@ -136,7 +136,7 @@ async def _users(server: Server, _call: Call) -> Response:
 async def _history(server: Server, call: Call) -> Response:
     user = call.request.query_params.get("user")
     if user is None:
-        raise RequestError("the query has no user; send /v1/demo/history?user=ID")
+        raise RequestError(f"the query has no user; send {HISTORY.path}?user=ID")
     with server.acquire() as deployment:
         return as_json(await to_thread(_sample_history, deployment.recommender.bundle, user))
 
@@ -159,7 +159,7 @@ def _sample_history(bundle: Bundle, user: str) -> SampleHistory:
     try:
         events = bundle.user_events(user)
     except RequestError as error:
-        message = f"there is no sample user {user[:100]!r}; /v1/demo/users lists them"
+        message = f"there is no sample user {user[:100]!r}; {USERS.path} lists them"
         raise ApiError(404, "unknown_user", message) from error
     titled = (
         TitledEvent(**msgspec.structs.asdict(event), title=bundle.titles[bundle.rows[str(event.item)]])

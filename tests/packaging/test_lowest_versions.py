@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+UV = str(Path(sys.executable).with_name("uv"))  # beside the interpreter, whatever PATH says
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def installed(folder: Path, *extras: str, others: tuple[str, ...] = ()) -> Path:
     """The programs of an environment with the lowest versions that are declared, or others."""
-    uv = ["uv", "--no-config", "--quiet"]
+    uv = [UV, "--no-config", "--quiet"]
     subprocess.run([*uv, "venv", str(folder)], check=True)
     install = [*uv, "pip", "install", "--python", str(folder / "bin/python"), "--no-cache"]
     lowest = [*install, "--resolution", "lowest-direct", f"{ROOT}[{','.join(extras)}]"]
@@ -48,7 +49,7 @@ def run(*command: str | Path) -> str:
 
 
 def versions(programs: Path) -> dict[str, str]:
-    listed = json.loads(run("uv", "pip", "list", "--format", "json", "--python", programs / "python"))
+    listed = json.loads(run(UV, "pip", "list", "--format", "json", "--python", programs / "python"))
     return {package["name"]: package["version"] for package in listed}
 
 

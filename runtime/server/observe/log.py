@@ -19,7 +19,6 @@ from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.call import Call
 
 LEVELS = ("debug", "info", "warning", "error")
-QUIET = ("/health/live", "/health/ready", "/metrics")  # polled every few seconds
 FIELDS = "unipinrec_fields"
 SHORT = 12  # digits of a hash, enough to tell bundles apart
 requests = logging.getLogger("unipinrec.requests")
@@ -60,7 +59,7 @@ class RequestLog:
     def observe(self, call: Call) -> None:
         """Log a request that was answered; an error of the server has the level error."""
         level = logging.ERROR if call.status >= 500 and call.status not in (503, 504) else logging.INFO
-        quiet = call.route in QUIET and call.status == 200 and not self.options.probes
+        quiet = call.polled and call.status == 200 and not self.options.probes
         if requests.isEnabledFor(level) and not quiet:
             fields = request_fields(call, users=self.options.users)
             requests.log(level, "%s %s", call.route, call.status, extra={FIELDS: fields})

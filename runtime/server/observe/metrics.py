@@ -31,7 +31,7 @@ from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.operations import Operation
 from unipinrec.runtime.server.swap import Deployments
 
-METRICS = Operation(path="/metrics", summary="Metrics for Prometheus")
+METRICS = Operation(path="/metrics", summary="Metrics for Prometheus", polled=True)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 STAGES = ("encode", "retrieve", "rank", "total")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

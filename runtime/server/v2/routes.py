@@ -94,6 +94,7 @@ def oip_routes(server: Server, limits: GraphLimits | None = None, *, version: st
             statuses=(*POSTS, 404),
             parameters={**parameters, **LENGTH},
             binary=True,
+            examples="inference" if path == MODEL else "",
         )
         table += [(metadata_of_graph, _model), (readiness, _model_ready), (inference, graphs.infer)]
     return [route(server, operation, handler) for operation, handler in table]

@@ -34,7 +34,7 @@ STEPS = 1000
 DRY, LIST, REMOVE = "--dry-run", "--list", "--remove"
 
 
-@click.command("compile", epilog=EXAMPLES)
+@click.command("compile", short_help="Compile TensorRT engines.", epilog=EXAMPLES)
 @common.bundle_argument
 @click.option(
     "--precision",

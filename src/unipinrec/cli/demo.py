@@ -21,7 +21,10 @@ SOURCES = {
 }
 
 
-@click.command(epilog="Example: unipinrec demo --out demo/   or, on real data:   unipinrec demo --data KuaiRand-Pure/")
+@click.command(
+    short_help="Run all steps in one folder.",
+    epilog="Example: unipinrec demo --out demo/   or, on real data:   unipinrec demo --data KuaiRand-Pure/",
+)
 @click.option(
     "--data",
     type=any_path,

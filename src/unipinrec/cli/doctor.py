@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 GIB, MIB = 2**30, 2**20
 
 
-@click.command(epilog="\b\nExamples:\n  unipinrec doctor\n  unipinrec doctor bundle/ --json")
+@click.command(
+    short_help="Show which devices can serve, and why others cannot.",
+    epilog="\b\nExamples:\n  unipinrec doctor\n  unipinrec doctor bundle/ --json",
+)
 @click.argument("bundle", type=any_path, required=False)
 @json_command
 def doctor(bundle: Path | None, as_json: bool) -> None:

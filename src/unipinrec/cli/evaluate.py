@@ -26,7 +26,10 @@ COLUMNS = {
 }
 
 
-@click.command(epilog="Example: unipinrec evaluate bundle/ --data data/")
+@click.command(
+    short_help="Measure recommendations on held-out requests.",
+    epilog="Example: unipinrec evaluate bundle/ --data data/",
+)
 @click.argument("model", type=any_path, metavar="CHECKPOINT|BUNDLE")
 @data_option
 @click.option("--split", type=click.Choice(["test", "valid"]), default="test", help="The part of the data to measure.")

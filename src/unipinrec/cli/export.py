@@ -20,7 +20,10 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
 
 
-@click.command(epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16")
+@click.command(
+    short_help="Write a checkpoint as a bundle.",
+    epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16",
+)
 @click.argument("checkpoint", type=any_path)
 @bundle_argument
 @click.option("--data", type=any_path, help="The prepared data, for real golden requests, sample users and popularity.")

@@ -27,7 +27,7 @@ recall_option = click.option(
 )
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(short_help="Add and retire items, in a new bundle.", epilog=EXAMPLES)
 @common.bundle_argument
 @common.out_option
 @click.option(

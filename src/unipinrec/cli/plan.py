@@ -27,7 +27,7 @@ COSTS = ("encode_ms", "extend_ms", "retrieve_ms", "rank_ms")
 OWN_SHAPE = ("layers", "dim", "heads")
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(short_help="Plan a cache: memory, hit rate, machines.", epilog=EXAMPLES)
 @click.option("--users", type=click.IntRange(1), required=True, help="Distinct users per month.")
 @click.option("--qps", type=positive, required=True, help="Requests per second at peak.")
 @click.option("--bundle", type=any_path, help="Take the model's shape from this bundle.")

@@ -68,7 +68,7 @@ engines_option = click.option(
 )
 
 
-@click.command(epilog="Example: unipinrec verify bundle/")
+@click.command(short_help="Check a bundle on this machine.", epilog="Example: unipinrec verify bundle/")
 @bundle_argument
 @device_option
 @strict_option
@@ -178,7 +178,7 @@ def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word for text in texts for word in ([text] if text in known else text.split(",")))
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(short_help="Recommend items to a user.", epilog=EXAMPLES)
 @bundle_argument
 @click.option("--user", metavar="ID", help="A sample user of the bundle. Any other id gets popular items.")
 @click.option(
@@ -217,7 +217,7 @@ def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     multiple=True,
     callback=_categories,
     metavar="NAME=WORD[,WORD]",
-    help="Recommend only items with one of these words of a category feature; repeatable. A word may contain commas.",
+    help="Only items with one of these words of a category feature; repeatable. A known word may hold commas.",
 )
 @click.option(
     "--exclude-seen/--include-seen",

@@ -22,7 +22,7 @@ Examples:
 DAY_S = 86_400
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(short_help="Serve a bundle over HTTP.", epilog=EXAMPLES)
 @bundle_argument
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 = any free port.")
@@ -48,13 +48,13 @@ DAY_S = 86_400
     "--max-users",
     type=click.IntRange(1),
     default=100_000,
-    help="Largest number of users whose events are kept. Beyond it the longest inactive users are removed.",
+    help="Largest number of users whose events are kept. Beyond it the least recently active users are removed.",
 )
 @click.option(
     "--events-mib",
     type=click.IntRange(1),
     default=512,
-    help="Memory for users' events without --state. Beyond it the longest inactive users are removed.",
+    help="Memory for users' events without --state. Beyond it the least recently active users are removed.",
 )
 @click.option(
     "--kept-events",
