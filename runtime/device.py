@@ -105,6 +105,8 @@ def open_engine(
     """
     model, vectors = bundle.manifest.model, bundle.item_vectors
     if not isinstance(device, str):
+        if not hasattr(device, "rank_runs"):
+            raise BackendError(f"device={device!r} is neither one of {', '.join(DEVICES)} nor a backend")
         return _proven(Engine(device, model, vectors, Device(name=type(device).__name__, reason="passed in")), proof)
     machine = rules.get("machine", THIS_MACHINE)
     has_driver = machine.driver_problem() is None

@@ -112,6 +112,11 @@ def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
             call()
 
 
+def test_what_is_no_device_at_all() -> None:
+    with pytest.raises(BackendError, match=r"device=5 is neither one of auto, cpu, .* nor a backend"):
+        Recommender.load(STORED, 5)  # type: ignore[arg-type]  # a mistake
+
+
 @without_driver
 @pytest.mark.parametrize(
     ("bf16", "others"),
