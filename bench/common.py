@@ -79,7 +79,10 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a copy of the tree on a machine without git
+        return ""
 
 
 def _cpu() -> str:

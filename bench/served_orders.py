@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import source_from_model
+from unipinrec.export.servable import source_from_model
 from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.data.schema import Dataset
 from unipinrec.models.data.sequences import Sequences

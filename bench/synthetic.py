@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
+from unipinrec.export.servable import source_from_model
 from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.config import SMALL, AttentionForm, ModelConfig, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures
@@ -21,16 +21,21 @@ ACTIONS = ("click", "save", "share", "hide")
 NOW_MS = 1_750_000_000_000
 
 
-def random_source(form: AttentionForm, items: int, size: ModelConfig = SMALL) -> ExportSource:
-    """A model with random weights over a random catalogue."""
+def random_model(form: AttentionForm, items: int, size: ModelConfig = SMALL) -> UniPinRec:
+    """A model with random weights."""
     config = msgspec.structs.replace(size, attention=form)
     vocabulary = Vocabulary(
         num_items=items, actions=ACTIONS, positive_actions=("save",), surfaces=("unknown",), dense={}, categories={}
     )
     torch.manual_seed(0)
+    return UniPinRec(config, vocabulary)
+
+
+def random_source(form: AttentionForm, items: int, size: ModelConfig = SMALL) -> ExportSource:
+    """Such a model over a random catalogue."""
     catalogue = ItemList(item_ids=[str(i) for i in range(items)], titles=[None] * items)
     nothing = ItemFeatures(dense=np.zeros((items, 0), np.float32), categories=np.zeros((items, 0), np.int64))
-    return source_from_model(UniPinRec(config, vocabulary), catalogue, nothing)
+    return source_from_model(random_model(form, items, size), catalogue, nothing)
 
 
 def random_bundle(folder: Path, items: int, size: ModelConfig = SMALL) -> Path:

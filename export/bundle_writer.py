@@ -22,8 +22,6 @@ from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
 from unipinrec.export.cases import CaseMaker
 from unipinrec.export.golden import as_events, golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
-from unipinrec.export.lists.blend import chosen_blend, with_order
-from unipinrec.export.lists.evaluation import evaluate
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource, Histories
@@ -44,6 +42,7 @@ from unipinrec.runtime.bundle.bundle import (
 )
 from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.bundle.quality import Evaluation
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
@@ -136,15 +135,10 @@ def export_bundle(
 
 def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest:
     """Open the written bundle, choose the order of slates, measure the lists, and seal the results."""
-    evaluation = None
     with Recommender.load(folder, "cpu") as opened:
-        order = chosen_blend(opened, options.data) if options.data else None
-        recommender = opened if order is None else with_order(opened, order)
-        if options.data is not None and options.evaluated:
-            try:
-                evaluation = evaluate(recommender, options.data, limit=options.evaluated)
-            except NothingHeldOutError as error:  # a bundle needs no test part
-                log.warning("the lists of the bundle were not measured: %s", error)
+        recommender, evaluation = (
+            _evaluated(opened, options.data, options.evaluated) if options.data else (opened, None)
+        )
         sample = sample_quality(recommender)
     manifest = msgspec.structs.replace(
         manifest,
@@ -154,6 +148,22 @@ def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> M
     )
     seal(folder, manifest)
     return manifest
+
+
+def _evaluated(opened: Recommender, data: Path, limit: int) -> tuple[Recommender, Evaluation | None]:
+    """The recommender with the order that suits the data best, and the quality of its lists."""
+    # Both need polars; an export without data does not.
+    from unipinrec.export.lists.blend import chosen_blend, with_order  # noqa: PLC0415
+    from unipinrec.export.lists.evaluation import evaluate  # noqa: PLC0415
+
+    order = chosen_blend(opened, data)
+    recommender = opened if order is None else with_order(opened, order)
+    if limit:
+        try:
+            return recommender, evaluate(recommender, data, limit=limit)
+        except NothingHeldOutError as error:  # a bundle needs no test part
+            log.warning("the lists of the bundle were not measured: %s", error)
+    return recommender, None
 
 
 @contextmanager

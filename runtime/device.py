@@ -6,8 +6,9 @@ A requested device stands for candidates, best first. The first that opens is us
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TypedDict, cast
+from typing import TypedDict, Unpack, cast
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
@@ -28,13 +29,17 @@ OPENVINO_DEVICES = ("openvino", "openvino-bf16")
 CUDA_DEVICES = ("cuda", "cuda-fp32", "cuda-bf16", "cuda-fp16")
 TENSORRT_DEVICES = ("tensorrt", "tensorrt-fp32", "tensorrt-bf16", "tensorrt-fp16", "tensorrt-fp8")
 DEVICES = ("auto", "cpu", *OPENVINO_DEVICES, *CUDA_DEVICES, *TENSORRT_DEVICES)
+WITHOUT_BF16 = ("sm_70", "sm_72", "sm_75")
 log = logging.getLogger(__name__)
 
 
 class Machine:
-    """The GPUs of this machine and their libraries. A test passes its own, in `DeviceRules`."""
+    """A GPU of this machine, by its number, and the libraries for it. A test passes its own, in `DeviceRules`."""
 
     ort_cuda: type[OrtCudaBackend] = OrtCudaBackend
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
 
     def driver_problem(self) -> str | None:
         """Why the GPU's driver cannot be used."""
@@ -42,11 +47,11 @@ class Machine:
 
     def gpu(self) -> GpuInfo | str:
         """The GPU, or why there is no GPU."""
-        return probe_gpu()
+        return probe_gpu(self.index)
 
     def cuda(self) -> Cuda:
         """Use the GPU; see `Cuda.open`."""
-        return Cuda.open()
+        return Cuda.open(self.index)
 
     def tensorrt(self, flavor: Flavor | None = None) -> TensorRT:
         """See `import_tensorrt`."""
@@ -69,7 +74,7 @@ class DeviceRules(TypedDict, total=False):
         allow_bundle_engines: Run engines that are stored in the bundle and were built elsewhere. They are executable
             code.
         threads: Threads that compute on the CPU; None = as many as this process may use.
-        machine: Machine to look for GPUs; default = this machine.
+        machine: GPU to use, as `Machine(1)`; default = the first GPU of this machine.
     """
 
     strict: bool
@@ -81,59 +86,79 @@ class DeviceRules(TypedDict, total=False):
 def open_engine(
     bundle: Bundle,
     device: str | Backend,
-    *,
-    strict: bool = False,
-    allow_bundle_engines: bool = False,
-    threads: int | None = None,
-    machine: Machine = THIS_MACHINE,
+    proof: Callable[[Engine], None] | None = None,
+    **rules: Unpack[DeviceRules],
 ) -> Engine:
     """Load a bundle's graphs on a device or, if it does not run, on the next candidate; see `DeviceRules`.
 
     The caller's own backend is used unchanged.
+
+    Args:
+        bundle: The bundle.
+        device: One of `DEVICES`, or a backend.
+        proof: Runs the graphs. A `BackendError` means that the device cannot run, and leads to the next one; any other
+            error ends the choice, because a device that computes wrong numbers has no substitute.
+        **rules: See `DeviceRules`.
 
     Raises:
         BackendError: The device is unknown, or no allowed device runs; the message says why.
     """
     model, vectors = bundle.manifest.model, bundle.item_vectors
     if not isinstance(device, str):
-        return Engine(device, model, vectors, Device(name=type(device).__name__, reason="passed in"))
-    names, has_driver = candidates(device, bundle.manifest), machine.driver_problem() is None
+        if not hasattr(device, "rank_runs"):
+            raise BackendError(f"device={device!r} is neither one of {', '.join(DEVICES)} nor a backend")
+        return _proven(Engine(device, model, vectors, Device(name=type(device).__name__, reason="passed in")), proof)
+    machine = rules.get("machine", THIS_MACHINE)
+    has_driver = machine.driver_problem() is None
+    names = candidates(device, bundle.manifest, machine.gpu() if has_driver else None)
     matters = device != "auto" or has_driver
-    bound = strict and matters
+    bound = rules.get("strict", False) and matters
     refused: list[str] = []
     for name in names[:1] if bound else names:
+        chosen = Device(
+            name=name,
+            reason=_reason(device, name, refused),
+            precision=precision_of(name),
+            refused=tuple(refused),
+            fell_back=bool(refused) and matters,
+        )
         try:
-            backend = _open(name, bundle, allow_bundle_engines, threads, machine)
+            backend = _open(name, bundle, rules.get("allow_bundle_engines", False), rules.get("threads"), machine)
+            engine = _proven(Engine(backend, model, vectors, chosen), proof)
         except BackendError as error:
             if len(names) == 1:
                 raise BackendError(f"{bundle.path} does not run on {name}: {error}") from error
             refused.append(f"{name}: {error}")
         else:
-            chosen = Device(
-                name=name,
-                reason=_reason(device, name, refused),
-                precision=precision_of(name),
-                refused=tuple(refused),
-                fell_back=bool(refused) and matters,
-            )
             _log_refused(chosen, device)
-            return Engine(backend, model, vectors, chosen)
+            return engine
     rule = " and strict allows no other device" if bound else ""
     raise BackendError(f"{bundle.path} does not run on {device}{rule}: {'; '.join(refused)}")
 
 
-def candidates(device: str, manifest: Manifest) -> tuple[str, ...]:
-    """Devices to try for a requested device and a bundle, best first.
+def _proven(engine: Engine, proof: Callable[[Engine], None] | None) -> Engine:
+    try:
+        if proof is not None:
+            proof(engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def candidates(device: str, manifest: Manifest, gpu: GpuInfo | str | None = None) -> tuple[str, ...]:
+    """Devices to try for a requested device, a bundle and a GPU, best first.
 
     Raises:
         BackendError: The device is unknown.
     """
     require_device(device)
-    tensorrt = "tensorrt-bf16" if "bf16" in manifest.precisions else "tensorrt-fp32"
     if device in ("auto", "tensorrt"):
-        return tensorrt, "cuda", "cpu"
+        fast = "fp16" if isinstance(gpu, GpuInfo) and gpu.architecture in WITHOUT_BF16 else "bf16"
+        device = f"tensorrt-{fast if fast in manifest.precisions else 'fp32'}"
     if device in TENSORRT_DEVICES:
-        return device, "cuda", "cpu"
+        reduced = {"tensorrt-bf16": "bf16", "tensorrt-fp16": "fp16", "tensorrt-fp8": "bf16"}.get(device)
+        return device, *((f"cuda-{reduced}",) if reduced in manifest.precisions else ()), "cuda", "cpu"
     if device in CUDA_DEVICES:
         return device.removesuffix("-fp32"), "cpu"
     return (device,)
@@ -171,7 +196,7 @@ def _open(name: str, bundle: Bundle, allow_bundle_engines: bool, threads: int | 
             f"export it again with --precision {precision}"
         )
     if kind == "cuda":
-        return machine.ort_cuda(bundle.graph_files(precision), manifest.graphs_in(precision))
+        return machine.ort_cuda(bundle.graph_files(precision), manifest.graphs_in(precision), gpu=machine.index)
     return _open_tensorrt(bundle, precision, allow_bundle_engines, machine)
 
 
@@ -224,7 +249,7 @@ def _reason(device: str, name: str, refused: list[str]) -> str:
             names = OPENVINO_DEVICES if has_bf16() else OPENVINO_DEVICES[:1]
             others = f"{' and '.join(names)} can be requested"
         return f"auto: ONNX Runtime on the CPU; {others}"
-    return "auto: ONNX Runtime on the GPU" if name == "cuda" else "auto: engines of this bundle for this GPU"
+    return "auto: ONNX Runtime on the GPU" if name.startswith("cuda") else "auto: engines of this bundle for this GPU"
 
 
 def _log_refused(chosen: Device, device: str) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Unpack
@@ -124,11 +124,9 @@ class Recommender:
         model = bundle.manifest.model
         if window_slack is not None and not (isinstance(window_slack, int) and 0 < window_slack <= model.max_history):
             raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
-        engine = open_engine(bundle, device, **rules)
+        engine = open_engine(bundle, device, partial(require_golden, bundle=bundle) if verify else None, **rules)
         with ExitStack() as on_failure:
             on_failure.callback(engine.close)
-            if verify:
-                require_golden(engine, bundle)
             namespace = f"{bundle.kv_namespace} {engine.device.precision}"
             recommender = cls(
                 bundle=bundle,
@@ -142,6 +140,12 @@ class Recommender:
                 bundle.files.let_go(READ_WHILE_SERVING)
             on_failure.pop_all()
         log.info("serving %s on %s (%s), bundle %s", bundle.path, engine.device.name, engine.device.reason, bundle.hash)
+        if cache is not None and engine.device.name.startswith(("cuda", "tensorrt")):
+            log.warning(
+                "%s copies cached keys and values to the host and back. For a long history that takes longer than to "
+                "encode it again: serve without a cache (--cache-mib 0)",
+                engine.device.name,
+            )
         _log_order(bundle)
         return recommender
 

@@ -61,6 +61,7 @@ class ServeOptions(RunOptions):
         processes: Number of processes; they share the CPU's threads, `cache_mib` and `state`.
         threads: CPU threads of a process; None = its share of the available ones.
         device, strict, allow_bundle_engines, cold_start: See `Recommender.load`.
+        gpu: Number of the GPU.
         state: A folder or URL for users' events; None = memory. See `open_store`.
         max_users, events_mib, kept_events: Most users, memory for their events, and most events of a user; None =
             twice the longest history of the model.
@@ -82,6 +83,7 @@ class ServeOptions(RunOptions):
     device: str = "auto"
     strict: bool = False
     allow_bundle_engines: bool = False
+    gpu: int = 0
     cold_start: ColdStart = "popular"
     state: str | None = None
     max_users: int = 100_000
@@ -290,6 +292,7 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Wo
         device=options.device,
         strict=options.strict,
         allow_bundle_engines=options.allow_bundle_engines,
+        gpu=options.gpu,
         threads=threads,
         cache=cache if budget_bytes else None,
         cold_start=options.cold_start,

@@ -64,7 +64,7 @@ def lively(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from unipinrec.export.bundle_writer import export_bundle
-    from unipinrec.export.checkpoint_source import source_from_model
+    from unipinrec.export.servable import source_from_model
     from unipinrec.models.checkpoint import load_checkpoint
 
     stored = load_checkpoint(checkpoint)

@@ -2,9 +2,13 @@
 
     machine                                  the machine
     model --size SIZE                        a model with random weights, exported in three precisions
-    probe --flavor F --target T              whether that TensorRT builds and runs an engine on this card
-    probe-ort                                whether ONNX Runtime's CUDA provider runs
+    tests --file FILE                        the tests of a file that are marked `gpu`
+    costs, ipc, kv-copies                    memory, copies, launches
+    torch --size SIZE                        the PyTorch model on the GPU
+    probe --device D [--flavor F --target T] whether a backend runs the stored bundle
+    validity                                 what TensorRT-RTX says of its engines on this card
     check --size SIZE --device D [...]       build, golden requests, invariants, times
+    joint-attention                          bench/joint_attention.py
 
 `ran` says whether the step ran, `refused` the error if not; `problems` lists the failed checks.
 """
@@ -12,248 +16,47 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import invariants
-import numpy as np
-import torch
-from common import card, interleaved, ratio, spread
-from synthetic import ACTIONS, random_events, random_source
 
 from unipinrec.errors import UnipinrecError
-from unipinrec.export.bundle_writer import ExportOptions, export_bundle
-from unipinrec.export.checkpoint_source import ServableUniPinRec
-from unipinrec.export.protocol import ExportSource
-from unipinrec.models.config import SIZES
-from unipinrec.models.model import UniPinRec
-from unipinrec.runtime import CacheOptions, Recommender
-from unipinrec.runtime.graphs.engine import Engine, pad_histories
-from unipinrec.runtime.trt.library import import_tensorrt
-from unipinrec.runtime.verify import verify_bundle
 
-ITEMS = 2000
-REDUCED = ("bf16", "fp16")
-SHAPES = {"tiny": (64, 40, 3), "small": (992, 656, 4), "paper": (992, 656, 3)}  # events, candidates, cases
-FP32_TOLERANCE, INDEPENDENT = 1e-4, 1e-5
-ROUNDS = 31
-
-
-def source_of(size: str) -> ExportSource:
-    """Random weights, large enough that every event moves the logits."""
-    source = random_source("sink", ITEMS, SIZES[size])
-    noise = torch.Generator().manual_seed(0)
-    model = model_of(source)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "norm" not in name:
-            parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
-    return source
-
-
-def model_of(source: ExportSource) -> UniPinRec:
-    """The PyTorch model itself."""
-    assert isinstance(source.module, ServableUniPinRec)
-    return source.module.model
-
-
-def machine() -> dict[str, Any]:
-    """GPU, driver and versions."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
-    try:
-        gpu = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        gpu = f"nvidia-smi: {error}"
-    return {"ran": True, **card("accept"), "gpu": gpu, "torch_cuda": torch.version.cuda}
-
-
-def export(work: Path, size: str) -> dict[str, Any]:
-    """The bundle, unless it exists."""
-    folder = bundle_of(work, size)
-    if not folder.exists():
-        export_bundle(source_of(size), folder, precisions=REDUCED, options=ExportOptions(accept_loss=True))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    reduced = {name: spec["agreement"] for name, spec in manifest["precisions"].items()}
-    return {"ran": True, "parity": manifest["parity"]["max_abs_diff"], "emulated": reduced}
-
-
-def bundle_of(work: Path, size: str) -> Path:
-    """Where the bundle of a size lies."""
-    return work / "models" / size
-
-
-def command(*arguments: str) -> dict[str, Any]:
-    """Run one of our commands; its JSON document, or its error message."""
-    done = subprocess.run(
-        [sys.executable, "-m", "unipinrec", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"ran": False, "refused": done.stderr.strip()[-2000:]}
-    return {"ran": True, "said": json.loads(done.stdout)}
-
-
-def probe_bundle(work: Path) -> Path:
-    """The smallest bundle, in fp32."""
-    folder = bundle_of(work, "probe")
-    if not folder.exists():
-        export_bundle(random_source("sink", 50, SIZES["tiny"]), folder)
-    return folder
-
-
-def probe_ort(work: Path) -> dict[str, Any]:
-    """The smallest bundle on the GPU."""
-    return command("verify", str(probe_bundle(work)), "--device", "cuda", "--strict")
-
-
-def probe(work: Path, flavor: str, target: str) -> dict[str, Any]:
-    """The smallest bundle, compiled and verified."""
-    served, built = compile_for(probe_bundle(work), flavor, target, "fp32", work)
-    if not built["ran"]:
-        return built
-    return command("verify", str(served), "--device", "tensorrt-fp32", "--strict", *trusted(target))
-
-
-def compile_for(bundle: Path, flavor: str, target: str, precision: str, work: Path) -> tuple[Path, dict[str, Any]]:
-    """Build engines for this card, or ahead of time for a target: the bundle to serve, and the command's document."""
-    asked = ["compile", str(bundle), "--flavor", flavor, "--precision", precision]
-    if target == "current":
-        return bundle, command(*asked)
-    ahead = work / "models" / f"{bundle.name}-{flavor_version(flavor)}-{target}-{precision}"
-    return ahead, {"ran": True} if ahead.exists() else command(*asked, "--target", target, "--out", str(ahead))
-
-
-def flavor_version(flavor: str) -> str:
-    """The installed TensorRT, in a file name: engines built ahead of time by one version are no use to another."""
-    trt = import_tensorrt("tensorrt" if flavor == "tensorrt" else "tensorrt_rtx")
-    return f"{trt.flavor}-{trt.version}"
-
-
-def trusted(target: str) -> list[str]:
-    """The option that allows a bundle's own engines."""
-    return [] if target == "current" else ["--allow-bundle-engines"]
-
-
-def check(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one backend in one precision on one model."""
-    bundle, built = bundle_of(work, options.size), None
-    if options.target:
-        precision = options.device.rpartition("-")[2]
-        bundle, built = compile_for(bundle, options.flavor, options.target, precision, work)
-        if not built["ran"]:
-            return built
-    allow = bool(options.target) and options.target != "current"
-    verified = verify_bundle(bundle, options.device, strict=True, allow_bundle_engines=allow)
-    recommender = Recommender.load(
-        bundle,
-        options.device,
-        verify=False,
-        strict=True,
-        allow_bundle_engines=allow,
-        cache=CacheOptions(budget_bytes=2**28, dtype="fp32"),
-    )
-    events, candidates, count = SHAPES[options.size]
-    shape = invariants.Shape(events=events, candidates=candidates, cases=count)
-    found = {
-        "golden": {check.output: check.max_abs_diff for check in verified.golden},
-        "agreement": verified.agreement
-        and {n: getattr(verified.agreement, n) for n in verified.agreement.__struct_fields__},
-        **checked(recommender, shape, options.size),
-    }
-    fp32 = recommender.device.precision == "fp32"
-    return {
-        "ran": True,
-        "device": recommender.device.name,
-        "reason": recommender.device.reason,
-        "built": built and built.get("said"),
-        **found,
-        "problems": problems(found, verified.ok) if fp32 else reduced_problems(found, verified.ok),
-        "times_ms": times(recommender.engine, shape),
-    }
-
-
-def checked(recommender: Recommender, shape: invariants.Shape, size: str) -> dict[str, invariants.Differences]:
-    """The invariants, but for the golden requests."""
-    engine, actions = recommender.engine, len(ACTIONS)
-    return {
-        "split": invariants.split(engine, model_of(source_of(size)), actions, shape),
-        "extend": invariants.extend(engine, actions, shape),
-        "independent": invariants.independent(engine, actions, shape),
-        "same": invariants.same(recommender, random_events(min(200, shape.events), ITEMS, seed=3)),
-    }
-
-
-def problems(found: dict[str, Any], verified: bool) -> list[str]:
-    """Violations in fp32."""
-    bounds = {"split": FP32_TOLERANCE, "extend": FP32_TOLERANCE, "independent": INDEPENDENT, "same": FP32_TOLERANCE}
-    over = [
-        f"{name} {part} is {value:.3g}, allowed {bound:g}"
-        for name, bound in bounds.items()
-        for part, value in found[name].items()
-        if not value <= bound
-    ]
-    return over if verified else ["the golden requests do not reproduce", *over]
-
-
-def reduced_problems(found: dict[str, Any], verified: bool) -> list[str]:
-    """Violations in bf16 or fp16; the agreement covers rounding."""
-    wrong = [] if verified else ["it does not recommend what fp32 recommends"]
-    finite = all(np.isfinite(value) for name in ("split", "extend", "independent") for value in found[name].values())
-    return wrong if finite else [*wrong, "values are not finite"]
-
-
-def times(engine: Engine, shape: invariants.Shape) -> dict[str, Any]:
-    """Encoding and ranking at the full shape for one request and for eight, and the gain of one shared encode."""
-    rng = np.random.default_rng(5)
-    measured: dict[str, Any] = {}
-    for batch in (1, 8):
-        made = [invariants.random_history(rng, engine, len(ACTIONS), shape.events) for _ in range(batch)]
-        histories = pad_histories(made)
-        rows = rng.integers(0, ITEMS, (batch, shape.candidates))
-        context = np.zeros(batch, np.int64), np.full(batch, invariants.NOW_MS)
-        encoded = engine.encode(histories)
-        took = interleaved(
-            {"encode": partial(engine.encode, histories), "rank": partial(engine.rank, encoded, rows, *context)}, ROUNDS
-        )
-        shared = {
-            "two models": [2 * e + r for e, r in zip(took["encode"], took["rank"], strict=True)],
-            "shared": [e + r for e, r in zip(took["encode"], took["rank"], strict=True)],
-        }
-        measured[f"batch {batch}"] = {
-            "n": shape.events,
-            "k": shape.candidates,
-            **{name: spread(values) for name, values in took.items()},
-            "two_models_over_shared": ratio(shared, "two models", "shared"),
-        }
-    return measured
+# Module and function of each step. A module is imported when its step runs: PyTorch alone takes seconds.
+STEPS = {
+    "machine": "costs.machine",
+    "model": "checks.export",
+    "tests": "basics.tests",
+    "costs": "costs.costs",
+    "ipc": "costs.ipc",
+    "kv-copies": "costs.kv_copies",
+    "torch": "checks.on_torch",
+    "probe": "basics.probe",
+    "validity": "basics.validity",
+    "check": "checks.check",
+    "joint-attention": "basics.joint_attention",
+}
 
 
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["machine", "model", "probe", "probe-ort", "check"])
+    parser.add_argument("step", choices=list(STEPS))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--size", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--size", choices=["tiny", "small", "paper"], default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--flavor", default="tensorrt_rtx")
     parser.add_argument("--target", default="")
+    parser.add_argument("--file", default="")
     options = parser.parse_args()
     # A separate cache for each backend: else one backend would use another's engines.
     os.environ["UNIPINREC_CACHE"] = str(options.work / "cache" / f"{options.flavor}-{options.target or 'none'}")
-    steps: dict[str, Callable[[], dict[str, Any]]] = {
-        "machine": machine,
-        "model": partial(export, options.work, options.size),
-        "probe": partial(probe, options.work, options.flavor, options.target),
-        "probe-ort": partial(probe_ort, options.work),
-        "check": partial(check, options.work, options),
-    }
+    module, function = STEPS[options.step].split(".")
     try:
-        found = steps[options.step]()
-    except UnipinrecError as error:
+        found = getattr(importlib.import_module(module), function)(options)
+    except (UnipinrecError, ImportError) as error:
         found = {"ran": False, "refused": str(error)}
     sys.stdout.write(json.dumps(found, default=str) + "\n")
 

@@ -20,6 +20,7 @@ from unipinrec.errors import BackendError, ExportError, ParityError
 from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action, held_out_logits
 from unipinrec.export.parity import format_problem, graph_spec
 from unipinrec.export.precision.fp8 import quantized_graphs
+from unipinrec.export.precision.masks import with_masks
 from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.agreement import measure_agreement
@@ -136,7 +137,7 @@ def sources_of(bundle: Bundle, precision: Precision, histories: Sequence[History
     sources = {}
     for name in GRAPHS:
         with bundle.graph_files()[name].in_folder() as file:
-            sources[name] = onnx.load(file)
+            sources[name] = with_masks(onnx.load(file))
     return quantized_graphs(bundle, sources, histories) if precision == "fp8" else sources
 
 

@@ -311,7 +311,11 @@ def _numbers(column: pl.Series, option: str) -> pl.Series:
         if not wrong.len():
             return numbers
     value = listed(wrong.head(1).to_list())
-    hint = '; times as text need timestamp_unit = "iso"' if option.startswith("timestamp_unit") else ""
+    hint = (
+        '; times as text need timestamp_unit = "iso"'
+        if option.startswith("timestamp_unit") and column.dtype == pl.String
+        else ""
+    )
     raise DataError(f"{option}: column {column.name!r} is {column.dtype}, {value} is no number{hint}")
 
 

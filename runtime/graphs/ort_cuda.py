@@ -13,6 +13,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
@@ -50,18 +52,20 @@ class OrtCudaBackend:
     _provider: ClassVar[str] = CUDA
     _memory: ClassVar[str] = "cuda"
     _settings: ClassVar[Mapping[str, str]] = {
-        "device_id": "0",
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",
     }
 
-    def __init__(self, graphs: Mapping[str, GraphFile], specs: Mapping[str, GraphSpec], threads: int = 1) -> None:
+    def __init__(
+        self, graphs: Mapping[str, GraphFile], specs: Mapping[str, GraphSpec], threads: int = 1, gpu: int = 0
+    ) -> None:
         """Load graphs.
 
         Args:
             graphs: Each graph by name.
             specs: Their specs in the manifest.
             threads: Threads of a run, for sizes that are computed on the CPU.
+            gpu: Number of the GPU.
 
         Raises:
             BackendError: ONNX Runtime, its CUDA provider or the GPU is missing, or cannot run all of a graph.
@@ -71,6 +75,7 @@ class OrtCudaBackend:
         problem = self._driver_problem() or provider_problem(self._ort, self._provider)
         if problem:
             raise BackendError(problem)
+        self._gpu = gpu
         missing = preload(self._ort)
         self._hint = f" ({missing})" if missing else ""
         self._specs = {name: specs[name] for name in graphs}
@@ -81,7 +86,8 @@ class OrtCudaBackend:
         options = session_options(self._ort, threads)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            session = load_session(self._ort, graph, options, self._provider, self._settings)
+            settings = {**self._settings, **({"device_id": str(self._gpu)} if self._settings else {})}
+            session = load_session(self._ort, graph, options, self._provider, settings)
         except BackendError as error:
             raise BackendError(f"{error}{self._hint}") from error
         counts = misplaced(session, self._provider).most_common()
@@ -102,7 +108,7 @@ class OrtCudaBackend:
             for tensor in spec.inputs:
                 binding.bind_ortvalue_input(tensor.name, ort_value(self._ort, inputs[tensor.name], tensor.dtype))
             for tensor in spec.outputs:
-                binding.bind_output(tensor.name, self._memory)
+                binding.bind_output(tensor.name, self._memory, self._gpu)
             session.run_with_iobinding(binding)
             outputs = binding.get_outputs()
         except Exception as error:  # its exceptions share no base class
@@ -154,11 +160,20 @@ def preload(ort: Any) -> str | None:
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):  # it prints, and a command may be printing JSON
-            ort.preload_dlls()
+            # By itself it looks beside its own package, not in another folder of installed packages.
+            folder = nvidia_libraries()
+            ort.preload_dlls(**({} if folder is None else {"directory": str(folder)}))
     except Exception as error:  # an older version, or a broken installation: loading the session fails too
         output.write(str(error))
     lines = [line.strip() for line in output.getvalue().splitlines() if line.strip()]
     return f"{'; '.join(lines)}; run pip install 'onnxruntime-gpu[cuda,cudnn]'" if lines else None
+
+
+def nvidia_libraries() -> Path | None:
+    """Folder of the libraries of NVIDIA's wheels for CUDA 13, wherever they are installed."""
+    spec = find_spec("nvidia")
+    roots = [] if spec is None else spec.submodule_search_locations or []
+    return next((folder for root in roots if (folder := Path(root, "cu13", "lib")).is_dir()), None)
 
 
 def misplaced(session: Any, provider: str) -> Counter[str]:

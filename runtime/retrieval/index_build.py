@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hnswlib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,6 +53,8 @@ def build_index(task: IndexTask, path: Path) -> IndexSpec:
     Raises:
         ExportError: The written file does not read back as the index that was built.
     """
+    import hnswlib  # noqa: PLC0415 - what else this module's importers do needs none of it
+
     rows = np.flatnonzero(mask_without(len(task.vectors), task.retired))
     measure = _recall_meter(task)
     best: Any = None
@@ -153,7 +154,7 @@ def _save(index: Any, path: Path) -> None:
     expected = index.index_file_size()
     if path.stat().st_size != expected:
         raise ExportError(f"{path.name}: wrote {path.stat().st_size} of {expected} bytes; no space left on the disk?")
-    again: Any = hnswlib.Index(space="ip", dim=index.dim)
+    again: Any = type(index)(space="ip", dim=index.dim)
     again.load_index(str(path))
     if again.get_current_count() != index.get_current_count():
         raise ExportError(f"{path.name}: {again.get_current_count()} of {index.get_current_count()} items read back")

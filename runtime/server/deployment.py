@@ -10,6 +10,7 @@ from pathlib import Path
 from unipinrec.runtime.batching import Batcher, BatchOptions
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.device import Machine
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
@@ -33,6 +34,7 @@ class DeploymentOptions:
     strict: bool = False
     allow_bundle_engines: bool = False
     threads: int | None = None
+    gpu: int = 0
     cache: CacheOptions | None = None
     cold_start: ColdStart = "popular"
     batching: BatchOptions = field(default_factory=BatchOptions)
@@ -88,6 +90,7 @@ class Deployment:
             cold_start=options.cold_start,
             strict=options.strict,
             allow_bundle_engines=options.allow_bundle_engines,
+            machine=Machine(options.gpu),
             threads=options.threads,
         )
         with ExitStack() as unless_ready:

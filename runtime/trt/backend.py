@@ -15,9 +15,8 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs
 from unipinrec.runtime.graphs.backend import Graphs
 from unipinrec.runtime.trt.cuda import Cuda, suppressed
-from unipinrec.runtime.trt.io import uncovered
 from unipinrec.runtime.trt.library import LogLines, TensorRT
-from unipinrec.runtime.trt.load import EngineLoader, EnginePlan, LoadedEngine
+from unipinrec.runtime.trt.load import EngineLoader, EnginePlan, LoadedEngine, uncovered
 from unipinrec.runtime.trt.memory import Reader
 from unipinrec.runtime.trt.profiles import covering
 from unipinrec.runtime.trt.runner import Inputs

@@ -20,6 +20,7 @@ from typing import Any
 from unipinrec.errors import BackendError
 from unipinrec.runtime.trt.layers import FP32, LayerReport, network_type, products_of, report_layers
 from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
+from unipinrec.runtime.trt.network import parse_graph
 from unipinrec.runtime.trt.profiles import ProfileShapes
 from unipinrec.runtime.trt.record import DEFAULT_OPTIONS, PORTABLE, BuildOptions
 
@@ -135,11 +136,8 @@ class _Build:
         began, module = time.monotonic(), self._module
         logger = tensorrt_logger(module, self._lines)
         builder = module.Builder(logger)
-        network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = module.OnnxParser(network, logger)  # holds the weights that the network refers to
-        if not parser.parse_from_file(str(self._file)):
-            errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-            raise self.failed("does not read it", errors)
+        parsed = parse_graph(self._trt, builder, logger, self._lines, self._file)
+        network = parsed.network
         _allow_decomposed_attention(module, network)
         products = products_of(module, network)
         config, monitor = self._config(builder), progress_monitor(module, self._task.progress, self._stop)

@@ -89,10 +89,19 @@ class Cuda:
         self._closed = False
         self.info = describe(bindings, device)
         self.activate()
-        self._pool = self._call(f"take memory of GPU {device}", "cudaDeviceGetDefaultMemPool", device)
+        # A pool of its own: other libraries of the process set and trim the device's default one.
+        properties = self._runtime.cudaMemPoolProps()
+        properties.allocType = self._runtime.cudaMemAllocationType.cudaMemAllocationTypePinned
+        properties.location.type = self._runtime.cudaMemLocationType.cudaMemLocationTypeDevice
+        properties.location.id = device
+        self._pool = self._call(f"make a memory pool on GPU {device}", "cudaMemPoolCreate", properties)
         threshold = self._runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         keep_all = bindings.driver.cuuint64_t(KEEP_ALL)
-        self._call("keep freed memory", "cudaMemPoolSetAttribute", self._pool, threshold, keep_all)
+        try:
+            self._call("keep freed memory", "cudaMemPoolSetAttribute", self._pool, threshold, keep_all)
+        except BackendError:
+            self._call("give memory back", "cudaMemPoolDestroy", self._pool)
+            raise
 
     @classmethod
     def open(cls, device: int = 0) -> Cuda:
@@ -120,7 +129,9 @@ class Cuda:
             BackendError: There is not enough; says how much is free.
         """
         self._require_open()
-        return int(self._call(f"allocate {nbytes:,} bytes on the GPU", "cudaMallocAsync", nbytes, stream))
+        return int(
+            self._call(f"allocate {nbytes:,} bytes on the GPU", "cudaMallocFromPoolAsync", nbytes, self._pool, stream)
+        )
 
     def free(self, pointer: int, stream: int) -> None:
         """Free memory after the present work on `stream`, or on the default stream if `stream` is destroyed.
@@ -185,7 +196,7 @@ class Cuda:
                 self._call("destroy a stream", "cudaStreamDestroy", stream)
 
     def close(self) -> None:
-        """Destroy all streams, free all pinned memory, and give the pool's free memory back; may be called again."""
+        """Destroy all streams, free all pinned memory, and give the pool up; may be called again."""
         with self._lock:
             if self._closed:
                 return
@@ -195,7 +206,7 @@ class Cuda:
                 self.destroy(stream)
             while self._pinned:
                 self._call("free pinned memory", "cudaFreeHost", self._pinned.pop())
-            self._call("give memory back", "cudaMemPoolTrimTo", self._pool, 0)
+            self._call("give memory back", "cudaMemPoolDestroy", self._pool)
 
     def __enter__(self) -> Cuda:
         return self

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import onnx
 from answers import graph_paths
 from fake_tensorrt import VERSIONS, fake_tensorrt, make_plan
-from host_cuda import HostRuntime, host_cuda
+from host_cuda import DEVICE, HostRuntime, host_cuda
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
@@ -62,6 +62,7 @@ class HostMachine(Machine):
     def __init__(
         self, memory: HostRuntime, flavors: Sequence[Flavor] = ("tensorrt",), *, compiled: bool = False
     ) -> None:
+        super().__init__(DEVICE)
         self.memory, self.flavors, self.compiled = memory, flavors, compiled
 
     @property
@@ -75,7 +76,7 @@ class HostMachine(Machine):
         return self.info
 
     def cuda(self) -> Cuda:
-        return host_cuda(self.memory)
+        return host_cuda(self.memory, self.index)
 
     def tensorrt(self, flavor: Flavor | None = None) -> TensorRT:
         wanted = flavor or self.flavors[0]

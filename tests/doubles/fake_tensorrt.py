@@ -1,6 +1,8 @@
-"""TensorRT without a GPU: the part of its API that `runtime/trt/backend.py` uses, computed by ONNX Runtime.
+"""TensorRT without a GPU: the part of its API that `runtime/trt/backend.py` uses.
 
-A plan is a JSON document that names an ONNX file. An execution context does what the real one does, on the memory of
+Its engines compute the network that NVIDIA's own parser makes of a graph, as our builder completes it (`network.py`).
+
+A plan is a JSON document that holds an ONNX file. An execution context does what the real one does, on the memory of
 `host_cuda`: it reads its inputs and writes its outputs at the addresses it was given, when its stream gets to it. And
 it refuses what the real one refuses: shapes outside of its profile, addresses or shapes that were not set.
 `tests/runtime/trt/test_contract.py` holds it to the signatures of NVIDIA's own bindings.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from enum import Enum, IntEnum
@@ -18,18 +21,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
+import pytest
 from host_cuda import HostRuntime, host_cuda
+from network import NUMPY as TYPES
+from network import Declared, Network
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.cuda import Cuda
-from unipinrec.runtime.trt.library import Flavor, TensorRT
+from unipinrec.runtime.trt.library import Flavor, TensorRT, import_tensorrt
 from unipinrec.runtime.trt.profiles import Buckets, ProfileShapes, default_buckets, for_graph
 
 VERSIONS: dict[Flavor, str] = {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}
@@ -70,19 +74,30 @@ class TensorLocation(Enum):
     HOST = 1
 
 
+class ProfilingVerbosity(Enum):
+    LAYER_NAMES_ONLY = 0
+    NONE = 1
+    DETAILED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
+class CudaGraphStrategy(Enum):
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
 class ExecutionContextAllocationStrategy(Enum):
     STATIC = 0
     ON_PROFILE_CHANGE = 1
     USER_MANAGED = 2
 
 
-NUMPY: dict[DataType, np.dtype[Any]] = {
-    DataType.FLOAT: np.dtype(np.float32),
-    DataType.HALF: np.dtype(np.float16),
-    DataType.BF16: np.dtype(ml_dtypes.bfloat16),
-    DataType.INT64: np.dtype(np.int64),
-}
-ORT_TYPES = {"tensor(float)": DataType.FLOAT, "tensor(float16)": DataType.HALF, "tensor(int64)": DataType.INT64}
+NUMPY = {one: TYPES[one.name] for one in DataType}
 
 
 def make_plan(
@@ -97,7 +112,7 @@ def make_plan(
     Args:
         graph: The file.
         profiles: What it is built for.
-        types: TensorRT's types of inputs and outputs that ONNX Runtime gives another; values are converted.
+        types: Of inputs and outputs that are to be of another type than in the network; values are converted.
         locations: Those that are not on the device.
         **options: "stripped" for one without weights, "host_code" for one that holds code for the CPU.
     """
@@ -114,6 +129,9 @@ def fake_tensorrt(memory: HostRuntime, flavor: Flavor = "tensorrt") -> TensorRT:
         TensorIOMode=TensorIOMode,
         TensorLocation=TensorLocation,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
+        ProfilingVerbosity=ProfilingVerbosity,
+        DynamicShapesKernelSpecializationStrategy=DynamicShapesKernelSpecializationStrategy,
+        CudaGraphStrategy=CudaGraphStrategy,
         Runtime=functools.partial(Runtime, memory=memory, flavor=flavor),
         Refitter=Refitter,
         OnnxParserRefitter=OnnxParserRefitter,
@@ -148,6 +166,17 @@ class Runtime:
         return None
 
 
+def _setting(name: str, kind: type[Enum]) -> property:
+    """A property that takes members of an enumeration alone."""
+
+    def put(owner: Any, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: incompatible {value!r}")
+        setattr(owner, name, value)
+
+    return property(lambda owner: getattr(owner, name), put)
+
+
 class World:
     """What all objects of a runtime share."""
 
@@ -170,18 +199,21 @@ def _with_weights(graph: Path | GraphFile) -> str:
 
 
 @functools.cache
-def _session(model: str) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(base64.b64decode(model), options, providers=["CPUExecutionProvider"])
+def _network(model: str) -> Network:
+    """Of an ONNX file."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX, whose parser makes the networks, is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "graph.onnx"
+        file.write_bytes(base64.b64decode(model))
+        return Network.of(import_tensorrt("tensorrt_rtx"), file)
 
 
 class ICudaEngine:
     def __init__(self, world: World, plan: dict[str, Any]) -> None:
         self._world, self._plan = world, plan
-        self._session = _session(plan["onnx"])
-        self._inputs: dict[str, Any] = {given.name: given for given in self._session.get_inputs()}
-        self._tensors: dict[str, Any] = self._inputs | {output.name: output for output in self._session.get_outputs()}
+        self._network = _network(plan["onnx"])
+        self._inputs = self._network.inputs
+        self._tensors: dict[str, Declared] = self._inputs | self._network.outputs
         self._weights = world.take(64)
         self._whole = not plan.get("stripped")
 
@@ -198,14 +230,13 @@ class ICudaEngine:
         return len(self._plan["profiles"])
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._tensors)[index]
+        return [*self._tensors][index]
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        given = self._plan["types"].get(name)
-        return DataType[given] if given else ORT_TYPES[self._tensors[name].type]
+        return DataType[self._plan["types"].get(name, self._tensors[name].dtype)]
 
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation[self._plan["locations"].get(name, "DEVICE")]
@@ -235,6 +266,7 @@ class IExecutionContext:
     def __init__(self, engine: ICudaEngine, how: ExecutionContextAllocationStrategy | IRuntimeConfig) -> None:
         self._engine, self._world, self._how = engine, engine._world, how
         self._profile = 0
+        self._nvtx_verbosity = ProfilingVerbosity.DETAILED  # as the engine was built
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._busy = threading.Lock()
@@ -243,6 +275,8 @@ class IExecutionContext:
     def __del__(self) -> None:
         if hasattr(self, "_activations"):
             self._world.memory.give_back(self._activations)
+
+    nvtx_verbosity = _setting("_nvtx_verbosity", ProfilingVerbosity)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
@@ -303,10 +337,9 @@ class IExecutionContext:
     def _compute(self, tensors: Mapping[str, tuple[int, DataType, tuple[int, ...]]]) -> None:
         try:
             views = {name: self._view(*tensor) for name, tensor in tensors.items()}
-            engine = self._engine
-            feeds = {name: views[name].astype(_ort_dtype(given)) for name, given in engine._inputs.items()}
-            names = [output.name for output in engine._session.get_outputs()]
-            for name, values in zip(names, engine._session.run(names, feeds), strict=True):
+            inputs = self._engine._inputs.items()
+            feeds = {name: views[name].astype(TYPES[tensor.dtype]) for name, tensor in inputs}
+            for name, values in self._engine._network.run(feeds).items():
                 np.copyto(views[name], values, casting="unsafe")
         finally:
             self._busy.release()
@@ -354,6 +387,12 @@ class IRuntimeConfig:
 class RtxRuntimeConfig(IRuntimeConfig):
     """As TensorRT-RTX has it: it compiles kernels where they run."""
 
+    _specialization, _graphs = DynamicShapesKernelSpecializationStrategy.LAZY, CudaGraphStrategy.DISABLED
+    dynamic_shapes_kernel_specialization_strategy = _setting(
+        "_specialization", DynamicShapesKernelSpecializationStrategy
+    )
+    cuda_graph_strategy = _setting("_graphs", CudaGraphStrategy)
+
     def create_runtime_cache(self) -> IRuntimeCache:
         return IRuntimeCache()
 
@@ -372,10 +411,6 @@ class IRuntimeCache:
 
 class IHostMemory(bytes):
     """Bytes of TensorRT's; the real one has the buffer protocol as well."""
-
-
-def _ort_dtype(given: Any) -> np.dtype[Any]:
-    return NUMPY[ORT_TYPES[given.type]]
 
 
 def _evaluate(expression: str, sizes: Mapping[str, int]) -> int:

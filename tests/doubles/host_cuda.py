@@ -22,7 +22,7 @@ from unipinrec.runtime.trt.cuda import Cuda
 
 DEVICE = 1  # not the one that a thread has from the start, so that forgetting to choose it shows
 ALIGNMENT = 256
-CLEANING = {"cudaFreeAsync", "cudaFreeHost", "cudaStreamDestroy", "cudaMemPoolTrimTo"}
+CLEANING = {"cudaFreeAsync", "cudaFreeHost", "cudaStreamDestroy", "cudaMemPoolDestroy"}
 
 
 class CudaError(IntEnum):
@@ -38,6 +38,14 @@ class CudaError(IntEnum):
 class MemcpyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+
+
+class MemAllocationType(IntEnum):
+    cudaMemAllocationTypePinned = 1
+
+
+class MemLocationType(IntEnum):
+    cudaMemLocationTypeDevice = 1
 
 
 class MemPoolAttr(IntEnum):
@@ -87,6 +95,8 @@ class HostRuntime:
     cudaError_t = CudaError
     cudaMemcpyKind = MemcpyKind
     cudaMemPoolAttr = MemPoolAttr
+    cudaMemAllocationType = MemAllocationType
+    cudaMemLocationType = MemLocationType
     cudaHostAllocDefault = 0
     cudaStreamNonBlocking = 1
 
@@ -104,6 +114,7 @@ class HostRuntime:
         self._thread = threading.local()
         self._lock = threading.RLock()
         self._next_stream = 0x1000
+        self.pools: set[int] = set()
 
     # What CUDA has.
 
@@ -122,26 +133,41 @@ class HostRuntime:
             self._thread.device = device
         return (failed or OK,)
 
-    def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple[Any, ...]:
-        return self._enter("cudaDeviceGetDefaultMemPool") or OK, 0xF001 + device
+    @staticmethod
+    def cudaMemPoolProps() -> SimpleNamespace:
+        return SimpleNamespace(allocType=0, location=SimpleNamespace(type=0, id=0))
+
+    def cudaMemPoolCreate(self, poolProps: SimpleNamespace) -> tuple[Any, ...]:
+        self._check((poolProps.allocType, poolProps.location.type) == (1, 1), f"{poolProps} is not memory of a device")
+        failed = self._enter("cudaMemPoolCreate")
+        if failed:
+            return failed, None
+        with self._lock:
+            self.pools.add(0xF000 + self.calls["cudaMemPoolCreate"])
+            return OK, 0xF000 + self.calls["cudaMemPoolCreate"]
 
     def cudaMemPoolSetAttribute(self, memPool: int, attr: int, value: int) -> tuple[Any, ...]:
         failed = self._enter("cudaMemPoolSetAttribute")
-        self._check(memPool == 0xF001 + DEVICE, f"{memPool:#x} is not the pool of the device")
+        self._check(memPool in self.pools, f"{memPool:#x} is no pool")
         self._check((attr, value) == (4, 2**64 - 1), f"attribute {attr} of the pool is set to {value}")
         return (failed or OK,)
 
-    def cudaMemPoolTrimTo(self, memPool: int, minBytesToKeep: int) -> tuple[Any, ...]:
-        self._check(minBytesToKeep == 0, f"{minBytesToKeep} bytes are kept")
-        return (self._enter("cudaMemPoolTrimTo") or OK,)
+    def cudaMemPoolDestroy(self, memPool: int) -> tuple[Any, ...]:
+        self._check(memPool in self.pools, f"{memPool:#x} is destroyed, and is no pool")
+        failed = self._enter("cudaMemPoolDestroy")
+        if not failed:
+            self.pools.discard(memPool)
+        return (failed or OK,)
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
         failed = self._enter("cudaMemGetInfo", on_device=True)
         with self._lock:
             return (failed, None, None) if failed else (OK, self.total - self.used(), self.total)
 
-    def cudaMallocAsync(self, size: int, hStream: int) -> tuple[Any, ...]:
-        failed = self._enter("cudaMallocAsync")
+    def cudaMallocFromPoolAsync(self, size: int, memPool: int, stream: int) -> tuple[Any, ...]:
+        hStream = stream
+        self._check(memPool in self.pools, f"memory of {memPool:#x}, which is no pool")
+        failed = self._enter("cudaMallocFromPoolAsync")
         if not failed and hStream not in self.streams:
             failed = CudaError.cudaErrorInvalidResourceHandle
         address = None if failed else self.take(size)
@@ -322,7 +348,7 @@ class HostRuntime:
         return OK
 
 
-def host_cuda(runtime: HostRuntime) -> Cuda:
+def host_cuda(runtime: HostRuntime, device: int = DEVICE) -> Cuda:
     """The real wrapper over the double."""
     driver = SimpleNamespace(cuuint64_t=int)
-    return Cuda(SimpleNamespace(runtime=runtime, driver=driver), DEVICE)
+    return Cuda(SimpleNamespace(runtime=runtime, driver=driver), device)

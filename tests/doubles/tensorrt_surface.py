@@ -24,7 +24,12 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
         "TF32": MEMBER,
         "VERSION_COMPATIBLE": MEMBER,
     },
+    "CudaGraphStrategy": {
+        "WHOLE_GRAPH_CAPTURE": MEMBER,
+    },
     "DataType": {
+        "INT32": MEMBER,
+        "INT64": MEMBER,
         "name": "str",
     },
     "EngineInspector": {
@@ -33,11 +38,24 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     "ExecutionContextAllocationStrategy": {
         "ON_PROFILE_CHANGE": MEMBER,
     },
+    "DynamicShapesKernelSpecializationStrategy": {
+        "NONE": MEMBER,
+    },
+    "ElementWiseOperation": {
+        "LESS": MEMBER,
+    },
+    "FillOperation": {
+        "LINSPACE": MEMBER,
+    },
     "IAttention": {
         "decomposable": "bool",
+        "get_input": "(index: int) -> ITensor",
+        "key_value_lengths": "ITensor",
+        "mask": "ITensor",
     },
     "IAttentionInputLayer": {
         "attention": "IAttention",
+        "name": "str",
     },
     "IBuilderConfig": {
         "add_optimization_profile": "(profile: IOptimizationProfile) -> int",
@@ -73,6 +91,7 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
         "execute_async_v3": "(stream_handle: int) -> bool",
         "get_tensor_shape": "(name: str) -> Dims",
         "infer_shapes": "() -> list[str]",
+        "nvtx_verbosity": "ProfilingVerbosity",
         "set_input_shape": "(name: str, shape: tuple) -> bool",
         "set_optimization_profile_async": "(profile_index: int, stream_handle: int) -> bool",
         "set_tensor_address": "(name: str, memory: int) -> bool",
@@ -81,7 +100,9 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
         "get_input": "(index: int) -> ITensor",
         "get_output": "(index: int) -> ITensor",
         "name": "str",
+        "num_inputs": "int",
         "num_outputs": "int",
+        "set_input": "(index: int, tensor: ITensor) -> None",
         "type": "LayerType",
     },
     "ILogger": {
@@ -94,8 +115,19 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
         "WARNING": MEMBER,
     },
     "INetworkDefinition": {
+        "add_cast": "(input: ITensor, to_type: DataType) -> ICastLayer",
+        "add_constant": "(shape: Dims, weights: Weights) -> IConstantLayer",
+        "add_elementwise": "(input1: ITensor, input2: ITensor, op: ElementWiseOperation) -> IElementWiseLayer",
+        "add_fill": "(shape: Dims, op: FillOperation, output_type: DataType) -> IFillLayer",
+        "add_gather": "(input: ITensor, indices: ITensor, axis: int) -> IGatherLayer",
+        "add_shape": "(input: ITensor) -> IShapeLayer",
+        "add_unsqueeze": "(input: ITensor, axes: ITensor) -> IUnsqueezeLayer",
+        "get_input": "(index: int) -> ITensor",
         "get_layer": "(index: int) -> ILayer",
+        "get_output": "(index: int) -> ITensor",
+        "num_inputs": "int",
         "num_layers": "int",
+        "num_outputs": "int",
     },
     "IOptimizationProfile": {
         "set_shape": "(input: str, min: Dims, opt: Dims, max: Dims) -> None",
@@ -111,6 +143,8 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "IRuntimeConfig": {
         "create_runtime_cache": "() -> IRuntimeCache",
+        "cuda_graph_strategy": "CudaGraphStrategy",
+        "dynamic_shapes_kernel_specialization_strategy": "DynamicShapesKernelSpecializationStrategy",
         "set_execution_context_allocation_strategy": "(strategy: ExecutionContextAllocationStrategy = ...) -> None",
         "set_runtime_cache": "(cache: IRuntimeCache = ...) -> bool",
     },
@@ -127,8 +161,10 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "LayerType": {
         "ATTENTION_INPUT": MEMBER,
+        "CONSTANT": MEMBER,
         "DEQUANTIZE": MEMBER,
         "MATRIX_MULTIPLY": MEMBER,
+        "SHAPE": MEMBER,
         "SHUFFLE": MEMBER,
     },
     "MemoryPoolType": {
@@ -152,6 +188,7 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "ProfilingVerbosity": {
         "DETAILED": MEMBER,
+        "NONE": MEMBER,
     },
     "Refitter": {
         "__init__": "(engine: ICudaEngine, logger: ILogger) -> None",
@@ -168,20 +205,42 @@ SURFACE: dict[str, dict[str, str | tuple[str, ...]]] = {
     "TensorLocation": {
         "DEVICE": MEMBER,
     },
+    "Weights": {
+        "__init__": "(a: numpy.ndarray) -> None",
+    },
 }
+
+SINCE_11 = {"IAttention.key_value_lengths"}  # and in TensorRT-RTX
 
 RTX_ONLY = {
     "ComputeCapability",
+    "CudaGraphStrategy",
+    "DynamicShapesKernelSpecializationStrategy",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
     "IRuntimeCache",
     "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IRuntimeConfig.set_runtime_cache",
 }
 
 # What parameters and attributes hold, by file and function, "*" for all of a file.
 SEEDS: dict[str, dict[str, dict[str, str]]] = {
     "library.py": {"*": {"module": MODULE}},
+    "network.py": {
+        "*": {
+            "module": MODULE,
+            "network": "INetworkDefinition",
+            "attention": "IAttention",
+            "layer": "ILayer",
+            "key": "ITensor",
+            "lengths": "ITensor",
+            "tensor": "ITensor",
+        },
+        "parse_graph": {"builder": "Builder"},
+        "_mask": {"layer": "ILayer"},
+    },
     "build.py": {
         "*": {"module": MODULE},
         "run": {"config": "IBuilderConfig"},
@@ -197,7 +256,6 @@ SEEDS: dict[str, dict[str, dict[str, str]]] = {
         "network_type": {"tensor": "ITensor"},
         "_type_read": {"tensor": "ITensor", "producer": "ILayer"},
     },
-    "io.py": {"*": {"module": MODULE, "engine": "ICudaEngine"}},
     "runner.py": {"*": {"context": "IExecutionContext"}},
     "load.py": {
         "*": {"module": MODULE, "engine": "ICudaEngine", "context": "IExecutionContext", "cache": "IRuntimeCache"},

@@ -11,8 +11,8 @@ import torch
 
 from unipinrec.errors import RequestError
 from unipinrec.export.bundle_writer import export_bundle
-from unipinrec.export.checkpoint_source import source_from_model
 from unipinrec.export.protocol import ExportSource
+from unipinrec.export.servable import source_from_model
 from unipinrec.models.checkpoint import ItemList
 from unipinrec.models.config import TINY, AttentionForm, Vocabulary
 from unipinrec.models.data.item_features import ItemFeatures

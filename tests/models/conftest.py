@@ -5,25 +5,20 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import polars as pl
 import pytest
 import torch
 
 from unipinrec.models.config import ModelConfig, Vocabulary
-from unipinrec.models.data.schema import (
-    FORMAT_VERSION,
-    Dataset,
-    DatasetSpec,
-    TimeSplit,
-    event_columns,
-    item_columns,
-    slate_columns,
-)
 from unipinrec.models.model import UniPinRec
+
+if TYPE_CHECKING:  # some tests run where polars is not installed
+    import polars as pl
+
+    from unipinrec.models.data.schema import Dataset, DatasetSpec
 
 ACTIONS = ("click", "like", "hide")
 POSITIVE = ("click", "like")
@@ -117,6 +112,17 @@ def build(
     features: bool = False,
 ) -> Dataset:
     """A data set of these rows; the catalogue is `items`, or every item of the rows in alphabetic order."""
+    import polars as pl
+
+    from unipinrec.models.data.schema import (
+        FORMAT_VERSION,
+        Dataset,
+        DatasetSpec,
+        TimeSplit,
+        event_columns,
+        slate_columns,
+    )
+
     shown = [
         (slate, user, item, surface, time, names, position)
         for slate, user, surface, time, content in slates
@@ -187,6 +193,10 @@ def _flags(names: str) -> list[bool]:
 
 
 def _items(spec: DatasetSpec, catalogue: list[str]) -> pl.DataFrame:
+    import polars as pl
+
+    from unipinrec.models.data.schema import item_columns
+
     count = len(catalogue)
     columns: dict[str, list[Any]] = {
         "item_id": catalogue,

@@ -49,6 +49,13 @@ class Forgetful(Engine):
         return past
 
 
+class SeesPadding(Engine):
+    """ONNX Runtime told that every row is as long as the longest: what TensorRT's parser makes of a graph."""
+
+    def rank(self, encoded: Encoded, *request: Any) -> NDArray[np.float32]:
+        return super().rank(replace(encoded, lengths=np.full_like(encoded.lengths, encoded.lengths.max())), *request)
+
+
 @pytest.fixture
 def rounded(bundle: Path) -> Rounded:
     engine = Rounded.on_cpu(Bundle.open(bundle))
@@ -133,6 +140,14 @@ def test_queries_that_turn_a_little_fail_by_what_they_retrieve(rounded: Rounded,
 def test_extension_is_compared_too(bundle: Path) -> None:
     found = measure_agreement(Forgetful.on_cpu(Bundle.open(bundle)), Bundle.open(bundle))
     assert found.problem is not None
+
+
+def test_padding_that_is_seen_fails_though_every_request_alone_is_right(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    found = measure_agreement(SeesPadding.on_cpu(opened), opened)
+    assert (found.ranked_overlap_strict, found.retrieved_overlap_strict) == (1.0, 1.0)
+    assert found.problem is not None
+    assert found.problem.startswith("a logit is off by ")
 
 
 def test_bf16_agrees(bundle: Path, bf16_device: str) -> None:

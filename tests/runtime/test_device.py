@@ -17,7 +17,7 @@ from fake_tensorrt import VERSIONS, make_plan
 from host_cuda import HostRuntime
 
 from unipinrec.errors import BackendError, BundleError
-from unipinrec.runtime import Bundle, Recommender, RecommendOptions, verify_bundle
+from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, verify_bundle
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.device import DEVICES, THIS_MACHINE, candidates, open_engine
 from unipinrec.runtime.golden_check import require_golden
@@ -67,11 +67,13 @@ def test_a_device_that_was_asked_for_runs(wanted: str) -> None:
     ("wanted", "precisions", "expected"),
     [
         ("auto", (), ("tensorrt-fp32", "cuda", "cpu")),
-        ("auto", ("bf16", "fp16", "fp8"), ("tensorrt-bf16", "cuda", "cpu")),
+        ("auto", ("bf16", "fp16", "fp8"), ("tensorrt-bf16", "cuda-bf16", "cuda", "cpu")),
         ("tensorrt", (), ("tensorrt-fp32", "cuda", "cpu")),
-        ("tensorrt", ("bf16",), ("tensorrt-bf16", "cuda", "cpu")),
+        ("tensorrt", ("bf16",), ("tensorrt-bf16", "cuda-bf16", "cuda", "cpu")),
+        ("tensorrt-fp16", ("bf16", "fp16"), ("tensorrt-fp16", "cuda-fp16", "cuda", "cpu")),
         ("tensorrt-fp32", ("bf16",), ("tensorrt-fp32", "cuda", "cpu")),
         ("tensorrt-fp8", (), ("tensorrt-fp8", "cuda", "cpu")),
+        ("tensorrt-fp8", ("bf16", "fp8"), ("tensorrt-fp8", "cuda-bf16", "cuda", "cpu")),
         ("cuda", ("bf16",), ("cuda", "cpu")),
         ("cuda-fp32", (), ("cuda", "cpu")),
         ("cuda-bf16", (), ("cuda-bf16", "cpu")),
@@ -88,10 +90,31 @@ def test_candidates(manifest: Manifest, wanted: str, precisions: tuple[str, ...]
     assert candidates(wanted, WithGraphs) == expected  # type: ignore[arg-type] # a stand-in
 
 
+@pytest.mark.parametrize(
+    ("precisions", "expected"),
+    [
+        (("bf16", "fp16"), ("tensorrt-fp16", "cuda-fp16", "cuda", "cpu")),
+        (("bf16",), ("tensorrt-fp32", "cuda", "cpu")),
+    ],
+)
+def test_a_gpu_without_bf16(precisions: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    class WithGraphs:
+        """A manifest, of which only the names of the precisions are read."""
+
+    WithGraphs.precisions = dict.fromkeys(precisions)  # type: ignore[attr-defined] # a stand-in
+    turing = GpuInfo(name="T4", architecture="sm_75", driver_version="13.0", memory_bytes=1 << 34)
+    assert candidates("auto", WithGraphs, turing) == expected  # type: ignore[arg-type] # a stand-in
+
+
 def test_a_device_that_does_not_exist(tmp_path: Path) -> None:
     for call in (lambda: open_engine(Bundle.open(STORED), "tpu"), lambda: verify_bundle(tmp_path, "tpu")):
         with pytest.raises(BackendError, match=f"unknown device 'tpu'; use one of {', '.join(DEVICES)}"):
             call()
+
+
+def test_what_is_no_device_at_all() -> None:
+    with pytest.raises(BackendError, match=r"device=5 is neither one of auto, cpu, .* nor a backend"):
+        Recommender.load(STORED, 5)  # type: ignore[arg-type]  # a mistake
 
 
 @without_driver
@@ -317,7 +340,7 @@ def test_wrong_answers_on_a_gpu_are_an_error_and_no_fallback(
     assert report.device.name == "tensorrt-fp32"
 
 
-def test_a_graph_that_fails_on_a_gpu_is_an_error_and_no_fallback(
+def test_a_graph_that_fails_on_a_gpu_leads_to_the_next_device(
     machine: HostMachine, gpu: GpuInfo, memory: HostRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_engines(Bundle.open(STORED), gpu)
@@ -326,10 +349,31 @@ def test_a_graph_that_fails_on_a_gpu_is_an_error_and_no_fallback(
         return False
 
     monkeypatch.setattr("fake_tensorrt.IExecutionContext.execute_async_v3", fail)
-    with pytest.raises(BackendError, match=r"bundle_v1 does not run on tensorrt-fp32: encoder.*; use device cpu$"):
-        Recommender.load(STORED, machine=machine)
+    with pytest.raises(BackendError, match=r"strict allows no other device: tensorrt-fp32: encoder: "):
+        Recommender.load(STORED, strict=True, machine=machine)
+    with Recommender.load(STORED, machine=machine) as recommender:
+        device = recommender.device
+        assert len(recommender.recommend([{"item": "item-1", "actions": []}], 1).items) == 1
+    assert (device.name, device.fell_back) == ("cpu", True)
+    assert device.refused[0].startswith("tensorrt-fp32: encoder: ")
     gc.collect()
     assert memory.left() == {}
+
+
+def test_a_cache_on_a_gpu_warns(machine: HostMachine, gpu: GpuInfo, caplog: pytest.LogCaptureFixture) -> None:
+    install_engines(Bundle.open(STORED), gpu)
+    for cache, warnings in ((None, 0), (CacheOptions(budget_bytes=1 << 20), 1)):
+        caplog.clear()
+        with Recommender.load(STORED, "tensorrt", machine=machine, cache=cache):
+            told = [one for one in caplog.messages if "copies cached keys and values to the host" in one]
+            assert len(told) == warnings
+
+
+def test_the_gpu_of_a_number_is_used(machine: HostMachine, gpu: GpuInfo) -> None:
+    install_engines(Bundle.open(STORED), gpu)
+    machine.index = 5
+    with pytest.raises(BackendError, match=r"could not look at GPU 5: cudaErrorInvalidDevice"):
+        open_engine(Bundle.open(STORED), "tensorrt", strict=True, machine=machine)
 
 
 def test_a_closed_recommender_answers_nothing() -> None:

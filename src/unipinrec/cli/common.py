@@ -101,11 +101,14 @@ def print_json(document: Any) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
 
 
-def machine() -> Machine:
-    """The machine whose devices are examined: this one, unless the caller of `main` passes another as `obj`."""
-    from unipinrec.runtime.device import THIS_MACHINE
+gpu_option = click.option("--gpu", type=click.IntRange(0), default=0, help="Number of the GPU.")
 
-    return click.get_current_context().obj or THIS_MACHINE
+
+def machine(gpu: int = 0) -> Machine:
+    """This machine with a GPU by its number, unless the caller of `main` passes another as `obj`."""
+    from unipinrec.runtime.device import Machine
+
+    return click.get_current_context().obj or Machine(gpu)
 
 
 def progress() -> Progress:

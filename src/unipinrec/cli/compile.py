@@ -84,6 +84,7 @@ DRY, LIST, REMOVE = "--dry-run", "--list", "--remove"
 @click.option(DRY, is_flag=True, help="Show profiles and memory, and build nothing. Needs no TensorRT.")
 @click.option(LIST, "list_them", is_flag=True, help="Show the engines of this bundle, and why an engine is not usable.")
 @click.option(REMOVE, metavar="ID", help="Remove the engine whose id begins with ID from the cache.")
+@common.gpu_option
 @common.json_command
 def compile_engines(bundle: Path, as_json: bool, **options: Any) -> None:
     """Compile a bundle's graphs into TensorRT engines for this machine's GPU.
@@ -97,7 +98,7 @@ def compile_engines(bundle: Path, as_json: bool, **options: Any) -> None:
     with common.stderr.status("loading"):
         opened = Bundle.open(bundle)
     if options["list_them"]:
-        _list(opened, as_json)
+        _list(opened, options, as_json)
     elif options["remove"]:
         _remove(options["remove"])
     elif options["dry_run"]:
@@ -171,7 +172,7 @@ def _here(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     from unipinrec.runtime.trt.store import EngineStore
 
     began, tasks = time.monotonic(), _tasks(bundle.manifest, options)
-    here = common.machine()
+    here = common.machine(options["gpu"])
     trt, store = here.tensorrt(options["flavor"]), EngineStore()
     if missing := here.driver_problem():
         raise BackendError(
@@ -227,13 +228,13 @@ def _report(
     common.say(f"{where.get('out') or where.get('cache')}: {len(done)} engines, {seconds:.0f} s")
 
 
-def _list(bundle: Bundle, as_json: bool) -> None:
+def _list(bundle: Bundle, options: dict[str, Any], as_json: bool) -> None:
     from unipinrec.runtime.tools.engines import list_engines
     from unipinrec.runtime.trt.cuda import GpuInfo
     from unipinrec.runtime.trt.record import engine_host
     from unipinrec.runtime.trt.store import EngineStore
 
-    gpu, store = common.machine().gpu(), EngineStore()
+    gpu, store = common.machine(options["gpu"]).gpu(), EngineStore()
     host = engine_host(gpu if isinstance(gpu, GpuInfo) else None)
     engines = list_engines(bundle, store, host, _installed())
     if as_json:

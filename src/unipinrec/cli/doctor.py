@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import SHORT, any_path, json_command, machine, print_json, stderr, stdout
+from unipinrec.cli.common import SHORT, any_path, gpu_option, json_command, machine, print_json, stderr, stdout
 from unipinrec.errors import BackendError
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ GIB, MIB = 2**30, 2**20
     epilog="\b\nExamples:\n  unipinrec doctor\n  unipinrec doctor bundle/ --json",
 )
 @click.argument("bundle", type=any_path, required=False)
+@gpu_option
 @json_command
-def doctor(bundle: Path | None, as_json: bool) -> None:
+def doctor(bundle: Path | None, gpu: int, as_json: bool) -> None:
     """Show which devices of this machine can serve, and why the others cannot.
 
     With a BUNDLE, also show its compiled engines and load it as a server would. Exits with 1 if no device can serve it.
@@ -36,7 +37,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
     with stderr.status("examining"), _without_warnings():
         from unipinrec.runtime.tools.doctor import examine
 
-        diagnosis = examine(bundle, machine())
+        diagnosis = examine(bundle, machine(gpu))
     if as_json:
         print_json(diagnosis)
     else:

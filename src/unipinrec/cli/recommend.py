@@ -11,7 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import SHORT, bundle_argument, input_file, json_command, print_json, say, stderr, stdout, warn
+from unipinrec.cli.common import (
+    SHORT,
+    bundle_argument,
+    gpu_option,
+    input_file,
+    json_command,
+    machine,
+    print_json,
+    say,
+    stderr,
+    stdout,
+    warn,
+)
 from unipinrec.errors import BackendError, BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -73,13 +85,14 @@ engines_option = click.option(
 @device_option
 @strict_option
 @engines_option
+@gpu_option
 @json_command
-def verify(bundle: Path, device: str, strict: bool, allow_bundle_engines: bool, as_json: bool) -> None:
+def verify(bundle: Path, device: str, as_json: bool, gpu: int, **rules: bool) -> None:
     """Check that a bundle is complete and computes the same on this machine as PyTorch did at export."""
     with stderr.status("verifying"):
         from unipinrec.runtime.verify import verify_bundle
 
-        report = verify_bundle(bundle, device, strict=strict, allow_bundle_engines=allow_bundle_engines)
+        report = verify_bundle(bundle, device, machine=machine(gpu), **rules)
     if as_json:
         print_json(report)
     else:
@@ -234,6 +247,7 @@ def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
 @device_option
 @strict_option
 @engines_option
+@gpu_option
 @json_command
 def recommend(
     bundle: Path,
@@ -251,7 +265,7 @@ def recommend(
         from unipinrec.runtime import Recommender, RecommendOptions
 
         rules = {name: options.pop(name) for name in ("strict", "allow_bundle_engines", "cold_start")}
-        recommender = Recommender.load(bundle, device, **rules)
+        recommender = Recommender.load(bundle, device, machine=machine(options.pop("gpu")), **rules)
     with recommender:
         events = _events(recommender, user, history)
         if user is not None and events and options["now_ms"] is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from unipinrec.cli.common import FiniteRange, bundle_argument, command, input_file, positive
+from unipinrec.cli.common import FiniteRange, bundle_argument, command, gpu_option, input_file, positive
 from unipinrec.cli.recommend import cold_start_option, device_option, engines_option, strict_option
 
 EXAMPLES = """\b
@@ -38,6 +38,7 @@ DAY_S = 86_400
 @device_option
 @strict_option
 @engines_option
+@gpu_option
 @cold_start_option
 @click.option(
     "--state",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_a_file_that_is_no_graph(opened: Bundle, tmp_path: Path) -> None:
 def test_what_is_missing_is_told_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken:
         @staticmethod
-        def preload_dlls() -> None:
+        def preload_dlls(**_: str) -> None:
             print("Failed to load libcublas.so.13: no such file")
             print("Please follow the installation guide.")
 
@@ -132,6 +133,22 @@ def test_what_is_missing_is_told_and_not_printed(capsys: pytest.CaptureFixture[s
     )
     assert preload(onnxruntime) is None
     assert capsys.readouterr().out == ""
+
+
+def test_libraries_of_nvidia_in_another_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    class Runtime:
+        @staticmethod
+        def preload_dlls(directory: str | None = None) -> None:
+            asked.append(directory)
+
+    libraries = tmp_path / "nvidia" / "cu13" / "lib"
+    libraries.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert preload(Runtime) is None
+    assert asked == [str(libraries)]
 
 
 def test_keys_and_values_reach_the_ranker_without_a_copy(

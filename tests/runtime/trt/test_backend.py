@@ -1,4 +1,4 @@
-"""The TensorRT backend, over doubles of TensorRT and CUDA that compute in ONNX Runtime on host memory."""
+"""The TensorRT backend, over doubles of TensorRT and CUDA that compute the parsed network on host memory."""
 
 from __future__ import annotations
 
@@ -396,3 +396,25 @@ def test_keys_and_values_in_less_precision(
     del encoded, grown, unrounded
     gc.collect()
     assert (memory.left(), memory.faults) == ({}, [])
+
+
+def test_contexts_are_quiet_and_their_kernels_stay(
+    stored: Bundle, memory: HostRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    create = fake_tensorrt.ICudaEngine.create_execution_context
+
+    def spy(self: fake_tensorrt.ICudaEngine, strategy: Any) -> Any:
+        made.append(create(self, strategy))
+        return made[-1]
+
+    monkeypatch.setattr(fake_tensorrt.ICudaEngine, "create_execution_context", spy)
+    double_backend(stored, memory, flavor="tensorrt_rtx").close()
+    strategy = fake_tensorrt.DynamicShapesKernelSpecializationStrategy
+    assert made
+    for context in made:
+        assert context.nvtx_verbosity == fake_tensorrt.ProfilingVerbosity.NONE
+        assert isinstance(context._how, fake_tensorrt.RtxRuntimeConfig)
+        assert context._how.dynamic_shapes_kernel_specialization_strategy == strategy.NONE
+        assert context._how.cuda_graph_strategy == fake_tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    made.clear()

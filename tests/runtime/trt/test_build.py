@@ -19,8 +19,10 @@ from answers import graph_paths
 from onnx import TensorProto, helper
 
 from unipinrec.errors import BackendError
+from unipinrec.export.precision.masks import with_masks
 from unipinrec.export.precision.typed import LowType, typed_graph
 from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.trt import network as parsed_network
 from unipinrec.runtime.trt.build import BuildTask, build_engine, check_task, known_targets
 from unipinrec.runtime.trt.layers import require_precision
 from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
@@ -91,6 +93,32 @@ def test_attention_is_fused_in_less_precision(
     kept = {name: low for name in expected if name.startswith(("present.", "past_key_values."))}
     assert kept
     assert report.tensors == expected | kept
+
+
+@pytest.mark.parametrize("graph", ["encoder", "ranker"])
+def test_what_leaves_padding_out_costs_neither_fusion_nor_memory(
+    graph: str, trt: TensorRT, opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network as the parser makes it, completed by lengths, and of a graph with a mask."""
+    copies = [shutil.copy(opened.path / name, tmp_path) for name in (f"{graph}.onnx", "weights.bin")]
+    model, profiles = onnx.load(copies[0]), profiles_of(opened, graph)[1:]
+    shapes = {name: largest for name, (_, _, largest) in profiles[0].items()}
+    built = {}
+    for how, source in (("lengths", model), ("mask", with_masks(model)), ("parsed", model)):
+        if how == "parsed":
+            monkeypatch.setattr(parsed_network, "complete_attention", lambda *_: [])
+            monkeypatch.setattr(parsed_network, "lost_inputs", lambda *_: [])
+        path = tmp_path / f"{how}_{graph}.onnx"
+        onnx.save(typed_graph(source, "bf16"), path)
+        built[how] = build_engine(trt, path, task_of(opened, graph, profiles=profiles))
+    assert {state for one in built.values() for state in one.layers.attention.values()} == {"fused"}
+    (scratch,) = built["parsed"].activation_bytes
+    if graph == "encoder":
+        mask = shapes["item_vectors"][0] * (shapes["item_vectors"][1] + 1)
+    else:
+        mask = shapes["past_lengths"][0] * shapes["candidate_vectors"][1] * shapes["past_key_values.0.key"][2]
+    assert built["lengths"].activation_bytes[0] <= 1.02 * scratch + 4096
+    assert built["mask"].activation_bytes[0] <= 1.02 * scratch + 4096 + 4 * mask
 
 
 def quantised(path: Path) -> Path:

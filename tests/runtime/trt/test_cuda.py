@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_cuda import DEVICE, CudaError, HostRuntime, MemcpyKind, MemPoolAttr, host_cuda
+from host_cuda import (
+    DEVICE,
+    CudaError,
+    HostRuntime,
+    MemAllocationType,
+    MemcpyKind,
+    MemLocationType,
+    MemPoolAttr,
+    host_cuda,
+)
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import machine
@@ -26,6 +35,8 @@ from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
 ENUMS: dict[str, type[IntEnum]] = {
     "cudaError_t": CudaError,
     "cudaMemcpyKind": MemcpyKind,
+    "cudaMemAllocationType": MemAllocationType,
+    "cudaMemLocationType": MemLocationType,
     "cudaMemPoolAttr": MemPoolAttr,
 }
 
@@ -71,7 +82,11 @@ def test_it_says_what_it_is(runtime: HostRuntime) -> None:
 @pytest.mark.parametrize(
     ("function", "use", "match"),
     [
-        ("cudaMallocAsync", lambda cuda: cuda.malloc(5000, cuda.stream()), "could not allocate 5,000 bytes on the GPU"),
+        (
+            "cudaMallocFromPoolAsync",
+            lambda cuda: cuda.malloc(5000, cuda.stream()),
+            "could not allocate 5,000 bytes on the GPU",
+        ),
         ("cudaHostAlloc", lambda cuda: cuda.host_alloc(5000), "could not pin 5,000 bytes of host memory"),
         ("cudaStreamCreateWithFlags", lambda cuda: cuda.stream(), "could not make a stream"),
         ("cudaStreamSynchronize", lambda cuda: cuda.synchronize(cuda.stream()), "could not wait for the GPU"),
@@ -92,7 +107,7 @@ def test_an_error_has_cudas_name_its_text_and_a_remedy(
         use(cuda)
 
 
-@pytest.mark.parametrize("function", ["cudaGetDeviceProperties", "cudaSetDevice", "cudaDeviceGetDefaultMemPool"])
+@pytest.mark.parametrize("function", ["cudaGetDeviceProperties", "cudaSetDevice", "cudaMemPoolCreate"])
 def test_a_gpu_that_is_not_there(runtime: HostRuntime, function: str) -> None:
     fail_on(runtime, function, CudaError.cudaErrorInvalidDevice)
     with pytest.raises(
@@ -126,7 +141,8 @@ def test_memory_outlives_its_stream_and_the_gpu_being_closed(runtime: HostRuntim
     assert runtime.left() == {"blocks": 1}
     cuda.free(late, second)
     assert (runtime.left(), runtime.faults) == ({}, [])
-    assert runtime.calls["cudaMemPoolTrimTo"] == 1
+    assert runtime.calls["cudaMemPoolDestroy"] == 1
+    assert runtime.pools == set()
     for use in (lambda: cuda.malloc(1, 0), lambda: cuda.host_alloc(1), cuda.stream):
         with pytest.raises(BackendError, match="GPU 1 was closed; open it again"):
             use()
@@ -219,6 +235,10 @@ def test_the_double_has_the_functions_of_the_real_bindings() -> None:
     real = real_runtime()
     functions = [name for name in vars(HostRuntime) if name.startswith("cuda") and callable(getattr(HostRuntime, name))]
     functions = [name for name in functions if not isinstance(getattr(HostRuntime, name), type)]
+    functions.remove("cudaMemPoolProps")  # a class of theirs
+    properties = real.cudaMemPoolProps()
+    assert {"allocType", "location"} <= set(dir(properties))
+    assert {"type", "id"} <= set(dir(properties.location))
     assert len(functions) == 17
     for name in functions:
         ours = [*inspect.signature(getattr(HostRuntime, name)).parameters][1:]

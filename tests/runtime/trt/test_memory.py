@@ -91,7 +91,7 @@ def test_staging_grows_when_it_has_to_and_only_then(runtime: HostRuntime, cuda: 
     for arrays in (small, small, large, small, large):
         staging.put(arrays, {"x": "float32"})
         cuda.synchronize(stream)
-    assert (runtime.calls["cudaHostAlloc"], runtime.calls["cudaMallocAsync"]) == (2, 2)
+    assert (runtime.calls["cudaHostAlloc"], runtime.calls["cudaMallocFromPoolAsync"]) == (2, 2)
     assert runtime.left() == {"blocks": 1, "pinned": 1, "streams": 1}
     staging.release()
     staging.release()
@@ -99,7 +99,7 @@ def test_staging_grows_when_it_has_to_and_only_then(runtime: HostRuntime, cuda: 
     assert (runtime.left(), runtime.faults) == ({}, [])
 
 
-@pytest.mark.parametrize("function", ["cudaMallocAsync", "cudaHostAlloc"])
+@pytest.mark.parametrize("function", ["cudaMallocFromPoolAsync", "cudaHostAlloc"])
 def test_staging_that_could_not_grow_works_again_later(runtime: HostRuntime, cuda: Cuda, function: str) -> None:
     stream = cuda.stream()
     staging = Staging(cuda, stream)

@@ -175,3 +175,21 @@ def test_a_copied_bundle_needs_the_same_engines(tmp_path: Path) -> None:
     assert {(need.precision, need.flavor, need.version) for need in needs.values()} == {
         ("fp32", "tensorrt", "11.4.0.106")
     }
+
+
+def test_machines_of_a_fleet_share_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = GpuInfo(name="NVIDIA H200", architecture="sm_90", driver_version="13.0", memory_bytes=1)
+    hosts = []
+    for container in ("one", "two"):
+        (tmp_path / container).write_text(container)
+        monkeypatch.setattr(engine_record, "MACHINE_IDS", (tmp_path / container,))
+        monkeypatch.delenv("UNIPINREC_FLEET", raising=False)
+        alone = engine_host(gpu)
+        monkeypatch.setenv("UNIPINREC_FLEET", "pool-a")
+        hosts.append((alone, engine_host(gpu)))
+    assert hosts[0][0] != hosts[1][0]
+    assert hosts[0][1] == hosts[1][1]
+    other = GpuInfo(name="NVIDIA B200", architecture="sm_100", driver_version="13.0", memory_bytes=1)
+    assert engine_host(other) != hosts[0][1]
+    monkeypatch.setenv("UNIPINREC_FLEET", "pool-b")
+    assert engine_host(gpu) != hosts[0][1]
