@@ -30,6 +30,8 @@ CUDA_DEVICES = ("cuda", "cuda-fp32", "cuda-bf16", "cuda-fp16")
 TENSORRT_DEVICES = ("tensorrt", "tensorrt-fp32", "tensorrt-bf16", "tensorrt-fp16", "tensorrt-fp8")
 DEVICES = ("auto", "cpu", *OPENVINO_DEVICES, *CUDA_DEVICES, *TENSORRT_DEVICES)
 WITHOUT_BF16 = ("sm_70", "sm_72", "sm_75")
+BLACKWELL = "sm_100"  # B200
+NO_BLACKWELL = f"; onnxruntime-gpu 1.31 has no kernels for {BLACKWELL}: use TensorRT, or a build of your own"
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +112,8 @@ def open_engine(
         return _proven(Engine(device, model, vectors, Device(name=type(device).__name__, reason="passed in")), proof)
     machine = rules.get("machine", THIS_MACHINE)
     has_driver = machine.driver_problem() is None
-    names = candidates(device, bundle.manifest, machine.gpu() if has_driver else None)
+    gpu = machine.gpu() if has_driver else None
+    names = candidates(device, bundle.manifest, gpu)
     matters = device != "auto" or has_driver
     bound = rules.get("strict", False) and matters
     refused: list[str] = []
@@ -128,7 +131,8 @@ def open_engine(
         except BackendError as error:
             if len(names) == 1:
                 raise BackendError(f"{bundle.path} does not run on {name}: {error}") from error
-            refused.append(f"{name}: {error}")
+            lacks_kernels = name.startswith("cuda") and isinstance(gpu, GpuInfo) and gpu.architecture == BLACKWELL
+            refused.append(f"{name}: {error}{NO_BLACKWELL if lacks_kernels else ''}")
         else:
             _log_refused(chosen, device)
             return engine

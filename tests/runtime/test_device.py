@@ -369,6 +369,16 @@ def test_a_cache_on_a_gpu_warns(machine: HostMachine, gpu: GpuInfo, caplog: pyte
             assert len(told) == warnings
 
 
+def test_a_gpu_that_onnx_runtime_has_no_kernels_for_is_named(machine: HostMachine) -> None:
+    class B200(HostMachine):
+        def gpu(self) -> GpuInfo:
+            return GpuInfo(name="B200", architecture="sm_100", driver_version="13.0", memory_bytes=1 << 37)
+
+    for where, named in ((machine, False), (B200(machine.memory), True)):
+        (refused,) = open_engine(Bundle.open(STORED), "cuda", machine=where).device.refused
+        assert ("onnxruntime-gpu 1.31 has no kernels for sm_100" in refused) == named
+
+
 def test_the_gpu_of_a_number_is_used(machine: HostMachine, gpu: GpuInfo) -> None:
     install_engines(Bundle.open(STORED), gpu)
     machine.index = 5
