@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import math
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -31,7 +33,13 @@ from unipinrec.runtime.server.swap import Deployments
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they close them first
 BACKLOG = 2_048
 BEAT_S = 1.0
-LINGER_S = 0.5  # after the last connection was accepted: time for its request to arrive
+PARENT_S = 1.0  # one of several processes awaits its parent's second signal for so long
+HANDSHAKE_S = 0.1  # after new connections are stopped: time for handshakes under way
+LINGER_S = 0.5  # after the last connection was accepted: time for a request on it to arrive
+FIRST_REQUEST_S = 2.0  # the same, for connections that have not had a request
+# The socket option of Linux, and a program that drops packets with the flag SYN, which open a connection.
+SO_ATTACH_FILTER = 26
+DROP_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 # The event loop waits at most this long for a batch that holds the interpreter; Python's own 5 ms raise the p99.
 SWITCH_INTERVAL_S = 1e-3
 # Python's default of (700, 10, 10) scans all objects of the process often, and stops it for 40 ms each time.
@@ -148,6 +156,20 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def stop_connections(listener: socket.socket) -> None:
+    """Let no new connection begin, while those that have begun can still be accepted.
+
+    Otherwise one that begins between the last accept and the close is established, and then reset. Clients see a
+    connection that is refused a second later. It concerns all processes that share the socket. Only Linux can do it;
+    elsewhere that moment remains.
+    """
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in DROP_SYN)
+    kept = ctypes.create_string_buffer(program, len(program))
+    if sys.platform == "linux":
+        pointer = struct.pack("HP", len(DROP_SYN), ctypes.addressof(kept))
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
+
+
 class _Process(uvicorn.Server):
     """uvicorn, with loading in the background and an end in two steps."""
 
@@ -184,11 +206,11 @@ class _Process(uvicorn.Server):
         self.failure, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first SIGTERM starts draining, the next signal ends it; after that Ctrl-C exits without waiting."""
+        """The first SIGTERM starts draining, the next signal ends that; later ones wait for no answer if by Ctrl-C."""
         if self.should_exit:
             self.force_exit = sig == signal.SIGINT
         elif sig == signal.SIGTERM and self._server.phase == "ready":
-            self._ends = time.monotonic() + self._options.drain_delay_s
+            self._ends = time.monotonic() + self._options.drain_delay_s + (PARENT_S if self._worker else 0)
         else:
             self.should_exit = True
         self._server.phase = "draining"
@@ -204,6 +226,10 @@ class _Process(uvicorn.Server):
         Closing a socket resets the connections that wait in it, so those are accepted first. And uvicorn closes
         connections whose request it has not begun to read, so it gets some time to read them.
         """
+        if self._worker is None:  # otherwise the parent has done it
+            for listener in sockets or []:
+                stop_connections(listener)
+        await asyncio.sleep(HANDSHAKE_S)
         waiting = [listener.dup() for listener in sockets or []]
         for server in self.servers:
             server.close()
@@ -218,8 +244,11 @@ class _Process(uvicorn.Server):
                     accepted.append(listener.accept()[0])
         for connection in accepted:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-        ends = time.monotonic() + LINGER_S
-        while self.server_state.connections and time.monotonic() < ends and not self.force_exit:
+        began, connections = time.monotonic(), self.server_state.connections
+        while connections and not self.force_exit:
+            fresh = any(getattr(connection, "cycle", None) is None for connection in connections)
+            if time.monotonic() > began + (FIRST_REQUEST_S if fresh else LINGER_S):
+                break
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, listen
+from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, listen, stop_connections
 
 LOOK_S = 0.2
 GRACE_S = 10.0  # beyond the time for draining
@@ -162,11 +162,21 @@ class _Parent:
         log.error("process %d %s; it is restarted in %g s", member.worker.index, reason, delay_s)
 
     def _end(self, signals: list[int]) -> None:
-        """Pass signals on until all have ended."""
+        """Pass signals on until all have ended. The second SIGTERM tells a process that no new connection can begin.
+
+        Raises:
+            BackendError: See `serve_together`.
+        """
         running = [member for member in self._members if member.again is None]
-        self._workers[0].listener.close()  # the last process to close it answers the requests that wait in it
-        limit = time.monotonic() + self._options.drain_delay_s + self._options.drain_s + GRACE_S
+        listener = self._workers[0].listener
+        stops = time.monotonic() + self._options.drain_delay_s
+        limit = stops + self._options.drain_s + GRACE_S
         while alive := [member.process for member in running if member.process.is_alive()]:
+            left_s = 0 if signal.SIGINT in signals else stops - time.monotonic()
+            if left_s <= 0 and listener.fileno() >= 0:
+                stop_connections(listener)
+                listener.close()  # the last process to close it answers the requests that wait in it
+                signals.append(signal.SIGTERM)
             for number, process in product(signals, alive):
                 assert process.pid is not None  # it was started
                 with suppress(ProcessLookupError):
@@ -174,7 +184,7 @@ class _Parent:
             signals.clear()
             if time.monotonic() > limit:
                 raise BackendError(f"{len(alive)} processes did not end in time, and were killed")
-            wait([process.sentinel for process in alive], LOOK_S)
+            wait([process.sentinel for process in alive], min(LOOK_S, left_s) if left_s > 0 else LOOK_S)
         proper = (None, 0, -signal.SIGTERM, -signal.SIGINT)  # by signal: they had only just started
         bad = [_ended(member.process.exitcode) for member in running if member.process.exitcode not in proper]
         if bad:

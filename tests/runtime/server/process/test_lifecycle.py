@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from served_process import HISTORY, started
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server.process.lifecycle import RunOptions, listen
+from unipinrec.runtime.server.process.lifecycle import RunOptions, listen, stop_connections
 
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\n"
 
@@ -100,6 +101,37 @@ def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, proc
     assert "is drained and closed" in "".join(running.lines)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can stop connections before it closes a socket")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_no_connection_begins_between_the_last_accept_and_the_close(host: str) -> None:
+    with listen(host, 0) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address[:2]) as before:
+            stop_connections(listener)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address[:2], timeout=0.5)
+            accepted, _ = listener.accept()
+            listener.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+            listener.close()
+            with accepted:
+                before.sendall(b"request")
+                assert accepted.recv(7) == b"request"
+
+
+def test_the_first_request_of_a_connection_may_come_late_in_the_end() -> None:
+    with started("--drain-delay-s", "0") as running:
+        running.ready()
+        late = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+        late.connect()
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        late.request("POST", "/v1/recommend", json.dumps({"history": HISTORY, "k": 1}))
+        assert late.getresponse().status == 200
+        assert running.process.wait(20) == 0
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("loading_s", [0.1, 0.2, 0.3])
 def test_sigterm_while_it_loads_ends_it_properly(processes: int, loading_s: float, tmp_path: Path) -> None:
@@ -136,8 +168,9 @@ def test_what_is_late_is_cut_off_after_the_limit() -> None:
             assert 0.8 < time.monotonic() - began < 6
 
 
-def test_while_it_drains_it_is_not_ready_and_ctrl_c_hastens_it() -> None:
-    with started("--drain-delay-s", "60") as running:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_while_it_drains_it_is_not_ready_and_ctrl_c_hastens_it(processes: int, tmp_path: Path) -> None:
+    with started("--drain-delay-s", "60", "--processes", str(processes), "--state", tmp_path) as running:
         running.ready()
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
