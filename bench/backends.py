@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,8 +53,7 @@ class Torch:
 
     def __init__(self, source: ExportSource, table: torch.Tensor, dtype: torch.dtype) -> None:
         module = copy.deepcopy(source.module).to(dtype)
-        assert isinstance(module, ServableModel)
-        self.model, self.table = module, table
+        self.model, self.table = cast(ServableModel, module), table
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
 
     def encode(self, history: HistoryBatch) -> Past:

@@ -41,7 +41,7 @@ from unipinrec.runtime.bundle.bundle import (
     off_unit,
 )
 from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
-from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.bundle.manifest import GraphSpec, IndexSpec, Manifest, ParityReport
 from unipinrec.runtime.bundle.quality import Evaluation
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
@@ -256,7 +256,7 @@ def _manifest(
 ) -> Manifest:
     versions = {name: importlib.metadata.version(name) for name in TOOLS}
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=source.model.format_version,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=source.model,
         config=source.config,

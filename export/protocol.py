@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,6 @@ class Candidates:
     timestamps_ms: Tensor
 
 
-@runtime_checkable
 class ServableModel(Protocol):
     """The five methods that become the five graphs of a bundle.
 
@@ -87,6 +86,8 @@ class ServableModel(Protocol):
     def extend(self, events: Events, past: Past) -> tuple[KeyValues, Tensor]:
         """Encode new events after cached histories. Must give what `encode` gives for the whole history.
 
+        Not needed with `ModelSpec.cache` = "none"; then keys and values may depend on later events.
+
         Args:
             events: m new events per row, at least one of them real.
             past: The cached histories, each with at least one event.
@@ -103,11 +104,14 @@ class ServableModel(Protocol):
             outcomes: [B, C] f32, 1 for each action to aim at; None unless `ModelSpec.outcome_conditioned`.
 
         Returns:
-            [B, Q, E] f32, each query of unit length.
+            [B, Q, E] f32, each query of unit length unless `ModelSpec.similarity` is "dot".
         """
 
     def rank(self, past: Past, candidates: Candidates) -> Tensor:
         """Score candidates against cached histories. Candidates must not influence each other.
+
+        Not needed with `ModelSpec.ranker` = None; slates are then in the order of retrieval. With
+        "past+last_hidden_state" it takes a third argument, `last_hidden_state` [B, d] f32.
 
         Returns:
             Action logits [B, k, C] f32.
@@ -122,7 +126,8 @@ class ServableModel(Protocol):
             categories: [N, features] i64 codes; 0 for an unknown word.
 
         Returns:
-            [N, E] f32, each vector of unit length.
+            [N, E] f32, each vector of unit length unless `ModelSpec.similarity` is "dot". Then a bias per item is one
+            more number of its vector (`ModelSpec.item_bias`), and a 1 in the query.
         """
 
 
@@ -190,7 +195,9 @@ class ExportSource:
         return np.array([name in self.positive_actions for name in self.actions])
 
     def __post_init__(self) -> None:
-        missing = [n for n in ("encode", "extend", "retrieve", "rank", "embed_items") if not hasattr(self.module, n)]
+        needed = {"encode": True, "extend": self.model.cache == "prefix", "retrieve": True}
+        needed |= {"rank": self.model.ranker is not None, "embed_items": True}
+        missing = [name for name, need in needed.items() if need and not hasattr(self.module, name)]
         if missing:
             raise ExportError(
                 f"{type(self.module).__name__} lacks {missing}; see unipinrec.export.protocol.ServableModel"
@@ -210,8 +217,7 @@ class ExportSource:
     @property
     def servable(self) -> ServableModel:
         """The module, typed by its contract."""
-        assert isinstance(self.module, ServableModel)
-        return self.module
+        return cast(ServableModel, self.module)
 
     @property
     def has_content(self) -> bool:

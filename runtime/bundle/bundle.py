@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError, decoding
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
-from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, REQUIRED_GRAPHS, Manifest
+from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, Manifest
 from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
 from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets
 from unipinrec.runtime.requests import Event, History
@@ -223,9 +223,9 @@ def _decode_manifest(path: Path, content: bytes) -> Manifest:
     with decoding(BundleError, path, "export the bundle again"):
         # Before strict decoding: a newer format may have fields that this version does not know.
         version = msgspec.json.decode(content, type=_Format).format_version
-        if version != FORMAT_VERSION:
+        if not 1 <= version <= FORMAT_VERSION:
             raise BundleVersionError(
-                f"{path.parent}: bundle format {version}, this version reads {FORMAT_VERSION}; "
+                f"{path.parent}: bundle format {version}, this version reads 1 to {FORMAT_VERSION}; "
                 "use the unipinrec that wrote it, or export the checkpoint again with this one"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
@@ -240,7 +240,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     for name in manifest.files:
         if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
             return f"lists the file {name!r}; use a plain name inside the bundle's folder"
-    absent = sorted(set(REQUIRED_GRAPHS) - set(manifest.graphs))
+    absent = sorted(set(manifest.model.graphs) - set(manifest.graphs))
     if absent:
         return f"lacks the graphs {', '.join(absent)}"
     needed = {*REQUIRED_FILES, *(graph.file for graph in manifest.graphs.values())}

@@ -7,7 +7,7 @@ bundle. Graph and tensor names follow the Hugging Face convention for key/value 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ml_dtypes
 import msgspec
@@ -18,9 +18,11 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.quality import Evaluation, SampleQuality
 from unipinrec.runtime.requests import Order
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
-REQUIRED_GRAPHS = GRAPHS[:4]
+Similarity = Literal["cosine", "dot"]
+Caching = Literal["prefix", "none"]
+RankerInput = Literal["past", "past+last_hidden_state"]
 # Types that a graph's f32 inputs may be rounded to.
 REDUCED: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -48,11 +50,12 @@ class FileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     size_bytes: int
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Properties of the model that a server needs.
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Properties of the model that a server needs. The last four are new in format 2.
 
     Attributes:
-        num_layers: Layers, each with one key and one value tensor.
+        num_layers: Layers, each with one key and one value tensor; 0 if nothing but `last_hidden_state` is kept of a
+            history.
         num_kv_heads: Key/value heads.
         head_dim: Width of a head.
         hidden_size: Width of `last_hidden_state`.
@@ -60,6 +63,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         max_history: Longest history in events.
         kv_prefix_slots: Slots before the first event in the key/value tensors of a history.
         outcome_conditioned: Whether the retrieval graph has an `outcomes` input.
+        similarity: Of an item and a query: "cosine", both are of unit length, or "dot", their plain inner product.
+        item_bias: Whether the last number of an item vector is a bias, which similar items do not compare.
+        cache: "prefix", the keys and values of an event depend on no later event, or "none"; then there is no graph
+            `extend`, and each request encodes its whole history.
+        ranker: What the graph `ranker` reads of a history; None, there is no such graph, and slates are in the order
+            of retrieval.
     """
 
     num_layers: int
@@ -70,6 +79,22 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_history: int
     kv_prefix_slots: int
     outcome_conditioned: bool
+    similarity: Similarity = "cosine"
+    item_bias: bool = False
+    cache: Caching = "prefix"
+    ranker: RankerInput | None = "past"
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that requests need."""
+        extend, ranker = ["extend"] * (self.cache == "prefix"), ["ranker"] * (self.ranker is not None)
+        return ("encoder", *extend, "retrieval", *ranker)
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version of the format that can describe the model."""
+        new = (self.similarity, self.item_bias, self.cache, self.ranker)
+        return 1 if new == ("cosine", False, "prefix", "past") else 2
 
     def kv_names(self, prefix: str) -> list[str]:
         """Names of the key/value tensors in layer order; `prefix` is "present" or "past_key_values"."""
@@ -262,11 +287,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def default_order(self) -> Order:
         """Order of a slate if the request names none."""
+        if self.model.ranker is None:
+            return "retrieval"
         return "value" if self.order is None else self.order.by
 
     def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
         """The graphs that a request needs, by name, in a precision of this bundle."""
-        graphs = {name: self.graphs[name] for name in REQUIRED_GRAPHS}
+        graphs = {name: self.graphs[name] for name in self.model.graphs}
         return graphs if precision == self.precision else {**graphs, **self.precisions[precision].graphs}
 
 

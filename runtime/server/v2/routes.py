@@ -13,7 +13,6 @@ from functools import partial
 from starlette.responses import Response
 from starlette.routing import Route
 
-from unipinrec.runtime.bundle.manifest import REQUIRED_GRAPHS
 from unipinrec.runtime.server.admission import Admission
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.bodies import ApiError
@@ -166,9 +165,9 @@ def _checked_model(call: Call, deployment: Deployment) -> str:
     """
     model: str = call.request.path_params["model"]
     version = call.request.path_params.get("version", deployment.version)
-    if model not in REQUIRED_GRAPHS:
-        known = ", ".join(REQUIRED_GRAPHS)
-        raise ApiError(404, "unknown_model", f"there is no model {model[:100]!r}; this server has {known}")
+    known = deployment.recommender.bundle.manifest.model.graphs
+    if model not in known:
+        raise ApiError(404, "unknown_model", f"there is no model {model[:100]!r}; this server has {', '.join(known)}")
     if version != deployment.version:
         message = f"version {version[:100]!r} is not active; the active version is {deployment.version}"
         raise ApiError(404, "unknown_version", message)
