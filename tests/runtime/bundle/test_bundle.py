@@ -161,7 +161,7 @@ def test_item_vectors_are_finite_and_of_unit_length(copy: Path, reseal: Reseal, 
     vectors[41] *= value
     save_file({"item_vectors": vectors}, copy / "items.safetensors")
     reseal(copy)
-    with pytest.raises(BundleError, match="item row 41 is not a unit vector"):
+    with pytest.raises(BundleError, match="item row 41 is not of unit length"):
         Bundle.open(copy)
 
 

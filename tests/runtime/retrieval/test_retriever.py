@@ -192,11 +192,13 @@ def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
     queries = unit(np.random.default_rng(8), 20)
     assert sampled_recall(retriever, queries) == 1.0
     assert sampled_recall(updated, queries) == 1.0
+    assert retriever.index is not None
     worse = replace(retriever, index=Behind(retriever.index))
     assert sampled_recall(worse, queries) == pytest.approx(0.9)
 
 
 def sampled_recall(retriever: Retriever, queries: NDArray[np.float32], k: int = 10) -> float:
+    assert retriever.index is not None
     _, similarity = retriever.index.search(queries, k)
     _, exact = retriever.scan.search(queries, k, retriever.live)
     return recall(similarity, exact)
