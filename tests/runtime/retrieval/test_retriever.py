@@ -188,6 +188,13 @@ def test_retired_items_are_not_found_without_any_filter(updated: Retriever) -> N
         assert len(set(found.rows.tolist())) == ITEMS - len(RETIRED)
 
 
+def test_without_an_index_all_items_are_scanned(retriever: Retriever) -> None:
+    query = unit(np.random.default_rng(9), 1)
+    found = retrieved(replace(retriever, index=None, unused="the index finds too few"), query, 10, NONE)
+    assert found.exact == "the index finds too few"
+    assert found.rows.tolist() == best(retriever, query, NONE)[:10]
+
+
 def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
     queries = unit(np.random.default_rng(8), 20)
     assert sampled_recall(retriever, queries) == 1.0
