@@ -202,7 +202,8 @@ def test_item_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_item_vectors_that_are_not_of_unit_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match=r"40 item vectors are not .*first 'item-0'; .*let embed_items normalise them"
+        ExportError,
+        match=r"40 item vectors are not .*first 'item-0'; .*normalise them, or export with similarity=\"dot\"",
     ):
         export_bundle(source_of(TwiceAsLong()), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
