@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         self.head, self.search = nn.Linear(HIDDEN, len(ACTIONS)), nn.Linear(HIDDEN, DIM)
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
-        sinks = [pair.expand(len(events.lengths), -1, -1, -1, -1).unbind(1) for pair in self.sink]
+        sinks = [pair.expand(events.lengths.shape[0], -1, -1, -1, -1).unbind(1) for pair in self.sink]
         pairs = _joined(sinks, self._new(events))
         return pairs, self._last(events, pairs, _first(pairs, events.lengths + 1))
 
@@ -52,7 +52,8 @@ class Encoder(nn.Module):
 
     def _new(self, events: Events) -> KeyValues:
         inputs = torch.cat([events.item_vectors, events.actions], -1)
-        return [_heads(layer(inputs)).chunk(2, -1) for layer in self.kv]
+        pairs = [_heads(layer(inputs)).chunk(2, -1) for layer in self.kv]
+        return [(key, value) for key, value in pairs]
 
     def _last(self, events: Events, pairs: KeyValues, seen: Tensor) -> Tensor:
         last = events.item_vectors.gather(1, (events.lengths - 1)[:, None, None].expand(-1, 1, DIM))
@@ -60,7 +61,9 @@ class Encoder(nn.Module):
 
     def _read(self, items: Tensor, pairs: KeyValues, seen: Tensor) -> Tensor:
         read = [
-            F.scaled_dot_product_attention(_heads(query(items)), *pair, attn_mask=seen[:, None, None])
+            F.scaled_dot_product_attention(
+                _heads(query(items)), *pair, attn_mask=seen[:, None, None].expand(-1, 1, items.shape[1], -1)
+            )
             for query, pair in zip(self.query, pairs, strict=True)
         ]
         return torch.stack(read).sum(0).transpose(1, 2).flatten(2)
@@ -90,7 +93,8 @@ def _joined(before: Any, after: KeyValues) -> KeyValues:
 
 
 def _first(pairs: KeyValues, slots: Tensor) -> Tensor:
-    return torch.arange(pairs[0][0].shape[2]) < slots[:, None]
+    key, _ = pairs[0]
+    return torch.arange(key.shape[2]) < slots[:, None]
 
 
 SPEC = ModelSpec(
@@ -160,7 +164,7 @@ def test_the_inferred_source_is_what_one_would_write_by_hand() -> None:
     )
     for name, value in vars(by_hand).items():
         np.testing.assert_equal(getattr(source, name), value, err_msg=name)
-    assert (source.item_dense.dtype, source.item_categories.dtype) == (np.float32, np.int64)
+    assert (source.item_dense.dtype.name, source.item_categories.dtype.name) == ("float32", "int64")
 
 
 def test_the_bundle_answers_with_the_probabilities_of_the_module(bundle: Path) -> None:
@@ -189,7 +193,7 @@ def test_options_go_into_the_source() -> None:
     )
     assert (source.positive_actions, source.surfaces, source.titles[3]) == (("save",), ("unknown", "home"), "3")
     assert source.categories == {"kind": ("book", "film")}
-    assert (source.item_dense.dtype, source.item_categories.dtype) == (np.float32, np.int64)
+    assert (source.item_dense.dtype.name, source.item_categories.dtype.name) == ("float32", "int64")
     assert source.has_content
     with pytest.raises(TypeError, match="unexpected keyword argument 'cahce'"):
         simple(Own(), cahce="none")
@@ -294,7 +298,7 @@ def test_a_third_parameter_of_rank_is_the_last_hidden_state() -> None:
 
 def test_nothing_may_be_kept_of_a_history_without_a_cache() -> None:
     nothing = changed(encode=lambda own, events: ((), Own.encode(own, events)[1]))
-    nothing.rank = None
+    nothing.rank = None  # type: ignore[assignment]
     expected = {
         "num_layers": 0,
         "num_kv_heads": 0,

@@ -86,7 +86,7 @@ def export(
     """
     if len(paths) != (2 if source is None else 1):
         wanted = "CHECKPOINT and BUNDLE" if source is None else "BUNDLE alone, since --source replaces CHECKPOINT"
-        raise click.UsageError(f"{len(paths)} arguments; pass {wanted}")
+        raise click.UsageError(f"{len(paths)} argument{'s' * (len(paths) != 1)}; pass {wanted}")
     if evaluated and data is None:
         raise click.UsageError("--evaluate measures on prepared data; pass --data too")
     bundle = paths[-1]
