@@ -85,7 +85,7 @@ class WithoutExtend(Encoder):
 
 
 def _heads(values: Tensor) -> Tensor:
-    return values.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return values.reshape(*values.shape[:2], HEADS, -1).transpose(1, 2)
 
 
 def _joined(before: Any, after: KeyValues) -> KeyValues:
@@ -93,8 +93,8 @@ def _joined(before: Any, after: KeyValues) -> KeyValues:
 
 
 def _first(pairs: KeyValues, slots: Tensor) -> Tensor:
-    key, _ = pairs[0]
-    return torch.arange(key.shape[2]) < slots[:, None]
+    seen: Tensor = torch.arange(pairs[0][0].shape[2]) < slots[:, None]
+    return seen
 
 
 SPEC = ModelSpec(
@@ -225,7 +225,8 @@ def test_other_ids_are_refused(ids: Any, words: str) -> None:
 
 def test_numbers_of_numpy_in_the_config_become_numbers_of_python() -> None:
     config = {"dropout": np.float32(0.5), "sizes": [np.int64(3)], "on": np.True_}
-    source = simple(Own(), history=np.int64(20), config=config)
+    source = simple(Own(), history=np.int64(20), config=config, metrics={"auc": np.float64(0.5)})
+    assert type(source.metrics["auc"]) is float if source.metrics else False
     assert source.config == {"dropout": 0.5, "sizes": [3], "on": True}
     assert msgspec.json.encode(source.config) == b'{"dropout":0.5,"sizes":[3],"on":true}'
     assert (source.model.max_history, type(source.model.max_history)) == (20, int)
