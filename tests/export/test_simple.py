@@ -337,9 +337,14 @@ def ragged(own: Own, events: Events) -> Any:
     return [*pairs[1:], (pairs[0][0][:, :1], pairs[0][1])], last
 
 
-def fixed(own: Own, events: Events) -> Any:
+def two_slots(own: Own, events: Events) -> Any:
     pairs, last = Own.encode(own, events)
-    return [(key[:, :, -1:], value[:, :, -1:]) for key, value in pairs], last
+    return [(key[:, :, -2:], value[:, :, -2:]) for key, value in pairs], last
+
+
+def without_first_slots(own: Own, events: Events) -> Any:
+    pairs, last = Own.encode(own, events)
+    return [(key[:, :, 2:], value[:, :, 2:]) for key, value in pairs], last
 
 
 def failing(own: Own, *arguments: object) -> Any:
@@ -382,9 +387,10 @@ def failing(own: Own, *arguments: object) -> Any:
             "encode: keys and values have the shapes [(1, 2, 4), (2, 2, 4)] per row; pad them to a singl",
         ),
         (
-            {"encode": fixed},
-            "events, head_dim) are [(3, 2, -1, 4), (3, 2, 0, 4)] for one and two events; there must be a",
+            {"encode": two_slots},
+            "events, head_dim) are [(3, 2, 0, 4), (3, 2, 1, 4)] for one and two events; there must",
         ),
+        ({"encode": without_first_slots}, "slots without the events, head_dim) are [(3, 2, -1, 4)] for one and two ev"),
         (
             {"retrieve": lambda own, last, outcomes: last},
             "retrieve: returned torch.float32 [3, 8], expected torch.float",
