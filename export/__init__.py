@@ -3,6 +3,7 @@
 bundle_writer.py      the path from a model to a bundle, all or nothing
 cases.py              inputs to compare with PyTorch
 checkpoint_source.py  our own checkpoints as something to export
+contract.py           the rules that a module must keep, checked before it is traced
 data_histories.py     histories of real users, for golden requests
 golden.py             golden requests
 graphs.py             inputs, outputs and tracing of the graphs

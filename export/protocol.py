@@ -14,17 +14,18 @@ sink), then one per event.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unipinrec.errors import ExportError
+from unipinrec.errors import ExportError, listed
 from unipinrec.runtime.bundle.manifest import ModelSpec, OrderSpec
-from unipinrec.runtime.requests import History
+from unipinrec.runtime.requests import YEAR_10000_MS, History
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 MISSING_TIMESTAMP_MS = -1
@@ -68,8 +69,20 @@ class Candidates:
 class ServableModel(Protocol):
     """The five methods that become the five graphs of a bundle.
 
-    Each is a pure function of its arguments: no random numbers, no state, no Python branch on a value or a shape.
-    Export calls them in eval mode. Padding must not change the result of a real event.
+    Export refuses a module that breaks one of these rules (`check_contract`):
+
+    - Each method is a pure function of its arguments in eval mode: no random numbers, no state, no Python branch on a
+      value or a shape.
+    - A row depends on nothing but its own events: not on other rows, the width of the batch, or what stands in the
+      padding of events and slots.
+    - Nothing of an event depends on later events or on the length of the history, so positions count from the first
+      event. `ModelSpec.cache` = "none" lifts this rule, and only this.
+    - `encode` gives `kv_prefix_slots` + n slots. `extend` gives m, and the same numbers as `encode` for the whole
+      history; its events continue at position `past.lengths`.
+    - Candidates see the history and themselves, not each other. Their logits differ, and stay below 36, where a
+      probability becomes 1.
+    - Histories have up to `max_history` events. In a batch the padding of `extend` may lie beyond: clamp positions.
+    - All results are finite f32. Surface 0 is "unknown", for requests that name none.
     """
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
@@ -157,6 +170,41 @@ class Histories:
         )
         return [events.part(*window) for window in itertools.pairwise(self.offsets.tolist())]
 
+    def check(self, source: ExportSource) -> None:
+        """Check that the histories fit a source.
+
+        Raises:
+            ExportError: Lists all misfits.
+        """
+        if problems := list(self._problems(source)):
+            raise ExportError(f"histories do not fit: {'; '.join(problems)}")
+
+    def _problems(self, source: ExportSource) -> Iterator[str]:
+        events, actions, users = len(self.item_rows), len(source.actions), len(self.user_ids)
+        columns: dict[str, tuple[NDArray[Any], tuple[int, ...], tuple[int, int]]] = {
+            "item_rows": (self.item_rows, (events,), (0, len(source.item_ids) - 1)),
+            "actions": (self.actions, (events, actions), (0, 1)),
+            "surfaces": (self.surfaces, (events,), (0, len(source.surfaces) - 1)),
+            "timestamps_ms": (self.timestamps_ms, (events,), (MISSING_TIMESTAMP_MS, YEAR_10000_MS - 1)),
+        }
+        for name, (array, shape, (least, most)) in columns.items():
+            kind = "uint8" if name == "actions" else "int64"
+            if array.dtype != kind or array.shape != shape:
+                yield f"{name} is {array.dtype} {list(array.shape)}, must be {kind} {list(shape)}"
+            elif events and not least <= array.min() <= array.max() <= most:
+                yield f"{name} has values from {array.min()} to {array.max()}, must be from {least} to {most}"
+        offsets = self.offsets
+        if offsets.shape != (users + 1,) or offsets.dtype != "int64" or [*offsets[[0, -1]]] != [0, events]:
+            yield f"offsets are {listed(offsets.tolist(), 5)}; {users} users need {users + 1} int64 from 0 to {events}"
+        elif (np.diff(offsets) < 1).any():
+            user = self.user_ids[int(np.argmax(np.diff(offsets) < 1))]
+            yield f"user {user!r} has no events; leave such users out"
+        if len(set(self.user_ids)) != users:
+            yield "user_ids are not distinct"
+        expected = (len(source.surfaces), len(source.item_ids))
+        if self.popularity is not None and self.popularity.shape != expected:
+            yield f"popularity is {list(self.popularity.shape)}, must be [surfaces, items] = {list(expected)}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
@@ -213,6 +261,45 @@ class ExportSource:
             )
         if len(set(self.item_ids)) != len(self.item_ids):
             raise ExportError("item_ids must be distinct")
+
+    def problems(self) -> Iterator[str]:
+        """How names, features and configuration contradict each other, in words; `export_bundle` refuses them."""
+        for name in ("actions", "surfaces"):
+            if len(set(names := getattr(self, name))) != len(names):
+                yield f"{name}: {listed(names)} are not distinct"
+        if self.surfaces[:1] != ("unknown",):
+            yield f'surfaces: {listed(self.surfaces)} must begin with "unknown", for events and requests without one'
+        if not self.actions:
+            yield "actions: there are none; name at least one, such as click"
+        if strange := [name for name in self.positive_actions if name not in self.actions]:
+            yield f"positive_actions: {listed(strange)} are not among the actions {listed(self.actions)}"
+        yield from self._feature_problems()
+        for name in ("config", "metrics"):
+            try:
+                msgspec.json.encode(getattr(self, name))
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                yield f"{name} is not JSON: {error}; use plain str, int, float, list and dict"
+
+    def _feature_problems(self) -> Iterator[str]:
+        width, count = sum(self.dense.values()), len(self.item_ids)
+        if not count:
+            yield "item_ids: there are none"
+        arrays: dict[str, tuple[NDArray[Any], str, int, str]] = {
+            "item_dense": (self.item_dense, "float32", width, f"dense = {self.dense}"),
+            "item_categories": (
+                self.item_categories,
+                "int64",
+                len(self.categories),
+                f"categories = {[*self.categories]}",
+            ),
+        }
+        for name, (array, dtype, columns, declared) in arrays.items():
+            if array.dtype != dtype or array.shape != (count, columns):
+                yield f"{name} is {array.dtype} {list(array.shape)}, {declared} needs {dtype} {[count, columns]}"
+            elif not np.isfinite(array).all():
+                yield f"{name} holds numbers that are not finite"
+            elif dtype == "int64" and ((array < 0) | (array > [len(w) for w in self.categories.values()])).any():
+                yield f"{name} holds a code that stands for no word; codes are from 0 (unknown) to the number of words"
 
     @property
     def servable(self) -> ServableModel:
