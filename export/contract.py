@@ -16,7 +16,6 @@ from torch import Tensor
 from unipinrec.errors import ContractError
 from unipinrec.export.probe import (
     CANDIDATES,
-    EXTRA,
     TOLERANCE,
     Encoded,
     Outputs,
@@ -33,7 +32,7 @@ from unipinrec.runtime.bundle.bundle import off_unit
 
 SATURATED = 36.0  # The sigmoid of larger numbers is 1 in double precision.
 BIDIRECTIONAL = (
-    "or, if the model is meant so (bidirectional attention, positions counted from the end), export with "
+    "if this is how the model is meant (bidirectional attention, positions counted from the end), export with "
     'ModelSpec(cache="none"): each request then encodes its whole history'
 )
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def check_contract(source: ExportSource) -> None:
             problems = _module_problems(source)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ContractError(f"{type(source.module).__name__} cannot be exported; problems: {len(problems)}{lines}")
+        raise ContractError(f"{type(source.module).__name__} cannot be exported:{lines}")
 
 
 def _module_problems(source: ExportSource) -> list[str]:
@@ -96,11 +95,12 @@ def _history_shapes(probe: Probe) -> Iterator[str]:
     """`encode` and `extend` return what `ModelSpec` says."""
     yield from _wrong_history(probe, "encode", probe.encoded, probe.longest + probe.spec.kv_prefix_slots)
     if probe.spec.cache == "prefix":
-        yield from _wrong_history(probe, "extend", probe.extend(probe.events, probe.state.past), probe.longest)
+        added, past = probe.step
+        yield from _wrong_history(probe, "extend", probe.extend(added, past), added.surfaces.shape[1])
 
 
 def _wrong_history(probe: Probe, method: str, encoded: Encoded, slots: int) -> Iterator[str]:
-    spec, batch, count = probe.spec, len(probe.lengths), len(encoded.key_values)
+    spec, batch, count = probe.spec, len(encoded.hidden), len(encoded.key_values)
     if count != spec.num_layers:
         yield f"{method} gives keys and values of {count} layers, ModelSpec says num_layers={spec.num_layers}"
     shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
@@ -144,7 +144,7 @@ def _repeatable(probe: Probe) -> Iterator[str]:
     if probe.spec.ranker is not None:
         calls["rank"] = lambda: {"logits": probe.rank(probe.state, probe.items)}
     if probe.spec.cache == "prefix":
-        calls["extend"] = lambda: probe.extend(probe.events, probe.state.past).outputs()
+        calls["extend"] = lambda: probe.extend(*probe.step).outputs()
     for method, call in calls.items():
         if off := difference(call(), call()):
             yield f"{method} returns other values on the second call: {off}; draw no random numbers, and keep no state"
@@ -152,65 +152,69 @@ def _repeatable(probe: Probe) -> Iterator[str]:
 
 def _encode_padding(probe: Probe) -> Iterator[str]:
     """A history alone gives what it gives in a batch, at any width, over any padding."""
-    prefix, batch = probe.spec.kv_prefix_slots, probe.encoded
-    count = len(probe.lengths)
-    wide = window(probe.events, range(count), [0] * count, probe.lengths, EXTRA)
-    spoiled = probe.encode(with_junk(wide))
-    for row, length in enumerate(probe.lengths):
-        expected = probe.alone(row, length).part(0, 0, prefix + length)
-        if off := difference(batch.part(row, 0, prefix + length), expected):
-            yield (
-                f"encode: a history of {length} events alone is not what it is in a batch of {count} rows and "
-                f"{probe.longest} columns: {off}; mask the padding by `lengths`, and let nothing depend on other rows"
-            )
-            return
-        if off := difference(spoiled.part(row, 0, prefix + length), expected):
-            yield (
-                f"encode reads the padding of a history of {length} events: with other numbers there and {EXTRA} more "
-                f"columns, {off}; mask it by `lengths`"
-            )
-            return
+    prefix, batch = probe.spec.kv_prefix_slots, f"in a batch of {probe.lengths}"
+    wide = window(probe.events, range(len(probe.lengths)), [0] * len(probe.lengths), probe.lengths, probe.extra)
+    spoiled = f"with large numbers in its padding of {probe.extra} more columns"
+    for where, encoded in ((batch, probe.encoded), (spoiled, probe.encode(with_junk(wide)))):
+        for row, length in enumerate(probe.lengths):
+            expected = probe.alone(row, length).part(0, 0, prefix + length)
+            if off := difference(encoded.part(row, 0, prefix + length), expected):
+                yield (
+                    f"encode: a history of {length} events alone is not what it is {where}: {off}; mask the padding by "
+                    "`lengths`, and let nothing depend on other rows or the width"
+                )
+                return
+
+
+def _growth(probe: Probe) -> Iterator[str]:
+    """Cached keys and values stay true when a history grows, and `extend` goes on from them as `encode` would."""
+    if probe.spec.cache != "prefix":
+        return
+    grows = True
+    for check in (_prefixes, _steps):
+        for problem in check(probe):
+            grows = False
+            yield problem
+    if grows:
+        yield from _batched_steps(probe)
+    else:
+        yield BIDIRECTIONAL
 
 
 def _prefixes(probe: Probe) -> Iterator[str]:
-    """Keys and values of the first events do not change when later ones are known."""
-    if probe.spec.cache != "prefix":
-        return
     prefix, total = probe.spec.kv_prefix_slots, probe.longest
     for cut in _cuts(total):
-        known = probe.alone(0, cut).part(0, 0, prefix + cut)
-        later = probe.alone(0, total).part(0, 0, prefix + cut)
-        del known["hidden state"], later["hidden state"]
+        known, later = (probe.alone(0, length).part(0, 0, prefix + cut) for length in (cut, total))
+        del known["hidden state"]
         if off := difference(later, known):
             yield (
-                f"encode: the keys and values of the first {cut} events change when {total - cut} later ones are "
-                f"known: {off}; attend to earlier events alone, and count positions from the first, {BIDIRECTIONAL}"
+                f"encode: keys and values of the first {cut} of {total} events change when the later ones are known: "
+                f"{off}; attend to earlier events alone, and count positions from the first"
             )
             return
 
 
-def _extensions(probe: Probe) -> Iterator[str]:
-    """`extend` after a past gives what `encode` gives for the whole history, in a batch as well as alone."""
-    if probe.spec.cache != "prefix":
-        return
+def _steps(probe: Probe) -> Iterator[str]:
     total = probe.longest
     for cut in _cuts(total):
-        if off := _extension_off(probe, [0], [cut], [total]):
+        if off := _step_off(probe, [0], [cut], [total]):
             yield (
                 f"extend: {cut} cached and {total - cut} new events are not what encode gives for {total}: {off}; "
-                "positions go on at past.lengths, times at past.timestamps_ms, and new events see the cached ones, "
-                f"{BIDIRECTIONAL}"
+                "positions go on at past.lengths, times at past.timestamps_ms, and new events see the cached ones"
             )
             return
-    short = probe.lengths[1]
+
+
+def _batched_steps(probe: Probe) -> Iterator[str]:
+    total, short = probe.lengths[:2]
     for cuts in ([total // 2, 1], [total - 1, 1], [1, short - 1]):
         for junk in (False, True):
-            if off := _extension_off(probe, [0, 1], cuts, [total, short], junk):
+            if off := _step_off(probe, [0, 1], cuts, [total, short], junk):
                 values = "large numbers" if junk else "other events"
                 yield (
-                    f"extend: in a batch, pasts of {cuts} and new events of {[total - cuts[0], short - cuts[1]]}, with "
-                    f"{values} in the padding, are not what encode gives for {[total, short]}: {off}; mask cached "
-                    "slots by past.lengths and new events by `lengths`"
+                    f"extend: in a batch, pasts of {cuts} and new events of {[total - cuts[0], short - cuts[1]]} with "
+                    f"{values} in the padding are not what encode gives for {[total, short]}: {off}; mask cached slots "
+                    "by past.lengths and new events by `lengths`"
                 )
                 return
 
@@ -219,10 +223,10 @@ def _cuts(total: int) -> list[int]:
     return sorted({1, total // 2, total - 1})
 
 
-def _extension_off(probe: Probe, rows: list[int], cuts: list[int], totals: list[int], junk: bool = False) -> str:
+def _step_off(probe: Probe, rows: list[int], cuts: list[int], totals: list[int], junk: bool = False) -> str:
     """Difference of histories in two steps from the same histories at once; empty if there is none."""
     events, prefix, new = probe.events, probe.spec.kv_prefix_slots, [t - c for t, c in zip(totals, cuts, strict=True)]
-    head, tail = window(events, rows, [0] * len(rows), cuts), window(events, rows, cuts, new, EXTRA * junk)
+    head, tail = window(events, rows, [0] * len(rows), cuts), window(events, rows, cuts, new, probe.extra * junk)
     state = state_of(probe.encode(head), head)
     past = state.with_junk(prefix).past if junk else state.past
     added = probe.extend(with_junk(tail) if junk else tail, past)
@@ -251,22 +255,18 @@ def _rank_padding(probe: Probe) -> Iterator[str]:
     """A history's logits do not depend on other rows, or on slots beyond its length."""
     if probe.spec.ranker is None:
         return
-    prefix, state = probe.spec.kv_prefix_slots, probe.state
-    batch, spoiled = probe.rank(state, probe.items), probe.rank(state.with_junk(prefix), probe.items)
-    for row, length in enumerate(probe.lengths):
-        expected = {"logits": probe.rank(state.row(row, prefix + length), probe.items)}
-        if off := difference({"logits": batch[row : row + 1]}, expected):
-            yield (
-                f"rank: a history of {length} events alone is not what it is in a batch of {probe.lengths}: {off}; "
-                "mask slots by past.lengths, and let nothing depend on other rows"
-            )
-            return
-        if off := difference({"logits": spoiled[row : row + 1]}, expected):
-            yield (
-                f"rank reads slots beyond past.lengths={length}: with large numbers there and {EXTRA} more slots, "
-                f"{off}; mask them"
-            )
-            return
+    prefix, spoiled = probe.spec.kv_prefix_slots, "with large numbers in more slots beyond past.lengths"
+    states = {f"in a batch of {probe.lengths}": probe.state, spoiled: probe.state.with_junk(prefix)}
+    for where, state in states.items():
+        logits = probe.rank(state, probe.items)
+        for row, length in enumerate(probe.lengths):
+            expected = {"logits": probe.rank(probe.state.row(row, prefix + length), probe.items)}
+            if off := difference({"logits": logits[row : row + 1]}, expected):
+                yield (
+                    f"rank: a history of {length} events alone is not what it is {where}: {off}; mask slots by "
+                    "past.lengths, and let nothing depend on other rows or the width"
+                )
+                return
 
 
 def _query_rows(probe: Probe) -> Iterator[str]:
@@ -337,7 +337,7 @@ STAGES: tuple[tuple[Check, ...], ...] = (
     (_item_vectors, _history_shapes, _queries, _logit_shapes),
     (_repeatable,),
     (
-        *(_encode_padding, _prefixes, _extensions, _query_rows),
+        *(_encode_padding, _growth, _query_rows),
         *(_rank_padding, _candidates, _order, _longest_history),
     ),
 )

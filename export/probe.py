@@ -84,8 +84,10 @@ class Probe:
     def __init__(self, source: ExportSource) -> None:
         self.source, self.spec = source, source.model
         self.rows = torch.linspace(0, len(source.item_ids) - 1, min(ITEMS, len(source.item_ids))).long()
-        self.longest = min(EVENTS, self.spec.max_history)
+        # Well within `max_history`, whose edge has a check of its own.
+        self.longest = min(EVENTS, max(2, self.spec.max_history // 2))
         self.lengths = [self.longest, max(2, self.longest // 3), 1]
+        self.extra = min(EXTRA, self.spec.max_history - self.longest)
         self.items = torch.arange(CANDIDATES) % len(self.rows)
         self._alone: dict[tuple[int, int], Encoded] = {}
 
@@ -108,6 +110,14 @@ class Probe:
     def state(self) -> State:
         """The same as a past."""
         return state_of(self.encoded, self.events)
+
+    @cached_property
+    def step(self) -> tuple[Events, Past]:
+        """New events, and a past of them: the second half of one history, and all but the first event of another."""
+        cuts, totals = [self.longest // 2, 1], self.lengths[:2]
+        head = window(self.events, [0, 1], [0, 0], cuts)
+        new = [total - cut for total, cut in zip(totals, cuts, strict=True)]
+        return window(self.events, [0, 1], cuts, new), state_of(self.encode(head), head).past
 
     def histories(self, lengths: Sequence[int]) -> Events:
         """Random histories of these lengths."""
@@ -209,13 +219,13 @@ def difference(actual: Outputs, expected: Outputs) -> str:
     for name, wanted in expected.items():
         got = actual[name]
         if got.shape != wanted.shape:
-            return f"the {name} has shape {list(got.shape)} instead of {list(wanted.shape)}"
+            return f"{name} has shape {list(got.shape)} instead of {list(wanted.shape)}"
         if not wanted.numel():
             continue
         off, largest = float((got - wanted).abs().max()), float(wanted.abs().max())
         relative = off / max(1.0, largest) if math.isfinite(off) else math.inf
         if relative > worst:
-            worst, words = relative, f"the {name} differs by {off:.2g} (its largest value is {largest:.2g})"
+            worst, words = relative, f"{name} off by {off:.2g} (largest value {largest:.2g})"
     return words
 
 
@@ -224,12 +234,12 @@ def wrong(method: str, actual: Outputs, shapes: Mapping[str, tuple[int, ...]]) -
     for name, shape in shapes.items():
         tensor = actual[name]
         if tuple(tensor.shape) != shape:
-            yield f"{method}: the {name} has shape {list(tensor.shape)}, ModelSpec and inputs say {list(shape)}"
+            yield f"{method}: shape of {name} is {list(tensor.shape)}, by ModelSpec and inputs it must be {list(shape)}"
         elif tensor.dtype != torch.float32:
-            yield f"{method}: the {name} is {tensor.dtype}; return float32"
+            yield f"{method}: type of {name} is {tensor.dtype}; return float32"
         elif not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            yield f"{method}: {count} of {tensor.numel()} numbers of the {name} are not finite; check the weights"
+            yield f"{method}: {count} of {tensor.numel()} numbers of {name} are not finite; check the weights"
         else:
             continue
         return
