@@ -8,6 +8,7 @@ data_histories.py     histories of real users, for golden requests
 golden.py             golden requests
 graphs.py             inputs, outputs and tracing of the graphs
 parity.py             the comparison with PyTorch
+probe.py              a module as the contract calls it, and differences in words
 protocol.py           the five methods that a model needs to be exported
 servable.py           our own model as something to export
 weights.py            one weight file for all graphs
