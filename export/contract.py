@@ -17,7 +17,7 @@ from unipinrec.errors import ContractError
 from unipinrec.export.probe import (
     CANDIDATES,
     TOLERANCE,
-    Encoded,
+    EncodedHistories,
     Outputs,
     Probe,
     ProbeError,
@@ -99,7 +99,7 @@ def _history_shapes(probe: Probe) -> Iterator[str]:
         yield from _wrong_history(probe, "extend", probe.extend(added, past), added.surfaces.shape[1])
 
 
-def _wrong_history(probe: Probe, method: str, encoded: Encoded, slots: int) -> Iterator[str]:
+def _wrong_history(probe: Probe, method: str, encoded: EncodedHistories, slots: int) -> Iterator[str]:
     spec, batch, count = probe.spec, len(encoded.hidden), len(encoded.key_values)
     if count != spec.num_layers:
         yield f"{method} gives keys and values of {count} layers, ModelSpec says num_layers={spec.num_layers}"
@@ -321,13 +321,13 @@ def _longest_history(probe: Probe) -> Iterator[str]:
         )
 
 
-def _last_step(probe: Probe, long: Events, encoded: Encoded) -> Tensor:
+def _last_step(probe: Probe, long: Events, encoded: EncodedHistories) -> Tensor:
     """The hidden state of the longest history, its last event added to all others; a second row makes padding."""
     most, slots = probe.spec.max_history, probe.spec.kv_prefix_slots + probe.spec.max_history - 1
     head = window(long, [0, 0], [0, 0], [most - 1, 1])
     tail = window(long, [0, 0], [most - 1, 1], [1, min(8, most - 1)])
     cut = [tuple(tensor[:, :, :slots].expand(2, -1, -1, -1) for tensor in pair) for pair in encoded.key_values]
-    past = state_of(Encoded([(key, value) for key, value in cut], encoded.hidden), head).past
+    past = state_of(EncodedHistories([(key, value) for key, value in cut], encoded.hidden), head).past
     return probe.extend(tail, past).hidden[:1]
 
 

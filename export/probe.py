@@ -30,7 +30,7 @@ class ProbeError(Exception):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedHistories:
     """What `encode` or `extend` returned."""
 
     key_values: list[tuple[Tensor, Tensor]]
@@ -89,7 +89,7 @@ class Probe:
         self.lengths = [self.longest, max(2, self.longest // 3), 1]
         self.extra = min(EXTRA, self.spec.max_history - self.longest)
         self.items = torch.arange(CANDIDATES) % len(self.rows)
-        self._alone: dict[tuple[int, int], Encoded] = {}
+        self._alone: dict[tuple[int, int], EncodedHistories] = {}
 
     @cached_property
     def vectors(self) -> Tensor:
@@ -102,7 +102,7 @@ class Probe:
         return self.histories(self.lengths)
 
     @cached_property
-    def encoded(self) -> Encoded:
+    def encoded(self) -> EncodedHistories:
         """What `encode` gives for them."""
         return self.encode(self.events)
 
@@ -144,21 +144,21 @@ class Probe:
         ids = rows if known else torch.full_like(rows, -1)
         return self.tensor("embed_items", ids, torch.from_numpy(dense), torch.from_numpy(categories))
 
-    def encode(self, events: Events) -> Encoded:
+    def encode(self, events: Events) -> EncodedHistories:
         """Whole histories."""
         return self._encoded("encode", events)
 
-    def alone(self, row: int, length: int) -> Encoded:
+    def alone(self, row: int, length: int) -> EncodedHistories:
         """The first events of one of `events`, without padding."""
         if (row, length) not in self._alone:
             self._alone[row, length] = self.encode(window(self.events, [row], [0], [length]))
         return self._alone[row, length]
 
-    def extend(self, events: Events, past: Past) -> Encoded:
+    def extend(self, events: Events, past: Past) -> EncodedHistories:
         """New events."""
         return self._encoded("extend", events, past)
 
-    def _encoded(self, method: str, *arguments: object) -> Encoded:
+    def _encoded(self, method: str, *arguments: object) -> EncodedHistories:
         result = self.call(method, *arguments)
         try:
             key_values, hidden = result
@@ -168,7 +168,7 @@ class Probe:
             tensors = [None]
         if not all(isinstance(tensor, Tensor) for tensor in tensors):
             raise ProbeError(f"{method} returns something else than ([(key, value) per layer], hidden state)")
-        return Encoded(pairs, hidden)
+        return EncodedHistories(pairs, hidden)
 
     def retrieve(self, hidden: Tensor, outcome: float = 1.0) -> Tensor:
         """Queries; all outcomes are the same."""
@@ -187,8 +187,8 @@ class Probe:
         return self.tensor("rank", state.past, candidates, *hidden)
 
 
-def state_of(encoded: Encoded, events: Events) -> State:
-    """Encoded histories as a past."""
+def state_of(encoded: EncodedHistories, events: Events) -> State:
+    """EncodedHistories histories as a past."""
     times = at_last(events.timestamps_ms, events.lengths)
     return State(Past(key_values=encoded.key_values, lengths=events.lengths, timestamps_ms=times), encoded.hidden)
 

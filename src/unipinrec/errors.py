@@ -8,7 +8,7 @@
     ├── TrainingError           training cannot go on
     ├── TrainingInterrupted     training stopped on request; its state is on disk
     ├── ExportError             an export that failed; no bundle was left behind, unless it says so
-    │   ├── ContractError       a module whose methods are not what export needs, or do not agree
+    │   ├── ContractError       a module or catalogue that export cannot use
     │   └── ParityError         an exported graph that does not compute what PyTorch computes
     ├── BundleError             a bundle that cannot be used
     │   ├── BundleCorruptError  a file that is missing, truncated or altered
@@ -73,7 +73,7 @@ class ExportError(UnipinrecError):
 
 
 class ContractError(ExportError):
-    """A module, or what is given with it, is not what export needs; see `unipinrec.export.protocol`."""
+    """A module or its catalogue is not what export needs; see `unipinrec.export.protocol`."""
 
 
 class ParityError(ExportError):
