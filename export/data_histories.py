@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from unipinrec.errors import ExportError
+from unipinrec.export.histories import Histories
 from unipinrec.export.lists.popularity import item_shares
-from unipinrec.export.protocol import ExportSource, Histories
+from unipinrec.export.protocol import ExportSource
 from unipinrec.models.data.schema import read_dataset
 from unipinrec.models.data.sequences import sequences_of, vocabulary_of
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unipinrec.export.cases import START_MS, at_last, named_key_values
+from unipinrec.export.histories import Histories
 from unipinrec.export.protocol import (
     MISSING_TIMESTAMP_MS,
     Candidates,
     Events,
     ExportSource,
-    Histories,
     KeyValues,
     Past,
 )

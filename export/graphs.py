@@ -17,6 +17,7 @@ from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValue
 from unipinrec.runtime.bundle.manifest import ModelSpec
 
 OPSET = 24
+LONGEST_REASON = 400
 EVENT_INPUTS = ("item_vectors", "actions", "surfaces", "timestamps_ms", "lengths")
 PAST_INPUTS = ("past_lengths", "past_timestamps_ms")
 # The bounds steer the exporter alone; a graph file holds only the names.
@@ -140,6 +141,14 @@ class _Traced(nn.Module):
         return self.compute(feeds)
 
 
+def _reason(error: Exception) -> str:
+    """What stopped the tracer and where, out of a page of advice."""
+    text = str(error).partition("## Exception summary")[2] or str(error)
+    what, _, where = text.partition("The following call raised this error:")
+    lines = [line for part in (what.strip(), where.strip()) for line in part.split("\n")[:2]]
+    return " ".join(" ".join(lines).split())[:LONGEST_REASON]
+
+
 def write_graph(graph: Graph, module: nn.Module, example: dict[str, Tensor], path: Path) -> None:
     """Trace a graph with example inputs and write it, with its weights inside or in PATH.data.
 
@@ -167,8 +176,8 @@ def write_graph(graph: Graph, module: nn.Module, example: dict[str, Tensor], pat
             )
         except Exception as error:
             raise ExportError(
-                f"{graph.name}: torch.onnx cannot express this model: {error}. Common causes: a Python branch on a "
-                "tensor's value or shape, or an operator without an ONNX form"
+                f"{graph.name}: a Python branch on a tensor's value or shape (use torch.where), or an operator without "
+                f"an ONNX form; torch.onnx cannot express it: {_reason(error)}"
             ) from error
     assert program is not None
     program.save(str(path), external_data=False)

@@ -13,9 +13,8 @@ sink), then one per event.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Unpack, cast
 
@@ -25,10 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unipinrec.errors import ExportError, decoding
+from unipinrec.errors import ExportError, decoding, listed
 from unipinrec.export import inferred
 from unipinrec.runtime.bundle.manifest import ModelSpec, OrderSpec
-from unipinrec.runtime.requests import History
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 MISSING_TIMESTAMP_MS = -1
@@ -74,8 +72,20 @@ class Candidates:
 class ServableModel(Protocol):
     """The five methods that become the five graphs of a bundle.
 
-    Each is a pure function of its arguments: no random numbers, no state, no Python branch on a value or a shape.
-    Export calls them in eval mode. Padding must not change the result of a real event.
+    Export refuses a module that breaks one of these rules (`check_contract`):
+
+    - Each method is a pure function of its arguments in eval mode: no random numbers, no state, no Python branch on a
+      value or a shape.
+    - A row depends on nothing but its own events: not on other rows, the width of the batch, or what stands in the
+      padding of events and slots.
+    - Nothing of an event depends on later events or on the length of the history, so positions count from the first
+      event. `ModelSpec.cache` = "none" lifts this rule, and only this.
+    - `encode` gives `kv_prefix_slots` + n slots. `extend` gives m, and the same numbers as `encode` for the whole
+      history; its events continue at position `past.lengths`.
+    - Candidates see the history and themselves, not each other. Their logits differ, and stay below 36, where a
+      probability becomes 1.
+    - Histories have up to `max_history` events. In a batch the padding of `extend` may lie beyond: clamp positions.
+    - All results are finite f32. Surface 0 is "unknown", for requests that name none.
     """
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
@@ -135,33 +145,6 @@ class ServableModel(Protocol):
             [N, E] f32, each vector of unit length unless `ModelSpec.similarity` is "dot". Then a bias per item is one
             more number of its vector (`ModelSpec.item_bias`), and a 1 in the query.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Histories:
-    """Events of some users, oldest first: user u has events offsets[u] up to offsets[u + 1].
-
-    item_rows, surfaces, timestamps_ms [M] i64; actions [M, C] u8. `popularity` [S, N] f32 is that of the same data, see
-    `Bundle.popularity`; None if unknown.
-    """
-
-    user_ids: list[str]
-    offsets: NDArray[np.int64]
-    item_rows: NDArray[np.int64]
-    actions: NDArray[np.uint8]
-    surfaces: NDArray[np.int64]
-    timestamps_ms: NDArray[np.int64]
-    popularity: NDArray[np.float32] | None = None
-
-    def split(self) -> list[History]:
-        """One history per user, as the runtime takes it."""
-        events = History(
-            item_rows=self.item_rows,
-            actions=self.actions.astype(np.float32),
-            surfaces=self.surfaces,
-            timestamps_ms=self.timestamps_ms,
-        )
-        return [events.part(*window) for window in itertools.pairwise(self.offsets.tolist())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,15 +257,41 @@ class ExportSource:
                 f"item_ids ({len(self.item_ids)}), titles ({len(self.titles)}), item_dense ({len(self.item_dense)}) "
                 f"and item_categories ({len(self.item_categories)}) must have one entry per item"
             )
-        widths = self.item_dense.shape[1:], self.item_categories.shape[1:]
-        if widths != ((sum(self.dense.values()),), (len(self.categories),)):
-            raise ExportError(
-                f"item_dense and item_categories are {list(self.item_dense.shape)} and "
-                f"{list(self.item_categories.shape)}, but dense={self.dense} and {len(self.categories)} categories"
-            )
         object.__setattr__(self, "item_ids", inferred.item_names(self.item_ids))
         object.__setattr__(self, "config", inferred.plain("config", self.config))
         object.__setattr__(self, "metrics", inferred.plain("metrics", self.metrics))
+
+    def problems(self) -> Iterator[str]:
+        """How names, features and configuration contradict each other, in words; `export_bundle` refuses them."""
+        for name in ("actions", "surfaces"):
+            if len(set(names := getattr(self, name))) != len(names):
+                yield f"{name}: {listed(names)} are not distinct"
+        if self.surfaces[:1] != ("unknown",):
+            yield f'surfaces: {listed(self.surfaces)} must begin with "unknown", for events and requests without one'
+        if not self.actions:
+            yield "actions: there are none; name at least one, such as click"
+        if strange := [name for name in self.positive_actions if name not in self.actions]:
+            yield f"positive_actions: {listed(strange)} are not among the actions {listed(self.actions)}"
+        yield from self._feature_problems()
+
+    def _feature_problems(self) -> Iterator[str]:
+        width, count = sum(self.dense.values()), len(self.item_ids)
+        arrays: dict[str, tuple[NDArray[Any], str, int, str]] = {
+            "item_dense": (self.item_dense, "float32", width, f"dense = {self.dense}"),
+            "item_categories": (
+                self.item_categories,
+                "int64",
+                len(self.categories),
+                f"categories = {[*self.categories]}",
+            ),
+        }
+        for name, (array, dtype, columns, declared) in arrays.items():
+            if array.dtype != dtype or array.shape != (count, columns):
+                yield f"{name} is {array.dtype} {list(array.shape)}, {declared} needs {dtype} {[count, columns]}"
+            elif not np.isfinite(array).all():
+                yield f"{name} holds numbers that are not finite"
+            elif dtype == "int64" and ((array < 0) | (array > [len(w) for w in self.categories.values()])).any():
+                yield f"{name} holds a code that stands for no word; codes are from 0 (unknown) to the number of words"
 
     @property
     def servable(self) -> ServableModel:

@@ -8,6 +8,7 @@
     ├── TrainingError           training cannot go on
     ├── TrainingInterrupted     training stopped on request; its state is on disk
     ├── ExportError             an export that failed; no bundle was left behind, unless it says so
+    │   ├── ContractError       a module or catalogue that export cannot use
     │   └── ParityError         an exported graph that does not compute what PyTorch computes
     ├── BundleError             a bundle that cannot be used
     │   ├── BundleCorruptError  a file that is missing, truncated or altered
@@ -70,6 +71,10 @@ class TrainingInterrupted(UnipinrecError):  # noqa: N818 - an interruption, not 
 
 class ExportError(UnipinrecError):
     """An export failed; no bundle was left behind, unless the message says so."""
+
+
+class ContractError(ExportError):
+    """A module or its catalogue is not what export needs; see `unipinrec.export.protocol`."""
 
 
 class ParityError(ExportError):

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from unipinrec.export.protocol import ExportSource, Histories
+from unipinrec.export.histories import Histories
+from unipinrec.export.protocol import ExportSource
 import names_beside_it
 
 print("made")

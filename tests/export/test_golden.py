@@ -6,7 +6,7 @@ import numpy as np
 
 from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.golden import golden_tensors, random_histories
-from unipinrec.export.protocol import Histories
+from unipinrec.export.histories import Histories
 
 
 def test_where_no_user_has_two_events_histories_are_random(checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter import _onnx_program
 
 from unipinrec.errors import ExportError, ParityError
+from unipinrec.export import probe
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
@@ -83,11 +84,11 @@ def _beginning(keys: Tensor, lengths: Tensor) -> Tensor:
 
 
 class BranchOnShape(PooledHistory):
-    """Traces with few candidates and bakes that branch in: wrong, without an error, for many."""
+    """Traces with small batches and bakes that branch in: wrong, without an error, for one of five."""
 
-    def rank(self, past: Past, candidates: Candidates) -> Tensor:
-        logits = super().rank(past, candidates)
-        return logits * 2.0 if past.key_values[0][0].shape[2] < 3 else logits
+    def retrieve(self, last_hidden_state: Tensor, outcomes: Tensor | None) -> Tensor:
+        queries = super().retrieve(last_hidden_state, outcomes)
+        return queries * (1.0 if last_hidden_state.shape[0] != 5 else -1.0)
 
 
 class TwiceAsLong(PooledHistory):
@@ -172,7 +173,7 @@ def test_another_backbone_is_served(tmp_path: Path) -> None:
 
 
 def test_a_branch_on_a_shape_is_caught_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match=r"ranker: logits \(past=\[1\], candidates=1\): differs by"):
+    with pytest.raises(ParityError, match=r"retrieval: queries \(batch=5\): differs by"):
         export_bundle(source_of(BranchOnShape()), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
@@ -192,7 +193,10 @@ def test_repeated_item_ids_are_refused() -> None:
         replace(source_of(PooledHistory()), item_ids=["same"] * ITEMS)
 
 
-def test_item_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_one_item_vector_in_a_large_catalogue_that_is_not_finite_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ITEMS", 5)
     module = PooledHistory()
     module.items.weight.data[7] = float("nan")
     with pytest.raises(ExportError, match="1 item vectors are not of unit length, first 'item-7'; train"):
@@ -202,8 +206,7 @@ def test_item_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_item_vectors_that_are_not_of_unit_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError,
-        match=r"40 item vectors are not .*first 'item-0'; .*normalise them, or export with similarity=\"dot\"",
+        ExportError, match="40 of 40 vectors of catalogue items are not of unit length, one has 2; normalise"
     ):
         export_bundle(source_of(TwiceAsLong()), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

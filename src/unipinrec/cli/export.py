@@ -18,7 +18,8 @@ from unipinrec.cli.index import recall_option, warn_of_low_recall
 from unipinrec.errors import ExportError, UnipinrecError, listed, reason
 
 if TYPE_CHECKING:
-    from unipinrec.export.protocol import ExportSource, Histories
+    from unipinrec.export.histories import Histories
+    from unipinrec.export.protocol import ExportSource
     from unipinrec.runtime.bundle.manifest import Manifest
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -128,7 +129,8 @@ def export(
 
 def _own(reference: str) -> tuple[ExportSource, Histories | None]:
     """What the user's MODULE:FUNCTION returns. Its output goes to stderr."""
-    from unipinrec.export.protocol import ExportSource, Histories
+    from unipinrec.export.histories import Histories
+    from unipinrec.export.protocol import ExportSource
 
     name, _, function = reference.partition(":")
     if not all(part.isidentifier() for part in [*name.split("."), function]):
