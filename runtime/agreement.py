@@ -179,10 +179,10 @@ def _compare(engine: Engine, case: _Case, bundle: Bundle, items: NDArray[np.floa
     similarity = _similarity(items, case.queries)
     retrieved = _best(_similarity(items, queries), TOP)
     return (
-        _overlap(exact, ranked, tied[ranked]),
-        _overlap(exact, ranked, 0.0),
-        _overlap(similarity, retrieved, TIED_SIMILARITY),
-        _overlap(similarity, retrieved, 0.0),
+        overlap(exact, ranked, tied[ranked]),
+        overlap(exact, ranked, 0.0),
+        overlap(similarity, retrieved, TIED_SIMILARITY),
+        overlap(similarity, retrieved, 0.0),
         *_differences(case, queries, logits),
     )
 
@@ -226,16 +226,37 @@ def _scores(
     """The bundle's scores of candidates [k], and the difference up to which each counts as tied."""
     positive = manifest.positive.astype(np.float64)
     probabilities, order, scoring = sigmoid(logits), manifest.default_order, Scoring.of(manifest)
-    values, tied = probabilities @ positive, TIED_LOGIT * (probabilities * (1.0 - probabilities)) @ positive
-    if scoring is None or order == "value":
-        return values, tied
+    scores = probabilities @ positive
     if order == "retrieval":
-        return similarity.astype(np.float64), np.full(len(similarity), TIED_SIMILARITY)
-    tied_share, tied_logit = tied / values, scoring.retrieval_scale * TIED_SIMILARITY
+        scores = similarity.astype(np.float64)
+    elif scoring is not None and order == "blend":
+        scores = scoring.blend(scores, similarity)
+    elif scoring is not None and order == "product":
+        scores = scoring.product(logits, positive, similarity)
+    return scores, tie_widths(manifest, scores, probabilities)
+
+
+def tie_widths(
+    manifest: Manifest, scores: NDArray[np.float64], probabilities: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The difference [k] up to which each of k items counts as tied with another.
+
+    Args:
+        manifest: Manifest of the bundle.
+        scores: [k], in the bundle's default order.
+        probabilities: [k, C] of the actions; not read if the order is that of retrieval.
+    """
+    order, scoring = manifest.default_order, Scoring.of(manifest)
+    if order == "retrieval":
+        return np.full(len(scores), TIED_SIMILARITY)
+    positive = manifest.positive.astype(np.float64)
+    tied: NDArray[np.float64] = TIED_LOGIT * (probabilities * (1.0 - probabilities)) @ positive
+    if scoring is None or order == "value":
+        return tied
+    tied_share, tied_logit = tied / (probabilities @ positive), scoring.retrieval_scale * TIED_SIMILARITY
     if order == "blend":
-        scores = scoring.blend(values, similarity)
-        return scores, scores * (tied_share + scoring.retrieval_weight * tied_logit)
-    return scoring.product(logits, positive, similarity), tied_share + tied_logit
+        return scores * (tied_share + scoring.retrieval_weight * tied_logit)
+    return tied_share + tied_logit
 
 
 def _similarity(items: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -249,7 +270,7 @@ def _best(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     return np.argsort(-values, kind="stable")[:count]
 
 
-def _overlap(exact: NDArray[Any], chosen: NDArray[np.int64], tied: NDArray[np.float64] | float) -> float:
+def overlap(exact: NDArray[Any], chosen: NDArray[np.int64], tied: NDArray[np.float64] | float) -> float:
     """Share of the chosen n items that are among the n best by `exact`, or at most `tied` below the last of them."""
     last = exact[_best(exact, len(chosen))[-1]]
     return float((exact[chosen] >= last - tied).mean())

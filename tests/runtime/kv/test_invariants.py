@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.kv.encoder import HistoryEncoder
-from unipinrec.runtime.kv.pages import KvDtype
 
 TOLERANCE = (
     1e-4  # of logits; the largest difference of 2,000 histories is 1.3e-6, the smallest that one event makes 1e-3
