@@ -75,20 +75,18 @@ def chosen_cache(recommender: Recommender) -> CacheSpec | None:
     """
     if recommender.bundle.manifest.model.cache == "none":
         return None
-    measured: dict[KvDtype, CacheAgreement] = {}
+    refused: dict[KvDtype, CacheAgreement] = {}
     for dtype in KV_DTYPES[:0:-1]:
         try:
-            measured[dtype] = cache_agreement(recommender, dtype)
+            measured = cache_agreement(recommender, dtype)
         except BackendError as error:  # out of its range; a graph that does not run fails with fp32 as well
             log.warning("a cache in %s does not suit this model: %s", dtype, error)
             continue
-        if measured[dtype].overlap >= MIN_OVERLAP:
-            return CacheSpec(dtype=dtype, agreement=measured)
-        log.warning(
-            "a cache in %s keeps %.4f of the ten best items; a finer type is tried", dtype, measured[dtype].overlap
-        )
-    measured["fp32"] = cache_agreement(recommender, "fp32")
-    return CacheSpec(dtype="fp32", agreement=measured)
+        if measured.overlap >= MIN_OVERLAP:
+            return CacheSpec(dtype=dtype, agreement=measured, refused=refused)
+        log.warning("a cache in %s keeps only %.4f of the ten best items", dtype, measured.overlap)
+        refused[dtype] = measured
+    return CacheSpec(dtype="fp32", agreement=cache_agreement(recommender, "fp32"), refused=refused)
 
 
 def cache_agreement(recommender: Recommender, dtype: KvDtype) -> CacheAgreement:
@@ -120,7 +118,7 @@ def cache_agreement(recommender: Recommender, dtype: KvDtype) -> CacheAgreement:
         extended = cached.recommend_many(part)
         cache.clear()
         figures += [_overlaps(manifest, *pair) for pair in zip([*fresh, *fresh], [*first, *extended], strict=True)]
-    tied, strict = np.mean(figures, axis=0).tolist()
+    tied, strict = np.mean(figures, axis=0).round(6).tolist()  # rounded: 999 of 1,000 must be 0.999
     return CacheAgreement(requests=len(figures), overlap=tied, overlap_strict=strict)
 
 

@@ -136,7 +136,7 @@ def _check_cache(recommender: Recommender) -> CacheCheck | None:
             f"with a cache in {spec.dtype}, {here.overlap:.4f} of the ten best items are those without a cache; at "
             f"least {least:.4f} is needed"
         )
-    return CacheCheck(dtype=spec.dtype, exported=spec.agreement[spec.dtype], here=here, problem=problem)
+    return CacheCheck(dtype=spec.dtype, exported=spec.agreement, here=here, problem=problem)
 
 
 def _check_files(folder: Path) -> tuple[tuple[FileCheck, ...], str | None]:

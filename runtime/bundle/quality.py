@@ -122,11 +122,13 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         dtype: The first of int8, bf16, fp16 and fp32 that keeps the ten best items.
-        agreement: The measurement of each type up to it. A type is missing if keys or values are out of its range.
+        agreement: With this type.
+        refused: With each type before it; one is missing if keys or values are out of its range.
     """
 
     dtype: KvDtype
-    agreement: dict[KvDtype, CacheAgreement]
+    agreement: CacheAgreement
+    refused: dict[KvDtype, CacheAgreement]
 
 
 def named(name: str) -> str:

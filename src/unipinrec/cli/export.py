@@ -126,8 +126,8 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
     if manifest.order:
         say(f"slates are ordered by {manifest.order.by}: {manifest.order.reason}")
     if manifest.cache:
-        kept = manifest.cache.agreement[manifest.cache.dtype].overlap
-        say(f"a cache stores {manifest.cache.dtype}: {kept:.4f} of the ten best items are those without a cache")
+        kept = f"{manifest.cache.agreement.overlap:.4f} of the ten best items are those without a cache"
+        say(f"a cache stores {manifest.cache.dtype}: {kept}")
     if manifest.precisions:
         stdout.print(_precision_table(manifest))
     for name, spec in manifest.precisions.items():
