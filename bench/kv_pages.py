@@ -25,7 +25,8 @@ from common import card, finish, interleaved, spread
 from unipinrec.models.config import SMALL
 from unipinrec.models.data.schema import read_dataset
 from unipinrec.models.data.sequences import sequences_of
-from unipinrec.runtime.kv.pages import KvDtype, KvGeometry, KvPages
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.kv.pages import KvGeometry, KvPages
 
 PAGE_SLOTS, EVENTS, GIB = (8, 16, 32, 64, 128), 992, 1 << 30
 SLOTS = EVENTS + SMALL.kv_prefix_slots

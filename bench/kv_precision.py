@@ -29,8 +29,9 @@ from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action
 from unipinrec.models.config import SMALL
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request
 from unipinrec.runtime.bundle.bundle import USER_IDS, Bundle
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry, KvPages
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvGeometry, KvPages
 from unipinrec.runtime.requests import History, ResolvedRequest
 from unipinrec.runtime.retrieval.retriever import Search
 

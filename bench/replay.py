@@ -30,6 +30,7 @@ from synthetic import ACTIONS, random_bundle
 from unipinrec.models.data.schema import read_dataset
 from unipinrec.models.data.sequences import Sequences, sequences_of
 from unipinrec.runtime import CacheOptions, Event, Recommender, RecommendOptions, Request, Slate
+from unipinrec.runtime.bundle.quality import DEFAULT_KV_DTYPE
 from unipinrec.runtime.kv.pages import KvGeometry
 
 PAUSE_MS = 30 * 60_000
@@ -145,7 +146,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = random_bundle(Path(folder) / "bundle", len(data.item_ids))
         model = Recommender.load(path).bundle.manifest.model
-        geometry = KvGeometry.of(model, CacheOptions().dtype)
+        geometry = KvGeometry.of(model, DEFAULT_KV_DTYPE)
         last = {arrival.user: arrival.count for arrival in arrivals}
         slots = [min(count, model.max_history) + model.kv_prefix_slots for count in last.values()]
         needed = sum(geometry.pages_for(count) for count in slots)

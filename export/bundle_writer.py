@@ -51,7 +51,7 @@ from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index
-from unipinrec.runtime.sample import sample_quality
+from unipinrec.runtime.sample import chosen_cache, sample_quality
 
 EMBED_CHUNK = 65_536
 log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class ExportOptions:
         accept_loss: Whether a precision may recommend other items than fp32, as fp8 often does.
         data: Prepared data, to choose the order of slates and to measure the lists of the bundle. None skips both.
         evaluated: Number of test requests to measure on; 0 skips the measurement.
+        window_slack: Events by which the window over a long history moves at a time; None = an eighth of the model's
+            limit.
     """
 
     users: int = 1000
@@ -75,6 +77,7 @@ class ExportOptions:
     accept_loss: bool = False
     data: Path | None = None
     evaluated: int = 0
+    window_slack: int | None = None
 
 
 DEFAULTS = ExportOptions()
@@ -110,6 +113,9 @@ def export_bundle(
     """
     if histories is not None:
         histories.check(source)
+    limit = source.model.max_history
+    if options.window_slack is not None and not 1 <= options.window_slack <= limit:
+        raise ExportError(f"window_slack={options.window_slack} must be from 1 to {limit}, the model's longest history")
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
     source = replace(source, module=in_float32(source.module).eval())
@@ -130,7 +136,7 @@ def export_bundle(
         task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
         index = build_index(task, folder / INDEX)
         progress("manifest")
-        manifest = _manifest(source, folder, graphs, parity, index)
+        manifest = _manifest(source, folder, graphs, parity, index, options)
         seal(folder, manifest)
         try:
             if reduced:
@@ -148,11 +154,12 @@ def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> M
         recommender, evaluation = (
             _evaluated(opened, options.data, options.evaluated) if options.data else (opened, None)
         )
-        sample = sample_quality(recommender)
+        sample, cache = sample_quality(recommender), chosen_cache(recommender)
     manifest = msgspec.structs.replace(
         manifest,
         order=recommender.bundle.manifest.order,
         sample=sample if sample.users else None,
+        cache=cache,
         evaluation=evaluation,
     )
     seal(folder, manifest)
@@ -260,7 +267,12 @@ def _write_users(histories: Histories, users: int, folder: Path) -> None:
 
 
 def _manifest(
-    source: ExportSource, folder: Path, graphs: dict[str, GraphSpec], parity: ParityReport, index: IndexSpec
+    source: ExportSource,
+    folder: Path,
+    graphs: dict[str, GraphSpec],
+    parity: ParityReport,
+    index: IndexSpec,
+    options: ExportOptions,
 ) -> Manifest:
     versions = {name: importlib.metadata.version(name) for name in TOOLS}
     return Manifest(
@@ -285,6 +297,7 @@ def _manifest(
         # onnxruntime comes in wheels of several names, so its module is read.
         tools={"unipinrec": __version__, **versions, "onnxruntime": import_onnxruntime().__version__},
         order=source.order,
+        window_slack=options.window_slack,
     )
 
 

@@ -182,10 +182,10 @@ def _compare(engine: Engine, case: _Case, bundle: Bundle, items: NDArray[np.floa
     similarity = _similarity(items, case.queries)
     retrieved = _best(_similarity(items, queries), TOP)
     return (
-        _overlap(exact, ranked, tied[ranked]),
-        _overlap(exact, ranked, 0.0),
-        _overlap(similarity, retrieved, tie),
-        _overlap(similarity, retrieved, 0.0),
+        overlap(exact, ranked, tied[ranked]),
+        overlap(exact, ranked, 0.0),
+        overlap(similarity, retrieved, tie),
+        overlap(similarity, retrieved, 0.0),
         *_differences(case, queries, logits),
     )
 
@@ -252,14 +252,36 @@ def _scores(
         return similarity.astype(np.float64), np.full(len(similarity), tie)
     positive = manifest.positive.astype(np.float64)
     probabilities, order, scoring = sigmoid(logits), manifest.default_order, Scoring.of(manifest)
-    values, tied = probabilities @ positive, TIED_LOGIT * (probabilities * (1.0 - probabilities)) @ positive
+    scores = probabilities @ positive
+    if scoring is not None and order == "blend":
+        scores = scoring.blend(scores, similarity)
+    elif scoring is not None and order == "product":
+        scores = scoring.product(logits, positive, similarity)
+    return scores, tie_widths(manifest, scores, probabilities, tie)
+
+
+def tie_widths(
+    manifest: Manifest, scores: NDArray[np.float64], probabilities: NDArray[np.float64], tie: float
+) -> NDArray[np.float64]:
+    """The difference [k] up to which each of k items counts as tied with another.
+
+    Args:
+        manifest: Manifest of the bundle.
+        scores: [k], in the bundle's default order.
+        probabilities: [k, C] of the actions; not read if the order is that of retrieval.
+        tie: Difference of two similarities that counts as tied.
+    """
+    order, scoring = manifest.default_order, Scoring.of(manifest)
+    if order == "retrieval":
+        return np.full(len(scores), tie)
+    positive = manifest.positive.astype(np.float64)
+    tied: NDArray[np.float64] = TIED_LOGIT * (probabilities * (1.0 - probabilities)) @ positive
     if scoring is None or order == "value":
-        return values, tied
-    tied_share, tied_logit = tied / values, scoring.retrieval_scale * tie
+        return tied
+    tied_share, tied_logit = tied / (probabilities @ positive), scoring.retrieval_scale * tie
     if order == "blend":
-        scores = scoring.blend(values, similarity)
-        return scores, scores * (tied_share + scoring.retrieval_weight * tied_logit)
-    return scoring.product(logits, positive, similarity), tied_share + tied_logit
+        return scores * (tied_share + scoring.retrieval_weight * tied_logit)
+    return tied_share + tied_logit
 
 
 def _similarity(items: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -273,7 +295,7 @@ def _best(values: NDArray[Any], count: int) -> NDArray[np.int64]:
     return np.argsort(-values, kind="stable")[:count]
 
 
-def _overlap(exact: NDArray[Any], chosen: NDArray[np.int64], tied: NDArray[np.float64] | float) -> float:
+def overlap(exact: NDArray[Any], chosen: NDArray[np.int64], tied: NDArray[np.float64] | float) -> float:
     """Share of the chosen n items that are among the n best by `exact`, or at most `tied` below the last of them."""
     last = exact[_best(exact, len(chosen))[-1]]
     return float((exact[chosen] >= last - tied).mean())

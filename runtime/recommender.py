@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.catalogue import as_ids
+from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.backend import Backend, Device
 from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories, pad_rows
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.encoder import HistoryEncoder, Lookup, Padding, grouped
-from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.options import CacheOptions, dtype_for
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
 from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
@@ -107,8 +108,8 @@ class Recommender:
             verify: Check that the golden requests' outputs reproduce on this machine.
             cache: Options of a new cache of encoded histories, or the cache of a recommender that this one replaces.
                 None = encode every history anew, as for a model whose histories cannot be cached.
-            window_slack: Number of events by which the window over a long history moves at a time; None = an eighth of
-                the model's limit.
+            window_slack: Number of events by which the window over a long history moves at a time; None = as the
+                bundle states, else an eighth of the model's limit.
             cold_start: "popular" answers an empty history with popular items, "refuse" rejects it; so does a bundle
                 without popularity.
             **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`; see `DeviceRules`.
@@ -120,9 +121,7 @@ class Recommender:
         """
         opened_here = not isinstance(bundle, Bundle)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        model = bundle.manifest.model
-        if window_slack is not None and not (isinstance(window_slack, int) and 0 < window_slack <= model.max_history):
-            raise ConfigError(f"window_slack={window_slack} must be an integer from 1 to {model.max_history}")
+        window_slack = _slack(window_slack, bundle.manifest)
         engine = open_engine(bundle, device, partial(require_golden, bundle=bundle) if verify else None, **rules)
         with ExitStack() as on_failure:
             on_failure.callback(engine.close)
@@ -379,14 +378,24 @@ def _log_order(bundle: Bundle) -> None:
         )
 
 
+def _slack(requested: int | None, manifest: Manifest) -> int | None:
+    slack, limit = manifest.window_slack if requested is None else requested, manifest.model.max_history
+    if slack is not None and not (isinstance(slack, int) and 0 < slack <= limit):
+        raise ConfigError(f"window_slack={slack} must be an integer from 1 to {limit}")
+    return slack
+
+
 def _cache(cache: CacheOptions | KvCache | None, bundle: Bundle) -> KvCache | None:
-    model = bundle.manifest.model
-    if cache is not None and model.cache == "none":
+    manifest = bundle.manifest
+    if cache is not None and manifest.model.cache == "none":
         log.warning("%s: this model's histories cannot be cached; each request encodes its whole history", bundle.path)
         return None
     if not isinstance(cache, KvCache):
-        return None if cache is None else KvCache(model, cache)
-    geometry = KvGeometry.of(model, cache.geometry.dtype, cache.geometry.page_slots)
+        if cache is None:
+            return None
+        return KvCache(manifest.model, replace(cache, dtype=dtype_for(manifest, cache.dtype)))
+    dtype = dtype_for(manifest, cache.geometry.dtype)
+    geometry = KvGeometry.of(manifest.model, dtype, cache.geometry.page_slots)
     if geometry != cache.geometry:
         raise ConfigError(f"the cache was made for {cache.geometry}, this model needs {geometry}; pass a new cache")
     return cache

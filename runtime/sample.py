@@ -1,14 +1,31 @@
-"""Hits of the sample users' next items: a figure that any machine can measure again."""
+"""Figures of the sample users that any machine can measure again: hits of their next items, agreement of the cache."""
 
 from __future__ import annotations
 
-from unipinrec.runtime.bundle.quality import SampleQuality
+import logging
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+
+from unipinrec.errors import BackendError
+from unipinrec.runtime.agreement import TIED_SIMILARITY, TOP, overlap, tie_widths
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.golden import read_golden
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.bundle.quality import CacheAgreement, CacheSpec, KvDtype, SampleQuality
+from unipinrec.runtime.kv.cache import KvCache
+from unipinrec.runtime.kv.encoder import HistoryEncoder
+from unipinrec.runtime.kv.options import CacheOptions
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvGeometry
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, Order, RecommendOptions, Request
+from unipinrec.runtime.requests import CANDIDATES, SOON_MS, Event, Order, RecommendOptions, Request, Slate
 
 USERS = 200
-TOP = 10
 BATCH = 32
+MIN_OVERLAP = 0.999
+CACHED_USERS, CACHED_EVENTS, CACHED_TOGETHER = 100, 32_768, 8
+log = logging.getLogger(__name__)
 
 
 def sample_quality(recommender: Recommender) -> SampleQuality:
@@ -45,3 +62,88 @@ def _hits(recommender: Recommender, users: list[tuple[tuple[Event, ...], Event]]
         ]
     )
     return sum(last.item in {item.item for item in slate.items} for slate, (_, last) in zip(slates, users, strict=True))
+
+
+def chosen_cache(recommender: Recommender) -> CacheSpec | None:
+    """The coarsest type of cached keys and values that keeps the ten best items by `MIN_OVERLAP`; fp32 always does.
+
+    None if the model's histories are not cached.
+
+    Raises:
+        BundleError: The sample users, or the golden requests, cannot be read.
+        BackendError: A graph does not run.
+    """
+    if recommender.bundle.manifest.model.cache == "none":
+        return None
+    refused: dict[KvDtype, CacheAgreement] = {}
+    for dtype in KV_DTYPES[:0:-1]:
+        try:
+            measured = cache_agreement(recommender, dtype)
+        except BackendError as error:  # out of its range; a graph that does not run fails with fp32 as well
+            log.warning("a cache in %s does not suit this model: %s", dtype, error)
+            continue
+        if measured.overlap >= MIN_OVERLAP:
+            return CacheSpec(dtype=dtype, agreement=measured, refused=refused)
+        log.warning("a cache in %s keeps only %.4f of the ten best items", dtype, measured.overlap)
+        refused[dtype] = measured
+    return CacheSpec(dtype="fp32", agreement=cache_agreement(recommender, "fp32"), refused=refused)
+
+
+def cache_agreement(recommender: Recommender, dtype: KvDtype) -> CacheAgreement:
+    """Compare the ten best items with a cache of a type and without one, for sample users, else golden requests.
+
+    Each user's history is requested at once, and again after its first half.
+
+    Args:
+        recommender: Without a cache.
+        dtype: Type of cached keys and values.
+
+    Raises:
+        BundleError: The sample users, or the golden requests, cannot be read.
+        BackendError: A graph does not run, or a key or value is out of the type's range.
+    """
+    manifest, requests = recommender.bundle.manifest, _requests(recommender.bundle)
+    geometry = KvGeometry.of(manifest.model, dtype)
+    slots = max(len(request.history) for request in requests) + manifest.model.kv_prefix_slots
+    budget_bytes = CACHED_TOGETHER * geometry.pages_for(slots) * geometry.page_bytes
+    cache = KvCache(manifest.model, CacheOptions(budget_bytes=budget_bytes, dtype=dtype))
+    encoder = HistoryEncoder(recommender.engine, cache, dtype, recommender.bundle.kv_item_keys)
+    cached, figures = replace(recommender, encoder=encoder), []
+    for start in range(0, len(requests), CACHED_TOGETHER):
+        part = requests[start : start + CACHED_TOGETHER]
+        fresh = recommender.recommend_many(part)
+        first = cached.recommend_many([msgspec.structs.replace(request, user=None) for request in part])
+        halves = [msgspec.structs.replace(r, history=r.history[: len(r.history) // 2], k=1) for r in part]
+        cached.recommend_many([half for half in halves if half.history])
+        extended = cached.recommend_many(part)
+        cache.clear()
+        figures += [_overlaps(manifest, *pair) for pair in zip([*fresh, *fresh], [*first, *extended], strict=True)]
+    tied, strict = np.mean(figures, axis=0).round(6).tolist()  # rounded: 999 of 1,000 must be 0.999
+    return CacheAgreement(requests=len(figures), overlap=tied, overlap_strict=strict)
+
+
+def _requests(bundle: Bundle) -> list[Request]:
+    """One request for each user, soon after the last event, for all candidates; the users have different names."""
+    histories = bundle.sample_histories(CACHED_USERS) or read_golden(bundle).histories
+    parts = [history.part(-bundle.manifest.model.max_history) for history in histories]
+    within = max(1, int((np.cumsum(list(map(len, parts))) <= CACHED_EVENTS).sum()))
+    requests = []
+    for index, history in enumerate(parts[:within]):
+        left, last = bundle.catalogue.num_live - len(set(history.item_rows.tolist())), int(history.timestamps_ms[-1])
+        unseen = left >= TOP
+        options = RecommendOptions(now_ms=None if last < 0 else last + SOON_MS, exclude_seen=unseen)
+        k = min(CANDIDATES, left if unseen else bundle.catalogue.num_live)
+        requests.append(Request(history=bundle.events_of(history), k=k, options=options, user=str(index)))
+    return requests
+
+
+def _overlaps(manifest: Manifest, fresh: Slate, served: Slate) -> tuple[float, float]:
+    """Share of the ten best served items that are among the ten best without a cache: with ties, and strict."""
+    scores = np.array([item.score for item in fresh.items])
+    probabilities = np.array([[*item.actions.values()] for item in fresh.items])
+    tie = TIED_SIMILARITY * max(1.0, *(abs(item.retrieval_score) for item in fresh.items))
+    widths = np.append(tie_widths(manifest, scores, probabilities, tie), 0.0)
+    places = {item.item: place for place, item in enumerate(fresh.items)}
+    scores = np.append(scores, -np.inf)  # of an item that is not even a candidate
+    chosen = np.array([places.get(item.item, -1) for item in served.items[:TOP]])
+    return overlap(scores, chosen, widths[chosen]), overlap(scores, chosen, 0.0)

@@ -20,8 +20,8 @@ from unipinrec import __version__
 from unipinrec.errors import ConfigError, UnipinrecError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle.bundle import read_manifest
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.kv.pages import KvDtype
 from unipinrec.runtime.machine import available_threads
 from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.retrieval.sampling import RecallSampler
@@ -66,6 +66,7 @@ class ServeOptions(RunOptions):
         max_users, events_mib, kept_events: Most users, memory for their events, and most events of a user; None =
             twice the longest history of the model.
         cache_mib, cache_dtype, cache_ttl_s: See `CacheOptions`; 0 MiB = no cache.
+        window_slack: See `Recommender.load`.
         max_batch, batches, max_wait_ms: See `BatchOptions`; None = derived from the threads.
         queue, deadline_ms, max_deadline_ms: See `ServerOptions`.
         bundles: The folder of all bundles; None = the folder that holds the bundle.
@@ -90,8 +91,9 @@ class ServeOptions(RunOptions):
     events_mib: int = 512
     kept_events: int | None = None
     cache_mib: int = 1024
-    cache_dtype: KvDtype = "int8"
+    cache_dtype: KvDtype | None = None
     cache_ttl_s: float | None = None
+    window_slack: int | None = None
     max_batch: int | None = None
     batches: int | None = None
     max_wait_ms: float = 0.0
@@ -114,7 +116,7 @@ class ServeOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("processes", "threads", "kept_events", "max_batch", "batches"):
+        for name in ("processes", "threads", "kept_events", "window_slack", "max_batch", "batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
@@ -295,6 +297,7 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Wo
         gpu=options.gpu,
         threads=threads,
         cache=cache if budget_bytes else None,
+        window_slack=options.window_slack,
         cold_start=options.cold_start,
         batching=BatchOptions(
             max_batch=options.max_batch or BATCH_OF_A_THREAD * min(2, threads),

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Unpack
 
 from unipinrec.errors import BundleError
+from unipinrec.runtime.agreement import MARGIN
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.integrity import file_problems
 from unipinrec.runtime.bundle.manifest import Agreement
-from unipinrec.runtime.bundle.quality import SampleQuality
+from unipinrec.runtime.bundle.quality import CacheAgreement, KvDtype, SampleQuality
 from unipinrec.runtime.device import DeviceRules, require_device
 from unipinrec.runtime.golden_check import TOLERANCE, GoldenCheck, check_outputs
 from unipinrec.runtime.graphs.backend import Device
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.sample import sample_quality
+from unipinrec.runtime.sample import MIN_OVERLAP, cache_agreement, sample_quality
 
 SAMPLE_TOLERANCE = 0.02  # share of the users: rounding decides between items of almost equal score
 
@@ -39,11 +40,22 @@ class SampleCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheCheck:
+    """Agreement of lists with and without a cache of a type, at export and here; `problem` is None if it suffices."""
+
+    dtype: KvDtype
+    exported: CacheAgreement
+    here: CacheAgreement
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyReport:
     """All checks of a bundle.
 
     `golden` checks a device that computes in fp32, `agreement` a device that rounds; the other is empty or None. If
-    damage keeps the graphs from running, both are, and `device` is None. `sample` is None if the bundle has no users.
+    damage keeps the graphs from running, both are, and `device` is None. `sample` is None if the bundle has no users,
+    `cache` if the bundle states no type of the cache, or the device rounds more than a cache does.
     """
 
     bundle: str
@@ -54,6 +66,7 @@ class VerifyReport:
     golden: tuple[GoldenCheck, ...]
     agreement: Agreement | None
     sample: SampleCheck | None
+    cache: CacheCheck | None
     ok: bool
 
 
@@ -72,16 +85,16 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
     folder = Path(path)
     files, digest = _check_files(folder)
     golden: tuple[GoldenCheck, ...] = ()
-    agreement = running = sample = None
+    agreement = running = sample = cache = None
     if not any(check.problem for check in files):
         try:
             with Recommender.load(folder, device, verify=False, **rules) as recommender:
                 running = recommender.device
                 golden, agreement = check_outputs(recommender.engine, recommender.bundle)
-                sample = _check_sample(recommender)
+                sample, cache = _check_sample(recommender), _check_cache(recommender)
         except BundleError as error:
             files = (*files, FileCheck(file="contents", problem=str(error)))
-    checks = [check for check in (*files, *golden, agreement, sample) if check]
+    checks = [check for check in (*files, *golden, agreement, sample, cache) if check]
     return VerifyReport(
         bundle=str(folder),
         hash=digest,
@@ -91,6 +104,7 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
         golden=golden,
         agreement=agreement,
         sample=sample,
+        cache=cache,
         ok=bool(golden or agreement) and not any(check.problem for check in checks),
     )
 
@@ -110,6 +124,19 @@ def _check_sample(recommender: Recommender) -> SampleCheck | None:
             f"{allowed} is allowed"
         )
     return SampleCheck(exported=exported, here=here, problem=problem)
+
+
+def _check_cache(recommender: Recommender) -> CacheCheck | None:
+    spec = recommender.bundle.manifest.cache
+    if spec is None or recommender.device.precision != "fp32":
+        return None
+    here, least, problem = cache_agreement(recommender, spec.dtype), 1.0 - MARGIN * (1.0 - MIN_OVERLAP), None
+    if not here.overlap >= least:
+        problem = (
+            f"with a cache in {spec.dtype}, {here.overlap:.4f} of the ten best items are those without a cache; at "
+            f"least {least:.4f} is needed"
+        )
+    return CacheCheck(dtype=spec.dtype, exported=spec.agreement, here=here, problem=problem)
 
 
 def _check_files(folder: Path) -> tuple[tuple[FileCheck, ...], str | None]:

@@ -61,19 +61,33 @@ def lively(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Those of two epochs of training do not: an action of an early event changes their logits by a millionth.
     """
+    return _random_bundle(checkpoint, tmp_path_factory.mktemp("lively") / "bundle", outlier=1.0)
+
+
+@pytest.fixture(scope="session")
+def outlying(checkpoint: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with sample users, and a large number in each value: int8 rounds the others too far."""
+    return _random_bundle(checkpoint, tmp_path_factory.mktemp("outlying") / "bundle", outlier=40.0, users=dataset)
+
+
+def _random_bundle(checkpoint: Path, folder: Path, *, outlier: float, users: Path | None = None) -> Path:
     import torch
 
     from unipinrec.export.bundle_writer import export_bundle
+    from unipinrec.export.data_histories import histories_from_data
     from unipinrec.export.servable import source_from_model
     from unipinrec.models.checkpoint import load_checkpoint
 
     stored = load_checkpoint(checkpoint)
-    noise = torch.Generator().manual_seed(0)
+    noise, dim = torch.Generator().manual_seed(0), stored.model.config.head_dim
     for parameter in stored.model.parameters():
         if parameter.ndim > 1:
             parameter.data = torch.randn(parameter.shape, generator=noise) / parameter.shape[-1] ** 0.5
-    folder = tmp_path_factory.mktemp("lively") / "bundle"
-    export_bundle(source_from_model(stored.model, stored.catalogue, stored.features), folder)
+    for block in stored.model.layers():
+        block.qkv.weight.data[-block.widths[2] :: dim] *= outlier
+        block.out.weight.data[:, ::dim] /= outlier
+    source = source_from_model(stored.model, stored.catalogue, stored.features)
+    export_bundle(source, folder, histories=histories_from_data(users, source, 50) if users else None)
     return folder
 
 

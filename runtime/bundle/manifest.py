@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.quality import Evaluation, SampleQuality
+from unipinrec.runtime.bundle.quality import DEFAULT_KV_DTYPE, CacheSpec, Evaluation, KvDtype, SampleQuality
 from unipinrec.runtime.requests import Order
 
 FORMAT_VERSION = 2
@@ -250,6 +250,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         order: Default order of a slate; None in bundles of earlier versions, which are ordered by value.
         evaluation: Quality of the lists at export; None if the bundle was exported without data.
         sample: Quality of the sample users' lists; None if the bundle has no sample users.
+        cache: Type of cached keys and values; None if histories are not cached, and in bundles of earlier versions.
+        window_slack: Events by which the window over a long history moves at a time; None = an eighth of the model's
+            limit.
     """
 
     format_version: int
@@ -280,6 +283,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     order: OrderSpec | None = None
     evaluation: Evaluation | None = None
     sample: SampleQuality | None = None
+    cache: CacheSpec | None = None
+    window_slack: int | None = None
 
     @property
     def positive(self) -> NDArray[np.bool_]:
@@ -292,6 +297,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.model.ranker is None:
             return "retrieval"
         return "value" if self.order is None else self.order.by
+
+    @property
+    def cache_dtype(self) -> KvDtype:
+        """Type of cached keys and values unless another is requested."""
+        return DEFAULT_KV_DTYPE if self.cache is None else self.cache.dtype
 
     def graphs_in(self, precision: str) -> dict[str, GraphSpec]:
         """The graphs that a request needs, by name, in a precision of this bundle."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+KvDtype = Literal["fp32", "fp16", "bf16", "int8"]  # from the finest to the coarsest
+DEFAULT_KV_DTYPE: KvDtype = "int8"  # where a bundle states no type
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,6 +101,34 @@ class SampleQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     users: int
     served: int
     retrieved: int
+
+
+class CacheAgreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far lists that are served with a cache agree with those served without one; means over requests.
+
+    Attributes:
+        requests: Compared requests: a first one of each user, and one that extends half of the history.
+        overlap: Share of the ten best items that are among the ten best without a cache, ties included.
+        overlap_strict: The same without ties.
+    """
+
+    requests: int
+    overlap: float
+    overlap_strict: float
+
+
+class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The type in which a cache stores this bundle's keys and values.
+
+    Attributes:
+        dtype: The first of int8, bf16, fp16 and fp32 that keeps the ten best items.
+        agreement: With this type.
+        refused: With each type before it; one is missing if keys or values are out of its range.
+    """
+
+    dtype: KvDtype
+    agreement: CacheAgreement
+    refused: dict[KvDtype, CacheAgreement]
 
 
 def named(name: str) -> str:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import CacheError, ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.bundle.quality import DEFAULT_KV_DTYPE
 from unipinrec.runtime.kv.options import CacheOptions, CacheStatistics
 from unipinrec.runtime.kv.pages import KvGeometry, KvPages
 
@@ -92,13 +93,13 @@ class KvCache:
 
         Args:
             model: The model of the keys and values.
-            options: Size and precision.
+            options: Size and precision; int8 if it names none.
             clock: Monotonic clock in seconds.
 
         Raises:
             ConfigError: The budget does not hold one page, or the memory does not suffice.
         """
-        self.geometry = geometry = KvGeometry.of(model, options.dtype, options.page_slots)
+        self.geometry = geometry = KvGeometry.of(model, options.dtype or DEFAULT_KV_DTYPE, options.page_slots)
         self.ttl_s = options.ttl_s
         if options.budget_bytes < geometry.page_bytes:
             raise ConfigError(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.kv.pages import PAGE_SLOTS, KvDtype
+from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.kv.pages import KV_DTYPES, PAGE_SLOTS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,15 +19,14 @@ class CacheOptions:
 
     Attributes:
         budget_bytes: Bytes to allocate, rounded down to whole pages.
-        dtype: Precision of stored keys and values; int8 is the smallest that keeps the ten best items of real users
-            (`bench/kv_precision.py`).
+        dtype: Precision of stored keys and values; None = as the bundle states, int8 if it states none.
         ttl_s: Drop entries that were not used for this many seconds; None = never.
         page_slots: Events per page; a user's last page is half empty on average.
         threads: Threads that copy pages; None = as many as this process may use.
     """
 
     budget_bytes: int = 1 << 30
-    dtype: KvDtype = "int8"
+    dtype: KvDtype | None = None
     ttl_s: float | None = None
     page_slots: int = PAGE_SLOTS
     threads: int | None = None
@@ -34,6 +38,20 @@ class CacheOptions:
                 raise ConfigError(f"{name}={value!r} must be an integer")
         if self.ttl_s is not None and not (isinstance(self.ttl_s, int | float) and self.ttl_s > 0):
             raise ConfigError(f"ttl_s={self.ttl_s!r} must be more than 0, or None")
+
+
+def dtype_for(manifest: Manifest, requested: KvDtype | None) -> KvDtype:
+    """The precision of a cache for a bundle; warns if the requested one is coarser than the bundle states."""
+    stated = manifest.cache_dtype
+    dtype = requested or stated
+    if dtype in KV_DTYPES and KV_DTYPES.index(dtype) > KV_DTYPES.index(stated):
+        log.warning(
+            "the cache stores %s, but the bundle states %s, with which it keeps the ten best items: lists can differ "
+            "from those without a cache; leave out the type of the cache",
+            dtype,
+            stated,
+        )
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.machine import thread_count
 
-KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 PAGE_SLOTS = 16
 PARALLEL_PAGES = 16  # copying fewer takes less time than waking another thread

@@ -26,8 +26,9 @@ WARM_UP_BATCH = 8  # more would only take time from requests
 class DeploymentOptions:
     """How bundles are opened for serving; see `Recommender.load` and `BatchOptions`.
 
-    `sampler` compares a share of the index's searches with exact ones. `shared` is the folder in which processes that
-    serve together find each other's files; None = there is only one process.
+    `cache.dtype` and `window_slack` are None = as each bundle states. `sampler` compares a share of the index's
+    searches with exact ones. `shared` is the folder in which processes that serve together find each other's files;
+    None = there is only one process.
     """
 
     device: str = "auto"
@@ -36,6 +37,7 @@ class DeploymentOptions:
     threads: int | None = None
     gpu: int = 0
     cache: CacheOptions | None = None
+    window_slack: int | None = None
     cold_start: ColdStart = "popular"
     batching: BatchOptions = field(default_factory=BatchOptions)
     sampler: RecallSampler | None = None
@@ -70,7 +72,8 @@ class Deployment:
             path: The bundle's folder.
             options: How to open it.
             cache: The cache of the deployment that this one replaces. It is used, with its entries, where keys and
-                values of this model fit its pages; else a new one is made from the options.
+                values of this model fit its pages, in the type that the options or this bundle state; else a new one
+                is made from the options.
 
         Raises:
             BundleError: See `Recommender.load`.
@@ -80,13 +83,14 @@ class Deployment:
         options, folder = options or DeploymentOptions(), Path(path).absolute()
         bundle = Bundle.open(folder, options.shared)
         if cache is not None:
-            pages = cache.geometry
-            fits = KvGeometry.of(bundle.manifest.model, pages.dtype, pages.page_slots) == pages
-            cache = cache if fits else None
+            manifest, pages = bundle.manifest, cache.geometry
+            dtype = (options.cache and options.cache.dtype) or manifest.cache_dtype
+            cache = cache if KvGeometry.of(manifest.model, dtype, pages.page_slots) == pages else None
         recommender = Recommender.load(
             bundle,
             options.device,
             cache=cache or options.cache,
+            window_slack=options.window_slack,
             cold_start=options.cold_start,
             strict=options.strict,
             allow_bundle_engines=options.allow_bundle_engines,

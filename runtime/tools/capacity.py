@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.kv.pages import PAGE_SLOTS, KvDtype, KvGeometry
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.kv.pages import PAGE_SLOTS, KvGeometry
 from unipinrec.runtime.tools.arrivals import FOREVER, ArrivalModel
 
 GIB = 2**30

@@ -37,7 +37,7 @@ from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index import HnswIndex
 from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
-from unipinrec.runtime.sample import sample_quality
+from unipinrec.runtime.sample import chosen_cache, sample_quality
 from unipinrec.runtime.tools.item_input import ItemRows, NewItem, check_items, embed_items
 
 QUERY_USERS = 100
@@ -129,7 +129,8 @@ def update_bundle(
         manifest = _write(update, index, folder)
         with Recommender.load(folder, "cpu") as recommender:
             sample = sample_quality(recommender) if manifest.sample else None
-        digest = seal(folder, msgspec.structs.replace(manifest, sample=sample))
+            cache = chosen_cache(recommender) if manifest.cache else None
+        digest = seal(folder, msgspec.structs.replace(manifest, sample=sample, cache=cache))
     return UpdateReport(
         bundle=digest,
         parent=parent.hash,

@@ -9,7 +9,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
-from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import PAGE_SLOTS
 
 LOAD = ("--users", "100000", "--qps", "100")
@@ -38,7 +37,14 @@ def test_bytes_of_a_named_size() -> None:
 
 def test_the_cache_is_planned_as_it_is_kept_unless_told_otherwise() -> None:
     kv = plan(*LOAD, "--size", "small", "--events", "200")["kv"]
-    assert (kv["dtype"], kv["bytes_per_event"]) == (CacheOptions().dtype, 2304)
+    assert (kv["dtype"], kv["bytes_per_event"]) == ("int8", 2304)
+
+
+def test_the_type_is_that_of_the_bundle_unless_told_otherwise(outlying: Path, bundle: Path) -> None:
+    words = (*LOAD, "--events", "30", "--bundle")
+    assert plan(*words, outlying)["kv"]["dtype"] == "bf16"
+    assert plan(*words, bundle)["kv"]["dtype"] == "int8"
+    assert plan(*words, outlying, "--dtype", "int8")["kv"]["dtype"] == "int8"
 
 
 def test_a_history_longer_than_the_bundle_allows_is_refused(bundle: Path) -> None:

@@ -39,6 +39,7 @@ def test_verify_prints_every_check(bundle: Path) -> None:
     for name in ("manifest.json", "index.hnsw", "encoder.present.*", "ranker.logits"):
         assert name in result.stdout
     assert "on cpu (auto: ONNX Runtime on the CPU; openvino" in " ".join(result.stdout.split())
+    assert "ten best items with a cache in int8 as without: 1.0000, 1.0000 at export: ok" in result.stdout
 
 
 def test_verify_json(bundle: Path) -> None:
@@ -47,6 +48,7 @@ def test_verify_json(bundle: Path) -> None:
     assert (result.exit_code, document["ok"], document["device"]["name"]) == (0, True, "cpu")
     assert document["golden"][-1]["output"] == "ranker.logits"
     assert 0 <= document["golden"][-1]["max_abs_diff"] < 1e-4
+    assert (document["cache"]["dtype"], document["cache"]["here"]["requests"]) == ("int8", 200)
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")

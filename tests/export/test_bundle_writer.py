@@ -151,7 +151,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
     # Arrays of data frames are stored by column.
     dense, categories = map(np.asfortranarray, (stored.item_dense, stored.item_categories))
     source = replace(stored, item_dense=dense, item_categories=categories)
-    options, histories = ExportOptions(users=0, recall=0.5), histories_from_data(dataset, source, 200)
+    options, histories = ExportOptions(users=0, recall=0.5, window_slack=4), histories_from_data(dataset, source, 200)
     before, threads = torch.get_num_threads(), set[int]()
     torch.set_num_threads(2)
     try:
@@ -167,6 +167,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
     finally:
         torch.set_num_threads(before)
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
+    assert manifest.window_slack == 4
     names = {path.name for path in again.iterdir()}
     assert names == {path.name for path in bundle.iterdir()} - {"users.safetensors", "user_ids.json"}
     for name in names - {"manifest.json", "manifest.sha256"}:  # the manifest carries the date
@@ -181,7 +182,8 @@ def test_another_process_with_other_threads_writes_the_same_bytes_and_as_few_use
     manifests, tensors, ids = [], [], []
     for folder in (bundle, tmp_path / "again"):
         described = json.loads((folder / "manifest.json").read_bytes())
-        del described["created"], described["sample"], described["files"]["users.safetensors"]
+        del described["created"], described["sample"], described["cache"]
+        del described["files"]["users.safetensors"]
         del described["files"]["user_ids.json"]
         manifests.append(described)
         tensors.append(load_file(folder / "users.safetensors"))
@@ -270,3 +272,16 @@ def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> N
     write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
     with pytest.raises(ExportError, match="is not the data that the model was trained on"):
         histories_from_data(tmp_path / "other", source_from_checkpoint(checkpoint), 10)
+
+
+@pytest.mark.parametrize("slack", [0, 65])
+def test_a_window_slack_that_cannot_be_is_refused_at_once(checkpoint: Path, tmp_path: Path, slack: int) -> None:
+    stages: list[str] = []
+    with pytest.raises(ExportError, match=f"window_slack={slack} must be from 1 to 64, the model's longest history"):
+        export_bundle(
+            source_from_checkpoint(checkpoint),
+            tmp_path / "bundle",
+            options=ExportOptions(window_slack=slack),
+            progress=stages.append,
+        )
+    assert stages == []

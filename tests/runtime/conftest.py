@@ -90,7 +90,7 @@ def reseal() -> Reseal:
             content = (folder / name).read_bytes()
             spec |= {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
         for name, value in changes.items():
-            manifest[name] = {**manifest[name], **value} if isinstance(value, dict) else value
+            manifest[name] = {**manifest.get(name, {}), **value} if isinstance(value, dict) else value
         content = json.dumps(manifest).encode()
         (folder / "manifest.json").write_bytes(content)
         (folder / "manifest.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
-from answers import STORED
+from answers import NOW_MS, STORED
+from live_server import SMALL, listening
+from live_server import served as in_service
 
 from unipinrec.errors import ConfigError
+from unipinrec.runtime import CacheOptions, Event, Recommender, RecommendOptions, SlateItem
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.requests import SOON_MS
 from unipinrec.runtime.serve import ServeOptions, serve_bundle
 
 AFTER = """
@@ -73,6 +85,7 @@ def test_a_port_that_is_taken_is_an_error_of_ours_and_nothing_stays_open(tmp_pat
         ({"max_batch": 0}, "max_batch=0 must be at least 1"),
         ({"batches": 0}, "batches=0 must be at least 1"),
         ({"kept_events": 0}, "kept_events=0 must be at least 1"),
+        ({"window_slack": 0}, "window_slack=0 must be at least 1"),
         ({"processes": 0}, "processes=0 must be at least 1"),
         ({"processes": 2}, "2 processes need a --state"),
         ({"processes": 2, "state": "s", "admin_token_env": "T"}, "2 processes swap by --watch, not by /admin"),
@@ -101,3 +114,81 @@ def test_signals_need_the_main_thread() -> None:
     thread.join(30)
     assert [str(error).partition(":")[0] for error in errors] == ["serve_bundle handles signals"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@contextmanager
+def over_http(bundle: Path, options: ServeOptions = SMALL) -> Iterator[Callable[..., Any]]:
+    """Ask a server of a bundle for ten items."""
+    with in_service(bundle, options) as app, listening(app) as port:
+
+        def ask(history: Sequence[Event], **body: Any) -> Any:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            content = {"history": msgspec.to_builtins(history), "k": 10, **body}
+            connection.request("POST", "/v1/recommend", json.dumps(content))
+            answer = json.loads(connection.getresponse().read())
+            connection.close()
+            return answer
+
+        yield ask
+
+
+def kept(fresh: Sequence[SlateItem], served: Any) -> float:
+    """Share of the served items that are among the ten best without a cache, or tied with the last of them."""
+    values = {item.item: item.score for item in fresh}
+    scores = np.array([values.get(item["item"], 0.0) for item in served["items"]])
+    return float((scores >= fresh[9].score - 0.01 * scores * (1 - scores)).mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "agrees"),
+    [("bundle", None, True), ("outlying", None, True), ("outlying", "int8", False)],
+)
+def test_the_ten_best_over_http_are_those_without_a_cache(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, name: str, dtype: KvDtype | None, agrees: bool
+) -> None:
+    path, shares = request.getfixturevalue(name), []
+    options = ServeOptions(device="cpu", cache_mib=8, cache_dtype=dtype)
+    with Recommender.load(path, "cpu") as plain, over_http(path, options) as ask:
+        for user, history in enumerate(plain.bundle.sample_histories(50)):
+            events, now_ms = plain.bundle.events_of(history), int(history.timestamps_ms[-1]) + SOON_MS
+            fresh = plain.recommend(events, 200, RecommendOptions(now_ms=now_ms)).items
+            ask(events[: len(events) // 2], now_ms=now_ms, user=str(user))
+            answers = [ask(events, now_ms=now_ms, user=user) for user in (str(user), "new" + str(user))]
+            assert [answer["kv"] for answer in answers] == ["extended", "miss"]
+            shares += [kept(fresh, answer) for answer in answers]
+    assert (np.mean(shares) >= 0.999) == agrees
+    warned = [message for message in caplog.messages if message.startswith("the cache stores int8, but the bundle")]
+    assert len(warned) == (not agrees)
+
+
+def test_a_cache_for_an_old_bundle_stores_int8() -> None:
+    cache = Recommender.load(STORED, "cpu", cache=CacheOptions(budget_bytes=1 << 20)).cache
+    assert cache is not None
+    assert cache.geometry.dtype == "int8"
+
+
+def test_the_window_over_http_is_that_of_python_and_with_a_slack_of_1_the_newest_events(
+    tmp_path: Path, reseal: Callable[..., None]
+) -> None:
+    """The stored model takes 8 events; by 4 at a time, the window over 11 holds the last 7."""
+    stating = Path(shutil.copytree(STORED, tmp_path / "stating"))
+    reseal(stating, window_slack=4)
+    events = [Event(item=f"item-{index}", actions=("click",), timestamp_ms=NOW_MS + index) for index in range(11)]
+    options, expected = RecommendOptions(now_ms=NOW_MS + 100, exclude_seen=False), {}
+    for slack, count in ((1, 8), (4, 7)):
+        with Recommender.load(STORED, "cpu", window_slack=slack) as recommender:
+            whole, *parts = (recommender.recommend(events[-n:], 10, options).items for n in (11, 8, 7))
+        assert [whole == part for part in parts] == [count == 8, count == 7]
+        expected[slack] = json.loads(msgspec.json.encode(whole))
+    served_with = ((STORED, 1, 1), (STORED, 4, 4), (STORED, None, 1), (stating, None, 4), (stating, 1, 1))
+    for bundle, option, slack in served_with:
+        with over_http(bundle, ServeOptions(device="cpu", cache_mib=0, window_slack=option)) as ask:
+            answer = ask(events, now_ms=NOW_MS + 100, exclude_seen=False)
+        assert answer["items"] == expected[slack], (bundle, option)
+
+
+def test_a_stated_window_slack_beyond_the_model_is_refused(tmp_path: Path, reseal: Callable[..., None]) -> None:
+    wrong = Path(shutil.copytree(STORED, tmp_path / "wrong"))
+    reseal(wrong, window_slack=9)
+    with pytest.raises(ConfigError, match="window_slack=9 must be an integer from 1 to 8"):
+        Recommender.load(wrong, "cpu")

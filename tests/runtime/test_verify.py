@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,19 @@ def test_lists_that_are_not_as_good_as_at_export_are_reported(copy: Path, reseal
     assert f"at export {exported.here.served + 5} and" in (report.sample.problem or "")
     reseal(copy, sample={"served": exported.here.served + 1})  # rounding may turn one or two of 200
     assert verify_bundle(copy).ok
+
+
+def test_a_cache_that_changes_the_ten_best_is_reported(outlying: Path, tmp_path: Path, reseal: Reseal) -> None:
+    copy = Path(shutil.copytree(outlying, tmp_path / "copy"))
+    report = verify_bundle(copy)
+    assert report.ok
+    assert report.cache is not None
+    assert (report.cache.dtype, report.cache.here, report.cache.problem) == ("bf16", report.cache.exported, None)
+    reseal(copy, cache={"dtype": "int8"})
+    report = verify_bundle(copy)
+    assert report.cache is not None
+    assert not report.ok
+    assert report.cache.problem == (
+        f"with a cache in int8, {report.cache.here.overlap:.4f} of the ten best items are those without a cache; "
+        "at least 0.9985 is needed"
+    )

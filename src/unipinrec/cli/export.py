@@ -67,6 +67,12 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     type=click.IntRange(0),
     help="With --data, measure the bundle's recommendations on this many test requests; 0 = none.  [default: 2000]",
 )
+@click.option(
+    "--window-slack",
+    type=click.IntRange(1),
+    help="Events by which the window over a long history moves at a time; 1 = always the newest events.  "
+    "[default: an eighth of the model's limit]",
+)
 @recall_option
 @json_command
 def export(
@@ -78,6 +84,7 @@ def export(
     precisions: tuple[str, ...],
     accept_loss: bool,
     evaluated: int | None,
+    window_slack: int | None,
     recall: float | None,
     as_json: bool,
 ) -> None:
@@ -115,12 +122,13 @@ def export(
                 accept_loss=accept_loss,
                 data=data,
                 evaluated=2000 if evaluated is None else evaluated,
+                window_slack=window_slack,
             ),
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
     warn_of_low_recall(manifest.index)
     if as_json:
-        names = ("parity", "precisions", "index", "order", "evaluation", "files")
+        names = ("parity", "precisions", "index", "order", "evaluation", "cache", "files")
         reported = {name: getattr(manifest, name) for name in names}
         print_json({"bundle": str(bundle), **reported})
     else:
@@ -174,6 +182,9 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
         print_evaluation(manifest.evaluation)
     if manifest.order:
         say(f"slates are ordered by {manifest.order.by}: {manifest.order.reason}")
+    if manifest.cache:
+        kept = f"{manifest.cache.agreement.overlap:.4f} of the ten best items are those without a cache"
+        say(f"a cache stores {manifest.cache.dtype}: {kept}")
     if manifest.precisions:
         stdout.print(_precision_table(manifest))
     for name, spec in manifest.precisions.items():

@@ -44,8 +44,7 @@ OWN_SHAPE = ("layers", "dim", "heads")
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    default="int8",
-    help="Precision of cached keys and values.",
+    help="Precision of cached keys and values.  [default: as the bundle states, else int8]",
 )
 @click.option("--page-slots", type=click.IntRange(1), help="Events per page of the cache.  [default: the cache's own]")
 @click.option("--events", type=positive, help="Mean history length of users, spread as in KuaiRand-Pure.")
@@ -145,7 +144,8 @@ def _footprint(options: dict[str, Any]) -> Footprint:
 
     page_slots = options["page_slots"] or PAGE_SLOTS
     if options["bundle"] is not None:
-        footprint = Footprint.of(read_manifest(options["bundle"])[0].model, options["dtype"], page_slots)
+        manifest = read_manifest(options["bundle"])[0]
+        footprint = Footprint.of(manifest.model, options["dtype"] or manifest.cache_dtype, page_slots)
     else:
         footprint = _footprint_of_sizes(options, page_slots)
     longest = options["max_history"] or footprint.max_history
@@ -156,6 +156,7 @@ def _footprint(options: dict[str, Any]) -> Footprint:
 
 def _footprint_of_sizes(options: dict[str, Any], page_slots: int) -> Footprint:
     from unipinrec.models.config import SIZES
+    from unipinrec.runtime.bundle.quality import DEFAULT_KV_DTYPE
     from unipinrec.runtime.kv.pages import KvGeometry
     from unipinrec.runtime.tools.capacity import NO_LIMIT, Footprint
 
@@ -168,9 +169,8 @@ def _footprint_of_sizes(options: dict[str, Any], page_slots: int) -> Footprint:
             raise click.UsageError(f"--dim {options['dim']} is not a multiple of --heads {options['heads']}")
         layers, kv_heads = options["layers"], options["kv_heads"] or options["heads"]
         head_dim, prefix, longest = options["dim"] // options["heads"], 1, NO_LIMIT
-    geometry = KvGeometry(
-        tensors=2 * layers, heads=kv_heads, head_dim=head_dim, dtype=options["dtype"], page_slots=page_slots
-    )
+    dtype = options["dtype"] or DEFAULT_KV_DTYPE
+    geometry = KvGeometry(tensors=2 * layers, heads=kv_heads, head_dim=head_dim, dtype=dtype, page_slots=page_slots)
     return Footprint(geometry=geometry, prefix_slots=prefix, max_history=longest)
 
 

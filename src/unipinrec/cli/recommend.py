@@ -99,7 +99,7 @@ def verify(bundle: Path, device: str, as_json: bool, gpu: int, **rules: bool) ->
         _print_report(report)
     if not report.ok:
         computed = (report.agreement,) if report.agreement else report.golden
-        checks = [check for check in (*report.files, *computed, report.sample) if check]
+        checks = [check for check in (*report.files, *computed, report.sample, report.cache) if check]
         failed = sum(check.problem is not None for check in checks)
         raise BundleError(f"{bundle}: {failed} of {len(checks)} checks failed; copy or export the bundle again")
 
@@ -118,6 +118,15 @@ def _print_report(report: VerifyReport) -> None:
         measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users"
         state = _state(report.sample.problem, "as at export")
         stdout.print(f"last item among the best ten: {measured}:", state, highlight=False, soft_wrap=True)
+    if report.cache:
+        cache = report.cache
+        measured = f"{cache.here.overlap:.4f}, {cache.exported.overlap:.4f} at export"
+        stdout.print(
+            f"ten best items with a cache in {cache.dtype} as without: {measured}:",
+            _state(cache.problem),
+            highlight=False,
+            soft_wrap=True,
+        )
     if report.device is None:
         say("golden outputs were not compared: the bundle is damaged")
     else:

@@ -71,10 +71,15 @@ DAY_S = 86_400
 @click.option(
     "--cache-dtype",
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    default="int8",
-    help="Precision of cached histories.",
+    help="Precision of cached histories.  [default: as the bundle states, else int8]",
 )
 @click.option("--cache-ttl-s", type=positive, help="Remove cached histories that are unused for this long.")
+@click.option(
+    "--window-slack",
+    type=click.IntRange(1),
+    help="Events by which the window over a long history moves at a time; 1 = always the newest events.  "
+    "[default: as the bundle states, else an eighth of the model's limit]",
+)
 @click.option(
     "--max-batch",
     type=click.IntRange(1),

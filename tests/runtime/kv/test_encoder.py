@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
 from unipinrec.runtime.bundle.manifest import GraphSpec, ModelSpec
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.graphs.backend import Backend
 from unipinrec.runtime.graphs.engine import Engine, KvBuffer
 from unipinrec.runtime.graphs.mock import Arrays, Handler, MockBackend
 from unipinrec.runtime.kv.encoder import HistoryEncoder
-from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvPages
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvPages
 from unipinrec.runtime.requests import SlateItem
 from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 

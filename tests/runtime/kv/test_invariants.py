@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, KvCache, Recommender, RecommendOptions, Request, Slate
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.kv.encoder import HistoryEncoder
-from unipinrec.runtime.kv.pages import KvDtype
+from unipinrec.runtime.kv.pages import KV_DTYPES
 
 TOLERANCE = (
     1e-4  # of logits; the largest difference of 2,000 histories is 1.3e-6, the smallest that one event makes 1e-3
 )
-INT8_LOGITS = 0.03  # the largest difference of 2,000 int8 histories is 0.016, whether they were extended or new
+# The largest difference of 2,000 int8 histories is 0.016, whether they were extended or new.
+LOGITS: dict[KvDtype, float] = {"fp32": TOLERANCE, "fp16": 0.003, "bf16": 0.03, "int8": 0.03}
 MAX_EVENTS, SLACK, LONGEST = 64, 4, 84
 HOUR_MS, T = 3_600_000, 1_760_000_000_000
 USERS, THREADS, OPERATIONS = 24, 4, 10_000
@@ -194,27 +196,33 @@ def test_extensions_of_several_users_at_once(fresh: Recommender, lengths: list[i
             assert difference(slate, ask(fresh, history)) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @quick
 @given(length=st.integers(1, LONGEST), seed=seeds)
-def test_precision_does_not_make_a_hit_differ_from_a_miss(fresh: Recommender, length: int, seed: int) -> None:
-    history, served = Histories(fresh, seed).grown((), length), cached(fresh, "int8")
+def test_precision_does_not_make_a_hit_differ_from_a_miss(
+    fresh: Recommender, dtype: KvDtype, length: int, seed: int
+) -> None:
+    history, served = Histories(fresh, seed).grown((), length), cached(fresh, dtype)
     slates = [ask(served, history, user) for user in ("u", "u", None)]
     assert [slate.kv for slate in slates] == ["miss", "hit", "miss"]
     assert slates[0].items == slates[1].items == slates[2].items
-    assert 1e-6 < difference(slates[0], ask(fresh, history)) < INT8_LOGITS
+    off = difference(slates[0], ask(fresh, history))
+    assert off < LOGITS[dtype]
+    assert off > 1e-6 or dtype in ("fp32", "fp16")
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @quick
 @given(length=st.integers(2, LONGEST), cuts=cuts, seed=seeds)
 def test_an_extended_history_is_as_precise_as_a_new_one(
-    fresh: Recommender, length: int, cuts: list[int], seed: int
+    fresh: Recommender, dtype: KvDtype, length: int, cuts: list[int], seed: int
 ) -> None:
-    history, served = Histories(fresh, seed).grown((), length), cached(fresh, "int8")
+    history, served = Histories(fresh, seed).grown((), length), cached(fresh, dtype)
     for cut in sorted({min(cut, length) for cut in cuts}):
         ask(served, history[:cut], "u")
     extended, found = (ask(served, history, "u") for _ in range(2))
     assert extended.items == found.items
-    assert difference(extended, ask(fresh, history)) < INT8_LOGITS
+    assert difference(extended, ask(fresh, history)) < LOGITS[dtype]
 
 
 @pytest.mark.parametrize("weights", ["bundle", "lively"])

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry, KvPages, as_stored
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvGeometry, KvPages, as_stored
 
 SMALL = KvGeometry(tensors=8, heads=8, head_dim=32, dtype="fp32", page_slots=32)  # four layers of 8 heads of 32
 dtypes = pytest.mark.parametrize("dtype", KV_DTYPES)

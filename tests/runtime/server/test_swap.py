@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import shutil
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from unipinrec.runtime import (
     Request,
     Slate,
 )
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.tools.update_bundle import update_bundle
@@ -224,6 +227,29 @@ def test_a_cache_of_another_shape_is_not_handed_over(twins: tuple[Path, Path]) -
     assert cache is not None
     assert cache is not foreign
     assert cache.geometry.dtype == "fp32"
+
+
+@pytest.mark.parametrize(("requested", "types"), [(None, ("int8", "bf16", "int8")), ("int8", ("int8", "int8", "int8"))])
+def test_the_cache_has_the_type_that_each_bundle_states_unless_one_is_requested(
+    twins: tuple[Path, Path],
+    tmp_path: Path,
+    reseal: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    requested: KvDtype | None,
+    types: tuple[str, str, str],
+) -> None:
+    finer = Path(shutil.copytree(twins[1], tmp_path / "finer"))
+    measured = {"requests": 2, "overlap": 1.0, "overlap_strict": 1.0}
+    reseal(finer, cache={"dtype": "bf16", "agreement": measured, "refused": {}})
+    options = replace(CACHED, cache=CacheOptions(budget_bytes=1 << 20, dtype=requested))
+    deployments = Deployments(Deployment.open(twins[0], options))
+    caches = [deployments.current.recommender.cache]
+    caches += [deployments.swap(path).recommender.cache for path in (finer, twins[0])]
+    assert deployments.close(timeout_s=30)
+    assert tuple(cache and cache.geometry.dtype for cache in caches) == types
+    assert len(set(map(id, caches))) == (3 if requested is None else 1)
+    warned = "the cache stores int8, but the bundle states bf16" in caplog.text
+    assert warned == (requested is not None)
 
 
 def truncate(folder: Path) -> None:

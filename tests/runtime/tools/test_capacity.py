@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, Recommender
 from unipinrec.runtime.bundle.manifest import ModelSpec
-from unipinrec.runtime.kv.pages import KV_DTYPES, KvDtype, KvGeometry
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.kv.pages import KV_DTYPES, KvGeometry
 from unipinrec.runtime.tools.arrivals import KUAIRAND, ArrivalModel
 from unipinrec.runtime.tools.capacity import (
     ACTIVITY_EXPONENT,

@@ -90,6 +90,8 @@ def test_a_new_bundle_is_whole_and_computes_as_before(bundle: Path, updated: tup
     out, _ = updated
     report = verify_bundle(out)
     assert report.ok
+    assert report.cache is not None
+    assert report.cache.exported == report.cache.here
     for name in ("golden.safetensors", "weights.bin"):
         assert (out / name).read_bytes() == (bundle / name).read_bytes()
     assert (out / "index.hnsw").read_bytes() != (bundle / "index.hnsw").read_bytes()
