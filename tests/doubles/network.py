@@ -120,6 +120,7 @@ class Network:
         self._needs = {name: self._tensors_of(name) for name in self._layers}
         sources = {name: {producers[one] for one in needs if one in producers} for name, needs in self._needs.items()}
         self._order = list(TopologicalSorter(sources).static_order())
+        self._last_reader = {one: name for name in self._order for one in self._needs[name]}
 
     @classmethod
     def of(cls, trt: TensorRT, file: Path) -> Network:
@@ -146,6 +147,9 @@ class Network:
             (output,) = _outputs(layer)
             result = np.asarray(compute(layer, [_wide(kind, values[one]) for one in self._needs[name]]))
             values[output.name] = _declared(name, output, result)
+            for one in set(self._needs[name]) - set(self.outputs):
+                if self._last_reader[one] == name:
+                    del values[one]  # all values of a large model at once do not fit into memory
         return {name: values[name] for name in self.outputs}
 
     def _tensors_of(self, name: str) -> list[str]:
