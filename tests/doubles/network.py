@@ -268,6 +268,11 @@ class Network:
         reduced = REDUCE[layer.op.name](values[0], axis=axes, keepdims=layer.keep_dims)
         return reduced.astype(values[0].dtype)
 
+    def _softmax(self, layer: Any, values: list[Array]) -> Array:
+        (axis,) = (axis for axis in range(values[0].ndim) if layer.axes >> axis & 1)
+        weights = np.exp(values[0] - values[0].max(axis, keepdims=True))
+        return np.asarray(weights / weights.sum(axis, keepdims=True))
+
     def _activation(self, layer: Any, values: list[Array]) -> Array:
         kind = layer.type.name
         if kind == "SIGMOID":
@@ -307,7 +312,11 @@ def _dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 def _typed(module: Any, layer: Any) -> Any:
     """A layer as its own class: the network hands out the base class alone."""
-    special = {"ELEMENTWISE": "IElementWiseLayer", "MATRIX_MULTIPLY": "IMatrixMultiplyLayer"}
+    special = {
+        "ELEMENTWISE": "IElementWiseLayer",
+        "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
+        "SOFTMAX": "ISoftMaxLayer",
+    }
     name = special.get(layer.type.name, f"I{layer.type.name.title().replace('_', '')}Layer")
     if hasattr(module, name):
         layer.__class__ = getattr(module, name)
