@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+from unipinrec.errors import ExportError
+
 MASK, LENGTHS = 3, 6  # `attn_mask` and `nonpad_kv_seqlen` among the inputs of Attention
 
 
@@ -17,7 +19,10 @@ def with_masks(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which every attention with lengths has a bool mask [B, 1, q, S] instead.
 
     Args:
-        model: A graph whose attentions have lengths or a mask, never both; keys are [B, H, S, D].
+        model: An fp32 graph; keys are [B, H, S, D].
+
+    Raises:
+        ExportError: An attention has lengths, and is causal or has a mask too.
     """
     masked = onnx.ModelProto()
     masked.CopyFrom(model)
@@ -25,12 +30,17 @@ def with_masks(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[NodeProto] = []
     for node in graph.node:
         if node.op_type == "Attention" and any(node.input[LENGTHS:]):
+            if any(node.input[MASK:LENGTHS]) or any(one.name == "is_causal" and one.i for one in node.attribute):
+                raise ExportError(
+                    f"{graph.name}: attention {node.name} has lengths, and is causal or has a mask too, which less "
+                    "precision does not support; say all of it by one mask, or export in fp32 alone"
+                )
             read = node.input[0], node.input[1], node.input[LENGTHS]
             if read not in names:
                 names[read] = f"padding_mask_{len(names)}"
                 nodes += _mask(*read, names[read])
             node.input[MASK] = names[read]
-            del node.input[LENGTHS - 2 :]  # no cache of keys and values either
+            del node.input[MASK + 1 :]  # no cache of keys and values either
         nodes.append(node)
     if names:
         constants = {

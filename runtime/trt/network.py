@@ -6,7 +6,8 @@ without it the padding of a batch takes part in every sum (docs/tensorrt.md says
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 LENGTHS = 6  # `nonpad_kv_seqlen` among the inputs of ONNX's Attention
+MOST_PROBLEMS = 5  # that a message names
 ATTENTION = "_AttentionInput"  # what the parser appends to the name of the ONNX node
 
 
@@ -49,7 +51,7 @@ def parse_graph(trt: TensorRT, builder: Any, logger: Any, lines: LogLines, file:
         file: The graph; its weights may lie beside it.
 
     Raises:
-        BackendError: TensorRT does not read the file, or leaves out an input.
+        BackendError: TensorRT does not read the file, leaves out an input, or reads a node in another way than ONNX.
     """
     import onnx  # noqa: PLC0415 - an extra
 
@@ -59,14 +61,53 @@ def parse_graph(trt: TensorRT, builder: Any, logger: Any, lines: LogLines, file:
     if not parser.parse_from_file(str(file)):
         errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise BackendError(f"{file}: {trt} does not read it: {errors or lines.reason()}")
-    graph = onnx.load(file, load_external_data=False).graph
-    constants = complete_attention(module, network, graph)
-    problems = "; ".join(lost_inputs(module, network, graph))
+    model = onnx.load(file, load_external_data=False)
+    problems, constants = list(_misread(model)), []
+    if not problems:
+        try:
+            constants = complete_attention(module, network, model.graph)
+        except BackendError as error:
+            raise BackendError(f"{file}: {trt}: {error}") from error
+        problems = lost_inputs(module, network, model.graph)
     if problems:
+        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
         raise BackendError(
-            f"{file}: {trt} would not compute what the graph says: {problems}; use another version, or device cuda"
+            f"{file}: {trt} would not compute what the graph says: {'; '.join(problems[:MOST_PROBLEMS])}{more}; use "
+            "another version, or device cuda"
         )
     return ParsedGraph(network=network, parser=parser, constants=constants)
+
+
+def _misread(model: onnx.ModelProto) -> Iterator[str]:
+    """Nodes that the parser reads in another way than ONNX, or that cannot be completed, in words."""
+    nodes = list(_nodes(model.graph.node))
+    for function in model.functions:
+        nodes += _nodes(function.node, inner=True)
+    attentions = Counter(node.name for node, _ in nodes if node.op_type == "Attention")
+    for node, inner in nodes:
+        attributes = {one.name: one.i for one in node.attribute}
+        if node.op_type == "Trilu" and "upper" not in attributes:
+            yield f"Trilu {node.name} has no attribute upper; the parser takes 0 for it, ONNX 1"
+        if _lengths_of(node) is None:
+            continue
+        if inner:
+            yield f"attention {node.name} with lengths is inside another node or a function"
+        if attributes.get("is_causal"):
+            yield (
+                f"attention {node.name} is causal and has lengths; its last query belongs to the last slot that is not "
+                "padding, in TensorRT to another one"
+            )
+        if not node.name or attentions[node.name] > 1:
+            yield f"attention {node.name!r} with lengths has no name of its own"
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto], inner: bool = False) -> Iterator[tuple[onnx.NodeProto, bool]]:
+    """All nodes, and whether each is inside another one."""
+    for node in nodes:
+        yield node, inner
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node, inner=True)
 
 
 def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> list[Any]:
@@ -76,7 +117,7 @@ def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> lis
         What has to live until the engine is built.
 
     Raises:
-        BackendError: The network has no attention of a node, or no tensor of its lengths.
+        BackendError: The network has no attention of a node or no tensor of its lengths, or takes no second limit.
     """
     tensors, layers = dict(_tensors(network)), _attentions(module, network)
     masks: dict[tuple[str, str], Any] = {}
@@ -93,6 +134,11 @@ def complete_attention(module: Any, network: Any, graph: onnx.GraphProto) -> lis
         attention = layers[node.name]
         if hasattr(attention, "key_value_lengths"):
             attention.key_value_lengths = _output(network.add_cast(tensors[lengths], module.DataType.INT32))
+        elif attention.mask is not None:
+            raise BackendError(
+                f"attention {node.name!r} has a mask and lengths, and this version of TensorRT takes a mask alone; use "
+                "TensorRT 11, or device cuda"
+            )
         else:
             key = attention.get_input(1)
             if (key.name, lengths) not in masks:
@@ -139,9 +185,14 @@ def lost_inputs(module: Any, network: Any, graph: onnx.GraphProto) -> list[str]:
     used = {name for node in graph.node if node.op_type != "Shape" for name in node.input}
     problems += [f"no layer reads {name}" for name, _ in _tensors(network) if name in used - read]
     for node in graph.node:
-        limited = _lengths_of(node) is not None or (node.op_type == "Attention" and any(node.input[3:4]))
-        if limited and not any(_limits_of(attentions[node.name]) if node.name in attentions else ()):
-            problems.append(f"attention {node.name} has neither mask nor lengths, the graph gives it {node.input[-1]}")
+        limits = (
+            [*filter(None, node.input[3:4]), *filter(None, [_lengths_of(node)])] if node.op_type == "Attention" else []
+        )
+        there = _limits_of(attentions[node.name]) if node.name in attentions else ()
+        if len(limits) > sum(limit is not None for limit in there):
+            problems.append(
+                f"attention {node.name!r} has lost a mask or lengths, the graph gives it {', '.join(limits)}"
+            )
     return problems
 
 

@@ -120,6 +120,7 @@ class Network:
         self._needs = {name: self._tensors_of(name) for name in self._layers}
         sources = {name: {producers[one] for one in needs if one in producers} for name, needs in self._needs.items()}
         self._order = list(TopologicalSorter(sources).static_order())
+        self._last_reader = {one: name for name in self._order for one in self._needs[name]}
 
     @classmethod
     def of(cls, trt: TensorRT, file: Path) -> Network:
@@ -146,6 +147,9 @@ class Network:
             (output,) = _outputs(layer)
             result = np.asarray(compute(layer, [_wide(kind, values[one]) for one in self._needs[name]]))
             values[output.name] = _declared(name, output, result)
+            for one in set(self._needs[name]) - set(self.outputs):
+                if self._last_reader[one] == name:
+                    del values[one]  # all values of a large model at once do not fit into memory
         return {name: values[name] for name in self.outputs}
 
     def _tensors_of(self, name: str) -> list[str]:
@@ -264,6 +268,11 @@ class Network:
         reduced = REDUCE[layer.op.name](values[0], axis=axes, keepdims=layer.keep_dims)
         return reduced.astype(values[0].dtype)
 
+    def _softmax(self, layer: Any, values: list[Array]) -> Array:
+        (axis,) = (axis for axis in range(values[0].ndim) if layer.axes >> axis & 1)
+        weights = np.exp(values[0] - values[0].max(axis, keepdims=True))
+        return np.asarray(weights / weights.sum(axis, keepdims=True))
+
     def _activation(self, layer: Any, values: list[Array]) -> Array:
         kind = layer.type.name
         if kind == "SIGMOID":
@@ -303,7 +312,11 @@ def _dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 def _typed(module: Any, layer: Any) -> Any:
     """A layer as its own class: the network hands out the base class alone."""
-    special = {"ELEMENTWISE": "IElementWiseLayer", "MATRIX_MULTIPLY": "IMatrixMultiplyLayer"}
+    special = {
+        "ELEMENTWISE": "IElementWiseLayer",
+        "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
+        "SOFTMAX": "ISoftMaxLayer",
+    }
     name = special.get(layer.type.name, f"I{layer.type.name.title().replace('_', '')}Layer")
     if hasattr(module, name):
         layer.__class__ = getattr(module, name)

@@ -19,6 +19,7 @@ from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
 from twin_bundle import twin, with_shares
 
+from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
 from unipinrec.runtime.device import THIS_MACHINE, Machine
@@ -26,7 +27,9 @@ from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend, import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import provider_problem
 from unipinrec.runtime.machine import driver_problem, has_bf16
+from unipinrec.runtime.trt import network
 from unipinrec.runtime.trt.backend import TensorRtBackend
+from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
 
 CUDA = "CUDAExecutionProvider"
 Reseal = Callable[..., None]
@@ -72,6 +75,37 @@ def machine(device: str) -> Iterator[Machine]:
 def bf16_device() -> str:
     needs("openvino-bf16")
     return "openvino-bf16"
+
+
+@pytest.fixture(scope="session")
+def trt() -> TensorRT:
+    """The installed TensorRT-RTX, which parses and builds without a GPU."""
+    try:
+        return import_tensorrt("tensorrt_rtx")
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attentions take no lengths, as in TensorRT 10.16."""
+
+    class WithoutLengths:
+        def __init__(self, attention: Any) -> None:
+            vars(self)["_attention"] = attention
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "key_value_lengths":
+                raise AttributeError(name)
+            return getattr(self._attention, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self._attention, name, value)
+
+    attentions = network._attentions
+    monkeypatch.setattr(
+        network, "_attentions", lambda *given: {name: WithoutLengths(one) for name, one in attentions(*given).items()}
+    )
 
 
 @pytest.fixture

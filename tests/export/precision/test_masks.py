@@ -9,6 +9,7 @@ import pytest
 from answers import STORED, graph_paths
 from numpy.typing import NDArray
 
+from unipinrec.errors import ExportError
 from unipinrec.export.precision.masks import LENGTHS, MASK, with_masks
 from unipinrec.runtime import Bundle
 
@@ -64,3 +65,11 @@ def test_padding_takes_no_part() -> None:
 def test_what_has_no_lengths_stays_as_it_is() -> None:
     model = onnx.load(graph_paths(Bundle.open(STORED))["extend"])
     assert with_masks(model) == model
+
+
+@pytest.mark.parametrize(("mask", "causal"), [("", 1), ("mask", 0)])
+def test_lengths_beside_another_limit_are_refused(mask: str, causal: int) -> None:
+    node = onnx.helper.make_node("Attention", ["q", "k", "v", mask, "", "", "n"], ["y"], name="own", is_causal=causal)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "encoder", [], []))
+    with pytest.raises(ExportError, match="encoder: attention own has lengths, and is causal or has a mask too"):
+        with_masks(model)

@@ -18,7 +18,7 @@ from unipinrec.runtime.tools.compile_ahead import carried_records, compile_ahead
 from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of
 from unipinrec.runtime.tools.engines import list_engines
 from unipinrec.runtime.trt.build import BuildTask, BuiltEngine
-from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
+from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.profiles import parse_bucket
 from unipinrec.runtime.trt.record import EngineHost
 from unipinrec.runtime.trt.store import EngineStore
@@ -26,14 +26,6 @@ from unipinrec.runtime.trt.store import EngineStore
 GRAPHS = ["encoder", "extend", "retrieval", "ranker"]
 HOW = "built ahead of time, where they cannot run; they run when it is first loaded"
 GPU = EngineHost(id=HERE.id, gpu="NVIDIA L40S", architecture="sm_89", driver="13.0")
-
-
-@pytest.fixture(scope="module")
-def trt() -> TensorRT:
-    try:
-        return import_tensorrt("tensorrt_rtx")
-    except BackendError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

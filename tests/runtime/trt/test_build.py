@@ -25,7 +25,7 @@ from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.trt import network as parsed_network
 from unipinrec.runtime.trt.build import BuildTask, build_engine, check_task, known_targets
 from unipinrec.runtime.trt.layers import require_precision
-from unipinrec.runtime.trt.library import TensorRT, import_tensorrt
+from unipinrec.runtime.trt.library import TensorRT
 from unipinrec.runtime.trt.profiles import ProfileShapes, default_buckets, for_graph
 from unipinrec.runtime.trt.record import BuildOptions
 
@@ -33,14 +33,6 @@ GRAPHS = ("encoder", "extend", "retrieval", "ranker")
 WITH_ATTENTION = ("encoder", "extend", "ranker")
 ADA = ("sm_89",)
 NUMPY_NAMES: dict[LowType, str] = {"bf16": "bfloat16", "fp16": "float16"}
-
-
-@pytest.fixture(scope="module")
-def trt() -> TensorRT:
-    try:
-        return import_tensorrt("tensorrt_rtx")
-    except BackendError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -5,43 +5,42 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from answers import STORED
+from checks import source_of
 from fake_gpu import HostMachine
 from host_cuda import HostRuntime
 from invariants import Shape, extend, independent, same
 from network import NUMPY, Network
 from numpy.typing import NDArray
+from synthetic import random_source
 
 from unipinrec.errors import BackendError
-from unipinrec.export.precision.check import add_precisions, sources_of
-from unipinrec.export.precision.typed import LowType, emulated_graph
+from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.golden import random_histories
+from unipinrec.export.precision.check import LOW_TYPES, add_precisions, sources_of
+from unipinrec.export.precision.typed import emulated_graph, typed_graph
+from unipinrec.models.config import TINY
 from unipinrec.runtime import Bundle, CacheOptions, Recommender
+from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.graphs.backend import Precision
 from unipinrec.runtime.trt import network as our_network
-from unipinrec.runtime.trt.library import LogLines, TensorRT, import_tensorrt, tensorrt_logger
+from unipinrec.runtime.trt.library import LogLines, TensorRT, tensorrt_logger
 from unipinrec.runtime.trt.network import ParsedGraph, complete_attention, lost_inputs, parse_graph
-from unipinrec.runtime.trt.profiles import default_buckets, for_graph
+from unipinrec.runtime.trt.profiles import default_buckets, for_graph, parse_bucket
 
 GRAPHS = ("encoder", "extend", "retrieval", "ranker")
-LOW_TYPES: dict[Precision, LowType] = {"fp16": "fp16", "bf16": "bf16", "fp8": "bf16"}
 # Largest difference from the emulation in ONNX Runtime, as a share of an output's largest value: one or two roundings.
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3, "fp8": 3e-2}
 Feeds = dict[str, NDArray[Any]]
-
-
-@pytest.fixture(scope="module")
-def trt() -> TensorRT:
-    try:
-        return import_tensorrt("tensorrt_rtx")
-    except BackendError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +64,20 @@ def shapes_of(bundle: Bundle, graph: str) -> Iterator[dict[str, tuple[int, ...]]
             yield {name: shapes[which] for name, shapes in profile.items()}
 
 
-def ragged(shapes: dict[str, tuple[int, ...]], slots_beside: int) -> Feeds:
+def ragged(shapes: dict[str, tuple[int, ...]], manifest: Manifest) -> Feeds:
     """Inputs of rows of different lengths, with values in the padding too."""
     rng, feeds = np.random.default_rng(0), Feeds()
     past = next((shape[2] for name, shape in shapes.items() if name.startswith("past_key_values")), 0)
     events = next((shape[1] for name, shape in shapes.items() if name == "item_vectors"), 0)
     for name, shape in shapes.items():
         if name in ("lengths", "past_lengths"):
-            most = events if name == "lengths" else past - slots_beside
+            most = events if name == "lengths" else past - manifest.model.kv_prefix_slots
             feeds[name] = np.linspace(most, 1, shape[0]).astype(np.int64)
         elif name.endswith("timestamps_ms"):
             base = 1_760_000_000_000 if name.startswith("past") else 1_760_100_000_000
             feeds[name] = base + np.cumsum(rng.integers(0, 10**7, shape), axis=-1)
         elif name == "surfaces":
-            feeds[name] = rng.integers(0, 2, shape)
+            feeds[name] = rng.integers(0, len(manifest.surfaces), shape)
         else:
             feeds[name] = rng.standard_normal(shape).astype(np.float32)
     return feeds
@@ -133,10 +132,69 @@ def test_it_computes_the_graph_on_ragged_batches(
 ) -> None:
     bundle, network = Bundle.open(typed), Network.of(trt, file_of(typed, graph, precision))
     for shapes in shapes_of(bundle, graph):
-        feeds = ragged(shapes, bundle.manifest.model.kv_prefix_slots)
+        feeds = ragged(shapes, bundle.manifest)
         expected = computed_by(emulated(graph, precision), feeds)
         off, where = largest_difference(run(network, feeds), expected, feeds)
         assert off <= BOUNDS[precision], (where, shapes)
+
+
+@pytest.fixture(scope="module")
+def other_form(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Candidates attend to themselves, by products of their own; heads share keys; queries are conditioned."""
+    size = msgspec.structs.replace(TINY, num_kv_heads=1, outcome_conditioned=True)
+    folder = tmp_path_factory.mktemp("other") / "bundle"
+    export_bundle(random_source("self", 60, size), folder)
+    return Bundle.open(folder)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_other_form_of_attention_is_computed_too(other_form: Bundle, trt: TensorRT, graph: str) -> None:
+    file = other_form.path / f"{graph}.onnx"
+    network = Network.of(trt, file)
+    for shapes in shapes_of(other_form, graph):
+        feeds = ragged(shapes, other_form.manifest)
+        off, where = largest_difference(run(network, feeds), computed_by(file, feeds), feeds)
+        assert off <= BOUNDS["fp32"], (where, shapes)
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """A bundle of the paper's shape; beside its folder lie graphs in less precision and their emulations, 5 GB."""
+    source, folder = source_of("paper"), tmp_path_factory.mktemp("paper")
+    export_bundle(source, folder / "bundle", histories=random_histories(source))
+    bundle = Bundle.open(folder / "bundle")
+    for precision, low in LOW_TYPES.items():
+        for graph, model in sources_of(bundle, precision, bundle.sample_histories(20)).items():
+            onnx.save(typed_graph(model, low), folder / f"typed_{graph}_{precision}.onnx")
+            onnx.save(emulated_graph(model, low), folder / f"emulated_{graph}_{precision}.onnx")
+    yield bundle
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    ("graph", "precision"), [("retrieval", "fp32"), *product(("encoder", "extend", "ranker"), BOUNDS)]
+)
+def test_it_computes_the_graph_at_the_papers_shape(paper: Bundle, trt: TensorRT, graph: str, precision: str) -> None:
+    """12 layers of width 768; one request at the smallest and usual shape, and three of up to 992 events.
+
+    The larger shapes of the default profiles would take hours in numpy. fp32 keeps its bound (9e-7 was found). In less
+    precision twice the bound is allowed, two roundings of the largest value: among 70 million values some are that far
+    off. So are those of the emulation itself if its inputs move by a millionth (fp16, encoder: 1.1e-3).
+    """
+    exact, model = paper.path / f"{graph}.onnx", paper.manifest.model
+    files = [paper.path.parent / f"{kind}_{graph}_{precision}.onnx" for kind in ("typed", "emulated")]
+    (typed, emulated), bound = (files, 2 * BOUNDS[precision]) if precision != "fp32" else ((exact, exact), 1e-5)
+    before = 496 if graph == "extend" else 992
+    full = parse_bucket(f"batch=3,history=992,past={before},new=496,candidates=656", model)
+    profiles = for_graph((full, default_buckets(model)[0]), paper.manifest.graphs[graph], model.kv_prefix_slots)
+    network = Network.of(trt, typed)
+    for profile, which in ((1, 0), (1, 1), (0, 0)):
+        feeds = ragged({name: sizes[which] for name, sizes in profiles[profile].items()}, paper.manifest)
+        off, where = largest_difference(run(network, feeds), computed_by(emulated, feeds), feeds)
+        print(f"{graph} {precision}: {where} {off:.2g}, {off / bound:.2f} of the bound")
+        assert off <= bound, where
 
 
 Broken = Callable[[Any, Any, onnx.GraphProto], Any]
@@ -163,9 +221,9 @@ def test_what_the_parser_alone_makes_is_wrong_and_refused(
     file = typed / f"{graph}.onnx"
     network, problems = broken_network(trt, file, lambda *_: None)
     (shapes,) = list(shapes_of(Bundle.open(typed), graph))[-1:]
-    feeds = ragged(shapes, 1)
+    feeds = ragged(shapes, Bundle.open(typed).manifest)
     assert largest_difference(run(network, feeds), computed_by(file, feeds), feeds)[0] > 1e-2
-    assert any(f"has neither mask nor lengths, the graph gives it {lost}" in problem for problem in problems)
+    assert any(f"has lost a mask or lengths, the graph gives it {lost}" in problem for problem in problems)
     monkeypatch.setattr(our_network, "complete_attention", lambda *_: [])
     lines = LogLines()
     logger = tensorrt_logger(trt.module, lines)
@@ -175,32 +233,12 @@ def test_what_the_parser_alone_makes_is_wrong_and_refused(
 
 @pytest.mark.parametrize("graph", ["encoder", "ranker"])
 def test_where_attention_takes_no_lengths_a_mask_does_the_same(
-    typed: Path, trt: TensorRT, graph: str, monkeypatch: pytest.MonkeyPatch
+    typed: Path, trt: TensorRT, graph: str, without_lengths: None
 ) -> None:
-    """As TensorRT 10.16 has it."""
-
-    class WithoutLengths:
-        def __init__(self, attention: Any) -> None:
-            vars(self)["_attention"] = attention
-
-        def __getattr__(self, name: str) -> Any:
-            if name == "key_value_lengths":
-                raise AttributeError(name)
-            return getattr(self._attention, name)
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            setattr(self._attention, name, value)
-
-    attentions = our_network._attentions
-    monkeypatch.setattr(
-        our_network,
-        "_attentions",
-        lambda *given: {name: WithoutLengths(one) for name, one in attentions(*given).items()},
-    )
     network, problems = broken_network(trt, typed / f"{graph}.onnx", complete_attention)
     assert problems == []
     for shapes in shapes_of(Bundle.open(typed), graph):
-        feeds = ragged(shapes, 1)
+        feeds = ragged(shapes, Bundle.open(typed).manifest)
         expected = computed_by(typed / f"{graph}.onnx", feeds)
         assert largest_difference(run(network, feeds), expected, feeds)[0] <= BOUNDS["fp32"]
 
@@ -260,7 +298,7 @@ def test_an_input_that_is_lost_is_seen_twice(
     assert any(f"no layer reads {name}" in problem for problem in problems), problems
     (_, shapes, *_) = shapes_of(Bundle.open(typed), graph)
     shapes = {one: (4, *shape[1:]) for one, shape in shapes.items()}
-    feeds = ragged(shapes, 1)
+    feeds = ragged(shapes, Bundle.open(typed).manifest)
     expected = computed_by(emulated(graph, precision), feeds)
     off, _ = largest_difference(run(network, feeds), expected, feeds)
     whole = run(Network.of(trt, file_of(typed, graph, precision)), feeds)
@@ -275,7 +313,7 @@ def test_an_unknown_layer_fails(typed: Path, trt: TensorRT) -> None:
     network, _ = broken_network(trt, typed / "retrieval.onnx", add_top_k)
     (shapes,) = list(shapes_of(Bundle.open(typed), "retrieval"))[-1:]
     with pytest.raises(NotImplementedError, match="layers of type TOPK are not known"):
-        network.run(ragged(shapes, 1))
+        network.run(ragged(shapes, Bundle.open(typed).manifest))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
