@@ -25,6 +25,7 @@ from unipinrec.export.graphs import graphs_of, write_graph
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource, Histories
+from unipinrec.export.reference import Reference, with_reference
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
@@ -64,6 +65,7 @@ class ExportOptions:
         accept_loss: Whether a precision may recommend other items than fp32, as fp8 often does.
         data: Prepared data, to choose the order of slates and to measure the lists of the bundle. None skips both.
         evaluated: Number of test requests to measure on; 0 skips the measurement.
+        reference: The library's own scores, to compare the bundle's answers with; see `export.reference`.
     """
 
     users: int = 1000
@@ -71,6 +73,7 @@ class ExportOptions:
     accept_loss: bool = False
     data: Path | None = None
     evaluated: int = 0
+    reference: Reference | None = None
 
 
 DEFAULTS = ExportOptions()
@@ -128,6 +131,9 @@ def export_bundle(
                 manifest = add_precisions(folder, reduced, users, accept_loss=options.accept_loss, progress=progress)
             progress("lists of the bundle")
             manifest = _with_quality(folder, manifest, options)
+            if options.reference is not None:
+                progress("comparison with the library")
+                manifest = with_reference(folder, source, users, options.reference)
         except BundleError as error:
             raise ExportError(f"the written bundle cannot be served: {error}") from error
     return manifest
