@@ -8,6 +8,7 @@ golden.py             golden requests
 graphs.py             inputs, outputs and tracing of the graphs
 parity.py             the comparison with PyTorch
 protocol.py           the five methods that a model needs to be exported
+reference.py          the comparison with the scores of the library that a model comes from
 servable.py           our own model as something to export
 weights.py            one weight file for all graphs
 """

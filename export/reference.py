@@ -18,7 +18,7 @@ from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvDtype, KvGeometry
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, History, RecommendOptions, Slate
+from unipinrec.runtime.requests import Event, History, RecommendOptions
 
 REFERENCE = "reference"  # its place in `Manifest.config`
 TOLERANCE = 1e-4
@@ -56,9 +56,7 @@ class ReferenceReport(msgspec.Struct, frozen=True, kw_only=True):
     served: dict[str, ReferenceDifference]
 
 
-def with_reference(
-    folder: Path, source: ExportSource, histories: Sequence[History], reference: Reference
-) -> Manifest:
+def with_reference(folder: Path, source: ExportSource, histories: Sequence[History], reference: Reference) -> Manifest:
     """Compare the answers of a written bundle with the library's scores, and seal the result.
 
     Args:
@@ -86,8 +84,8 @@ def with_reference(
         if name != "cached int8" and not found.max_score_diff <= TOLERANCE:
             raise ExportError(
                 f"{name}: a score differs from the reference by {found.max_score_diff:.3g}, allowed {TOLERANCE:.0e}; "
-                f"{found.same_top_ten:.0%} of {len(sample)} histories have the same ten best items. The module does not "
-                "compute what the library computes, or the library's model is in training mode"
+                f"{found.same_top_ten:.0%} of {len(sample)} histories have the same ten best items. The module "
+                "computes something else than the library, or the library's model is in training mode"
             )
     report = ReferenceReport(histories=len(sample), served=served)
     config = {**bundle.manifest.config, REFERENCE: msgspec.to_builtins(report)}

@@ -14,11 +14,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
+from unipinrec.export.adapters.next_item import next_item_source
 from unipinrec.export.protocol import Events, ExportSource, KeyValues, Past
 from unipinrec.models import attention
 from unipinrec.models.layers import rotate
@@ -67,32 +67,20 @@ def source_from_decoder(
         )
     module = ServableDecoder(model, torch.tensor(tokens), torch.tensor(list(prefix_tokens), dtype=torch.int64))
     heads = model.model.layers[0].self_attn
-    count = len(item_ids)
-    return ExportSource(
-        module=module.eval(),
-        model=ModelSpec(
-            num_layers=len(model.model.layers),
-            num_kv_heads=heads.k_proj.out_features // heads.head_dim,
-            head_dim=heads.head_dim,
-            hidden_size=config.hidden_size,
-            item_dim=module.items.shape[1],
-            max_history=max_history,
-            kv_prefix_slots=len(prefix_tokens),
-            outcome_conditioned=False,
-            similarity="dot",
-            ranker=None,
-        ),
-        actions=("click",),
-        positive_actions=("click",),
-        surfaces=("unknown",),
-        dense={},
-        categories={},
-        item_ids=list(item_ids),
-        titles=[None] * count,
-        item_dense=np.zeros((count, 0), np.float32),
-        item_categories=np.zeros((count, 0), np.int64),
-        config={"architecture": type(model).__name__, **json.loads(config.to_json_string(use_diff=False))},
+    spec = ModelSpec(
+        num_layers=len(model.model.layers),
+        num_kv_heads=heads.k_proj.out_features // heads.head_dim,
+        head_dim=heads.head_dim,
+        hidden_size=config.hidden_size,
+        item_dim=module.items.shape[1],
+        max_history=max_history,
+        kv_prefix_slots=len(prefix_tokens),
+        outcome_conditioned=False,
+        similarity="dot",
+        ranker=None,
     )
+    described = json.loads(config.to_json_string(use_diff=False))
+    return next_item_source(module, spec, item_ids, {"architecture": type(model).__name__, **described})
 
 
 def _require_decoder(model: Any) -> None:
@@ -101,7 +89,8 @@ def _require_decoder(model: Any) -> None:
     if name not in DECODERS:
         raise ExportError(f"{name} is not supported; pass one of {list(DECODERS)}, or write the five methods yourself")
     config = model.config
-    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (getattr(config, "layer_types", 0) or ()):
+    layer_types = getattr(config, "layer_types", None) or ()
+    if getattr(config, "use_sliding_window", False) or "sliding_attention" in layer_types:
         raise ExportError(
             f"this {name} attends through a sliding window (use_sliding_window); train it with full attention"
         )

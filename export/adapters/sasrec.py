@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
+from unipinrec.export.adapters.next_item import next_item_source
 from unipinrec.export.protocol import Events, ExportSource, KeyValues
 from unipinrec.runtime.bundle.manifest import ModelSpec
 
@@ -72,47 +73,36 @@ def source_from_sasrec(model: Any) -> ExportSource:
     except RuntimeError as error:
         raise ExportError(f"the weights are not those of a SASRecModel: {str(error)[:500]}") from error
     item_ids = [str(item) for item in known["item_external_ids"][len(EXTRA_TOKENS) :]]
-    return ExportSource(
-        module=module.eval(),
-        model=ModelSpec(
-            num_layers=0,
-            num_kv_heads=0,
-            head_dim=0,
-            hidden_size=table.shape[1],
-            item_dim=module.items.shape[1],
-            max_history=config["session_max_len"],
-            kv_prefix_slots=0,
-            outcome_conditioned=False,
-            similarity="dot",
-            cache="none",
-            ranker=None,
-        ),
-        actions=("click",),
-        positive_actions=("click",),
-        surfaces=("unknown",),
-        dense={},
-        categories={},
-        item_ids=item_ids,
-        titles=[None] * len(item_ids),
-        item_dense=np.zeros((len(item_ids), 0), np.float32),
-        item_categories=np.zeros((len(item_ids), 0), np.int64),
-        config={"architecture": "SASRec", **config},
+    spec = ModelSpec(
+        num_layers=0,
+        num_kv_heads=0,
+        head_dim=0,
+        hidden_size=table.shape[1],
+        item_dim=module.items.shape[1],
+        max_history=config["session_max_len"],
+        kv_prefix_slots=0,
+        outcome_conditioned=False,
+        similarity="dot",
+        cache="none",
+        ranker=None,
     )
+    return next_item_source(module, spec, item_ids, {"architecture": "SASRec", **config})
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code that it may hold."""
-    arrays = [
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),  # the name in numpy 1
-        *(np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.ObjectDType, np.dtypes.Int64DType),
-    ]
+    rebuilt = np.empty(0, object).__reduce__()[0]
+    named = [(rebuilt, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]  # of numpy 1 and 2
+    arrays = [*named, np.ndarray, np.dtype, np.dtypes.ObjectDType, np.dtypes.Int64DType]
     try:
         with torch.serialization.safe_globals(arrays):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {name: checkpoint[name] for name in ("hyper_parameters", "state_dict")}
     except (OSError, RuntimeError, UnpicklingError, KeyError, TypeError) as error:
+        unsafe = isinstance(error, UnpicklingError)  # torch then explains at length how to run such code
+        reason = "it holds something else than numbers, words and arrays" if unsafe else str(error)[:300]
         raise ExportError(
-            f"{path} is no checkpoint of a SASRecModel: {str(error)[:300]}; write one with "
+            f"{path} is no checkpoint of a SASRecModel: {reason}; write one with "
             "model.fit_trainer.save_checkpoint(path)"
         ) from error
 
@@ -175,7 +165,7 @@ class ServableSasrec(nn.Module):
         padding = (self.longest - events.lengths) * self.sees_padding
         hidden = torch.full((count, count), -torch.inf).triu(1).expand(x.shape[0], -1, -1)
         mask = torch.cat([padding.to(x.dtype).log()[:, None, None].expand(-1, count, 1), hidden], 2)
-        *blocks, final = self.transformer_layers["transformer_blocks"]
+        *blocks, final = self.transformer_layers["transformer_blocks"].children()
         for block in blocks:
             x = block(x, x, mask)
         # Behind the last block's keys and values, only the last event is ever used.

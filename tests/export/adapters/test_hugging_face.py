@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from library_scores import differences
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -103,7 +102,7 @@ def test_the_module_computes_the_logits_of_the_library(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_hundred_users_get_the_scores_of_the_library(kind: str, tmp_path: Path) -> None:
+def test_a_hundred_users_get_the_scores_of_the_library(kind: str, differences: Any, tmp_path: Path) -> None:
     model, prefix = decoder(kind), PREFIXES[kind]
     reference: Callable[..., NDArray[np.float32]] = lambda history: logits(model, prefix, list(history))  # noqa: E731
     source = exported(model, prefix)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from live_server import SMALL, listening, served
 
 from unipinrec.runtime import CacheOptions, Recommender
@@ -17,10 +18,16 @@ from unipinrec.runtime.requests import RecommendOptions
 TOP = 10
 Scores = dict[str, float]  # by item
 Difference = tuple[float, int]  # largest difference of a score, histories with the same ten best items in their order
+Differences = Callable[[Path, Sequence[list[str]], Sequence[Scores]], dict[str, Difference]]
 
 
-def differences(bundle: Path, histories: Sequence[list[str]], expected: Sequence[Scores]) -> dict[str, Difference]:
-    """By way of asking. All histories are of one event at least, and no longer than the model's limit."""
+@pytest.fixture(scope="session")
+def differences() -> Differences:
+    return _differences
+
+
+def _differences(bundle: Path, histories: Sequence[list[str]], expected: Sequence[Scores]) -> dict[str, Difference]:
+    """By way of asking; no history is empty, or longer than the model's limit."""
     options = RecommendOptions(exclude_seen=False)
     with Recommender.load(bundle, "cpu") as fresh:
         caches = fresh.bundle.manifest.model.cache == "prefix"
@@ -36,7 +43,7 @@ def differences(bundle: Path, histories: Sequence[list[str]], expected: Sequence
                 answers["cached"].append(slate.to_json())
     with served(bundle, replace(SMALL, cache_dtype="fp32")) as app, listening(app) as port:
         answers["http"] = [asked(port, one) for one in histories]
-    return {way: difference(slates, expected) for way, slates in answers.items()}
+    return {way: _difference(slates, expected) for way, slates in answers.items()}
 
 
 def events(history: list[str]) -> list[dict[str, Any]]:
@@ -53,7 +60,7 @@ def asked(port: int, history: list[str]) -> dict[str, Any]:
     return slate
 
 
-def difference(slates: Sequence[dict[str, Any]], expected: Sequence[Scores]) -> Difference:
+def _difference(slates: Sequence[dict[str, Any]], expected: Sequence[Scores]) -> Difference:
     largest, same = 0.0, 0
     for slate, scores in zip(slates, expected, strict=True):
         assert slate["order"] == "retrieval"
