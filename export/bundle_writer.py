@@ -36,10 +36,11 @@ from unipinrec.runtime.bundle.bundle import (
     ITEM_VECTORS,
     ITEMS,
     POPULAR,
+    REQUIRED,
     SHARE,
     USER_IDS,
     USERS,
-    off_unit,
+    wrong_rows,
 )
 from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import GraphSpec, IndexSpec, Manifest, ParityReport
@@ -197,11 +198,12 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     if not np.allclose(parts[0], embedded(chunks[0]), atol=1e-4, equal_nan=True):
         raise ExportError("embed_items returns other vectors on the second call; it must not draw random numbers")
     vectors = np.concatenate(parts).astype(np.float32)
-    rows = off_unit(vectors)
+    rows = wrong_rows(vectors, source.model.similarity)
     if len(rows):
+        required = REQUIRED[source.model.similarity]
+        remedy = "" if required == "finite" else ', normalise them, or export with similarity="dot"'
         raise ExportError(
-            f"{len(rows)} item vectors are not finite or not of unit length, first {source.item_ids[rows[0]]!r}; train "
-            "again, or let embed_items normalise them"
+            f"{len(rows)} item vectors are not {required}, first {source.item_ids[rows[0]]!r}; train again{remedy}"
         )
     tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: vectors}
     if source.categories:

@@ -219,6 +219,13 @@ class ExportSource:
         """The module, typed by its contract."""
         return cast(ServableModel, self.module)
 
+    def logits(self, past: Past, candidates: Candidates, last_hidden_state: Tensor) -> Tensor:
+        """Action logits [B, k, C]; the module reads what `ModelSpec.ranker` says."""
+        rank: Any = self.servable.rank
+        hidden = [last_hidden_state] if self.model.ranker == "past+last_hidden_state" else []
+        logits: Tensor = rank(past, candidates, *hidden)
+        return logits
+
     @property
     def has_content(self) -> bool:
         """Whether an item unknown to training can be embedded from its features."""
