@@ -127,6 +127,5 @@ def _difference(
             rows = [bundle.rows[item.item] for item in slate.items]
             served = np.array([item.score for item in slate.items])
             differences.append(float(np.abs(served - scores[rows]).max()))
-            best = np.sort(scores)[::-1][:TOP]
-            same += bool(np.abs(scores[rows[:TOP]] - best).max() <= TOLERANCE)
+            same += bool(np.abs(np.sort(scores[rows[:TOP]]) - np.sort(scores)[-TOP:]).max() <= TOLERANCE)
     return ReferenceDifference(max_score_diff=max(differences), same_top_ten=same / len(sample))

@@ -93,7 +93,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code that it may hold."""
     rebuilt = np.empty(0, object).__reduce__()[0]
     named = [(rebuilt, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]  # of numpy 1 and 2
-    arrays = [*named, np.ndarray, np.dtype, np.dtypes.ObjectDType, np.dtypes.Int64DType]
+    arrays: list[Any] = [*named, np.ndarray, np.dtype, np.dtypes.ObjectDType, np.dtypes.Int64DType]
     try:
         with torch.serialization.safe_globals(arrays):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

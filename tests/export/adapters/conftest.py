@@ -15,9 +15,9 @@ from live_server import SMALL, listening, served
 from unipinrec.runtime import CacheOptions, Recommender
 from unipinrec.runtime.requests import RecommendOptions
 
-TOP = 10
+TOP, TIE = 10, 1e-5
 Scores = dict[str, float]  # by item
-Difference = tuple[float, int]  # largest difference of a score, histories with the same ten best items in their order
+Difference = tuple[float, int]  # largest difference of a score, histories with the same ten best items, ties aside
 Differences = Callable[[Path, Sequence[list[str]], Sequence[Scores]], dict[str, Difference]]
 
 
@@ -66,6 +66,6 @@ def _difference(slates: Sequence[dict[str, Any]], expected: Sequence[Scores]) ->
         assert slate["order"] == "retrieval"
         assert len(slate["items"]) == TOP
         largest = max(largest, *(abs(item["score"] - scores[item["item"]]) for item in slate["items"]))
-        best = sorted(scores, key=scores.__getitem__, reverse=True)[:TOP]
-        same += [item["item"] for item in slate["items"]] == best
+        served, best = [scores[item["item"]] for item in slate["items"]], sorted(scores.values(), reverse=True)[:TOP]
+        same += max(abs(one - other) for one, other in zip(served, best, strict=True)) < TIE
     return largest, same

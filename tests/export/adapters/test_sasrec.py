@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ExportError
 from unipinrec.export.adapters.sasrec import source_from_sasrec
-from unipinrec.export.bundle_writer import export_bundle
+from unipinrec.export.bundle_writer import ExportOptions, export_bundle
 from unipinrec.export.protocol import Events, ExportSource
+from unipinrec.runtime import Recommender
 
 STORED = Path(__file__).resolve().parents[2] / "fixtures" / "sasrec"
 VARIANTS = ("default", "categories", "cosine", "masked")
@@ -75,11 +76,24 @@ def test_a_history_without_its_padding_has_other_scores(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("variant", ["default", "cosine"])
 def test_a_bundle_answers_with_the_scores_of_rectools(variant: str, differences: Any, tmp_path: Path) -> None:
     source, (histories, expected) = source_from_sasrec(STORED / f"{variant}.ckpt"), stored(variant)
-    manifest = export_bundle(source, tmp_path / "bundle")
+    options = ExportOptions(reference=lambda items: scores(source, [list(items)])[0])
+    manifest = export_bundle(source, tmp_path / "bundle", options=options)
     assert set(manifest.graphs) == {"encoder", "retrieval"}
+    assert set(manifest.config["reference"]["served"]) == {"fresh"}
     found = differences(tmp_path / "bundle", [one[-10:] for one in histories], expected)
     assert {way: same for way, (_, same) in found.items()} == {"fresh": len(histories), "http": len(histories)}
     assert max(largest for largest, _ in found.values()) < 1e-4
+
+
+def test_of_a_long_history_the_newest_events_count(tmp_path: Path) -> None:
+    source, (histories, expected) = source_from_sasrec(STORED / "masked.ckpt"), stored("masked")
+    export_bundle(source, tmp_path / "bundle")
+    longest = max(range(len(histories)), key=lambda user: len(histories[user]))
+    events = [{"item": item, "actions": []} for item in histories[longest]]
+    with Recommender.load(tmp_path / "bundle", "cpu", window_slack=1) as recommender:
+        slate = recommender.recommend(events, 5)
+    for item in slate.items:
+        assert item.score == pytest.approx(expected[longest][item.item], abs=1e-4)
 
 
 @pytest.mark.parametrize(
