@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
 from unipinrec.export.cases import CaseMaker
 from unipinrec.export.golden import as_events, golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
+from unipinrec.export.inferred import in_float32
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource, Histories
@@ -92,7 +93,7 @@ def export_bundle(
     """Write a bundle: graphs, item table, index, golden requests, manifest.
 
     Args:
-        source: The model and its catalogue.
+        source: The model and its catalogue. bf16 and fp16 weights are exported as f32, with a warning.
         out: Folder to create; it must not exist.
         histories: Real histories, with the popularity of the items. They serve as golden requests, and to measure the
             index's recall and each precision's AUC. None: random golden requests, no AUC, no popularity.
@@ -109,7 +110,7 @@ def export_bundle(
     """
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
-    source.module.eval()
+    source = replace(source, module=in_float32(source.module).eval())
     with written_whole(out) as folder, _one_thread():
         progress("item table")
         vectors = _item_table(source, folder)

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
-from unipinrec.export.adapters.next_item import next_item_source
 from unipinrec.export.protocol import Events, ExportSource, KeyValues, Past
 from unipinrec.models import attention
 from unipinrec.models.layers import rotate
-from unipinrec.runtime.bundle.manifest import ModelSpec
 
 DECODERS = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 STATIC_ROTARY = ("default", "linear", "llama3", "yarn")  # the others depend on the length of the input
@@ -66,21 +64,10 @@ def source_from_decoder(
             f"{longest}"
         )
     module = ServableDecoder(model, torch.tensor(tokens), torch.tensor(list(prefix_tokens), dtype=torch.int64))
-    heads = model.model.layers[0].self_attn
-    spec = ModelSpec(
-        num_layers=len(model.model.layers),
-        num_kv_heads=heads.k_proj.out_features // heads.head_dim,
-        head_dim=heads.head_dim,
-        hidden_size=config.hidden_size,
-        item_dim=module.items.shape[1],
-        max_history=max_history,
-        kv_prefix_slots=len(prefix_tokens),
-        outcome_conditioned=False,
-        similarity="dot",
-        ranker=None,
-    )
     described = json.loads(config.to_json_string(use_diff=False))
-    return next_item_source(module, spec, item_ids, {"architecture": type(model).__name__, **described})
+    return ExportSource.simple(
+        module, item_ids, max_history, similarity="dot", config={"architecture": type(model).__name__, **described}
+    )
 
 
 def _require_decoder(model: Any) -> None:

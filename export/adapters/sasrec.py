@@ -26,9 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError
-from unipinrec.export.adapters.next_item import next_item_source
 from unipinrec.export.protocol import Events, ExportSource, KeyValues
-from unipinrec.runtime.bundle.manifest import ModelSpec
 
 # What the configuration of a model must say. Types are written with their modules.
 SUPPORTED = {
@@ -57,8 +55,7 @@ def source_from_sasrec(model: Any) -> ExportSource:
         ExportError: The file is no such checkpoint, or the model has parts of other types.
     """
     if isinstance(model, str | Path):
-        checkpoint = _checkpoint(Path(model))
-        known, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+        known, weights = _checkpoint(Path(model))
     elif hasattr(model, "lightning_model"):
         known, weights = model.lightning_model.hparams, model.lightning_model.state_dict()
     else:
@@ -72,32 +69,26 @@ def source_from_sasrec(model: Any) -> ExportSource:
         module.load_state_dict(parts)
     except RuntimeError as error:
         raise ExportError(f"the weights are not those of a SASRecModel: {str(error)[:500]}") from error
-    item_ids = [str(item) for item in known["item_external_ids"][len(EXTRA_TOKENS) :]]
-    spec = ModelSpec(
-        num_layers=0,
-        num_kv_heads=0,
-        head_dim=0,
-        hidden_size=table.shape[1],
-        item_dim=module.items.shape[1],
-        max_history=config["session_max_len"],
-        kv_prefix_slots=0,
-        outcome_conditioned=False,
+    return ExportSource.simple(
+        module,
+        known["item_external_ids"][len(EXTRA_TOKENS) :],
+        config["session_max_len"],
         similarity="dot",
         cache="none",
-        ranker=None,
+        config={"architecture": "SASRec", **config},
     )
-    return next_item_source(module, spec, item_ids, {"architecture": "SASRec", **config})
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running code that it may hold."""
+def _checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the weights of a checkpoint, read without running code that it may hold."""
     rebuilt = np.empty(0, object).__reduce__()[0]
     named = [(rebuilt, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]  # of numpy 1 and 2
     arrays: list[Any] = [*named, np.ndarray, np.dtype, np.dtypes.ObjectDType, np.dtypes.Int64DType]
     try:
         with torch.serialization.safe_globals(arrays):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("hyper_parameters", "state_dict")}
+        names = ("model_config", "item_external_ids", "item_extra_tokens")
+        return {name: checkpoint["hyper_parameters"][name] for name in names}, checkpoint["state_dict"]
     except (OSError, RuntimeError, UnpicklingError, KeyError, TypeError) as error:
         unsafe = isinstance(error, UnpicklingError)  # torch then explains at length how to run such code
         reason = "it holds something else than numbers, words and arrays" if unsafe else str(error)[:300]
@@ -129,7 +120,7 @@ def _item_embeddings(parts: dict[str, Tensor]) -> Tensor:
             tables.append(F.embedding_bag(*bag, mode="sum"))
         else:
             raise ExportError(f"an item is made of {sorted(own)}, only ids and categories are supported")
-    return torch.stack(tables).sum(0)
+    return torch.stack(tables).sum(0).float()
 
 
 class ServableSasrec(nn.Module):

@@ -127,7 +127,7 @@ def test_items_made_of_something_else_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no checkpoint")
-    torch.save({"state_dict": {}}, tmp_path / "other")
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "other")
     torch.save({"state_dict": {}, "hyper_parameters": {}, "code": Path}, tmp_path / "code")
     for name in ("text", "other", "code", "absent"):
         with pytest.raises(
