@@ -11,6 +11,7 @@ inferred.py           what is read off a module and its catalogue
 parity.py             the comparison with PyTorch
 probe.py              a module as the contract calls it, and differences in words
 protocol.py           the five methods that a model needs to be exported
+reference.py          the comparison with the scores of the library that a model comes from
 servable.py           our own model as something to export
 weights.py            one weight file for all graphs
 """

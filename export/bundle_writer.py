@@ -28,6 +28,7 @@ from unipinrec.export.inferred import in_float32
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource
+from unipinrec.export.reference import Reference, with_reference
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
@@ -70,6 +71,7 @@ class ExportOptions:
         evaluated: Number of test requests to measure on; 0 skips the measurement.
         window_slack: Events by which the window over a long history moves at a time; None = an eighth of the model's
             limit.
+        reference: The library's own scores, to compare the bundle's answers with; see `export.reference`.
     """
 
     users: int = 1000
@@ -78,6 +80,7 @@ class ExportOptions:
     data: Path | None = None
     evaluated: int = 0
     window_slack: int | None = None
+    reference: Reference | None = None
 
 
 DEFAULTS = ExportOptions()
@@ -143,6 +146,9 @@ def export_bundle(
                 manifest = add_precisions(folder, reduced, users, accept_loss=options.accept_loss, progress=progress)
             progress("lists of the bundle")
             manifest = _with_quality(folder, manifest, options)
+            if options.reference is not None:
+                progress("comparison with the library")
+                manifest = with_reference(folder, source, users, options.reference)
         except BundleError as error:
             raise ExportError(f"the written bundle cannot be served: {error}") from error
     return manifest

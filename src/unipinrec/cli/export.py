@@ -185,6 +185,12 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
     if manifest.cache:
         kept = f"{manifest.cache.agreement.overlap:.4f} of the ten best items are those without a cache"
         say(f"a cache stores {manifest.cache.dtype}: {kept}")
+    if found := manifest.config.get("reference"):
+        for way, one in found["served"].items():
+            say(
+                f"{way}: scores are within {one['max_score_diff']:.1e} of the library's; its ten best items are served "
+                f"for {one['same_top_ten']:.1%} of {found['histories']} histories"
+            )
     if manifest.precisions:
         stdout.print(_precision_table(manifest))
     for name, spec in manifest.precisions.items():
