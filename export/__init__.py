@@ -6,6 +6,7 @@ checkpoint_source.py  our own checkpoints as something to export
 data_histories.py     histories of real users, for golden requests
 golden.py             golden requests
 graphs.py             inputs, outputs and tracing of the graphs
+inferred.py           what is read off a module and its catalogue
 parity.py             the comparison with PyTorch
 protocol.py           the five methods that a model needs to be exported
 servable.py           our own model as something to export

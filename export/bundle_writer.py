@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
 from unipinrec.export.cases import CaseMaker
 from unipinrec.export.golden import as_events, golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
+from unipinrec.export.inferred import in_float32
 from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource, Histories
@@ -35,10 +36,11 @@ from unipinrec.runtime.bundle.bundle import (
     ITEM_VECTORS,
     ITEMS,
     POPULAR,
+    REQUIRED,
     SHARE,
     USER_IDS,
     USERS,
-    off_unit,
+    wrong_rows,
 )
 from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import GraphSpec, IndexSpec, Manifest, ParityReport
@@ -88,7 +90,7 @@ def export_bundle(
     """Write a bundle: graphs, item table, index, golden requests, manifest.
 
     Args:
-        source: The model and its catalogue.
+        source: The model and its catalogue. bf16 and fp16 weights are exported as f32, with a warning.
         out: Folder to create; it must not exist.
         histories: Real histories, with the popularity of the items. They serve as golden requests, and to measure the
             index's recall and each precision's AUC. None: random golden requests, no AUC, no popularity.
@@ -105,7 +107,7 @@ def export_bundle(
     """
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
-    source.module.eval()
+    source = replace(source, module=in_float32(source.module).eval())
     with written_whole(out) as folder, _one_thread():
         progress("item table")
         vectors = _item_table(source, folder)
@@ -191,11 +193,12 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     if not np.allclose(parts[0], embedded(chunks[0]), atol=1e-4, equal_nan=True):
         raise ExportError("embed_items returns other vectors on the second call; it must not draw random numbers")
     vectors = np.concatenate(parts).astype(np.float32)
-    rows = off_unit(vectors)
+    rows = wrong_rows(vectors, source.model.similarity)
     if len(rows):
+        required = REQUIRED[source.model.similarity]
+        remedy = "" if required == "finite" else ', normalise them, or export with similarity="dot"'
         raise ExportError(
-            f"{len(rows)} item vectors are not finite or not of unit length, first {source.item_ids[rows[0]]!r}; train "
-            "again, or let embed_items normalise them"
+            f"{len(rows)} item vectors are not {required}, first {source.item_ids[rows[0]]!r}; train again{remedy}"
         )
     tensors: dict[str, NDArray[Any]] = {ITEM_VECTORS: vectors}
     if source.categories:

@@ -120,10 +120,15 @@ class CaseMaker:
 
     def _past(self, lengths: Sequence[int]) -> dict[str, Tensor]:
         events = self._events(lengths)
-        key_values, _ = self.source.servable.encode(events)
+        key_values, last_hidden_state = self.source.servable.encode(events)
         tensors = named_key_values(self.source, "past_key_values", key_values)
         last = at_last(events.timestamps_ms, events.lengths)
-        return {**tensors, "past_lengths": events.lengths, "past_timestamps_ms": last}
+        return {
+            **tensors,
+            "past_lengths": events.lengths,
+            "past_timestamps_ms": last,
+            "last_hidden_state": last_hidden_state,
+        }
 
     def _gaps(self, *shape: int) -> Tensor:
         return torch.tensor(GAPS_MS)[self._integers(shape, len(GAPS_MS))]

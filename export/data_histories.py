@@ -30,7 +30,7 @@ def histories_from_data(folder: Path, source: ExportSource, limit: int) -> Histo
     }
     differing = " and ".join(name for name, equal in same.items() if not equal)
     if differing:
-        raise ExportError(f"{folder} is not the data that the checkpoint was trained on: {differing} differ")
+        raise ExportError(f"{folder} is not the data that the model was trained on: {differing} differ")
     counts = np.diff(data.event_start)
     if not counts.any():
         raise ExportError(f"{folder} has no events, so no histories; export without data")

@@ -57,7 +57,6 @@ def golden_tensors(
     lengths = events.lengths
     prefix = torch.clamp(lengths // 2, min=1)
     key_values, last = servable.encode(events)
-    new_values, new_last = _extended(source, events, prefix)
     outcomes = torch.from_numpy(source.positive)[None].float().expand(len(lengths), -1)
     queries = servable.retrieve(last, outcomes if source.model.outcome_conditioned else None)
     candidates = (queries[:, 0] @ table.T).topk(min(GOLDEN_CANDIDATES, len(table))).indices
@@ -69,14 +68,16 @@ def golden_tensors(
         **named_key_values(source, "encoder.present", key_values),
         "encoder.last_hidden_state": last,
         "prefix_lengths": prefix,
-        **named_key_values(source, "extend.present", new_values),
-        "extend.last_hidden_state": new_last,
         "retrieval.queries": queries,
         "candidates.rows": candidates,
         "candidates.surfaces": surfaces,
         "candidates.timestamps_ms": now,
-        "ranker.logits": servable.rank(past, slate),
     }
+    if "extend" in source.model.graphs:
+        new_values, tensors["extend.last_hidden_state"] = _extended(source, events, prefix)
+        tensors |= named_key_values(source, "extend.present", new_values)
+    if "ranker" in source.model.graphs:
+        tensors["ranker.logits"] = source.logits(past, slate, last)
     inputs = {f"history.{name}": array for name, array in vars(batch).items()}
     return {**inputs, **{name: tensor.numpy() for name, tensor in tensors.items()}}
 

@@ -45,11 +45,12 @@ class Graph:
 
 
 def graphs_of(source: ExportSource) -> list[Graph]:
-    """The graphs of a model; `item_embedder` only if the model declares content features."""
+    """The graphs of a model: `ModelSpec.graphs`, and `item_embedder` if it declares content features."""
     model, servable = source.model, source.servable
     outputs = (*model.kv_names("present"), "last_hidden_state")
     retrieval_inputs = ("last_hidden_state", "outcomes") if model.outcome_conditioned else ("last_hidden_state",)
     candidate_axes = {"candidate_vectors": {0: "batch", 1: "candidates"}, "surfaces": {0: "batch"}}
+    hidden_axes = {"last_hidden_state": {0: "batch"}} if model.ranker == "past+last_hidden_state" else {}
     graphs = [
         Graph(
             name="encoder",
@@ -71,12 +72,15 @@ def graphs_of(source: ExportSource) -> list[Graph]:
         ),
         Graph(
             name="ranker",
-            inputs={**_past_axes(model), **candidate_axes, "timestamps_ms": {0: "batch"}},
+            inputs={**_past_axes(model), **hidden_axes, **candidate_axes, "timestamps_ms": {0: "batch"}},
             outputs=("logits",),
-            compute=lambda feeds: (servable.rank(_past(model, feeds), _candidates(feeds)),),
+            compute=lambda feeds: (
+                source.logits(_past(model, feeds), _candidates(feeds), feeds.get("last_hidden_state", torch.empty(0))),
+            ),
         ),
     ]
-    return [*graphs, _item_embedder(source)] if source.has_content else graphs
+    needed = [graph for graph in graphs if graph.name in model.graphs]
+    return [*needed, _item_embedder(source)] if source.has_content else needed
 
 
 def _item_embedder(source: ExportSource) -> Graph:

@@ -2,7 +2,7 @@
 
     class MyModel(nn.Module):          # the five methods of ServableModel, with these names, shapes and dtypes
         def encode(self, ...): ...
-    export_bundle(ExportSource(module=MyModel(), model=ModelSpec(...), ...), Path("bundle/"))
+    export_bundle(ExportSource.simple(MyModel(), item_ids, max_history=50), Path("bundle/"))
 
 Symbols: B rows, n events, m new events, p cached slots, k candidates, C actions, S surfaces, N items, E item width,
 d hidden size, Q queries, F width of all dense features.
@@ -14,20 +14,26 @@ sink), then one per event.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Unpack, cast
 
+import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unipinrec.errors import ExportError
+from unipinrec.errors import ExportError, decoding
+from unipinrec.export import inferred
 from unipinrec.runtime.bundle.manifest import ModelSpec, OrderSpec
 from unipinrec.runtime.requests import History
 
 KeyValues = Sequence[tuple[Tensor, Tensor]]
 MISSING_TIMESTAMP_MS = -1
+SAMPLED_ITEMS = 1000  # enough to see whether item vectors are of unit length
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +169,13 @@ class ExportSource:
     """A trained model with everything that its bundle must carry.
 
     Attributes:
-        module: A torch module with the methods of `ServableModel`.
+        module: A torch module with the methods of `ServableModel`. bf16 and fp16 weights are exported as f32.
         model: Its shapes.
         actions, positive_actions, surfaces: Names, in the order of the tensors.
         dense, categories: Width of each dense item feature, and words of each categorical one.
-        item_ids, titles: External ids and readable names, in row order.
+        item_ids, titles: External ids and readable names, in row order. Integers are accepted as ids and become text.
         item_dense, item_categories: Raw features of the catalogue, [N, F] f32 and [N, features] i64.
-        config: Full description of the model; informative.
+        config: Full description of the model; informative. Numpy scalars become numbers.
         metrics: Offline metrics, if any.
         order: How slates are ordered; None means by value.
     """
@@ -189,6 +195,60 @@ class ExportSource:
     metrics: dict[str, Any] | None = None
     order: OrderSpec | None = None
 
+    @classmethod
+    def simple(
+        cls,
+        module: nn.Module,
+        item_ids: Iterable[str | int | np.integer[Any]],
+        max_history: int,
+        actions: Iterable[str] = ("click",),
+        **options: Unpack[inferred.SimpleOptions],
+    ) -> ExportSource:
+        """Make a source of a module; the rest of its `ModelSpec` is inferred from one call of each method.
+
+        `retrieve` is taken to need outcomes only if it fails with None. `rank` may be missing; with a third parameter
+        it gets `last_hidden_state`. Overrule what is inferred with `dataclasses.replace` on the source.
+
+        Args:
+            module: A torch module with the methods of `ServableModel`, on the CPU. It is put into eval mode. If it has
+                bf16 or fp16 weights, the source holds a copy of it in f32, and a warning is logged.
+            item_ids: One id per catalogue row, text or integers. Integers become text, in requests too: 7 is "7".
+            max_history: Longest history in events.
+            actions: Names of actions, in the order of the tensors.
+            options: See `unipinrec.export.inferred.SimpleOptions`.
+
+        Raises:
+            ExportError: A method fails or returns something else than documented, or an argument is wrong.
+        """
+        if not isinstance(module, nn.Module):
+            raise ExportError(f"module is a {type(module).__name__}; pass an instance of a torch module")
+        given: dict[str, Any] = dict(options)
+        declared = {name: given.pop(name) for name in ("similarity", "item_bias", "cache") if name in given}
+        spec = {**inferred.UNKNOWN, "max_history": max_history, "ranker": inferred.ranker_input(module)}
+        spec |= ({"similarity": "dot"} if declared.get("item_bias") else {}) | declared
+        with decoding(ExportError, "ExportSource.simple", "see its documentation for what is accepted"):
+            model = msgspec.convert(inferred.plain("ExportSource.simple", spec), ModelSpec)
+        names, actions = inferred.item_names(item_ids), inferred.texts(actions)
+        nothing = np.zeros((len(names), 0), np.int64)
+        source = cls(
+            module=inferred.in_float32(module).eval(),
+            model=model,
+            actions=actions,
+            positive_actions=inferred.texts(given.pop("positive_actions", actions)),
+            surfaces=inferred.texts(given.pop("surfaces", "unknown")),
+            titles=list(given.pop("titles", [None] * len(names))),
+            dense=given.pop("dense", {}),
+            categories={name: inferred.texts(words) for name, words in given.pop("categories", {}).items()},
+            item_dense=np.asarray(given.pop("item_dense", nothing), np.float32),
+            item_categories=np.asarray(given.pop("item_categories", nothing)).astype(np.int64, casting="same_kind"),
+            item_ids=names,
+            config=given.pop("config", {"architecture": type(module).__name__}),
+            **given,
+        )
+        return replace(
+            source, model=_inferred(source, keep_similarity=bool({"similarity", "item_bias"} & declared.keys()))
+        )
+
     @property
     def positive(self) -> NDArray[np.bool_]:
         """Which of the actions are positive, [C]."""
@@ -199,9 +259,12 @@ class ExportSource:
         needed |= {"rank": self.model.ranker is not None, "embed_items": True}
         missing = [name for name, need in needed.items() if need and not hasattr(self.module, name)]
         if missing:
+            remedy = '; without extend, pass cache="none"' if "extend" in missing else ""
             raise ExportError(
-                f"{type(self.module).__name__} lacks {missing}; see unipinrec.export.protocol.ServableModel"
+                f"{type(self.module).__name__} lacks {missing}; see unipinrec.export.protocol.ServableModel{remedy}"
             )
+        if self.model.item_bias and self.model.similarity == "cosine":
+            raise ExportError('item_bias=True needs similarity="dot"; a cosine has no bias')
         if self.model.max_history < 2:
             raise ExportError(
                 f"max_history={self.model.max_history} leaves no history to extend; train with at least 2"
@@ -211,15 +274,82 @@ class ExportSource:
                 f"item_ids ({len(self.item_ids)}), titles ({len(self.titles)}), item_dense ({len(self.item_dense)}) "
                 f"and item_categories ({len(self.item_categories)}) must have one entry per item"
             )
-        if len(set(self.item_ids)) != len(self.item_ids):
-            raise ExportError("item_ids must be distinct")
+        widths = self.item_dense.shape[1:], self.item_categories.shape[1:]
+        if widths != ((sum(self.dense.values()),), (len(self.categories),)):
+            raise ExportError(
+                f"item_dense and item_categories are {list(self.item_dense.shape)} and "
+                f"{list(self.item_categories.shape)}, but dense={self.dense} and {len(self.categories)} categories"
+            )
+        object.__setattr__(self, "item_ids", inferred.item_names(self.item_ids))
+        object.__setattr__(self, "config", inferred.plain("config", self.config))
 
     @property
     def servable(self) -> ServableModel:
         """The module, typed by its contract."""
         return cast(ServableModel, self.module)
 
+    def logits(self, past: Past, candidates: Candidates, last_hidden_state: Tensor) -> Tensor:
+        """Action logits [B, k, C]; the module reads what `ModelSpec.ranker` says."""
+        rank: Any = self.servable.rank
+        hidden = [last_hidden_state] if self.model.ranker == "past+last_hidden_state" else []
+        logits: Tensor = rank(past, candidates, *hidden)
+        return logits
+
     @property
     def has_content(self) -> bool:
         """Whether an item unknown to training can be embedded from its features."""
         return bool(self.dense or self.categories)
+
+
+@torch.inference_mode()
+def _inferred(source: ExportSource, *, keep_similarity: bool) -> ModelSpec:
+    """The source's `ModelSpec` with the sizes that its methods show on three rows of one and of two events."""
+    module, batch, candidates = source.module, 3, 4
+    rows = torch.arange(0, len(source.item_ids), max(1, len(source.item_ids) // SAMPLED_ITEMS))
+    features = (torch.from_numpy(values)[rows] for values in (source.item_dense, source.item_categories))
+    vectors = inferred.called(module, "embed_items", rows, *features)
+    vectors = inferred.of_shape(vectors, "embed_items", len(rows), "E")
+
+    def items(width: int) -> Tensor:
+        return vectors[torch.arange(batch * width).reshape(batch, width) % len(vectors)]
+
+    layouts = set()
+    surfaces, now = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), 1_700_000_000_000)
+    for width in (1, 2):
+        events = Events(
+            item_vectors=items(width),
+            actions=torch.ones(batch, width, len(source.actions)),
+            surfaces=surfaces[:, None].expand(batch, width),
+            timestamps_ms=now[:, None] + 1000 * torch.arange(width),
+            lengths=torch.tensor([width, width, 1]),
+        )
+        result = inferred.called(module, "encode", events)
+        key_values, hidden, layout = inferred.encoded(result, batch, width)
+        layouts.add(layout)
+    if len(layouts) > 1 or layout[2] < 0:
+        raise ExportError(
+            f"encode: (layers, kv heads, slots without the events, head_dim) are {sorted(layouts)} for one and two "
+            "events; there must be a slot per event, after a fixed number of slots of the model's own"
+        )
+    if not key_values and source.model.cache == "prefix":
+        raise ExportError('encode: returned no keys and values, so there is nothing to cache; pass cache="none"')
+    conditioned, queries = inferred.retrieved(module, hidden, torch.ones(batch, len(source.actions)))
+    queries = inferred.of_shape(queries, "retrieve", batch, "Q", vectors.shape[1])
+    if source.model.ranker:
+        slate = Candidates(item_vectors=items(candidates), surfaces=surfaces, timestamps_ms=now)
+        past = Past(key_values=key_values, lengths=events.lengths, timestamps_ms=events.timestamps_ms[:, -1])
+        last = (hidden,) if source.model.ranker == "past+last_hidden_state" else ()
+        logits = inferred.called(module, "rank", past, slate, *last)
+        inferred.of_shape(logits, "rank", batch, candidates, len(source.actions))
+    declared = source.model.similarity
+    sizes = dict(zip(("num_layers", "num_kv_heads", "kv_prefix_slots", "head_dim"), layout, strict=True))
+    spec = msgspec.structs.replace(
+        source.model,
+        **sizes,
+        hidden_size=hidden.shape[1],
+        item_dim=vectors.shape[1],
+        outcome_conditioned=conditioned,
+        similarity=declared if keep_similarity else inferred.similarity_of(vectors, queries.flatten(0, 1)),
+    )
+    log.info("inferred: %s", spec)
+    return spec

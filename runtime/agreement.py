@@ -31,7 +31,7 @@ from unipinrec.runtime.bundle.bundle import GOLDEN, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import Agreement, Manifest
 from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS
-from unipinrec.runtime.graphs.engine import Engine, pad_histories
+from unipinrec.runtime.graphs.engine import Encoded, Engine, pad_histories
 from unipinrec.runtime.ranking import Scoring, sigmoid
 from unipinrec.runtime.requests import CANDIDATES, SOON_MS, History
 
@@ -53,7 +53,7 @@ class _Case:
         history: n events.
         split: Events to encode before extending by the others; None = encode all at once.
         candidates: [k] i64 rows, shown at `surface` and `now_ms`.
-        logits: [k, C] f32.
+        logits: [k, C] f32; zeros if there is no ranker.
         queries: [Q, E] f32.
     """
 
@@ -126,9 +126,11 @@ def _problem(overlap: float, cosine: float, difference: float, bounds: tuple[flo
 
 def _golden_cases(bundle: Bundle) -> list[_Case]:
     """Each golden request twice: encoded at once and extended."""
-    golden = read_golden(bundle)
+    golden, manifest = read_golden(bundle), bundle.manifest
+    without = np.zeros((*golden.candidates.shape, 1), np.float32)
     try:
-        logits, queries = golden.outputs["ranker.logits"], golden.outputs["retrieval.queries"]
+        queries = golden.outputs["retrieval.queries"]
+        logits = golden.outputs["ranker.logits"] if "ranker" in manifest.model.graphs else without
     except KeyError as error:
         raise BundleError(f"{bundle.path / GOLDEN}: {error} is missing; export the bundle again") from error
     return [
@@ -142,7 +144,7 @@ def _golden_cases(bundle: Bundle) -> list[_Case]:
             queries=queries[row],
         )
         for row in range(len(golden.histories))
-        for split in (None, int(golden.prefixes[row]))
+        for split in ((None, int(golden.prefixes[row])) if "extend" in manifest.model.graphs else (None,))
     ]
 
 
@@ -155,11 +157,11 @@ def _user_case(exact: Engine, index: int, history: History, positive: NDArray[np
     now_ms = last if last < 0 else last + SOON_MS
     return _Case(
         history=history,
-        split=len(history) // 2 if index % 2 and len(history) > 1 else None,
+        split=len(history) // 2 if index % 2 and len(history) > 1 and "extend" in exact.model.graphs else None,
         candidates=candidates,
         surface=0,
         now_ms=now_ms,
-        logits=exact.rank(encoded, candidates[None], np.zeros(1, np.int64), np.array([now_ms]))[0],
+        logits=_logits(exact, encoded, candidates[None], np.zeros(1, np.int64), np.array([now_ms]))[0],
         queries=queries,
     )
 
@@ -172,16 +174,17 @@ def _compare(engine: Engine, case: _Case, bundle: Bundle, items: NDArray[np.floa
     if case.split is not None:
         encoded = engine.extend(encoded, pad_histories([case.history.part(case.split)]))
     queries = engine.retrieve(encoded, positive[None])[0]
-    logits = engine.rank(encoded, case.candidates[None], np.array([case.surface]), np.array([case.now_ms]))[0]
+    logits = _logits(engine, encoded, case.candidates[None], np.array([case.surface]), np.array([case.now_ms]))[0]
     near = bundle.item_vectors[case.candidates]
-    exact, tied = _scores(manifest, case.logits, _similarity(near, case.queries))
-    ranked = _best(_scores(manifest, logits, _similarity(near, queries))[0], TOP)
+    tie = TIED_SIMILARITY * float(np.linalg.norm(case.queries, axis=1).max() * np.linalg.norm(near, axis=1).max())
+    exact, tied = _scores(manifest, case.logits, _similarity(near, case.queries), tie)
+    ranked = _best(_scores(manifest, logits, _similarity(near, queries), tie)[0], TOP)
     similarity = _similarity(items, case.queries)
     retrieved = _best(_similarity(items, queries), TOP)
     return (
         _overlap(exact, ranked, tied[ranked]),
         _overlap(exact, ranked, 0.0),
-        _overlap(similarity, retrieved, TIED_SIMILARITY),
+        _overlap(similarity, retrieved, tie),
         _overlap(similarity, retrieved, 0.0),
         *_differences(case, queries, logits),
     )
@@ -209,7 +212,7 @@ def _compare_batch(engine: Engine, cases: Sequence[_Case], positive: NDArray[np.
     count = min(len(case.candidates) for case in cases)  # no candidate sees another
     surfaces, now_ms = np.array([case.surface for case in cases]), np.array([case.now_ms for case in cases])
     candidates = np.stack([case.candidates[:count] for case in cases])
-    logits = engine.rank(encoded, candidates, surfaces, now_ms)
+    logits = _logits(engine, encoded, candidates, surfaces, now_ms)
     return [_differences(case, *row) for case, *row in zip(cases, queries, logits, strict=True)]
 
 
@@ -217,21 +220,42 @@ def _differences(case: _Case, queries: NDArray[np.float32], logits: NDArray[np.f
     """Lowest cosine of a query, and largest difference of the logits of the first candidates, beyond rounding."""
     exact = case.logits[: len(logits)]
     off = np.abs(exact - logits) - LOGIT_ROUNDING * np.abs(exact)
-    return float((case.queries * queries).sum(axis=-1).min()), max(0.0, float(off.max()))
+    lengths = np.linalg.norm(case.queries, axis=-1) * np.linalg.norm(queries, axis=-1)
+    return float(((case.queries * queries).sum(axis=-1) / lengths).min()), max(0.0, float(off.max()))
+
+
+def _logits(
+    engine: Engine,
+    encoded: Encoded,
+    candidates: NDArray[np.int64],
+    surfaces: NDArray[np.int64],
+    now_ms: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """See `Engine.rank`; zeros [B, k, 1] if there is no ranker."""
+    if "ranker" in engine.model.graphs:
+        return engine.rank(encoded, candidates, surfaces, now_ms)
+    return np.zeros((*candidates.shape, 1), np.float32)
 
 
 def _scores(
-    manifest: Manifest, logits: NDArray[np.float32], similarity: NDArray[np.float32]
+    manifest: Manifest, logits: NDArray[np.float32], similarity: NDArray[np.float32], tie: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The bundle's scores of candidates [k], and the difference up to which each counts as tied."""
+    """The bundle's scores of candidates [k], and the difference up to which each counts as tied.
+
+    Args:
+        manifest: Of the bundle.
+        logits: [k, C].
+        similarity: [k], to the query.
+        tie: Difference of two similarities that counts as tied.
+    """
+    if manifest.default_order == "retrieval":
+        return similarity.astype(np.float64), np.full(len(similarity), tie)
     positive = manifest.positive.astype(np.float64)
     probabilities, order, scoring = sigmoid(logits), manifest.default_order, Scoring.of(manifest)
     values, tied = probabilities @ positive, TIED_LOGIT * (probabilities * (1.0 - probabilities)) @ positive
     if scoring is None or order == "value":
         return values, tied
-    if order == "retrieval":
-        return similarity.astype(np.float64), np.full(len(similarity), TIED_SIMILARITY)
-    tied_share, tied_logit = tied / values, scoring.retrieval_scale * TIED_SIMILARITY
+    tied_share, tied_logit = tied / values, scoring.retrieval_scale * tie
     if order == "blend":
         scores = scoring.blend(values, similarity)
         return scores, scores * (tied_share + scoring.retrieval_weight * tied_logit)

@@ -79,19 +79,22 @@ def compare_golden(engine: Engine, bundle: Bundle) -> tuple[GoldenCheck, ...]:
     golden, manifest = read_golden(bundle), bundle.manifest
     histories, prefixes, names = golden.histories, golden.prefixes, manifest.model.kv_names("present")
     encoded = engine.encode(pad_histories(histories))
-    before = engine.encode(pad_histories([h.part(0, int(m)) for h, m in zip(histories, prefixes, strict=True)]))
-    after = pad_histories([h.part(int(m)) for h, m in zip(histories, prefixes, strict=True)])
-    added, last = engine.encode_new(before, after)
     outcomes = np.tile(manifest.positive.astype(np.float32), (len(histories), 1))
     slots = encoded.lengths + manifest.model.kv_prefix_slots
     checks: list[tuple[str, NDArray[Any], NDArray[np.int64] | None]] = [
         *((f"encoder.{name}", tensor.numpy(), slots) for name, tensor in zip(names, encoded.key_values, strict=True)),
         ("encoder.last_hidden_state", encoded.last_hidden_state.numpy(), None),
-        *((f"extend.{name}", tensor.numpy(), after.lengths) for name, tensor in zip(names, added, strict=True)),
-        ("extend.last_hidden_state", last.numpy(), None),
         ("retrieval.queries", engine.retrieve(encoded, outcomes), None),
-        ("ranker.logits", engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms), None),
     ]
+    if "extend" in manifest.model.graphs:
+        before = engine.encode(pad_histories([h.part(0, int(m)) for h, m in zip(histories, prefixes, strict=True)]))
+        after = pad_histories([h.part(int(m)) for h, m in zip(histories, prefixes, strict=True)])
+        added, last = engine.encode_new(before, after)
+        checks += [(f"extend.{name}", tensor.numpy(), after.lengths) for name, tensor in zip(names, added, strict=True)]
+        checks.append(("extend.last_hidden_state", last.numpy(), None))
+    if "ranker" in manifest.model.graphs:
+        logits = engine.rank(encoded, golden.candidates, golden.surfaces, golden.now_ms)
+        checks.append(("ranker.logits", logits, None))
     return tuple(_compare(golden.outputs, *check) for check in checks)
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.catalogue import as_ids
-from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.backend import Backend, Device
@@ -41,10 +40,12 @@ from unipinrec.runtime.requests import (
     as_events,
     check_types,
 )
+from unipinrec.runtime.retrieval.index import ExactIndex
 from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 from unipinrec.runtime.validation import item_row, resolve_request
 
 DEFAULT_OPTIONS = RecommendOptions()
+NO_COSINES = "the index compares by dot product, similar items by cosine"
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +108,7 @@ class Recommender:
                 not run, the next best device replaces it, unless `strict`; see `Recommender.device`.
             verify: Check that the golden requests' outputs reproduce on this machine.
             cache: Options of a new cache of encoded histories, or the cache of a recommender that this one replaces.
-                None = encode every history anew.
+                None = encode every history anew, as for a model whose histories cannot be cached.
             window_slack: Number of events by which the window over a long history moves at a time; None = an eighth of
                 the model's limit.
             cold_start: "popular" answers an empty history with popular items, "refuse" rejects it; so does a bundle
@@ -132,7 +133,7 @@ class Recommender:
                 bundle=bundle,
                 engine=engine,
                 retriever=Retriever.open(bundle),
-                encoder=HistoryEncoder(engine, _cache(cache, model), namespace, bundle.kv_item_keys),
+                encoder=HistoryEncoder(engine, _cache(cache, bundle), namespace, bundle.kv_item_keys),
                 window_slack=window_slack,
                 popular=PopularItems.open(bundle, cold_start, engine.device.name),
             )
@@ -173,6 +174,18 @@ class Recommender:
     def scoring(self) -> Scoring | None:
         """Weights of retrieval in the order; None if the bundle does not store how retrieval was trained."""
         return Scoring.of(self.bundle.manifest)
+
+    @cached_property
+    def by_item(self) -> Retriever:
+        """Finds items by the cosine of their vectors; without an index if that compares queries by dot product."""
+        model, vectors = self.bundle.manifest.model, self.bundle.item_vectors
+        if model.similarity == "cosine":
+            return self.retriever
+        vectors = vectors[:, : -1 if model.item_bias else None]
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return Retriever(
+            index=None, scan=ExactIndex(unit), item_vectors=unit, live=self.retriever.live, unused=NO_COSINES
+        )
 
     @property
     def cache(self) -> KvCache | None:
@@ -250,7 +263,7 @@ class Recommender:
         failed: list[int] = []
         with self.engine.under_way(), self.encoder.look_up(requests) as lookups:
             works = [self.encoder.work(lookup) for lookup in lookups]
-            for indices in grouped(works, self.engine.backend.prefill_chunk):
+            for indices in grouped(works, self.engine.prefill_chunk):
                 try:
                     answers.update(zip(indices, self._answer([lookups[index] for index in indices]), strict=True))
                 except Exception as error:  # the other groups must not fail with it
@@ -346,7 +359,11 @@ class Recommender:
         surface, now_ms, truncate = options.surface, options.now_ms, options.truncate
         read = RecommendOptions(surface=surface, now_ms=now_ms, truncate=truncate, exclude_seen=False)
         request = self.resolve(Request(history=events, k=1, options=read))
-        items = as_ids(candidates, "candidates")
+        items, graphs = as_ids(candidates, "candidates"), self.bundle.manifest.model.graphs
+        if "ranker" not in graphs:
+            raise RequestError("this bundle has no ranker that could score items; request recommendations instead")
+        if extend_at is not None and "extend" not in graphs:
+            raise RequestError(f"extend_at={extend_at}: this model encodes whole histories alone; leave it out")
         if not items:
             raise RequestError("candidates is empty; name at least one item to score")
         rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in items]], np.int64)
@@ -371,7 +388,11 @@ def _log_order(bundle: Bundle) -> None:
         )
 
 
-def _cache(cache: CacheOptions | KvCache | None, model: ModelSpec) -> KvCache | None:
+def _cache(cache: CacheOptions | KvCache | None, bundle: Bundle) -> KvCache | None:
+    model = bundle.manifest.model
+    if cache is not None and model.cache == "none":
+        log.warning("%s: this model's histories cannot be cached; each request encodes its whole history", bundle.path)
+        return None
     if not isinstance(cache, KvCache):
         return None if cache is None else KvCache(model, cache)
     geometry = KvGeometry.of(model, cache.geometry.dtype, cache.geometry.page_slots)

@@ -232,6 +232,8 @@ def _order(order: Order | None, manifest: Manifest) -> Order:
         return manifest.default_order
     if order not in get_args(Order):
         raise RequestError(f"order={order!r} is unknown; send one of {', '.join(get_args(Order))}")
+    if manifest.model.ranker is None and order != "retrieval":
+        raise RequestError(f"order={order!r} needs a ranker, which this bundle lacks; leave it out")
     if order in ("blend", "product") and spec is None:
         raise RequestError(f"order={order!r} needs the scale of retrieval, which this bundle lacks; export it again")
     if order == "blend" and spec is not None and not spec.retrieval_weight:
@@ -243,6 +245,8 @@ def _weights(by_action: Mapping[str, float] | None, order: Order, manifest: Mani
     if by_action is not None and order == "retrieval":
         raise RequestError(f"weights={by_action} have no effect with order 'retrieval'; leave them out")
     weights = np.zeros(len(manifest.actions))
+    if order == "retrieval":
+        return weights
     for action, weight in (dict.fromkeys(manifest.positive_actions, 1.0) if by_action is None else by_action).items():
         weights[_look_up(action, _places(manifest.actions), "action", "weights")] = weight
     if not ((np.abs(weights) <= MAX_WEIGHT).all() and weights.any()):

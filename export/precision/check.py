@@ -135,7 +135,7 @@ def sources_of(bundle: Bundle, precision: Precision, histories: Sequence[History
         ExportError: No graph has a layer to quantise.
     """
     sources = {}
-    for name in GRAPHS:
+    for name in (name for name in GRAPHS if name in bundle.manifest.model.graphs):
         with bundle.graph_files()[name].in_folder() as file:
             sources[name] = with_masks(onnx.load(file))
     return quantized_graphs(bundle, sources, histories) if precision == "fp8" else sources
@@ -178,7 +178,8 @@ def emulation(bundle: Bundle, graphs: Mapping[str, onnx.ModelProto], scratch: Pa
 
 
 def _auc(engine: Engine, bundle: Bundle, histories: Sequence[History]) -> dict[str, float]:
-    if not histories:
+    model = bundle.manifest.model
+    if not histories or model.ranker is None or model.cache == "none":  # then later events change earlier ones
         return {}
     logits = [held_out_logits(engine, history) for history in histories]
     return auc_by_action(bundle.manifest.actions, histories, logits)

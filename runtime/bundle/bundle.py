@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError, decoding
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
-from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, Manifest
+from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, Manifest, Similarity
 from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
 from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets
 from unipinrec.runtime.requests import Event, History
@@ -39,6 +39,7 @@ READ_WHILE_SERVING = (ITEMS, GOLDEN, USERS, USER_IDS)
 ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
 CHECK_ROWS = 65_536
 UNIT_TOLERANCE = 1e-3
+REQUIRED: dict[Similarity, str] = {"cosine": "of unit length", "dot": "finite"}
 
 
 class _Format(msgspec.Struct):
@@ -54,7 +55,7 @@ class Bundle:
         files: Its files as they were when it was opened; a `Recommender` that opens a bundle releases most of them.
         hash: sha256 of its manifest, which covers every file; it identifies the bundle.
         manifest: Its manifest.
-        item_vectors: [N, E] f32, mapped from sealed memory; unit length.
+        item_vectors: [N, E] f32, mapped from sealed memory; of unit length if the similarity is "cosine".
         item_ids: External ids in row order.
         titles: Titles in row order, for display; None for an item without one.
         catalogue: Item ids and filters.
@@ -99,7 +100,7 @@ class Bundle:
             files=files,
             hash=digest,
             manifest=manifest,
-            item_vectors=_item_vectors(files[ITEMS], count, manifest.model.item_dim),
+            item_vectors=_item_vectors(files[ITEMS], manifest),
             item_ids=item_ids,
             titles=titles,
             catalogue=_catalogue(files, manifest, item_ids),
@@ -312,21 +313,24 @@ def _read_tensors(file: SealedFile) -> dict[str, NDArray[Any]]:
         raise BundleError(f"{file}: {error}; {REMEDY}") from error
 
 
-def _item_vectors(file: SealedFile, count: int, dim: int) -> NDArray[np.float32]:
-    """Map the item table [count, dim] f32 and check it."""
-    vectors: NDArray[np.float32] = map_tensor(file, ITEM_VECTORS, "F32", (count, dim))
+def _item_vectors(file: SealedFile, manifest: Manifest) -> NDArray[np.float32]:
+    """Map the item table [N, E] f32 and check it."""
+    count, model = manifest.num_items, manifest.model
+    vectors: NDArray[np.float32] = map_tensor(file, ITEM_VECTORS, "F32", (count, model.item_dim))
     for start in range(0, count, CHECK_ROWS):
-        wrong = off_unit(vectors[start : start + CHECK_ROWS])
+        wrong = wrong_rows(vectors[start : start + CHECK_ROWS], model.similarity)
         if len(wrong):
             row = start + wrong[0]
-            raise BundleError(f"{file}: the vector of item row {row} is not a unit vector; export the bundle again")
+            raise BundleError(
+                f"{file}: the vector of item row {row} is not {REQUIRED[model.similarity]}; export the bundle again"
+            )
     return vectors
 
 
-def off_unit(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Rows of vectors [N, E] that are not finite unit vectors."""
+def wrong_rows(vectors: NDArray[np.float32], similarity: Similarity) -> NDArray[np.int64]:
+    """Rows of vectors [N, E] that are not finite, or not of unit length as the cosine needs them."""
     lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
-    return np.flatnonzero(~(np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
+    return np.flatnonzero(~(np.isfinite(lengths) if similarity == "dot" else np.abs(lengths - 1.0) <= UNIT_TOLERANCE))
 
 
 def _popularity(files: SealedFiles, manifest: Manifest) -> NDArray[np.float32] | None:

@@ -105,7 +105,8 @@ class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The hnswlib index: parameters to load it, and its recall.
 
     `count` is the number of items in the file, including deleted ones. `recall` is the share of the exact top
-    `recall_k` that the index finds at `ef_search`, measured when it was built; `recall_target` was its target.
+    `recall_k` that the index finds at `ef_search`, measured when it was built; `recall_target` was its target. With
+    `scan` it missed the target, and requests scan all items.
     """
 
     space: str
@@ -118,6 +119,7 @@ class IndexSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     recall: float
     recall_k: int
     recall_target: float = 0.99
+    scan: bool = False
 
 
 class ParityCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -96,6 +96,7 @@ class Engine:
 
     Attributes:
         device: Device of the backend, and why it was chosen.
+        prefill_chunk: Most events of one history to encode in one run; None = all.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
         self._lock, self._batches = threading.Lock(), 0
         self._process, self._closed = os.getpid(), False
+        self.prefill_chunk = backend.prefill_chunk if model.cache == "prefix" else None
 
     @classmethod
     def on_cpu(cls, bundle: Bundle) -> Engine:
@@ -160,7 +162,7 @@ class Engine:
         A graph's causal attention computes all n x n scores and hides half of them; chunks avoid most of the hidden
         half.
         """
-        events, chunk, prefix = len(batch), self.backend.prefill_chunk, self.model.kv_prefix_slots
+        events, chunk, prefix = len(batch), self.prefill_chunk, self.model.kv_prefix_slots
         if chunk is None or events <= chunk or len(batch.lengths) > 1:
             return self.encode(batch)
         size = -(-events // -(-events // chunk))  # chunks of nearly equal size
@@ -222,6 +224,8 @@ class Engine:
             BackendError: The run failed or gave values that are not finite.
         """
         inputs: Inputs = {**self._past_inputs(encoded), "surfaces": surfaces, "timestamps_ms": now_ms}
+        if self.model.ranker == "past+last_hidden_state":
+            inputs["last_hidden_state"] = encoded.last_hidden_state
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
         parts = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // THREAD_WORK))
         first, *others = np.array_split(candidates, parts, axis=1)

@@ -17,8 +17,7 @@ from unipinrec.runtime.retrieval.index_file import check_index_file
 
 Matches = tuple[NDArray[np.int64], NDArray[np.float32]]
 GATHER_COST = 4  # gathering a row costs as much as reading four rows in order: bench/retrieval_filters.py
-TIE = 1e-5  # similarities closer than this are equal: hnswlib rounds differently
-BEYOND = np.float32(8.0)  # more than any difference of two similarities
+TIE = 1e-5  # similarities closer than this, or this share of the largest, are equal: hnswlib rounds differently
 SCORES_AT_ONCE = 1 << 22  # 16 MiB of a scan's products at a time
 
 
@@ -78,8 +77,9 @@ class ExactIndex:
 
     def __init__(self, item_vectors: NDArray[np.float32], gather_cost: float = GATHER_COST) -> None:
         self._vectors, self.gather_cost = item_vectors, gather_cost
-        # Four times the bound on the rounding error of an inner product of unit vectors.
-        self._margin = 2.0 * item_vectors.shape[1] * np.finfo(np.float32).eps
+        # Four times the bound on the rounding error of an inner product with a query of length 1.
+        longest = np.sqrt(np.einsum("ne,ne->n", item_vectors, item_vectors).max(initial=0.0))
+        self._margin = 2.0 * item_vectors.shape[1] * np.finfo(np.float32).eps * longest
 
     def search(self, queries: NDArray[np.float32], k: int, eligible: NDArray[np.bool_] | None = None) -> Matches:
         """See `VectorIndex.search`; only rows of the mask `eligible` [N], which has at least k. Ties in row order."""
@@ -102,7 +102,7 @@ class ExactIndex:
             else:  # so few rows that gathering them is faster than reading all
                 gathered = rows.rows()
                 scores = np.einsum("e,ne->n", query, self._vectors[gathered])
-                near[index] = gathered[self._best(scores[None], k)[0]]
+                near[index] = gathered[self._best(scores[None], k, queries[index : index + 1])[0]]
         at_once = max(1, SCORES_AT_ONCE // len(self._vectors))
         for start in range(0, len(scans), at_once):
             part = scans[start : start + at_once]
@@ -110,17 +110,17 @@ class ExactIndex:
             scores = np.einsum("se,ne->sn", queries[part], self._vectors)
             for row, index in zip(scores, part, strict=True):
                 _lower(row, eligible[index])
-            for index, rows_near in zip(part, self._best(scores, k), strict=True):
+            for index, rows_near in zip(part, self._best(scores, k, queries[part]), strict=True):
                 near[index] = rows_near
         return near
 
-    def _best(self, scores: NDArray[np.float32], k: int) -> list[NDArray[np.int64]]:
-        """Places in each row of `scores` [S, N] that may be among its k largest.
+    def _best(self, scores: NDArray[np.float32], k: int, queries: NDArray[np.float32]) -> list[NDArray[np.int64]]:
+        """Places in each row of `scores` [S, N] of `queries` [S, E] that may be among its k largest.
 
         The product's rounding depends on the place of a row, so the caller must compute these scores again.
         """
         last = scores.shape[1] - k
-        limits = np.partition(scores, last, axis=1)[:, last] - self._margin
+        limits = np.partition(scores, last, axis=1)[:, last] - self._margin * np.linalg.norm(queries, axis=1)
         owners, rows = np.nonzero(scores >= limits[:, None])
         return np.split(rows, np.searchsorted(owners, np.arange(1, len(scores))))
 
@@ -128,8 +128,8 @@ class ExactIndex:
 def _lower(scores: NDArray[np.float32], eligible: Eligible) -> None:
     """Put the scores [N] of all other rows below those of the eligible rows."""
     if eligible.allowed is not None:
-        scores -= BEYOND * ~eligible.allowed
-    scores[eligible.excluded] -= BEYOND
+        np.copyto(scores, -np.inf, where=~eligible.allowed)
+    scores[eligible.excluded] = -np.inf
 
 
 def best(
@@ -163,7 +163,8 @@ def recall(similarity: NDArray[np.float32], exact: NDArray[np.float32]) -> float
 
     An item counts if it is as near as the exact k-th, so any of several equal items will do.
     """
-    return float(np.mean(similarity >= exact.min(axis=1, keepdims=True) - TIE))
+    tie = TIE * np.maximum(1.0, np.abs(exact).max(axis=1, keepdims=True))
+    return float(np.mean(similarity >= exact.min(axis=1, keepdims=True) - tie))
 
 
 def load_index(

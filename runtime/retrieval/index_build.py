@@ -31,8 +31,8 @@ class IndexTask:
     """Items of an index, and its target recall.
 
     Attributes:
-        vectors: [N, E] unit vectors; the row becomes the label.
-        queries: [R, E] unit queries; the first 500 measure recall.
+        vectors: [N, E] vectors, compared by inner product; the row becomes the label.
+        queries: [R, E] queries; the first 500 measure recall.
         target: Recall@100 to reach.
         retired: Distinct rows to leave out.
         seed: Seed of the level draw; one thread and a fixed seed make the file reproducible.
@@ -48,7 +48,7 @@ class IndexTask:
 def build_index(task: IndexTask, path: Path) -> IndexSpec:
     """Write an index with the smallest M and ef that reach the target, else with those of the best recall.
 
-    A missed target is logged as a warning, and `recall` is below `recall_target`.
+    A missed target is logged as a warning. Then `scan` says that requests scan all items.
 
     Raises:
         ExportError: The written file does not read back as the index that was built.
@@ -131,7 +131,8 @@ def _finish(task: IndexTask, index: Any, choice: tuple[int, int, float], path: P
     k = min(RECALL_K, len(task.vectors) - len(task.retired))
     if reached < task.target:
         log.warning(
-            "the index reaches a recall@%d of %.4f, not %.4f, even with M=%d and ef=%d; exact search (`exact`) does",
+            "the index reaches a recall@%d of %.4f, not %.4f, even with M=%d and ef=%d; requests will scan all items. "
+            "A lower --recall would use the index",
             *(k, reached, task.target, m, ef),
         )
     return IndexSpec(
@@ -145,6 +146,7 @@ def _finish(task: IndexTask, index: Any, choice: tuple[int, int, float], path: P
         recall=reached,
         recall_k=k,
         recall_target=task.target,
+        scan=reached < task.target,
     )
 
 

@@ -56,28 +56,37 @@ class Retriever:
     """Both ways to search one item table; safe to call from several threads.
 
     Attributes:
-        index: Finds most of the nearest items.
+        index: Finds most of the nearest items; None = every search is a scan.
         scan: Finds all of them.
-        item_vectors: [N, E] f32 of unit length.
+        item_vectors: [N, E] f32.
         live: Mask [N] of the items that are not retired; None if no item is.
         visit_cost: Rows that a scan reads while the index takes one step; 0 = always try the index first.
+        unused: Why there is no index, in words.
     """
 
-    index: VectorIndex
+    index: VectorIndex | None
     scan: ExactIndex
     item_vectors: NDArray[np.float32]
     live: NDArray[np.bool_] | None = None
     visit_cost: float = VISIT_COST
+    unused: str = "there is no index"
 
     @classmethod
     def open(cls, bundle: Bundle) -> Retriever:
-        """Load the index of a bundle.
+        """Load the index of a bundle, unless the bundle is to be scanned.
 
         Raises:
             BundleError: It is not an index of the bundle's items.
         """
-        vectors, live = bundle.item_vectors, bundle.catalogue.live
-        return cls(index=HnswIndex.open(bundle), scan=ExactIndex(vectors), item_vectors=vectors, live=live)
+        vectors, live, spec = bundle.item_vectors, bundle.catalogue.live, bundle.manifest.index
+        index, unused = HnswIndex.open(bundle), f"the index finds {spec.recall:.3f} of the best {spec.recall_k} items"
+        return cls(
+            index=None if spec.scan else index,
+            scan=ExactIndex(vectors),
+            item_vectors=vectors,
+            live=live,
+            unused=f"{unused}, not {spec.recall_target}",
+        )
 
     def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         """Run searches, and all scans of one k in one pass over the items. Each result is the same as alone.
@@ -110,9 +119,11 @@ class Retriever:
 
     def _search_index(self, search: Search) -> tuple[NDArray[np.int64], str | None]:
         """The rows that the index finds, and the reason to scan all items, if there is one."""
-        fetch, reason = self._plan(search)
-        if search.exact or reason is not None:
-            return NO_ROWS, "requested" if search.exact else reason
+        if search.exact or self.index is None:
+            return NO_ROWS, "requested" if search.exact else self.unused
+        fetch, reason = self._plan(search, self.index.ef)
+        if reason is not None:
+            return NO_ROWS, reason
         try:
             rows = search.keep(self.index.search(search.queries, fetch)[0])
         except BackendError as error:
@@ -120,7 +131,7 @@ class Retriever:
         few = len(rows) < search.k
         return rows, f"{len(rows)} of {search.k} candidates were left by the filters" if few else None
 
-    def _plan(self, search: Search) -> tuple[int, str | None]:
+    def _plan(self, search: Search, ef: int) -> tuple[int, str | None]:
         """Number of items to fetch from the index, and why a scan is faster, if it is."""
         items, allowed = len(self.item_vectors), search.allowed
         count = items if allowed is None else int(np.count_nonzero(allowed))
@@ -130,7 +141,7 @@ class Retriever:
         if filtered := count < live:
             expected += 3 * math.sqrt(expected)  # the number that passes the filter varies
         fetch = math.ceil(expected * live / count)
-        searching = max(self.index.ef, fetch) * self.visit_cost * (FILTER_RISK if filtered else 1)
+        searching = max(ef, fetch) * self.visit_cost * (FILTER_RISK if filtered else 1)
         gathering = self.scan.gather_cost * left
         read, cost = (left, gathering) if gathering < items else (items, items)
         if searching <= cost:

@@ -28,9 +28,9 @@ def similar_items(recommender: Recommender, body: SimilarBody) -> SimilarAnswer:
         raise RequestError(f"k={body.k} must be at least 1")
     if body.k > eligible:
         raise TooFewItemsError(f"k={body.k} is more than the {eligible} items that the filters leave")
-    queries = np.ascontiguousarray(bundle.item_vectors[rows])
+    queries = np.ascontiguousarray(recommender.by_item.item_vectors[rows])
     search = Search(queries=queries, k=body.k, excluded=excluded, allowed=allowed, exact=body.exact)
-    (result,) = recommender.retriever.retrieve([search])
+    (result,) = recommender.by_item.retrieve([search])
     items = (
         SimilarItem(item=bundle.item_ids[row], title=bundle.titles[row], similarity=similarity)
         for row, similarity in zip(result.rows.tolist(), result.similarity.tolist(), strict=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BundleError, DataError, decoding
-from unipinrec.runtime.bundle.bundle import Bundle, off_unit
+from unipinrec.runtime.bundle.bundle import REQUIRED, Bundle, wrong_rows
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 
@@ -115,7 +115,7 @@ def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Contain
 
 
 def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
-    """Vectors [A, E] of unit length for new items.
+    """Vectors [A, E] for new items.
 
     Raises:
         BackendError: The graph does not run.
@@ -134,11 +134,12 @@ def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
         chunk = {name: values[start : start + EMBED_CHUNK] for name, values in inputs.items()}
         parts.append(backend.run("item_embedder", chunk)["item_vectors"].numpy())
     vectors = np.concatenate(parts)
-    wrong = off_unit(vectors)
+    similarity = bundle.manifest.model.similarity
+    wrong = wrong_rows(vectors, similarity)
     if len(wrong):
         raise DataError(
-            f"item {rows.ids[wrong[0]]!r}: its vector is not finite or not of unit length; the largest of its dense "
-            f"values is {np.abs(rows.dense[wrong[0]]).max(initial=0.0):g}: give values such as the model was trained on"
+            f"item {rows.ids[wrong[0]]!r}: its vector is not {REQUIRED[similarity]}; the largest of its dense values "
+            f"is {np.abs(rows.dense[wrong[0]]).max(initial=0.0):g}: give values such as the model was trained on"
         )
     return vectors
 

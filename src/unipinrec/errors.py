@@ -23,6 +23,7 @@
 A message names the wrong value, what is accepted, and what to do. A value may be of any size; a message is bounded.
 """
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -122,6 +123,13 @@ def listed(values: Iterable[object], most: int = 20) -> str:
     more = sum(1 for _ in rest)
     short = [text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..." for text in shown]
     return f"[{', '.join(short)}]" + f" and {more:,} more" * bool(more)
+
+
+def reason(error: BaseException) -> str:
+    """Type, message and place of an error that a user's own code raised; the place is outside installed packages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{type(error).__name__}: {error} ({own[-1].filename}:{own[-1].lineno})"
 
 
 @contextmanager

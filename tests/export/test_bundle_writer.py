@@ -268,5 +268,5 @@ def test_data_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> N
     from unipinrec.models.simulator.world import SimulatorConfig
 
     write_dataset(simulate(SimulatorConfig(users=20, items=50, categories=2))[0], tmp_path / "other")
-    with pytest.raises(ExportError, match="is not the data that the checkpoint was trained on"):
+    with pytest.raises(ExportError, match="is not the data that the model was trained on"):
         histories_from_data(tmp_path / "other", source_from_checkpoint(checkpoint), 10)

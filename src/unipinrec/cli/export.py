@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +12,13 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from unipinrec.cli.common import any_path, bundle_argument, json_command, print_json, say, stderr, stdout
+from unipinrec.cli.common import any_path, json_command, print_json, say, stderr, stdout
 from unipinrec.cli.evaluate import print_evaluation
 from unipinrec.cli.index import recall_option, warn_of_low_recall
+from unipinrec.errors import ExportError, UnipinrecError, listed, reason
 
 if TYPE_CHECKING:
+    from unipinrec.export.protocol import ExportSource, Histories
     from unipinrec.runtime.bundle.manifest import Manifest
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -21,11 +26,17 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
 
 
 @click.command(
-    short_help="Write a checkpoint as a bundle.",
-    epilog="Example: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16",
+    short_help="Write a checkpoint, or a model of your own, as a bundle.",
+    epilog="Examples: unipinrec export checkpoint/ bundle/ --data data/ --precision bf16; "
+    "unipinrec export --source shop.model:source bundle/",
 )
-@click.argument("checkpoint", type=any_path)
-@bundle_argument
+@click.argument("paths", type=any_path, nargs=-1, required=True, metavar="[CHECKPOINT] BUNDLE")
+@click.option(
+    "--source",
+    metavar="MODULE:FUNCTION",
+    help="Instead of CHECKPOINT: a Python function without arguments that returns an ExportSource, or (ExportSource, "
+    "Histories). The current directory is searched first.",
+)
 @click.option("--data", type=any_path, help="The prepared data, for real golden requests, sample users and popularity.")
 @click.option(
     "--users",
@@ -53,36 +64,47 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     "--evaluate",
     "evaluated",
     type=click.IntRange(0),
-    default=2000,
-    help="With --data, measure the bundle's recommendations on this many test requests; 0 = none.",
+    help="With --data, measure the bundle's recommendations on this many test requests; 0 = none.  [default: 2000]",
 )
 @recall_option
 @json_command
 def export(
-    checkpoint: Path,
-    bundle: Path,
+    paths: tuple[Path, ...],
     *,
+    source: str | None,
     data: Path | None,
     users: int,
     precisions: tuple[str, ...],
     accept_loss: bool,
-    evaluated: int,
+    evaluated: int | None,
     recall: float | None,
     as_json: bool,
 ) -> None:
-    """Write a trained checkpoint as a bundle, and check that its graphs compute the same as PyTorch."""
+    """Write a trained checkpoint as a bundle, and check that its graphs compute the same as PyTorch.
+
+    With --source, the model comes from Python code of yours, and BUNDLE is the only argument.
+    """
+    if len(paths) != (2 if source is None else 1):
+        wanted = "CHECKPOINT and BUNDLE" if source is None else "BUNDLE alone, since --source replaces CHECKPOINT"
+        raise click.UsageError(f"{len(paths)} argument{'s' * (len(paths) != 1)}; pass {wanted}")
+    if evaluated and data is None:
+        raise click.UsageError("--evaluate measures on prepared data; pass --data too")
+    bundle = paths[-1]
     with stderr.status("loading"):
         from unipinrec.export.bundle_writer import ExportOptions, export_bundle
         from unipinrec.export.checkpoint_source import source_from_checkpoint
         from unipinrec.export.data_histories import histories_from_data
         from unipinrec.runtime.retrieval.index_build import RECALL_TARGET
 
-        source = source_from_checkpoint(checkpoint, data)
-        histories = histories_from_data(data, source, max(users, SAMPLED_USERS)) if data else None
+        model, histories = (source_from_checkpoint(paths[0], data), None) if source is None else _own(source)
+        if data and histories:
+            raise ExportError(f"{source} returned histories, and --data has others; leave one of them out")
+        if data:
+            histories = histories_from_data(data, model, max(users, SAMPLED_USERS))
     began = time.monotonic()
     with stderr.status("exporting") as status:
         manifest = export_bundle(
-            source,
+            model,
             bundle,
             histories=histories,
             precisions=[name for name in PRECISIONS[1:] if name in precisions],
@@ -91,7 +113,7 @@ def export(
                 recall=RECALL_TARGET if recall is None else recall,
                 accept_loss=accept_loss,
                 data=data,
-                evaluated=evaluated,
+                evaluated=2000 if evaluated is None else evaluated,
             ),
             progress=lambda stage: status.update(f"exporting: {stage}"),
         )
@@ -102,6 +124,39 @@ def export(
         print_json({"bundle": str(bundle), **reported})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
+
+
+def _own(reference: str) -> tuple[ExportSource, Histories | None]:
+    """What the user's MODULE:FUNCTION returns. Its output goes to stderr."""
+    from unipinrec.export.protocol import ExportSource, Histories
+
+    name, _, function = reference.partition(":")
+    if not all(part.isidentifier() for part in [*name.split("."), function]):
+        raise ExportError(f"--source {reference} is not of the form package.module:function")
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            module = importlib.import_module(name)
+            make = getattr(module, function, None)
+            result = make() if callable(make) else None
+    except UnipinrecError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ExportError(
+                f"--source: there is no module {error.name} in {Path.cwd()} or on Python's path; run the command in "
+                "the folder that holds it, or set PYTHONPATH"
+            ) from error
+        raise ExportError(f"{reference} raised {reason(error)}") from error
+    if not callable(make):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == name]
+        raise ExportError(f"--source: {module.__file__} has no function {function}; it defines {listed(own)}")
+    parts = result if isinstance(result, tuple) else (result, None)
+    if len(parts) == 2 and isinstance(parts[0], ExportSource) and isinstance(parts[1], Histories | None):
+        return parts
+    returned = ", ".join(type(part).__name__ for part in parts) if isinstance(result, tuple) else type(result).__name__
+    raise ExportError(f"{reference} returned {returned}; return an ExportSource, or (ExportSource, Histories)")
 
 
 def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:

@@ -72,11 +72,11 @@ def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall
 
 def warn_of_low_recall(index: IndexSpec) -> None:
     """Warn if an index misses its target."""
-    if index.recall < index.recall_target:
+    if index.scan:
         common.warn(
             f"the index finds {index.recall:.4f} of the nearest {index.recall_k} items, not "
             f"{index.recall_target:g}, even with M={index.m} and ef={index.ef_search}; "
-            "exact search finds all of them (recommend --exact)"
+            "requests will scan all items; a lower --recall would use the index"
         )
 
 

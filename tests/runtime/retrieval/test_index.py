@@ -103,7 +103,19 @@ def test_no_near_tie_is_lost_to_the_rounding_of_the_product(monkeypatch: pytest.
     for cost in (4.0, 0.0):  # by mask, by gathering
         for given, found in zip(ExactIndex(table, cost).search(queries, 3, eligible), expected, strict=True):
             np.testing.assert_array_equal(given, found)
-    assert set(reversed_at) == {"se,ne->sn", "e,ne->n"}
+    assert set(reversed_at) == {"se,ne->sn", "e,ne->n", "ne,ne->n"}
+
+
+def test_no_near_tie_of_long_vectors_is_lost() -> None:
+    """The margin grows with the lengths of items and query, and no inner product is too low to be pushed out."""
+    rng = np.random.default_rng(2)
+    table = 1e4 * (np.repeat(unit(rng, 1, 64), 400, axis=0) + rng.normal(scale=1e-7, size=(400, 64))).astype(np.float32)
+    queries, eligible = -300 * unit(rng, 20, 64), np.arange(400) % 2 == 0
+    similarity = np.array([[np.einsum("e,e", row, query) for row in table] for query in queries])
+    similarity[:, ~eligible] = -np.inf
+    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :3]
+    for cost in (4.0, 0.0):
+        np.testing.assert_array_equal(ExactIndex(table, cost).search(queries, 3, eligible)[0], expected)
 
 
 def test_recall_counts_what_is_as_near_as_the_last() -> None:

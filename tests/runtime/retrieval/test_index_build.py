@@ -43,6 +43,7 @@ def test_the_cheapest_search_that_reaches_the_target_is_chosen(
     easy = build_index(IndexTask(vectors=vectors, queries=queries, target=0.9), tmp_path / "easy")
     assert (easy.m, easy.ef_search, easy.recall_target, easy.recall_k, easy.count) == (16, 100, 0.9, 100, ITEMS)
     assert easy.recall >= 0.9
+    assert not easy.scan
     # Few links and narrow searches, so that a small catalogue is hard to search.
     monkeypatch.setattr(index_build, "M_CHOICES", (2, 3, 16))
     monkeypatch.setattr(index_build, "EF_CHOICES", (100, 150))
@@ -64,6 +65,7 @@ def test_a_target_that_is_missed_is_warned_of(
         spec = build_index(IndexTask(vectors=vectors, queries=queries, target=1.0), tmp_path / "index")
     assert (spec.m, spec.ef_search) == (3, 150)  # the better of the two
     assert spec.recall < spec.recall_target == 1.0
+    assert spec.scan
     assert f"recall@100 of {spec.recall:.4f}, not 1.0000, even with M=3 and ef=150" in caplog.text
     measured = HnswIndex(tmp_path / "index", spec, vectors).search(queries, 100)[1]
     exact = np.sort(queries @ vectors.T, axis=1)[:, -100:]

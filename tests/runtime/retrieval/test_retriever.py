@@ -188,15 +188,24 @@ def test_retired_items_are_not_found_without_any_filter(updated: Retriever) -> N
         assert len(set(found.rows.tolist())) == ITEMS - len(RETIRED)
 
 
+def test_without_an_index_all_items_are_scanned(retriever: Retriever) -> None:
+    query = unit(np.random.default_rng(9), 1)
+    found = retrieved(replace(retriever, index=None, unused="the index finds too few"), query, 10, NONE)
+    assert found.exact == "the index finds too few"
+    assert found.rows.tolist() == best(retriever, query, NONE)[:10]
+
+
 def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
     queries = unit(np.random.default_rng(8), 20)
     assert sampled_recall(retriever, queries) == 1.0
     assert sampled_recall(updated, queries) == 1.0
+    assert retriever.index is not None
     worse = replace(retriever, index=Behind(retriever.index))
     assert sampled_recall(worse, queries) == pytest.approx(0.9)
 
 
 def sampled_recall(retriever: Retriever, queries: NDArray[np.float32], k: int = 10) -> float:
+    assert retriever.index is not None
     _, similarity = retriever.index.search(queries, k)
     _, exact = retriever.scan.search(queries, k, retriever.live)
     return recall(similarity, exact)
