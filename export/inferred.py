@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unipinrec.errors import ExportError, listed, reason
-from unipinrec.runtime.bundle.bundle import off_unit
+from unipinrec.runtime.bundle.bundle import wrong_rows
 from unipinrec.runtime.bundle.manifest import Caching, OrderSpec, RankerInput, Similarity
 
 HALF = (torch.bfloat16, torch.float16)
@@ -210,7 +210,7 @@ def similarity_of(vectors: Tensor, queries: Tensor) -> Similarity:
     for name, values in (("embed_items", vectors), ("retrieve", queries)):
         if not torch.isfinite(values).all():
             raise ExportError(f"{name}: returned values that are not finite; train again")
-    items, others = (len(off_unit(values.numpy())) for values in (vectors, queries))
+    items, others = (len(wrong_rows(values.numpy(), "cosine")) for values in (vectors, queries))
     if not items and not others:
         return "cosine"
     log.warning(
