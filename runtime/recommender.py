@@ -40,12 +40,10 @@ from unipinrec.runtime.requests import (
     as_events,
     check_types,
 )
-from unipinrec.runtime.retrieval.index import ExactIndex
 from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
 from unipinrec.runtime.validation import item_row, resolve_request
 
 DEFAULT_OPTIONS = RecommendOptions()
-NO_COSINES = "the index compares by dot product, similar items by cosine"
 log = logging.getLogger(__name__)
 
 
@@ -177,15 +175,8 @@ class Recommender:
 
     @cached_property
     def by_item(self) -> Retriever:
-        """Finds items by the cosine of their vectors; without an index if that compares queries by dot product."""
-        model, vectors = self.bundle.manifest.model, self.bundle.item_vectors
-        if model.similarity == "cosine":
-            return self.retriever
-        vectors = vectors[:, : -1 if model.item_bias else None]
-        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        return Retriever(
-            index=None, scan=ExactIndex(unit), item_vectors=unit, live=self.retriever.live, unused=NO_COSINES
-        )
+        """Finds items by the cosine of their vectors."""
+        return self.retriever if self.bundle.manifest.model.similarity == "cosine" else Retriever.of_items(self.bundle)
 
     @property
     def cache(self) -> KvCache | None:

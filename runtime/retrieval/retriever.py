@@ -20,6 +20,7 @@ from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex
 # Measured by bench/retrieval_filters.py.
 VISIT_COST = 50  # rows that a scan reads while the index takes one step
 FILTER_RISK = 5  # if a filter correlates with the vectors, most searches find too few items and need a scan as well
+NO_COSINES = "the index compares by dot product, similar items by cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,13 @@ class Retriever:
             live=live,
             unused=f"{unused}, not {spec.recall_target}",
         )
+
+    @classmethod
+    def of_items(cls, bundle: Bundle) -> Retriever:
+        """Scans items by cosine where queries are compared by dot product; takes the memory of the item vectors."""
+        vectors = bundle.item_vectors[:, : -1 if bundle.manifest.model.item_bias else None]
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return cls(index=None, scan=ExactIndex(unit), item_vectors=unit, live=bundle.catalogue.live, unused=NO_COSINES)
 
     def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         """Run searches, and all scans of one k in one pass over the items. Each result is the same as alone.

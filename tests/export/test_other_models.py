@@ -20,7 +20,7 @@ from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValue
 from unipinrec.runtime import CacheOptions, Recommender, RecommendOptions, verify_bundle
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, RankerInput
-from unipinrec.runtime.recommender import NO_COSINES
+from unipinrec.runtime.retrieval.retriever import NO_COSINES
 from unipinrec.runtime.server.bodies import SimilarBody
 from unipinrec.runtime.server.similar import similar_items
 
