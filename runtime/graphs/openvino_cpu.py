@@ -128,6 +128,7 @@ class OpenVinoBackend:
             with graph.in_folder() as file:
                 model = self._core.read_model(file)
             _drop_attention_guards(model)
+            _truncate_quotients(model)
             exact = _cut_exact(self._ov, model)
             compiled = self._core.compile_model(model, "CPU", options)
             running = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -193,6 +194,13 @@ def _drop_attention_guards(model: Any) -> None:
             if choice.get_type_name() == "Select" and _key(choice.input_value(2)) == _key(guarded):
                 for reader in choice.output(0).get_target_inputs():
                     reader.replace_source_output(guarded)
+
+
+def _truncate_quotients(model: Any) -> None:
+    """Round quotients of integers towards zero, as ONNX says; OpenVINO's interpreter would round them down."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Divide":
+            node.set_attribute("m_pythondiv", False)
 
 
 def _cut_exact(ov: Any, model: Any) -> Any | None:

@@ -183,7 +183,7 @@ def test_a_time_that_is_chosen_by_a_condition_on_times_is_exact_too(tmp_path: Pa
 
 
 def test_times_that_are_divided_by_way_of_truth_values_are_exact(tmp_path: Path) -> None:
-    """PyTorch's `//` becomes this: from the quotient it subtracts whether the signs differ and something remains."""
+    """PyTorch's `//` becomes this: from the quotient, cut off towards zero, it subtracts whether it must be lower."""
 
     def seconds(ops: Any, times: Any) -> Any:
         thousand = np.int64(1000)
@@ -192,7 +192,7 @@ def test_times_that_are_divided_by_way_of_truth_values_are_exact(tmp_path: Path)
         quotient = ops.subtract(ops.divide(times, thousand, auto_broadcast="numpy"), below)
         return ops.convert(ops.floor_mod(quotient, np.int64(100_000)), "f32")
 
-    assert on_times(tmp_path, seconds, [[1_760_000_012_344, 999]]) == [[12.0, 0.0]]
+    assert on_times(tmp_path, seconds, [[1_760_000_012_344, 999, -1, -2_001]]) == [[12.0, 0.0, 99_999.0, 99_997.0]]
 
 
 def test_a_value_of_times_that_both_a_cosine_and_the_rest_read_is_exact(tmp_path: Path) -> None:
