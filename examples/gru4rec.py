@@ -39,14 +39,15 @@ class GRU4Rec(nn.Module):
         return torch.cat([self.items(rows), self.bias(rows)], 1)
 
 
-def main(folder: str) -> None:
-    """Train, export, serve."""
+def main(folder: str) -> GRU4Rec:
+    """Train, export, serve, compare."""
     torch.manual_seed(0)
     model = GRU4Rec(len(ITEM_IDS))
-    train(model, steps=300)
+    train(model, steps=200)
     source = ExportSource.simple(model, ITEM_IDS, max_history=LONGEST, item_bias=True, cache="none")
     export_bundle(source, Path(folder))
     compare(Path(folder), model)
+    return model
 
 
 if __name__ == "__main__":

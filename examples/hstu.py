@@ -1,4 +1,4 @@
-"""HSTU (Zhai et al. 2024) in plain PyTorch, trained on a made-up log, exported and served: python examples/hstu.py BUNDLE."""
+"""HSTU (Zhai et al. 2024), trained on a made-up log, exported and served: python examples/hstu.py BUNDLE."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,8 @@ class Block(nn.Module):
         bias = self.by_position(positions)[..., 0] + self.by_time(gaps)[..., 0]
         weights = F.silu(q @ k.transpose(2, 3) + bias[:, None]) * causal / self.longest
         mixed = (weights @ v).transpose(1, 2).flatten(2)
-        return x + self.out(F.layer_norm(mixed, mixed.shape[2:]) * u)  # type: ignore[no-any-return]
+        result: Tensor = x + self.out(F.layer_norm(mixed, mixed.shape[2:]) * u)
+        return result
 
 
 class HSTU(nn.Module):
@@ -47,11 +48,11 @@ class HSTU(nn.Module):
         order = torch.arange(count)
         seconds = events.timestamps_ms // 1000
         following = torch.cat([seconds[:, 1:], seconds[:, -1:]], 1)
-        asked_at = torch.where(order < events.lengths[:, None] - 1, following, seconds)
-        gaps = (asked_at[:, :, None] - seconds[:, None]).abs().clamp(min=1).float().log() / 0.301
+        until = torch.where(order < events.lengths[:, None] - 1, following, seconds)
+        gaps = (until[:, :, None] - seconds[:, None]).abs().clamp(min=1).float().log() / 0.301
         positions = (order[:, None] - order).clamp(0, LONGEST - 1)
         causal = (order[:, None] >= order).float()
-        x = events.item_vectors * self.width**0.5
+        x: Tensor = events.item_vectors * self.width**0.5
         for block in self.blocks:
             x = block(x, positions, gaps.long().clamp(max=BUCKETS - 1), causal)
         return x
@@ -70,14 +71,15 @@ class HSTU(nn.Module):
         return F.normalize(self.items(rows), dim=-1)
 
 
-def main(folder: str) -> None:
-    """Train, export, serve."""
+def main(folder: str) -> HSTU:
+    """Train, export, serve, compare."""
     torch.manual_seed(0)
     model = HSTU(len(ITEM_IDS))
-    train(model, steps=300, scale=20.0)
+    train(model, steps=200, scale=20.0)
     source = ExportSource.simple(model, ITEM_IDS, max_history=LONGEST, cache="none")
     export_bundle(source, Path(folder))
     compare(Path(folder), model)
+    return model
 
 
 if __name__ == "__main__":

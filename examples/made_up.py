@@ -1,6 +1,6 @@
 """Shared by the examples of own models: a made-up log, a training loop, and a comparison of lists with the model's.
 
-A model here is a module with `retrieve` and `embed_items` of the contract, and `states`: the hidden state of each event.
+A model here is a module that has `states`, the hidden state of each event, beside the methods of the contract.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ LONGEST = 20  # events of a history
 
 
 def made_up_log(users: int, events: int = LONGEST) -> tuple[Tensor, Tensor]:
-    """Item rows and times in ms, [users, events] i64. Users walk along a ring of items; after a pause they turn back."""
+    """Item rows and times in ms, [users, events] i64: users walk along a ring of items, and step back after a pause."""
     pauses = torch.rand(users, events) < 0.2
     steps = torch.where(pauses, -3, torch.randint(1, 3, (users, events)))
     rows = (torch.randint(0, len(ITEM_IDS), (users, 1)) + steps.cumsum(1)) % len(ITEM_IDS)
@@ -29,7 +29,8 @@ def made_up_log(users: int, events: int = LONGEST) -> tuple[Tensor, Tensor]:
 def catalogue(model: Any) -> Tensor:
     """Vectors of all items, [items, width]; they have no features."""
     none = torch.zeros(len(ITEM_IDS), 0)
-    return model.embed_items(torch.arange(len(ITEM_IDS)), none, none.long())
+    vectors: Tensor = model.embed_items(torch.arange(len(ITEM_IDS)), none, none.long())
+    return vectors
 
 
 def events_of(vectors: Tensor, rows: Tensor, times_ms: Tensor) -> Events:
@@ -59,7 +60,7 @@ def train(model: Any, steps: int, scale: float = 1.0) -> None:
 
 
 @torch.no_grad()
-def compare(bundle: Path, model: Any, users: int = 20) -> None:
+def compare(bundle: Path, model: Any, users: int = 10) -> None:
     """Serve a bundle to users whose histories grow, and compare each list and its scores with the model's own."""
     (rows, times_ms), vectors = made_up_log(users), catalogue(model)
     worst, same, kinds = 0.0, 0, dict[str, int]()
@@ -80,4 +81,4 @@ def compare(bundle: Path, model: Any, users: int = 20) -> None:
                 served = torch.tensor([item.score for item in slate.items])
                 worst = max(worst, float((served - best.values).abs().max()))
                 kinds[slate.kv] = kinds.get(slate.kv, 0) + 1
-    print(f"{same} of {4 * users} lists are the model's own; scores differ by less than 1e-5: {worst < 1e-5}; {kinds}")
+    print(f"{same} of {4 * users} lists are the model's own; scores differ by less than 1e-4: {worst < 1e-4}; {kinds}")

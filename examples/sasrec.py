@@ -1,4 +1,4 @@
-"""A SASRec whose histories are cached, trained on a made-up log, exported and served: python examples/sasrec.py BUNDLE."""
+"""A SASRec with cached histories, trained on a made-up log, exported and served: python examples/sasrec.py BUNDLE."""
 
 import sys
 from pathlib import Path
@@ -42,16 +42,16 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, events: Events, past: Past | None) -> tuple[KeyValues, Tensor]:
+    def run(self, events: Events, past: Past | None) -> tuple[KeyValues, Tensor]:
         """Keys and values of these events, and their states [batch, events, width]."""
-        order = torch.arange(events.item_vectors.shape[1])
-        mask, first = (order[:, None] >= order)[None, None], torch.zeros_like(events.lengths)
+        first = torch.zeros_like(events.lengths) if past is None else past.lengths
+        places = first[:, None] + torch.arange(events.item_vectors.shape[1])
+        known = places
         if past is not None:
             slots = torch.arange(past.key_values[0][0].shape[2])
-            seen = (slots < past.lengths[:, None])[:, None, None].expand(-1, 1, len(order), -1)
-            mask, first = torch.cat([seen, mask.expand(len(seen), -1, -1, -1)], 3), past.lengths
-        positions = (first[:, None] + order).clamp(max=LONGEST - 1)  # padding may lie beyond the last position
-        x, new = events.item_vectors + self.positions(positions), []
+            known = torch.cat([torch.where(slots < past.lengths[:, None], slots, LONGEST), places], 1)
+        mask = (known[:, None] <= places[:, :, None])[:, None]  # no event sees later ones, nor an empty slot
+        x, new = events.item_vectors + self.positions(places.clamp(max=LONGEST - 1)), []  # padding may lie beyond
         for layer, block in enumerate(self.blocks):
             x, pair = block(x, past.key_values[layer] if past else None, mask)
             new.append(pair)
@@ -59,7 +59,7 @@ class SASRec(nn.Module):
 
     def states(self, events: Events) -> Tensor:
         """State of each event, for training."""
-        return self(events, None)[1]  # type: ignore[no-any-return]
+        return self.run(events, None)[1]
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
         """A whole history."""
@@ -67,7 +67,7 @@ class SASRec(nn.Module):
 
     def extend(self, events: Events, past: Past | None) -> tuple[KeyValues, Tensor]:
         """New events after a cached history."""
-        new, states = self(events, past)
+        new, states = self.run(events, past)
         last = (events.lengths - 1)[:, None, None].expand(-1, 1, states.shape[2])
         return new, states.gather(1, last)[:, 0]
 
@@ -77,17 +77,18 @@ class SASRec(nn.Module):
 
     def embed_items(self, rows: Tensor, dense: Tensor, categories: Tensor) -> Tensor:
         """Embeddings."""
-        return self.items(rows)  # type: ignore[no-any-return]
+        return self.items.weight[rows]
 
 
-def main(folder: str) -> None:
-    """Train, export, serve."""
+def main(folder: str) -> SASRec:
+    """Train, export, serve, compare."""
     torch.manual_seed(0)
     model = SASRec(len(ITEM_IDS))
-    train(model, steps=300)
+    train(model, steps=200)
     source = ExportSource.simple(model, ITEM_IDS, max_history=LONGEST, similarity="dot")
     export_bundle(source, Path(folder))
     compare(Path(folder), model)
+    return model
 
 
 if __name__ == "__main__":
