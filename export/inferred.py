@@ -110,7 +110,7 @@ def texts(names: Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def plain(what: str, values: dict[str, Any]) -> dict[str, Any]:
+def plain(what: str, values: dict[str, Any] | None) -> dict[str, Any] | None:
     """Values as JSON can hold them; a numpy scalar becomes a number.
 
     Raises:
@@ -122,7 +122,7 @@ def plain(what: str, values: dict[str, Any]) -> dict[str, Any]:
             return value.item()
         raise ExportError(f"{what} holds {listed([value])}, a {type(value).__name__}; pass text, numbers, lists, dicts")
 
-    builtins: dict[str, Any] = msgspec.to_builtins(values, enc_hook=number)
+    builtins: dict[str, Any] | None = msgspec.to_builtins(values, enc_hook=number)
     return builtins
 
 

@@ -175,7 +175,7 @@ class ExportSource:
         dense, categories: Width of each dense item feature, and words of each categorical one.
         item_ids, titles: External ids and readable names, in row order. Integers are accepted as ids and become text.
         item_dense, item_categories: Raw features of the catalogue, [N, F] f32 and [N, features] i64.
-        config: Full description of the model; informative. Numpy scalars become numbers.
+        config: Full description of the model; informative. Numpy scalars in it become numbers.
         metrics: Offline metrics, if any.
         order: How slates are ordered; None means by value.
     """
@@ -282,6 +282,7 @@ class ExportSource:
             )
         object.__setattr__(self, "item_ids", inferred.item_names(self.item_ids))
         object.__setattr__(self, "config", inferred.plain("config", self.config))
+        object.__setattr__(self, "metrics", inferred.plain("metrics", self.metrics))
 
     @property
     def servable(self) -> ServableModel:

@@ -85,7 +85,7 @@ class WithoutExtend(Encoder):
 
 
 def _heads(values: Tensor) -> Tensor:
-    return values.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return values.reshape(*values.shape[:2], HEADS, -1).transpose(1, 2)
 
 
 def _joined(before: Any, after: KeyValues) -> KeyValues:
@@ -93,8 +93,8 @@ def _joined(before: Any, after: KeyValues) -> KeyValues:
 
 
 def _first(pairs: KeyValues, slots: Tensor) -> Tensor:
-    key, _ = pairs[0]
-    return torch.arange(key.shape[2]) < slots[:, None]
+    seen: Tensor = torch.arange(pairs[0][0].shape[2]) < slots[:, None]
+    return seen
 
 
 SPEC = ModelSpec(
@@ -225,7 +225,8 @@ def test_other_ids_are_refused(ids: Any, words: str) -> None:
 
 def test_numbers_of_numpy_in_the_config_become_numbers_of_python() -> None:
     config = {"dropout": np.float32(0.5), "sizes": [np.int64(3)], "on": np.True_}
-    source = simple(Own(), history=np.int64(20), config=config)
+    source = simple(Own(), history=np.int64(20), config=config, metrics={"auc": np.float64(0.5)})
+    assert type(source.metrics["auc"]) is float if source.metrics else False
     assert source.config == {"dropout": 0.5, "sizes": [3], "on": True}
     assert msgspec.json.encode(source.config) == b'{"dropout":0.5,"sizes":[3],"on":true}'
     assert (source.model.max_history, type(source.model.max_history)) == (20, int)
@@ -336,9 +337,14 @@ def ragged(own: Own, events: Events) -> Any:
     return [*pairs[1:], (pairs[0][0][:, :1], pairs[0][1])], last
 
 
-def fixed(own: Own, events: Events) -> Any:
+def two_slots(own: Own, events: Events) -> Any:
     pairs, last = Own.encode(own, events)
-    return [(key[:, :, -1:], value[:, :, -1:]) for key, value in pairs], last
+    return [(key[:, :, -2:], value[:, :, -2:]) for key, value in pairs], last
+
+
+def without_first_slots(own: Own, events: Events) -> Any:
+    pairs, last = Own.encode(own, events)
+    return [(key[:, :, 2:], value[:, :, 2:]) for key, value in pairs], last
 
 
 def failing(own: Own, *arguments: object) -> Any:
@@ -381,9 +387,10 @@ def failing(own: Own, *arguments: object) -> Any:
             "encode: keys and values have the shapes [(1, 2, 4), (2, 2, 4)] per row; pad them to a singl",
         ),
         (
-            {"encode": fixed},
-            "events, head_dim) are [(3, 2, -1, 4), (3, 2, 0, 4)] for one and two events; there must be a",
+            {"encode": two_slots},
+            "events, head_dim) are [(3, 2, 0, 4), (3, 2, 1, 4)] for one and two events; there must",
         ),
+        ({"encode": without_first_slots}, "slots without the events, head_dim) are [(3, 2, -1, 4)] for one and two ev"),
         (
             {"retrieve": lambda own, last, outcomes: last},
             "retrieve: returned torch.float32 [3, 8], expected torch.float",
