@@ -66,7 +66,8 @@ def recommender_window(events: int, limit: int = 20, slack: int = 2) -> int:
 
 
 def silu(x: Floats) -> Floats:
-    return x / (1 + np.exp(-x))
+    result: Floats = x / (1 + np.exp(-x))
+    return result
 
 
 def norm(x: Floats) -> Floats:
@@ -104,8 +105,8 @@ def paper_scores(weights: dict[str, Floats], rows: NDArray[np.int64], times_ms: 
                     mixed[i, own] += silu(q[i, own] @ k[j, own] + rab) * v[j, own] / longest
         out, bias = weights[f"blocks.{layer}.out.weight"], weights[f"blocks.{layer}.out.bias"]
         x = x + np.array([out @ (norm(row) * gate) + bias for row, gate in zip(mixed, u, strict=True)])
-    query = x[-1] / np.linalg.norm(x[-1])
-    return items @ query
+    scores: Floats = items @ (x[-1] / np.linalg.norm(x[-1]))
+    return scores
 
 
 def classes(name: str) -> str:
