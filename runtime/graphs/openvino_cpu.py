@@ -128,6 +128,7 @@ class OpenVinoBackend:
             with graph.in_folder() as file:
                 model = self._core.read_model(file)
             _drop_attention_guards(model)
+            _truncate_quotients(model)
             exact = _cut_exact(self._ov, model)
             compiled = self._core.compile_model(model, "CPU", options)
             running = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -195,21 +196,30 @@ def _drop_attention_guards(model: Any) -> None:
                     reader.replace_source_output(guarded)
 
 
+def _truncate_quotients(model: Any) -> None:
+    """Round quotients of integers towards zero, as ONNX says; OpenVINO's interpreter would round them down."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Divide":
+            node.set_attribute("m_pythondiv", False)
+
+
 def _cut_exact(ov: Any, model: Any) -> Any | None:
     """Cut the part that must be exact out of a model and return it as a model; None if there is no such part.
 
-    It holds all computation on 64-bit times while they are 64-bit integers, and all sines and cosines with the nodes
-    they depend on. `model` gets a new parameter for each value of that part that it reads, after its other parameters.
-    The returned model computes these values in that order.
+    It holds all computation on 64-bit times while they are 64-bit integers, all sines and cosines, and every node
+    between two of these. `model` gets a new parameter for each value of that part that it reads, after its other
+    parameters. The returned model computes these values in that order, from the other parameters alone.
     """
-    times = _read_times(ov, model)
-    waves = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
-    inside = times.keys() | _above(waves).keys()
+    waves = {node.get_name(): node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")}
+    inside = _read_times(ov, model) | waves
+    needed = _above(list(inside.values()))
+    for node in model.get_ordered_ops():
+        reads = any(port.get_node().get_name() in inside for port in node.input_values())
+        if reads and node.get_name() in needed and node.get_type_name() != "ShapeOf":
+            inside[node.get_name()] = node
     narrow = []
-    for port in (port for node in (*times.values(), *waves) for port in node.outputs()):
-        if port.get_element_type() == ov.Type.i64:
-            continue
-        readers = [target for target in port.get_target_inputs() if target.get_node().get_name() not in inside]
+    for port in (port for node in inside.values() for port in node.outputs()):
+        readers = [target for target in port.get_target_inputs() if target.get_node().get_name() not in needed]
         if readers:
             parameter = ov.op.Parameter(port.get_element_type(), port.get_partial_shape())
             for target in readers:

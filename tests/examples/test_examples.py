@@ -33,6 +33,6 @@ def test_embed_server() -> None:
     assert run("embed_server.py", str(port)).startswith("model ['item-")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_examples_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 40
+@pytest.mark.parametrize("name", ["recommend.py", "embed_server.py"])
+def test_examples_are_short(name: str) -> None:
+    assert len((EXAMPLES / name).read_text().splitlines()) < 40

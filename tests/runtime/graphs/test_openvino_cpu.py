@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,21 +155,53 @@ def test_nothing_is_reported_or_written(bundle: Path, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_a_time_that_is_chosen_by_a_condition_on_times_is_exact_too(tmp_path: Path) -> None:
+def on_times(path: Path, make: Callable[[Any, Any], Any], times: list[list[int]]) -> list[Any]:
+    """What `make` computes in float32 from `times` [batch, n], in a graph whose other input is not read."""
     ops = openvino.opset13
-    times = ops.parameter([-1, -1], np.int64, name="timestamps_ms")
-    times.output(0).set_names({"timestamps_ms"})
-    known = ops.greater_equal(times, np.int64(0))
-    hour = ops.floor_mod(ops.select(known, times, np.int64(7)), np.int64(DAY_MS))
-    both = ops.multiply(ops.convert(hour, "f32"), ops.convert(known, "f32"))
-    both.output(0).set_names({"hours"})
-    openvino.save_model(openvino.Model([both], [times]), tmp_path / "hours.xml")
-    spec = GraphSpec(
-        file="hours.xml", inputs=(TensorSpec(name="timestamps_ms", dtype="int64", shape=("batch", "n")),), outputs=()
-    )
-    backend = OpenVinoBackend({"hours": ir(tmp_path / "hours.xml")}, {"hours": spec}, threads=1)
-    given = np.array([[1_760_000_012_344, -1, 5]])
-    assert backend.run("hours", {"timestamps_ms": given})["hours"].numpy().tolist() == [[32_012_344.0, 0.0, 5.0]]
+    inputs = [ops.parameter([-1, -1], np.int64, name=name) for name in ("surfaces", "timestamps_ms")]
+    for node in inputs:
+        node.output(0).set_names({node.get_friendly_name()})
+    result = make(ops, inputs[1])
+    result.output(0).set_names({"result"})
+    openvino.save_model(openvino.Model([result], inputs), path / "made.xml", compress_to_fp16=False)
+    specs = tuple(TensorSpec(name=name, dtype="int64", shape=("batch", "n")) for name in ("surfaces", "timestamps_ms"))
+    spec = GraphSpec(file="made.xml", inputs=specs, outputs=())
+    backend = OpenVinoBackend({"made": ir(path / "made.xml")}, {"made": spec}, threads=1)
+    given = np.array(times)
+    outputs = backend.run("made", {"surfaces": np.zeros_like(given), "timestamps_ms": given})
+    values: list[Any] = outputs["result"].numpy().tolist()
+    return values
+
+
+def test_a_time_that_is_chosen_by_a_condition_on_times_is_exact_too(tmp_path: Path) -> None:
+    def hours(ops: Any, times: Any) -> Any:
+        known = ops.greater_equal(times, np.int64(0))
+        hour = ops.floor_mod(ops.select(known, times, np.int64(7)), np.int64(DAY_MS))
+        return ops.multiply(ops.convert(hour, "f32"), ops.convert(known, "f32"))
+
+    assert on_times(tmp_path, hours, [[1_760_000_012_344, -1, 5]]) == [[32_012_344.0, 0.0, 5.0]]
+
+
+def test_times_that_are_divided_by_way_of_truth_values_are_exact(tmp_path: Path) -> None:
+    """PyTorch's `//` becomes this: from the quotient, cut off towards zero, it subtracts whether it must be lower."""
+
+    def seconds(ops: Any, times: Any) -> Any:
+        thousand = np.int64(1000)
+        remains = ops.not_equal(ops.floor_mod(times, thousand), np.int64(0))
+        below = ops.convert(ops.logical_and(ops.less(times, np.int64(0)), remains), "i64")
+        quotient = ops.subtract(ops.divide(times, thousand, auto_broadcast="numpy"), below)
+        return ops.convert(ops.floor_mod(quotient, np.int64(100_000)), "f32")
+
+    assert on_times(tmp_path, seconds, [[1_760_000_012_344, 999, -1, -2_001]]) == [[12.0, 0.0, 99_999.0, 99_997.0]]
+
+
+def test_a_value_of_times_that_both_a_cosine_and_the_rest_read_is_exact(tmp_path: Path) -> None:
+    def angle(ops: Any, times: Any) -> Any:
+        since = ops.subtract(times, np.int64(2**40))
+        days = ops.multiply(ops.convert(since, "f32"), np.float32(2.0**-26))
+        return ops.add(days, ops.cos(ops.multiply(days, np.float32(0.0))))
+
+    assert on_times(tmp_path, angle, [[2**41, 2**40 + 2**27]]) == [[2.0**14 + 1, 3.0]]
 
 
 def test_angles_are_not_rounded_to_bf16(tmp_path: Path, bf16_device: str) -> None:
