@@ -3,15 +3,12 @@
 bundle_writer.py      the path from a model to a bundle, all or nothing
 cases.py              inputs to compare with PyTorch
 checkpoint_source.py  our own checkpoints as something to export
-contract.py           the rules that a module must keep, checked before it is traced
 data_histories.py     histories of real users, for golden requests
 golden.py             golden requests
 graphs.py             inputs, outputs and tracing of the graphs
+histories.py          histories of users, and whether they fit a model
 inferred.py           what is read off a module and its catalogue
-parity.py             the comparison with PyTorch
-probe.py              a module as the contract calls it, and differences in words
 protocol.py           the five methods that a model needs to be exported
-reference.py          the comparison with the scores of the library that a model comes from
 servable.py           our own model as something to export
 weights.py            one weight file for all graphs
 """

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from unipinrec import __version__
 from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
 from unipinrec.export.cases import CaseMaker
-from unipinrec.export.contract import check_contract
+from unipinrec.export.checks.contract import check_contract
+from unipinrec.export.checks.parity import check_graph, graph_spec, report_of, require_parity
+from unipinrec.export.checks.reference import Reference, with_reference
 from unipinrec.export.golden import as_events, golden_tensors, random_histories
 from unipinrec.export.graphs import graphs_of, write_graph
 from unipinrec.export.histories import Histories
 from unipinrec.export.inferred import in_float32
-from unipinrec.export.parity import check_graph, graph_spec, report_of, require_parity
 from unipinrec.export.precision.check import add_precisions, known_precisions
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource
-from unipinrec.export.reference import Reference, with_reference
 from unipinrec.export.weights import SharedWeights
 from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
@@ -71,7 +71,7 @@ class ExportOptions:
         evaluated: Number of test requests to measure on; 0 skips the measurement.
         window_slack: Events by which the window over a long history moves at a time; None = an eighth of the model's
             limit.
-        reference: The library's own scores, to compare the bundle's answers with; see `export.reference`.
+        reference: The library's own scores, to compare the bundle's answers with; see `export.checks.reference`.
     """
 
     users: int = 1000

@@ -17,8 +17,8 @@ from typing import Literal
 import onnx
 
 from unipinrec.errors import BackendError, ExportError, ParityError
+from unipinrec.export.checks.parity import format_problem, graph_spec
 from unipinrec.export.lists.held_out import LAST_EVENTS, auc_by_action, held_out_logits
-from unipinrec.export.parity import format_problem, graph_spec
 from unipinrec.export.precision.fp8 import quantized_graphs
 from unipinrec.export.precision.masks import with_masks
 from unipinrec.export.precision.typed import LowType, emulated_graph, typed_graph

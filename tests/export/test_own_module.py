@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter import _onnx_program
 
 from unipinrec.errors import ExportError, ParityError
-from unipinrec.export import probe
 from unipinrec.export.bundle_writer import ExportOptions, export_bundle
+from unipinrec.export.checks import probe
 from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.runtime.bundle.bundle import Bundle

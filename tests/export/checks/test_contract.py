@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unipinrec.errors import ContractError, ExportError
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.export.checkpoint_source import source_from_checkpoint
-from unipinrec.export.contract import check_contract
+from unipinrec.export.checks.contract import check_contract
 from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
 from unipinrec.runtime import CacheOptions, Recommender

@@ -15,8 +15,9 @@ from unipinrec.export.protocol import ExportSource
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.integrity import seal
 from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
+from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.kv.pages import KvDtype, KvGeometry
+from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, History, RecommendOptions
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from unipinrec.cli.export import _print_report
 from unipinrec.errors import ExportError
 from unipinrec.export.checkpoint_source import source_from_checkpoint
+from unipinrec.export.checks.reference import Reference, ReferenceReport, with_reference
 from unipinrec.export.golden import as_events
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, ExportSource
-from unipinrec.export.reference import Reference, ReferenceReport, with_reference
 from unipinrec.runtime import verify_bundle
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.graphs.engine import pad_histories

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unipinrec.errors import ContractError
-from unipinrec.export.probe import (
+from unipinrec.export.checks.probe import (
     CANDIDATES,
     TOLERANCE,
     EncodedHistories,

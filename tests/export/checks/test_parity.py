@@ -10,8 +10,8 @@ from onnx import parser
 from torch import Tensor
 
 from unipinrec.export.cases import Case
+from unipinrec.export.checks.parity import TOLERANCE, check_graph
 from unipinrec.export.graphs import Graph
-from unipinrec.export.parity import TOLERANCE, check_graph
 
 IN_BF16 = """
 <ir_version: 10, opset_import: ["" : 24]>
