@@ -69,8 +69,8 @@ def with_exponents(points: dict[int, dict[str, float]]) -> dict[str, Any]:
 
 def long_history(recommender: Recommender) -> dict[str, float]:
     """Requests of a user beyond the limit, each with one new event."""
-    limit = recommender.bundle.manifest.model.max_history
-    slack = default_slack(limit)
+    model = recommender.bundle.manifest.model
+    limit, slack = model.max_history, default_slack(model)
     events, cache = random_events(limit + 2 * slack + 1, len(recommender.bundle.item_ids), 1), recommender.cache
     assert cache is not None
     cache.clear()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import RequestError, TooFewItemsError
 from unipinrec.runtime.bundle.catalogue import Catalogue, Eligible, as_ids
-from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 from unipinrec.runtime.requests import (
     AS_SECONDS,
     UNKNOWN_SURFACE,
@@ -42,13 +42,13 @@ def resolve_request(
         request: The request.
         manifest: The bundle's manifest.
         catalogue: The bundle's items.
-        slack: See `window_start`; None = an eighth of the model's limit.
+        slack: See `window_start`; None = that of `default_slack`.
 
     Raises:
         RequestError: The request is invalid.
     """
     options, limit = request.options, manifest.model.max_history
-    start = window_start(len(request.history), limit, slack or default_slack(limit)) if options.truncate else 0
+    start = window_start(len(request.history), limit, slack or default_slack(manifest.model)) if options.truncate else 0
     history = read_history(request.history[start:], manifest, catalogue.rows, first=start)
     denied = set(catalogue.known_rows(as_ids(options.exclude, "exclude")).tolist())
     if options.exclude_seen:
@@ -279,6 +279,6 @@ def window_start(count: int, limit: int, slack: int) -> int:
     return -(-max(0, count - limit) // slack) * slack
 
 
-def default_slack(limit: int) -> int:
-    """An eighth of the model's limit."""
-    return max(1, limit // 8)
+def default_slack(model: ModelSpec) -> int:
+    """An eighth of the model's limit; 1 without a cache, which a window that moves rarely is for."""
+    return max(1, model.max_history // 8) if model.cache == "prefix" else 1

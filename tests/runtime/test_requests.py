@@ -133,8 +133,10 @@ def test_the_window_moves_by_the_slack(limit: int, slack: int, starts: dict[int,
         assert start - window_start(count - 1, limit, slack) in (0, slack)
 
 
-def test_the_slack_is_an_eighth_of_the_limit() -> None:
-    assert [default_slack(limit) for limit in (1, 4, 15, 16, 64, 992)] == [1, 1, 1, 2, 8, 124]
+def test_the_slack_is_an_eighth_of_the_limit_or_1_without_a_cache(manifest: Manifest) -> None:
+    limits = [msgspec.structs.replace(manifest.model, max_history=limit) for limit in (1, 4, 15, 16, 64, 992)]
+    assert [*map(default_slack, limits)] == [1, 1, 1, 2, 8, 124]
+    assert default_slack(msgspec.structs.replace(limits[-1], cache="none")) == 1
 
 
 def test_a_wider_slack_keeps_fewer_events(manifest: Manifest) -> None:
