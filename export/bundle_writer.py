@@ -114,11 +114,7 @@ def export_bundle(
         ParityError: A graph does not compute what PyTorch computes, or a precision recommends other items than fp32.
         ExportError: Any other failure, a full disk included.
     """
-    if histories is not None:
-        histories.check(source)
-    limit = source.model.max_history
-    if options.window_slack is not None and not 1 <= options.window_slack <= limit:
-        raise ExportError(f"window_slack={options.window_slack} must be from 1 to {limit}, the model's longest history")
+    _require_fit(source, histories, options)
     users = histories.split() if histories else []
     reduced = known_precisions(precisions, users)
     source = replace(source, module=in_float32(source.module).eval())
@@ -152,6 +148,14 @@ def export_bundle(
         except BundleError as error:
             raise ExportError(f"the written bundle cannot be served: {error}") from error
     return manifest
+
+
+def _require_fit(source: ExportSource, histories: Histories | None, options: ExportOptions) -> None:
+    if histories is not None:
+        histories.check(source)
+    slack, limit = options.window_slack, source.model.max_history
+    if slack is not None and not 1 <= slack <= limit:
+        raise ExportError(f"window_slack={slack} must be from 1 to {limit}, the model's longest history")
 
 
 def _with_quality(folder: Path, manifest: Manifest, options: ExportOptions) -> Manifest:

@@ -126,11 +126,12 @@ class Recommender:
         with ExitStack() as on_failure:
             on_failure.callback(engine.close)
             namespace = f"{bundle.kv_namespace} {engine.device.precision}"
+            kept = None if cache is None else _cache(cache, bundle)
             recommender = cls(
                 bundle=bundle,
                 engine=engine,
                 retriever=Retriever.open(bundle),
-                encoder=HistoryEncoder(engine, _cache(cache, bundle), namespace, bundle.kv_item_keys),
+                encoder=HistoryEncoder(engine, kept, namespace, bundle.kv_item_keys),
                 window_slack=window_slack,
                 popular=PopularItems.open(bundle, cold_start, engine.device.name),
             )
@@ -370,7 +371,7 @@ def _log_order(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if manifest.order is not None:
         log.info("slates are ordered by %s: %s", manifest.order.by, manifest.order.reason)
-    elif manifest.metrics is not None and manifest.metrics.get("ranking") is None:
+    elif manifest.model.ranker and manifest.metrics is not None and manifest.metrics.get("ranking") is None:
         log.warning(
             "%s: slates are ordered by value, but its ranker was not measured on items that were shown without an "
             "action and may order at random; export the checkpoint again with --data, or request order 'retrieval'",
@@ -385,14 +386,12 @@ def _slack(requested: int | None, manifest: Manifest) -> int | None:
     return slack
 
 
-def _cache(cache: CacheOptions | KvCache | None, bundle: Bundle) -> KvCache | None:
+def _cache(cache: CacheOptions | KvCache, bundle: Bundle) -> KvCache | None:
     manifest = bundle.manifest
-    if cache is not None and manifest.model.cache == "none":
+    if manifest.model.cache == "none":
         log.warning("%s: this model's histories cannot be cached; each request encodes its whole history", bundle.path)
         return None
-    if not isinstance(cache, KvCache):
-        if cache is None:
-            return None
+    if isinstance(cache, CacheOptions):
         return KvCache(manifest.model, replace(cache, dtype=dtype_for(manifest, cache.dtype)))
     dtype = dtype_for(manifest, cache.geometry.dtype)
     geometry = KvGeometry.of(manifest.model, dtype, cache.geometry.page_slots)
