@@ -127,10 +127,8 @@ def export_bundle(
         progress("golden requests")
         sample = histories or random_histories(source)
         write_arrays(folder / GOLDEN, golden_tensors(source, sample, vectors))
-        if histories is not None and options.users:
+        if histories is not None:
             _write_users(histories, options.users, folder)
-        if histories is not None and histories.popularity is not None:
-            write_arrays(folder / POPULAR, {SHARE: histories.popularity})
         progress("index")
         task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
         index = build_index(task, folder / INDEX)
@@ -268,6 +266,11 @@ def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.flo
 
 
 def _write_users(histories: Histories, users: int, folder: Path) -> None:
+    """Write the popularity of items, and the first users, if any."""
+    if histories.popularity is not None:
+        write_arrays(folder / POPULAR, {SHARE: histories.popularity})
+    if not users:
+        return
     user_ids = histories.user_ids[:users]
     events = slice(0, int(histories.offsets[len(user_ids)]))
     (folder / USER_IDS).write_bytes(msgspec.json.encode(user_ids))
