@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 PYTHONPATH=examples python bench/own_models.py [--users 100]
 
 Card: each model, and for each way of asking the largest difference of a score and the number of users whose ten best
-items are the model's (scores within 1e-5 are a tie). Histories have 1 to as many events as the model reads; every item
-is a candidate. Ways: `fresh`; `cached fp32` and `cached int8`, the second half of a history after its cached first half;
-`http`, through `unipinrec serve`; `openvino`, fresh on that engine.
+items are the model's (scores within 1e-5 are a tie). Histories have 1 to as many events as the model reads. Lists may
+hold items of the history. Ways: `fresh`; `cached fp32` and `cached int8`, the second half of a history after its cached
+first half; `http`, through `unipinrec serve`; `openvino`, fresh on that engine.
 
     sasrec, gru4rec, hstu    examples/, trained for 200 steps on a made-up log
     llama, qwen2             transformers' own classes with random weights, through `export.adapters.hugging_face`
