@@ -127,7 +127,7 @@ def measured(case: Case) -> dict[str, dict[str, float | int]]:
         with Recommender.load(case.bundle, "cpu", cache=cache) as recommender:
             slates = []
             for user, own in enumerate(case.histories):
-                for end in {len(own) // 2 or 1, len(own)}:
+                for end in sorted({len(own) // 2 or 1, len(own)}):
                     slate = recommender.recommend(own[:end], TOP, options, user=str(user))
                 slates.append(slate.to_json())
             answers[f"cached {dtype}"] = slates
