@@ -215,7 +215,7 @@ def similarity_of(vectors: Tensor, queries: Tensor) -> Similarity:
         return "cosine"
     log.warning(
         'similarity="dot" is inferred: of unit length are not %s of %s item vectors and %s of %s queries; pass '
-        "similarity to choose",
+        "similarity to choose, and item_bias=True if the last number of an item vector is a bias",
         *(items, len(vectors), others, len(queries)),
     )
     return "dot"

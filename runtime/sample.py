@@ -11,7 +11,6 @@ import numpy as np
 from unipinrec.errors import BackendError
 from unipinrec.runtime.agreement import TIED_SIMILARITY, TOP, overlap, tie_widths
 from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.bundle.quality import CacheAgreement, CacheSpec, KvDtype, SampleQuality
 from unipinrec.runtime.kv.cache import KvCache
@@ -19,12 +18,13 @@ from unipinrec.runtime.kv.encoder import HistoryEncoder
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KV_DTYPES, KvGeometry
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import CANDIDATES, SOON_MS, Event, Order, RecommendOptions, Request, Slate
+from unipinrec.runtime.requests import CANDIDATES, SOON_MS, Event, History, Order, RecommendOptions, Request, Slate
 
 USERS = 200
 BATCH = 32
 MIN_OVERLAP = 0.999
 CACHED_USERS, CACHED_EVENTS, CACHED_TOGETHER = 100, 32_768, 8
+RANDOM_EVENTS, START_MS = 64, 1_700_000_000_000
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +70,7 @@ def chosen_cache(recommender: Recommender) -> CacheSpec | None:
     None if the model's histories are not cached.
 
     Raises:
-        BundleError: The sample users, or the golden requests, cannot be read.
+        BundleError: The sample users cannot be read.
         BackendError: A graph does not run.
     """
     if recommender.bundle.manifest.model.cache == "none":
@@ -90,7 +90,7 @@ def chosen_cache(recommender: Recommender) -> CacheSpec | None:
 
 
 def cache_agreement(recommender: Recommender, dtype: KvDtype) -> CacheAgreement:
-    """Compare the ten best items with a cache of a type and without one, for sample users, else golden requests.
+    """Compare the ten best items with a cache of a type and without one, for sample users, else random histories.
 
     Each user's history is requested at once, and again after its first half.
 
@@ -99,7 +99,7 @@ def cache_agreement(recommender: Recommender, dtype: KvDtype) -> CacheAgreement:
         dtype: Type of cached keys and values.
 
     Raises:
-        BundleError: The sample users, or the golden requests, cannot be read.
+        BundleError: The sample users cannot be read.
         BackendError: A graph does not run, or a key or value is out of the type's range.
     """
     manifest, requests = recommender.bundle.manifest, _requests(recommender.bundle)
@@ -124,7 +124,7 @@ def cache_agreement(recommender: Recommender, dtype: KvDtype) -> CacheAgreement:
 
 def _requests(bundle: Bundle) -> list[Request]:
     """One request for each user, soon after the last event, for all candidates; the users have different names."""
-    histories = bundle.sample_histories(CACHED_USERS) or read_golden(bundle).histories
+    histories = bundle.sample_histories(CACHED_USERS) or _random_histories(bundle.manifest)
     parts = [history.part(-bundle.manifest.model.max_history) for history in histories]
     within = max(1, int((np.cumsum(list(map(len, parts))) <= CACHED_EVENTS).sum()))
     requests = []
@@ -135,6 +135,20 @@ def _requests(bundle: Bundle) -> list[Request]:
         k = min(CANDIDATES, left if unseen else bundle.catalogue.num_live)
         requests.append(Request(history=bundle.events_of(history), k=k, options=options, user=str(index)))
     return requests
+
+
+def _random_histories(manifest: Manifest) -> list[History]:
+    """For a bundle without sample users; the same for the same manifest."""
+    rng, longest = np.random.default_rng(0), min(RANDOM_EVENTS, manifest.model.max_history)
+    return [
+        History(
+            item_rows=rng.integers(0, manifest.num_items, events),
+            actions=(rng.random((events, len(manifest.actions))) < 0.3).astype(np.float32),
+            surfaces=rng.integers(0, len(manifest.surfaces), events),
+            timestamps_ms=START_MS + rng.integers(0, 10_000_000, events).cumsum(),
+        )
+        for events in rng.integers(2, longest + 1, CACHED_USERS).tolist()
+    ]
 
 
 def _overlaps(manifest: Manifest, fresh: Slate, served: Slate) -> tuple[float, float]:

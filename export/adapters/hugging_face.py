@@ -42,7 +42,7 @@ def source_from_decoder(
         model: A `LlamaForCausalLM` or `Qwen2ForCausalLM` with f32 weights on the CPU.
         item_ids: External id of each of the N items.
         max_history: Longest history in events.
-        item_tokens: The token of each item, [N]; None = 0 to N - 1.
+        item_tokens: The token of each item, [N]; None = 0 to N - 1, if the model has no other tokens.
         prefix_tokens: Tokens before the first event of every history, such as the one for the beginning of a sequence.
 
     Raises:
@@ -51,6 +51,10 @@ def source_from_decoder(
     _require_decoder(model)
     config, vocabulary = model.config, model.model.embed_tokens.num_embeddings
     tokens = list(range(len(item_ids)) if item_tokens is None else item_tokens)
+    if item_tokens is None and vocabulary != len(item_ids):
+        raise ExportError(
+            f"the model has {vocabulary} tokens, not {len(item_ids)}; pass item_tokens, one for each item"
+        )
     if len(tokens) != len(item_ids):
         raise ExportError(f"there are {len(tokens)} item_tokens for {len(item_ids)} items; pass one for each")
     for name, values in (("item_tokens", tokens), ("prefix_tokens", list(prefix_tokens))):

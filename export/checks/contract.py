@@ -33,7 +33,7 @@ from unipinrec.runtime.bundle.bundle import wrong_rows
 SATURATED = 36.0  # The sigmoid of larger numbers is 1 in double precision.
 BIDIRECTIONAL = (
     "if this is how the model is meant (bidirectional attention, positions counted from the end), export with "
-    'ModelSpec(cache="none"): each request then encodes its whole history'
+    'cache="none": each request then encodes its whole history'
 )
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _item_vectors(probe: Probe) -> Iterator[str]:
         if probe.spec.similarity == "cosine" and len(rows := wrong_rows(table.numpy(), "cosine")):
             yield (
                 f"embed_items: {len(rows)} of {len(table)} vectors of {what} items are not of unit length, one has "
-                f'{float(table[rows[0]].norm()):.3g}; normalise them, or export with ModelSpec(similarity="dot")'
+                f'{float(table[rows[0]].norm()):.3g}; normalise them, or export with similarity="dot"'
             )
 
 
@@ -102,7 +102,7 @@ def _history_shapes(probe: Probe) -> Iterator[str]:
 def _wrong_history(probe: Probe, method: str, encoded: EncodedHistories, slots: int) -> Iterator[str]:
     spec, batch, count = probe.spec, len(encoded.hidden), len(encoded.key_values)
     if count != spec.num_layers:
-        yield f"{method} gives keys and values of {count} layers, ModelSpec says num_layers={spec.num_layers}"
+        yield f"{method} gives keys and values of {count} layers, the source says num_layers={spec.num_layers}"
     shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
     shapes = dict.fromkeys(encoded.outputs(), shape) | {"hidden state": (batch, spec.hidden_size)}
     yield from wrong(method, encoded.outputs(), shapes)
@@ -120,7 +120,7 @@ def _queries(probe: Probe) -> Iterator[str]:
     if spec.similarity == "cosine" and len(wrong_rows(queries.flatten(0, 1).numpy(), "cosine")):
         yield (
             f"retrieve: queries have lengths from {norms.min():.3g} to {norms.max():.3g}; normalise them, or export "
-            'with ModelSpec(similarity="dot")'
+            'with similarity="dot"'
         )
     if spec.item_bias and (off := float((queries[..., -1] - 1).abs().max())) > TOLERANCE:
         yield f"retrieve: the last number of a query is off 1 by {off:.2g}; with item_bias it multiplies the bias"
@@ -294,7 +294,7 @@ def _order(probe: Probe) -> Iterator[str]:
     if (order is None or order.by == "value") and len(problems) == len(probe.source.actions):
         yield (
             f"rank cannot order candidates: action {'; '.join(problems)}; scale large logits down, or export without a "
-            "ranker: ModelSpec(ranker=None)"
+            "ranker: ranker=None"
         )
     elif problems:
         log.warning("rank cannot order candidates by every action: %s", "; ".join(problems))

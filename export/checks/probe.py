@@ -234,7 +234,7 @@ def wrong(method: str, actual: Outputs, shapes: Mapping[str, tuple[int, ...]]) -
     for name, shape in shapes.items():
         tensor = actual[name]
         if tuple(tensor.shape) != shape:
-            yield f"{method}: shape of {name} is {list(tensor.shape)}, by ModelSpec and inputs it must be {list(shape)}"
+            yield f"{method}: shape of {name} is {list(tensor.shape)}, as described it must be {list(shape)}"
         elif tensor.dtype != torch.float32:
             yield f"{method}: type of {name} is {tensor.dtype}; return float32"
         elif not torch.isfinite(tensor).all():

@@ -64,7 +64,7 @@ def test_the_ten_best_with_a_cache_counted_one_by_one(outlying: Path) -> None:
 def test_a_bundle_states_the_coarsest_type_that_keeps_the_ten_best(bundle: Path, lively: Path, outlying: Path) -> None:
     specs = [Bundle.open(path).manifest.cache for path in (bundle, lively, outlying)]
     assert [spec and spec.dtype for spec in specs] == ["int8", "int8", "bf16"]
-    assert [spec and spec.agreement.requests for spec in specs] == [200, 8, 100]  # 8: golden requests
+    assert [spec and spec.agreement.requests for spec in specs] == [200, 200, 100]
     assert [spec and list(spec.refused) for spec in specs] == [[], [], ["int8"]]
     for spec in specs:
         assert spec is not None

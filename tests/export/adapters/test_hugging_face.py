@@ -124,7 +124,9 @@ def test_tied_embeddings_are_stored_once() -> None:
 
 def test_without_item_tokens_the_items_are_the_first_tokens() -> None:
     model = decoder("qwen2")
-    source = exported(model, item_tokens=None)
+    with pytest.raises(ExportError, match="the model has 150 tokens, not 120; pass item_tokens, one for each item"):
+        exported(model, item_tokens=None)
+    source = source_from_decoder(model, [str(token) for token in range(VOCABULARY)], max_history=LONGEST)
     vectors = source.servable.embed_items(torch.tensor([3]), torch.empty(0), torch.empty(0))
     torch.testing.assert_close(vectors[0], model.lm_head.weight[3])
 

@@ -364,7 +364,7 @@ TRAPS: dict[type[Tiny], str] = {
     NoOffset: r"extend: 1 cached and 9 new events are not what encode gives for 10: .* off by .* at past\.lengths",
     FromTheEnd: (
         "encode: keys and values of the first 1 of 10 events change when the later ones are known: .* off by "
-        r"(.|\n)*positions counted from the end\), export with ModelSpec\(cache=\"none\"\)"
+        r"(.|\n)*positions counted from the end\), export with cache=\"none\""
     ),
     Bidirectional: r"encode: keys and values of the first 1 of 10(.|\n)* \(bidirectional attention",
     ReadsWidth: r"encode: a history of 3 events alone .* batch of \[10, 3, 1\]: hidden state off by 0\.07 .*; mask",
@@ -372,7 +372,7 @@ TRAPS: dict[type[Tiny], str] = {
     ReadsOtherRows: r"encode: a history of 10 events alone .* in a batch of .*layer .*depend on other rows",
     ExtendsWithoutMask: r"extend: in a batch, pasts of \[5, 1\] and new events of \[5, 2\].*mask cached slots by past",
     ForgetsThePast: "extend: 1 cached and 9 new events are not .*new events see the cached ones",
-    ReturnsAllSlots: r"extend: shape of key of layer 0 is \[2, 2, 10, 4\], by ModelSpec .* must be \[2, 2, 5, 4\]",
+    ReturnsAllSlots: r"extend: shape of key of layer 0 is \[2, 2, 10, 4\], as described it must be \[2, 2, 5, 4\]",
     RanksWithoutMask: r"rank: a history of 3 events alone is not what it is in a batch of \[10, 3, 1\].*mask slots",
     RanksByRow: "rank: a history of 3 events alone .* logits off by .*depend on other rows",
     ComparesCandidates: "rank: candidates among 1 are not what they are among 7: logits off by",
@@ -382,9 +382,9 @@ TRAPS: dict[type[Tiny], str] = {
     DropsAlways: "encode returns other values on the second call: hidden state off by .*draw no random numbers",
     DropsItems: "embed_items returns other vectors on the second call: .*must not draw random numbers",
     CentresItems: "embed_items: a vector depends on the other items of the call: .*; embed each item for itself",
-    RawItems: r'40 of 40 vectors of catalogue items are not of unit length, one has 3; .*ModelSpec\(similarity="dot"\)',
-    RawQueries: r'retrieve: queries have lengths from .* to .*; normalise them, .*ModelSpec\(similarity="dot"\)',
-    FlatQueries: r"retrieve: shape of queries is \[3, 8\], by ModelSpec and inputs it must be \[3, 1, 8\]",
+    RawItems: r'40 of 40 vectors of catalogue items are not of unit length, one has 3; .*similarity="dot"',
+    RawQueries: r'retrieve: queries have lengths from .* to .*; normalise them, .*similarity="dot"',
+    FlatQueries: r"retrieve: shape of queries is \[3, 8\], as described it must be \[3, 1, 8\]",
     QueriesOfTheBatch: "retrieve: a row depends on the other rows: queries off by",
     DoubleLogits: "rank: type of logits is torch.float64; return float32",
     NotANumber: "encode: 3 of 24 numbers of hidden state are not finite",
@@ -420,7 +420,7 @@ def test_all_faults_are_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"num_layers": 3}, "encode gives keys and values of 2 layers, ModelSpec says num_layers=3"),
+        ({"num_layers": 3}, "encode gives keys and values of 2 layers, the source says num_layers=3"),
         ({"head_dim": 8}, r"encode: shape of key of layer 0 is \[3, 2, 10, 4\], .* must be \[3, 2, 10, 8\]"),
         ({"num_kv_heads": 4}, r"encode: shape of key of layer 0 is \[3, 2, 10, 4\], .* must be \[3, 4, 10, 4\]"),
         ({"hidden_size": 99}, r"encode: shape of hidden state is \[3, 8\], .* must be \[3, 99\]"),
