@@ -67,7 +67,7 @@ def test_a_low_recall_is_warned_of(bundle: Path, gone: Path, tmp_path: Path, mon
     result = run("index", bundle, "--out", tmp_path / "new", "--retire", gone, "--json")
     assert result.exit_code == 0
     assert "warning: the index finds 0.5000 of the nearest 100 items, not 0.99" in result.stderr
-    assert "exact search finds all of them" in result.stderr
+    assert "requests will scan all items; a lower --recall would use the index" in result.stderr
     assert (json.loads(result.stdout)["way"], json.loads(result.stdout)["recall"]) == ("rebuilt", 0.5)
 
 

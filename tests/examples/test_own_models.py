@@ -60,7 +60,7 @@ def require_paper(model: Any, bundle: Path, device: str) -> None:
             assert min(expected[items]) > np.delete(expected, [*items, *rows]).max() - 1e-5
 
 
-def recommender_window(events: int, limit: int = 20, slack: int = 2) -> int:
+def recommender_window(events: int, limit: int = 20, slack: int = 1) -> int:
     """Events that the model reads of a history: docs/kv-cache.md."""
     return events if events <= limit else events - math.ceil((events - limit) / slack) * slack
 

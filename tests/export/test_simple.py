@@ -320,7 +320,7 @@ def test_vectors_of_other_lengths_are_compared_by_their_inner_product(caplog: py
     assert simple(raw).model == msgspec.structs.replace(SPEC, similarity="dot")
     assert caplog.messages == [
         'similarity="dot" is inferred: of unit length are not 30 of 30 item vectors and 0 of 3 queries; pass '
-        "similarity to choose"
+        "similarity to choose, and item_bias=True if the last number of an item vector is a bias"
     ]
     caplog.clear()
     assert simple(raw, similarity="cosine").model.similarity == "cosine"  # and export refuses it
@@ -423,10 +423,6 @@ def test_the_place_of_an_error_is_in_the_users_code() -> None:
         ({"history": True}, "Expected `int`, got `bool` - at `$.max_history`"),
         ({"history": 1}, "max_history=1 leaves no history"),
         ({"cache": "off"}, "Invalid enum value 'off' - at `$.cache`"),
-        (
-            {"item_dense": np.ones((ITEMS, 3))},
-            "item_dense and item_categories are [30, 3] and [30, 0], but dense={} and 0",
-        ),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], words: str) -> None:
