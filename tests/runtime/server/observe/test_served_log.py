@@ -41,7 +41,15 @@ AT = 1_760_000_000_000
 def slate(*items: str, **fields: Any) -> Slate:
     """Items with scores 1, 1/2, 1/3, ..."""
     listed = tuple(
-        SlateItem(item=item, title=None, score=1 / index, actions={}, retrieval_score=0.0, value=fields.get("value"))
+        SlateItem(
+            item=item,
+            title=None,
+            score=1 / index,
+            actions={},
+            retrieval_score=0.0,
+            value=fields.get("value"),
+            source="retrieval",
+        )
         for index, item in enumerate(items, 1)
     )
     times = StageTimes(encode=0.0, retrieve=0.0, rank=0.0, total=0.0)
@@ -55,6 +63,7 @@ def slate(*items: str, **fields: Any) -> Slate:
         device="cpu",
         bundle="b" * 64,
         exact=None,
+        unknown=(),
     )
 
 
