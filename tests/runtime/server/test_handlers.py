@@ -516,7 +516,7 @@ def test_items_are_ranked_as_by_the_library(client: TestClient, recommender: Rec
 def test_items_are_ranked_after_stored_events_and_with_the_cache(client: TestClient) -> None:
     send(client, "u", *HISTORY)
     asked = {"user": "u", "items": ["item-9", "item-0"], "now_ms": AT + 9}
-    kinds = [post(client, path, {**asked, **more})["kv"] for path, more in (("/v1/rank", {}), ("/v1/rank", {}))]
+    kinds = [post(client, "/v1/rank", asked)["kv"] for _ in range(2)]
     assert kinds == ["miss", "hit"]
     assert post(client, "/v1/recommend", {"user": "u", "k": 1})["kv"] == "hit"
     stored, sent = post(client, "/v1/rank", asked), post(client, "/v1/rank", {**asked, "user": "v", "history": HISTORY})
@@ -541,8 +541,8 @@ def test_own_candidates_are_marked(client: TestClient) -> None:
     answer = post(client, "/v1/recommend", {**body, "own_candidates": [near[1], near[-1]]})
     sources = {item["item"]: item["source"] for item in answer["items"]}
     assert sources == {near[0]: "retrieval", near[1]: "both", near[2]: "retrieval", near[3]: "retrieval"}
-    weights = {"history": HISTORY, "k": 5, "candidates": 5, "exclude_seen": False, "now_ms": AT + 9}
+    wide = {"history": HISTORY, "k": 5, "candidates": 5, "exclude_seen": False, "now_ms": AT + 9}
     ranked = post(client, "/v1/rank", {"history": HISTORY, "items": near, "order": "value", "now_ms": AT + 9})["items"]
-    joined = post(client, "/v1/recommend", {**weights, "own_candidates": [ranked[0]["item"]]})["items"]
+    joined = post(client, "/v1/recommend", {**wide, "own_candidates": [ranked[0]["item"]]})["items"]
     assert joined[0]["item"] == ranked[0]["item"]
     assert joined[0]["source"] in ("request", "both")

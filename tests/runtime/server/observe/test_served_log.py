@@ -128,6 +128,16 @@ def test_a_call_that_recommended_nothing_leaves_no_file(opened: Callable[..., Se
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_client_only_ranked_is_not_logged(opened: Callable[..., ServedLog], tmp_path: Path) -> None:
+    log = opened()
+    ranked = call("r-1", "a")
+    ranked.requests.clear()
+    log.observe(ranked)
+    log.observe(call("r-2", "b"))
+    log.close()
+    assert rows(tmp_path)["request_id"].to_list() == ["r-2"]
+
+
 def test_the_value_of_an_item_is_logged_where_there_is_one(opened: Callable[..., ServedLog], tmp_path: Path) -> None:
     log, made = opened(), call("r-1", "a")
     made.slates[:] = [slate("a", value=0.25)]
