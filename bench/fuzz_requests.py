@@ -25,7 +25,14 @@ with contextlib.ExitStack() as stack:
     from unipinrec.errors import RequestError
     from unipinrec.runtime.recommender import Recommender
     from unipinrec.runtime.requests import parse_events
-    from unipinrec.runtime.server.bodies import ApiError, Limits, decode_events, decode_recommend, decode_similar
+    from unipinrec.runtime.server.bodies import (
+        ApiError,
+        Limits,
+        decode_events,
+        decode_rank,
+        decode_recommend,
+        decode_similar,
+    )
     from unipinrec.runtime.server.handlers import usable
     from unipinrec.runtime.server.similar import similar_items
     from unipinrec.runtime.server.v2.codec import decode_infer, encode_infer, wanted_outputs
@@ -40,7 +47,20 @@ RECOMMENDER = Recommender.load(STORED, "cpu", verify=False)
 BUNDLE = RECOMMENDER.bundle
 WORDS = (
     *("user", "history", "item", "item-3", "actions", "click", "save", "surface", "home", "unknown", "timestamp_ms"),
-    *("k", "candidates", "weights", "outcomes", "exclude", "exclude_seen", "allow", "categories", "kind", "exact"),
+    *(
+        "k",
+        "candidates",
+        "weights",
+        "outcomes",
+        "exclude",
+        "exclude_seen",
+        "own_candidates",
+        "skip_unknown",
+        "allow",
+        "categories",
+        "kind",
+        "exact",
+    ),
     *("truncate", "now_ms", "events", "items", "id", "inputs", "outputs", "shape", "datatype", "FP32", "INT64", "data"),
     *("parameters", "binary_data_size", "binary_data", "binary_data_output", "name", "true", "false", "null", "1e999"),
     *("\\ud800", "9223372036854775808", "-0.0", "[[", "]]", "253402300800000", "last_hidden_state", "lengths"),
@@ -51,7 +71,7 @@ def target(data: bytes) -> None:
     """One input."""
     if not data:
         return
-    kind, body = data[0] % 8, data[1:]
+    kind, body = data[0] % 9, data[1:]
     with contextlib.suppress(RequestError, ApiError):
         if kind == 0:
             _recommend(body)
@@ -69,6 +89,8 @@ def target(data: bytes) -> None:
             _recommend(json.dumps(_likely(body)).encode())
         elif kind == 7:
             _infer("retrieval", *_likely_inference(body))
+        elif kind == 8:
+            _rank(body)
 
 
 def _recommend(body: bytes) -> None:
@@ -82,6 +104,15 @@ def _recommend(body: bytes) -> None:
         assert len({item.item for item in slate.items}) == asked.k
         assert not {item.item for item in slate.items} & set(asked.exclude)
         assert all(math.isfinite(item.score) for item in slate.items)
+        assert [item.score for item in slate.items] == sorted((item.score for item in slate.items), reverse=True)
+
+
+def _rank(body: bytes) -> None:
+    decoded = decode_rank(body, LIMITS)
+    for asked in decoded if isinstance(decoded, tuple) else (decoded,):
+        slate = RECOMMENDER.recommend_many([asked.request(asked.history or ())])[0]
+        ranked = [item.item for item in slate.items]
+        assert sorted([*ranked, *slate.unknown]) == sorted({str(item) for item in asked.items})
         assert [item.score for item in slate.items] == sorted((item.score for item in slate.items), reverse=True)
 
 
@@ -161,6 +192,7 @@ def _seeds() -> list[bytes]:
     bodies: list[tuple[int, Any]] = [
         (0, recommend),
         (0, [recommend, {"user": "u"}]),
+        (8, {"history": history, "items": ["item-1", 2, "item-3"], "skip_unknown": True}),
         (1, {"user": "u", "events": [{**history[0], "id": "a"}]}),
         (2, {"items": ["item-1", 2], "k": 3, "exclude": ["item-4"], "categories": {"kind": ["a"]}}),
         (5, history),

@@ -21,7 +21,17 @@ from unipinrec.runtime.graphs.mock import MockBackend
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, RecommendOptions, Request, Slate, SlateItem, StageTimes, parse_events
+from unipinrec.runtime.requests import (
+    Event,
+    RankOptions,
+    RankRequest,
+    RecommendOptions,
+    Request,
+    Slate,
+    SlateItem,
+    StageTimes,
+    parse_events,
+)
 from unipinrec.runtime.verify import VerifyReport, verify_bundle
 
 __all__ = [
@@ -32,6 +42,8 @@ __all__ = [
     "Event",
     "KvCache",
     "MockBackend",
+    "RankOptions",
+    "RankRequest",
     "RecommendOptions",
     "Recommender",
     "Request",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.graphs.backend import MAX_ROWS
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Request, ResolvedRequest, Slate
+from unipinrec.runtime.requests import RankRequest, Request, ResolvedRequest, Slate
 
 LONGEST_WAIT_MS = 60_000
 
@@ -108,7 +108,7 @@ class Batcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, request: Request) -> Answer:
+    def submit(self, request: Request | RankRequest) -> Answer:
         """Check a request in the caller's thread and queue it. Cancelling the future frees its place.
 
         Raises:
@@ -123,7 +123,7 @@ class Batcher:
             self._changed.notify_all()
         return answer
 
-    def recommend(self, request: Request) -> Slate:
+    def recommend(self, request: Request | RankRequest) -> Slate:
         """Answer one request together with those of other threads.
 
         Raises:

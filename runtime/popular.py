@@ -51,7 +51,7 @@ class PopularItems:
         return cls(bundle=bundle, order=order, device=device)
 
     def slate(self, request: ResolvedRequest) -> Slate:
-        """The k most popular eligible items on the surface of a request."""
+        """The k most popular eligible items on the surface of a request, or all items that it names, in that order."""
         start, bundle = time.perf_counter(), self.bundle
         assert bundle.popularity is not None
         rows = self.best(request)
@@ -63,6 +63,7 @@ class PopularItems:
                 value=None,
                 actions={},
                 retrieval_score=None,
+                source=None,
             )
             for row, share in zip(rows.tolist(), bundle.popularity[request.surface, rows].tolist(), strict=True)
         )
@@ -77,10 +78,15 @@ class PopularItems:
             device=self.device,
             bundle=bundle.hash,
             exact=None,
+            unknown=request.unknown,
         )
 
     def best(self, request: ResolvedRequest) -> NDArray[np.int32]:
         """The first k eligible rows [k]; reads no more of the order than necessary."""
+        if not request.candidates:
+            assert self.bundle.popularity is not None
+            shares = self.bundle.popularity[request.surface, request.own]
+            return request.own[np.argsort(-shares, kind="stable")].astype(np.int32)
         order, seen = self.order[request.surface], request.k + len(request.excluded)
         while True:
             rows: NDArray[np.int32] = order[:seen]

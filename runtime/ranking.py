@@ -1,16 +1,20 @@
-"""Order the slates of a group of requests (docs/ranking.md)."""
+"""Order the slates of a group of requests (docs/ranking.md), and fill them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.requests import ResolvedRequest
-from unipinrec.runtime.retrieval.retriever import CandidateSet
+from unipinrec.runtime.requests import CandidateSource, ResolvedRequest, SlateItem
+from unipinrec.runtime.retrieval.retriever import FOUND, NAMED, CandidateSet
+
+SOURCES: dict[int, CandidateSource] = {FOUND: "retrieval", NAMED: "request", FOUND + NAMED: "both"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,6 +128,28 @@ def rank(
         Ranked(order=best, scores=scores[row, best], values=values[row, best], probabilities=probabilities[row, best])
         for row, best in enumerate(order[row, : request.k] for row, request in enumerate(requests))
     ]
+
+
+def slate_items(bundle: Bundle, candidates: CandidateSet, ranked: Ranked) -> tuple[SlateItem, ...]:
+    """The best of a request's candidates, best first."""
+    columns = (candidates.rows[ranked.order], ranked.scores, candidates.similarity[ranked.order])
+    values: Iterable[float | None] = repeat(None) if ranked.values is None else ranked.values.tolist()
+    by_action: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()
+    sources = repeat(FOUND) if candidates.sources is None else candidates.sources[ranked.order].tolist()
+    return tuple(
+        SlateItem(
+            item=bundle.item_ids[row],
+            title=bundle.titles[row],
+            score=score,
+            value=value,
+            actions=dict(zip(bundle.manifest.actions, probabilities, strict=False)),
+            retrieval_score=similarity,
+            source=SOURCES[source],
+        )
+        for row, score, similarity, value, probabilities, source in zip(
+            *(column.tolist() for column in columns), values, by_action, sources, strict=False
+        )
+    )
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import repeat
 from pathlib import Path
 from typing import Unpack
 
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.catalogue import as_ids
-from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.device import DeviceRules, open_engine
 from unipinrec.runtime.golden_check import require_golden
 from unipinrec.runtime.graphs.backend import Backend, Device
@@ -28,23 +26,24 @@ from unipinrec.runtime.kv.encoder import HistoryEncoder, Lookup, Padding, groupe
 from unipinrec.runtime.kv.options import CacheOptions, dtype_for
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.popular import ColdStart, PopularItems, refusal
-from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank
+from unipinrec.runtime.ranking import Ranked, Scoring, by_retrieval, rank, slate_items
 from unipinrec.runtime.requests import (
     EventLike,
     Order,
+    RankOptions,
+    RankRequest,
     RecommendOptions,
     Request,
     ResolvedRequest,
     Slate,
-    SlateItem,
     StageTimes,
     as_events,
     check_types,
 )
 from unipinrec.runtime.retrieval.retriever import CandidateSet, Retriever, Search
-from unipinrec.runtime.validation import item_row, resolve_request
+from unipinrec.runtime.validation import resolve_request, stated_slack
 
-DEFAULT_OPTIONS = RecommendOptions()
+DEFAULT_OPTIONS, DEFAULT_RANK_OPTIONS = RecommendOptions(), RankOptions()
 log = logging.getLogger(__name__)
 
 
@@ -121,7 +120,7 @@ class Recommender:
         """
         opened_here = not isinstance(bundle, Bundle)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        window_slack = _slack(window_slack, bundle.manifest)
+        window_slack = stated_slack(window_slack, bundle.manifest)
         engine = open_engine(bundle, device, partial(require_golden, bundle=bundle) if verify else None, **rules)
         with ExitStack() as on_failure:
             on_failure.callback(engine.close)
@@ -207,7 +206,27 @@ class Recommender:
         """
         return self.recommend_many([Request(history=as_events(history), k=k, options=options, user=user)])[0]
 
-    def recommend_many(self, requests: Sequence[Request]) -> list[Slate]:
+    def rank(
+        self,
+        history: Iterable[EventLike],
+        items: Iterable[str | int],
+        options: RankOptions = DEFAULT_RANK_OPTIONS,
+        *,
+        user: str | None = None,
+    ) -> Slate:
+        """The given items, best first, without retrieval: each has the score that `recommend` would give it.
+
+        An item that is named twice counts once. The cache and an empty history are treated as in `recommend`.
+
+        Raises:
+            ColdStartError: The history is empty, and there are no popular items.
+            RequestError: The request is invalid, or the bundle lacks an item or has retired it.
+            BackendError: The computation failed.
+        """
+        named, events = tuple(as_ids(items, "items")), as_events(history)
+        return self.recommend_many([RankRequest(history=events, items=named, options=options, user=user)])[0]
+
+    def recommend_many(self, requests: Sequence[Request | RankRequest]) -> list[Slate]:
         """Answer requests together, in their order; each slate is the same as alone.
 
         Raises:
@@ -221,7 +240,7 @@ class Recommender:
             slates.append(answer)
         return slates
 
-    def resolve(self, request: Request) -> ResolvedRequest:
+    def resolve(self, request: Request | RankRequest) -> ResolvedRequest:
         """Validate a request.
 
         Raises:
@@ -269,11 +288,14 @@ class Recommender:
         with self.encoder.encoding(group) as encoded:
             encode_end = time.perf_counter()
             outcomes = np.stack([request.outcomes for request in requests])
+            queries = self.engine.retrieve(encoded, outcomes)
             searches = [
                 Search(queries=query, k=each.candidates, excluded=each.excluded, allowed=each.allowed, exact=each.exact)
-                for each, query in zip(requests, self.engine.retrieve(encoded, outcomes), strict=True)
+                for each, query in zip(requests, queries, strict=True)
             ]
             candidates = self.retriever.retrieve(searches)
+            if any(len(request.own) for request in requests):
+                candidates = self.retriever.join(candidates, queries, [request.own for request in requests])
             retrieve_end = time.perf_counter()
             ranked = self._rank(encoded, candidates, requests)
         times = np.array([start, encode_end, retrieve_end, time.perf_counter()])
@@ -295,44 +317,28 @@ class Recommender:
         return rank(candidates, logits, requests, self.scoring)
 
     def _slate(self, lookup: Lookup, candidates: CandidateSet, ranked: Ranked, stages: StageTimes) -> Slate:
-        bundle, actions = self.bundle, self.bundle.manifest.actions
-        columns = (candidates.rows[ranked.order], ranked.scores, candidates.similarity[ranked.order])
-        values: Iterable[float | None] = repeat(None) if ranked.values is None else ranked.values.tolist()
-        by_action: Iterable[list[float]] = repeat([]) if ranked.probabilities is None else ranked.probabilities.tolist()
-        items = tuple(
-            SlateItem(
-                item=bundle.item_ids[row],
-                title=bundle.titles[row],
-                score=score,
-                value=value,
-                actions=dict(zip(actions, probabilities, strict=False)),
-                retrieval_score=similarity,
-            )
-            for row, score, similarity, value, probabilities in zip(
-                *(column.tolist() for column in columns), values, by_action, strict=False
-            )
-        )
         return Slate(
-            items=items,
+            items=slate_items(self.bundle, candidates, ranked),
             source="model",
             order=lookup.request.order,
             stages_ms=stages,
             kv=lookup.kind,
             kv_reason=lookup.reason,
             device=self.device.name,
-            bundle=bundle.hash,
+            bundle=self.bundle.hash,
             exact=candidates.exact,
+            unknown=lookup.request.unknown,
         )
 
     def score(
         self,
         history: Iterable[EventLike],
         candidates: Iterable[str | int],
-        options: RecommendOptions = DEFAULT_OPTIONS,
+        options: RankOptions = DEFAULT_RANK_OPTIONS,
         *,
         extend_at: int | None = None,
     ) -> NDArray[np.float32]:
-        """Action logits [k, C] of k items, without retrieval.
+        """Action logits [k, C] of k items in their order, computed alone and without the cache; see `rank`.
 
         Args:
             history: As in `recommend`.
@@ -344,25 +350,21 @@ class Recommender:
         Raises:
             RequestError: The request is invalid.
         """
-        events = as_events(history)
+        events, items, graphs = as_events(history), as_ids(candidates, "candidates"), self.bundle.manifest.model.graphs
         if not events:
             raise RequestError("the history is empty; send at least one event to score items")
-        surface, now_ms, truncate = options.surface, options.now_ms, options.truncate
-        read = RecommendOptions(surface=surface, now_ms=now_ms, truncate=truncate, exclude_seen=False)
-        request = self.resolve(Request(history=events, k=1, options=read))
-        items, graphs = as_ids(candidates, "candidates"), self.bundle.manifest.model.graphs
+        read = RankOptions(surface=options.surface, now_ms=options.now_ms, truncate=options.truncate)
+        request = self.resolve(RankRequest(history=events, items=tuple(items), options=read))
         if "ranker" not in graphs:
-            raise RequestError("this bundle has no ranker that could score items; request recommendations instead")
+            raise RequestError("this bundle has no ranker that could score items; rank them instead, by similarity")
         if extend_at is not None and "extend" not in graphs:
             raise RequestError(f"extend_at={extend_at}: this model encodes whole histories alone; leave it out")
-        if not items:
-            raise RequestError("candidates is empty; name at least one item to score")
-        rows = np.array([[item_row(item, self.bundle.rows, "candidates") for item in items]], np.int64)
         if extend_at is not None and not 0 < extend_at < len(request.history):
             raise RequestError(f"extend_at={extend_at} must be from 1 to {len(request.history) - 1}")
         encoded = self.engine.prefill(pad_histories([request.history.part(0, extend_at)]))
         if extend_at is not None:
             encoded = self.engine.extend(encoded, pad_histories([request.history.part(extend_at)]))
+        rows = self.bundle.catalogue.known_rows(items)[None]
         logits = self.engine.rank(encoded, rows, np.array([request.surface]), np.array([request.now_ms]))
         return logits.reshape(rows.size, -1)
 
@@ -377,13 +379,6 @@ def _log_order(bundle: Bundle) -> None:
             "action and may order at random; export the checkpoint again with --data, or request order 'retrieval'",
             bundle.path,
         )
-
-
-def _slack(requested: int | None, manifest: Manifest) -> int | None:
-    slack, limit = manifest.window_slack if requested is None else requested, manifest.model.max_history
-    if slack is not None and not (isinstance(slack, int) and 0 < slack <= limit):
-        raise ConfigError(f"window_slack={slack} must be an integer from 1 to {limit}")
-    return slack
 
 
 def _cache(cache: CacheOptions | KvCache, bundle: Bundle) -> KvCache | None:

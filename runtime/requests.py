@@ -45,40 +45,54 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     timestamp_ms: int | None = None
 
 
-class RecommendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to answer a request.
+class RankOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to rank items.
 
     Attributes:
         surface: Where the items will be shown.
         now_ms: Time of the request. None = the current time; if all times of the history are unknown, so is this one.
-        candidates: How many items retrieval passes to ranking; raised to k, lowered to the number of eligible items.
         order: Score that the slate is sorted by: "value", "blend", "product" or "retrieval" (docs/ranking.md). None =
             the bundle's order. With "retrieval" the ranker does not run.
         weights: Weight of each action's probability in the value; an omitted action weighs 0. None = 1 for each
             positive action of the bundle.
         outcomes: Actions that retrieval targets, for a model that is conditioned on them. None = the positive actions.
+        truncate: Cut a history that is too long to a window of the newest events (see `window_start`) instead of
+            rejecting it.
+        skip_unknown: Leave out the request's items that the bundle lacks or has retired, and name them in the answer,
+            instead of rejecting the request.
+    """
+
+    surface: str = UNKNOWN_SURFACE
+    now_ms: int | None = None
+    order: Order | None = None
+    weights: dict[str, float] | None = None
+    outcomes: tuple[str, ...] | None = None
+    truncate: bool = True
+    skip_unknown: bool = False
+
+
+class RecommendOptions(RankOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to find and rank items; with the fields of `RankOptions`.
+
+    Attributes:
+        candidates: How many items retrieval passes to ranking; raised to k, lowered to the number of eligible items.
+        own_candidates: Items that are ranked beside those of retrieval, if the filters do not leave them out. One that
+            is named twice counts once.
         exclude_seen: Leave out the items of the history.
         exclude: More item ids to leave out; ids outside the catalogue have no effect. An integer stands for its
             decimal string.
         allow: The only item ids that may be recommended; ids outside the catalogue have no effect. None = all.
         categories: Accepted words by categorical item feature; an item needs one of the words of each. None = all.
         exact: Scan all items instead of searching the index.
-        truncate: Cut a history that is too long to a window of the newest events (see `window_start`) instead of
-            rejecting it.
     """
 
-    surface: str = UNKNOWN_SURFACE
-    now_ms: int | None = None
     candidates: int = CANDIDATES
-    order: Order | None = None
-    weights: dict[str, float] | None = None
-    outcomes: tuple[str, ...] | None = None
+    own_candidates: tuple[str | int, ...] = ()
     exclude_seen: bool = True
     exclude: tuple[str | int, ...] = ()
     allow: tuple[str | int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
     exact: bool = False
-    truncate: bool = True
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +105,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     history: tuple[Event, ...]
     k: int = 20
     options: RecommendOptions = RecommendOptions()
+    user: str | None = None
+
+
+class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ask for the order of some items after a history, without retrieval; see `Request`.
+
+    An item that is named twice counts once.
+    """
+
+    history: tuple[Event, ...]
+    items: tuple[str | int, ...]
+    options: RankOptions = RankOptions()
     user: str | None = None
 
 
@@ -113,12 +139,34 @@ class History:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedRequest:
+class Pool:
+    """Where the candidates of a valid request come from.
+
+    Attributes:
+        k: Items of the slate, at most the number of candidates.
+        candidates: How many retrieval finds; 0 = it finds none, and all k items are `own`.
+        own: Distinct rows that the request names, ascending; the filters leave them.
+        unknown: Ids that it names and the bundle lacks or has retired.
+        excluded: Distinct rows that retrieval leaves out.
+        allowed: Mask [N] or None, see `Catalogue`; at least `candidates` rows are allowed and not excluded.
+        exact: Whether retrieval scans all items.
+    """
+
+    k: int
+    candidates: int
+    own: NDArray[np.int64]
+    unknown: tuple[str, ...]
+    excluded: NDArray[np.int64]
+    allowed: NDArray[np.bool_] | None
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest(Pool):
     """A valid request with rows and ids of its bundle.
 
-    `excluded` holds distinct catalogue rows; `allowed` is a mask [N] or None (see `Catalogue`). `weights` is [C] f64,
-    `outcomes` [C] f32. k <= candidates, and at least `candidates` rows are allowed and not excluded. `start` is the
-    place of the first event of `history` in the history of the request.
+    `weights` is [C] f64, `outcomes` [C] f32. `start` is the place of the first event of `history` in the history of the
+    request.
     """
 
     user: str | None
@@ -126,14 +174,9 @@ class ResolvedRequest:
     start: int
     surface: int
     now_ms: int
-    k: int
-    candidates: int
     order: Order
     weights: NDArray[np.float64]
     outcomes: NDArray[np.float32]
-    excluded: NDArray[np.int64]
-    allowed: NDArray[np.bool_] | None
-    exact: bool
 
 
 EventLike = Event | Mapping[str, Any]
@@ -164,16 +207,19 @@ def as_events(history: Iterable[EventLike]) -> tuple[Event, ...]:
     return tuple(events)
 
 
-def check_types(request: Request) -> None:
+def check_types(request: Request | RankRequest) -> None:
     """Check the types of all values of a request.
 
     Raises:
         RequestError: A value has the wrong type; the message names it.
     """
     try:
-        msgspec.convert(msgspec.to_builtins(request), Request)
+        msgspec.convert(msgspec.to_builtins(request), type(request))
     except (TypeError, ValueError) as error:
         raise RequestError(f"the request has a value of the wrong type: {error}") from error
+
+
+CandidateSource = Literal["retrieval", "request", "both"]
 
 
 class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,6 +232,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
         value: Weighted sum of the action probabilities; None if the ranker did not run.
         actions: Probability of each action; empty if the ranker did not run.
         retrieval_score: Similarity of the item to the user's query; None for a popular item.
+        source: Who named the candidate: "retrieval", "request" or "both"; None for a popular item.
     """
 
     item: str
@@ -194,6 +241,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     value: float | None
     actions: dict[str, float]
     retrieval_score: float | None
+    source: CandidateSource | None
 
 
 class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,7 +268,9 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
         kv_reason: Why it did not hold all of it; None for a hit.
         device: Device that computed the answer.
         bundle: Hash of the bundle.
-        exact: Why all items were scanned; None = the index found the candidates, or the items are popular ones.
+        exact: Why all items were scanned; None = the index found the candidates, the request named all of them, or the
+            items are popular ones.
+        unknown: Items that the request named and the bundle lacks or has retired; see `RankOptions.skip_unknown`.
     """
 
     items: tuple[SlateItem, ...]
@@ -232,6 +282,7 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     bundle: str
     exact: str | None
+    unknown: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form, the same on the command line and over HTTP."""

@@ -253,7 +253,11 @@ def assembled(
 
         shared: dict[str, Handler] = {}
         if peers is not None:
-            shared = {"recommend": peers.at_owner(handlers.recommend), "forget": peers.forgetting(handlers.forget_user)}
+            shared = {
+                "recommend": peers.at_owner(handlers.recommend),
+                "rank": peers.at_owner(handlers.rank),
+                "forget": peers.forgetting(handlers.forget_user),
+            }
         yield server, make_app(server, routes, **shared), load
 
 

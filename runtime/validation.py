@@ -16,8 +16,8 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import RequestError, TooFewItemsError
-from unipinrec.runtime.bundle.catalogue import Catalogue, Eligible, as_ids
+from unipinrec.errors import ConfigError, RequestError, TooFewItemsError, listed
+from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, Eligible, as_ids
 from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 from unipinrec.runtime.requests import (
     AS_SECONDS,
@@ -26,6 +26,8 @@ from unipinrec.runtime.requests import (
     Event,
     History,
     Order,
+    Pool,
+    RankRequest,
     Request,
     ResolvedRequest,
 )
@@ -34,7 +36,7 @@ MAX_WEIGHT = 1e9
 
 
 def resolve_request(
-    request: Request, manifest: Manifest, catalogue: Catalogue, slack: int | None = None
+    request: Request | RankRequest, manifest: Manifest, catalogue: Catalogue, slack: int | None = None
 ) -> ResolvedRequest:
     """Validate a request against a bundle and its items.
 
@@ -50,6 +52,24 @@ def resolve_request(
     options, limit = request.options, manifest.model.max_history
     start = window_start(len(request.history), limit, slack or default_slack(manifest.model)) if options.truncate else 0
     history = read_history(request.history[start:], manifest, catalogue.rows, first=start)
+    order = _order(options.order, manifest)
+    pool = _own(request, catalogue) if isinstance(request, RankRequest) else _pool(request, history, start, catalogue)
+    return ResolvedRequest(
+        **vars(pool),
+        user=_user(request.user),
+        history=history,
+        start=start,
+        surface=_look_up(options.surface, _places(manifest.surfaces, UNKNOWN_SURFACE), "surface", "the request"),
+        now_ms=_now(options.now_ms, history, manifest),
+        order=order,
+        weights=_weights(options.weights, order, manifest),
+        outcomes=_outcomes(options.outcomes, manifest),
+    )
+
+
+def _pool(request: Request, history: History, start: int, catalogue: Catalogue) -> Pool:
+    """The eligible items, of which retrieval finds some, and those that the request names."""
+    options = request.options
     denied = set(catalogue.known_rows(as_ids(options.exclude, "exclude")).tolist())
     if options.exclude_seen:
         before = catalogue.known_rows(str(event.item) for event in request.history[:start])
@@ -58,8 +78,8 @@ def resolve_request(
     excluded = np.array(sorted(denied), np.int64)
     allow = None if options.allow is None else as_ids(options.allow, "allow")
     allowed = catalogue.allowed(allow, options.categories)
-    eligible = Eligible(allowed=allowed, excluded=excluded).count(catalogue.num_rows)
-    k, order = _at_least_one("k", request.k), _order(options.order, manifest)
+    left = Eligible(allowed=allowed, excluded=excluded)
+    eligible, k = left.count(catalogue.num_rows), _at_least_one("k", request.k)
     if k > eligible:
         unfiltered = options.allow is None and options.categories is None
         filtered = "" if unfiltered else " and those that allow or categories rule out"
@@ -68,21 +88,44 @@ def resolve_request(
             f"k={k} items were requested, but only {eligible} of the {catalogue.num_live} items are eligible after "
             f"leaving out {len(excluded)} seen or excluded ones{filtered}; {remedy}"
         )
-    return ResolvedRequest(
-        user=_user(request.user),
-        history=history,
-        start=start,
-        surface=_look_up(options.surface, _places(manifest.surfaces, UNKNOWN_SURFACE), "surface", "the request"),
-        now_ms=_now(options.now_ms, history, manifest),
+    own, unknown = _named("own_candidates", options.own_candidates, catalogue, skip_unknown=options.skip_unknown)
+    return Pool(
         k=k,
         candidates=min(max(_at_least_one("candidates", options.candidates), k), eligible),
-        order=order,
-        weights=_weights(options.weights, order, manifest),
-        outcomes=_outcomes(options.outcomes, manifest),
+        own=left.keep(own) if len(own) else own,
+        unknown=unknown,
         excluded=excluded,
         allowed=allowed,
         exact=options.exact,
     )
+
+
+def _own(request: RankRequest, catalogue: Catalogue) -> Pool:
+    """The items that a request names, and no others."""
+    rows, unknown = _named("items", request.items, catalogue, skip_unknown=request.options.skip_unknown)
+    if not len(rows):
+        missing = f"; this bundle lacks or has retired {listed(unknown)}" if unknown else ""
+        raise RequestError(f"items: there is nothing to rank; name at least one item of this bundle{missing}")
+    return Pool(k=len(rows), candidates=0, own=rows, unknown=unknown, excluded=NO_ROWS, allowed=None, exact=False)
+
+
+def _named(
+    name: str, items: Sequence[str | int], catalogue: Catalogue, *, skip_unknown: bool
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Distinct rows of the items that can be recommended, ascending, and the ids of the others."""
+    live, rows, unknown = catalogue.live, [], []
+    for item in dict.fromkeys(as_ids(items, name)):
+        row = catalogue.rows.get(item)
+        if row is None or not (live is None or live[row]):
+            unknown.append(item)
+        else:
+            rows.append(row)
+    if unknown and not skip_unknown:
+        raise RequestError(
+            f"{name}: this bundle lacks or has retired {len(unknown)} of the items; drop them, or send skip_unknown: "
+            f"{listed(unknown)}"
+        )
+    return np.array(sorted(rows), np.int64), tuple(unknown)
 
 
 def read_history(events: Sequence[Event], manifest: Manifest, rows: Mapping[str, int], *, first: int = 0) -> History:
@@ -277,6 +320,18 @@ def window_start(count: int, limit: int, slack: int) -> int:
     events only extend the encoded history, so a growing history is encoded anew once in `slack` events.
     """
     return -(-max(0, count - limit) // slack) * slack
+
+
+def stated_slack(slack: int | None, manifest: Manifest) -> int | None:
+    """The slack as given, else as the bundle states it; None = neither.
+
+    Raises:
+        ConfigError: It does not fit the model.
+    """
+    slack, limit = manifest.window_slack if slack is None else slack, manifest.model.max_history
+    if slack is not None and not (isinstance(slack, int) and 0 < slack <= limit):
+        raise ConfigError(f"window_slack={slack} must be an integer from 1 to {limit}")
+    return slack
 
 
 def default_slack(model: ModelSpec) -> int:

@@ -69,7 +69,7 @@ class HistoryEncoder:
     def work(self, lookup: Lookup) -> Work:
         """Stages and sizes of a request."""
         slots = len(lookup.request.history) + self._prefix
-        ranked = 0 if lookup.request.order == "retrieval" else lookup.request.candidates
+        ranked = 0 if lookup.request.order == "retrieval" else lookup.request.candidates + len(lookup.request.own)
         return Work(kind=lookup.kind, slots=slots, new=lookup.new, candidates=ranked)
 
     @contextmanager

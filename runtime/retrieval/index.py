@@ -64,7 +64,7 @@ class HnswIndex:
 
     def search(self, queries: NDArray[np.float32], k: int) -> Matches:
         """See `VectorIndex.search`."""
-        _check_finite(queries)
+        check_finite(queries)
         try:
             labels, distances = self._index.knn_query(queries, k=k)
         except RuntimeError as error:
@@ -93,7 +93,7 @@ class ExactIndex:
         Raises:
             BackendError: A query is not finite.
         """
-        _check_finite(queries)
+        check_finite(queries)
         near: list[NDArray[np.int64]] = [NO_ROWS] * len(queries)
         scans = []
         for index, (query, rows) in enumerate(zip(queries, eligible, strict=True)):
@@ -200,6 +200,11 @@ def load_index(
     return index
 
 
-def _check_finite(queries: NDArray[np.float32]) -> None:
+def check_finite(queries: NDArray[np.float32]) -> None:
+    """Check query vectors.
+
+    Raises:
+        BackendError: One is not finite.
+    """
     if not np.isfinite(queries).all():
         raise BackendError("a query vector is not finite; the retrieval graph is broken, export the bundle again")

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex, best
+from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex, best, check_finite
 
 # Measured by bench/retrieval_filters.py.
 VISIT_COST = 50  # rows that a scan reads while the index takes one step
 FILTER_RISK = 5  # if a filter correlates with the vectors, most searches find too few items and need a scan as well
+FOUND, NAMED = 1, 2
 NO_COSINES = "the index compares by dot product, similar items by cosine"
 
 
@@ -27,12 +28,14 @@ NO_COSINES = "the index compares by dot product, similar items by cosine"
 class CandidateSet:
     """Distinct item rows [k] i64 and their similarity [k] f32, best first, ties in row order.
 
-    `exact` is the reason why all eligible items were scanned; None = the index found them.
+    `exact` is the reason why all eligible items were scanned; None = the index found them. `sources` [k] i8 adds
+    `FOUND` if retrieval found an item and `NAMED` if the request names it; None = retrieval found all, none is named.
     """
 
     rows: NDArray[np.int64]
     similarity: NDArray[np.float32]
     exact: str | None
+    sources: NDArray[np.int8] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +44,7 @@ class Search(Eligible):
 
     Attributes:
         queries: [Q, E]; an item's similarity is that to the nearest query.
-        k: From 1 to the number of eligible items.
+        k: From 1 to the number of eligible items; 0 = nothing is searched.
         exact: Scan all eligible items.
         allowed: Mask [N], without the retired items (`Catalogue.allowed`); None = all items that are not retired.
         excluded: Distinct rows to leave out.
@@ -125,8 +128,36 @@ class Retriever:
             for (kept, similarity), (_, reason) in zip(nearest, matches, strict=True)
         ]
 
+    def join(
+        self, found: Sequence[CandidateSet], queries: NDArray[np.float32], named: Sequence[NDArray[np.int64]]
+    ) -> list[CandidateSet]:
+        """Candidates of each of S searches and the distinct rows that its request names, in one order.
+
+        Args:
+            found: What `retrieve` found.
+            queries: [S, Q, E].
+            named: Rows of each search.
+
+        Raises:
+            BackendError: A query is not finite.
+        """
+        check_finite(queries)
+        rows = [np.union1d(each.rows, own) for each, own in zip(found, named, strict=True)]
+        nearest = best(self.item_vectors, queries, rows, list(map(len, rows)))
+        return [
+            CandidateSet(
+                rows=ordered,
+                similarity=similarity,
+                exact=each.exact,
+                sources=(FOUND * np.isin(ordered, each.rows) + NAMED * np.isin(ordered, own)).astype(np.int8),
+            )
+            for (ordered, similarity), each, own in zip(nearest, found, named, strict=True)
+        ]
+
     def _search_index(self, search: Search) -> tuple[NDArray[np.int64], str | None]:
         """The rows that the index finds, and the reason to scan all items, if there is one."""
+        if not search.k:
+            return NO_ROWS, None
         if search.exact or self.index is None:
             return NO_ROWS, "requested" if search.exact else self.unused
         fetch, reason = self._plan(search, self.index.ef)

@@ -100,7 +100,7 @@ class _WatchedRetriever(Retriever):
         """See `Retriever.retrieve`."""
         results = super().retrieve(searches)
         for search, candidates in zip(searches, results, strict=True):
-            if candidates.exact is None:  # the index found it
+            if candidates.exact is None and search.k:  # the index found it
                 self.sampler.offer(partial(_recall, super().retrieve, search, candidates))
         return results
 

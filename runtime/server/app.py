@@ -17,6 +17,7 @@ from unipinrec.runtime.server.bodies import (
     ErrorDetail,
     EventsBody,
     ForgetAnswer,
+    RankBody,
     Readiness,
     RecommendAnswer,
     RecommendBody,
@@ -39,6 +40,16 @@ RECOMMEND = Operation(
     answer=AnyOf((RecommendAnswer, AnyOf((RecommendAnswer, ErrorAnswer), listed=True))),
     statuses=(*POSTS, 422),
     examples="recommend",
+)
+RANK = Operation(
+    method="POST",
+    path="/v1/rank",
+    tag="recommend",
+    summary="Some items, best first for a user, or for each of a list",
+    body=RankBody | list[RankBody],
+    answer=RECOMMEND.answer,
+    statuses=RECOMMEND.statuses,
+    examples="rank",
 )
 APPEND = Operation(
     method="POST",
@@ -133,6 +144,7 @@ def make_app(
     more: Sequence[BaseRoute] = (),
     *,
     recommend: Handler = handlers.recommend,
+    rank: Handler = handlers.rank,
     forget: Handler = handlers.forget_user,
 ) -> Starlette:
     """The application: its own table of routes, and `more` of them.
@@ -141,6 +153,7 @@ def make_app(
     """
     routes = [
         route(server, RECOMMEND, recommend),
+        route(server, RANK, rank),
         route(server, APPEND, handlers.append_events),
         route(server, USER, handlers.user_events),
         route(server, FORGET, forget),

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from unipinrec.errors import MALFORMED, ConfigError, RequestError
-from unipinrec.runtime.requests import AS_SECONDS, Event, RecommendOptions, Request, Slate
+from unipinrec.runtime.requests import AS_SECONDS, Event, RankOptions, RankRequest, RecommendOptions, Request, Slate
 
 T = TypeVar("T")
 SHOWN_CHARACTERS = 500
@@ -29,7 +29,7 @@ class Limits:
         batch: Requests in one HTTP request.
         history: Events in the history of one request.
         events: Events that are appended in one HTTP request.
-        candidates, k: See `RecommendOptions` and `Request`.
+        candidates, k: See `RecommendOptions` and `Request`; a request names at most `candidates` items to rank.
         items: Items in a request for similar items.
         id_characters: Characters of a user or event id.
         ahead_ms: How far the time of an event may be ahead of this machine's clock.
@@ -95,6 +95,23 @@ class RecommendBody(RecommendOptions, frozen=True, kw_only=True, forbid_unknown_
     def request(self, history: tuple[Event, ...]) -> Request:
         """The request for the recommender."""
         return Request(history=history, k=self.k, options=self, user=self.user)
+
+
+class RankBody(RankOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of some items, best first, for a user or after a history; with the fields of `RankOptions`.
+
+    Attributes:
+        items: Ids of the items; one that is named twice counts once.
+        user, history: As for recommendations.
+    """
+
+    items: tuple[str | int, ...]
+    user: str | None = None
+    history: tuple[SentEvent, ...] | None = None
+
+    def request(self, history: tuple[Event, ...]) -> RankRequest:
+        """The request for the recommender."""
+        return RankRequest(history=history, items=self.items, options=self, user=self.user)
 
 
 class RecommendAnswer(Slate, frozen=True, kw_only=True):
@@ -190,10 +207,12 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Recommends = RecommendBody | tuple[RecommendBody, ...]
+Ranks = RankBody | tuple[RankBody, ...]
 Posts = EventsBody | tuple[EventsBody, ...]
 _EVENTS: msgspec.json.Decoder[Posts] = msgspec.json.Decoder(Posts)
 _SIMILAR: msgspec.json.Decoder[SimilarBody] = msgspec.json.Decoder(SimilarBody)
 _RECOMMEND: msgspec.json.Decoder[Recommends] = msgspec.json.Decoder(Recommends)
+_RANK: msgspec.json.Decoder[Ranks] = msgspec.json.Decoder(Ranks)
 
 
 def decode_recommend(body: bytes, limits: Limits) -> Recommends:
@@ -204,13 +223,31 @@ def decode_recommend(body: bytes, limits: Limits) -> Recommends:
     """
     bodies = _decode(_RECOMMEND, body)
     for where, request in _each(bodies, limits):
-        if request.user is None and request.history is None:
-            raise RequestError(f"{where}neither user nor history is given; send a user, a history, or both")
-        check_id(f"{where}user", request.user, limits)
-        _at_most(f"{where}history", len(request.history or ()), limits.history, "events")
+        _check_user(where, request, limits)
         _at_most(f"{where}k", request.k, limits.k)
         _at_most(f"{where}candidates", request.candidates, limits.candidates)
+        _at_most(f"{where}own_candidates", len(request.own_candidates), limits.candidates, "items")
     return bodies
+
+
+def decode_rank(body: bytes, limits: Limits) -> Ranks:
+    """Read the body of POST /v1/rank.
+
+    Raises:
+        RequestError: It is not such JSON, or it exceeds a limit.
+    """
+    bodies = _decode(_RANK, body)
+    for where, request in _each(bodies, limits):
+        _check_user(where, request, limits)
+        _at_most(f"{where}items", len(request.items), limits.candidates, "items")
+    return bodies
+
+
+def _check_user(where: str, request: RecommendBody | RankBody, limits: Limits) -> None:
+    if request.user is None and request.history is None:
+        raise RequestError(f"{where}neither user nor history is given; send a user, a history, or both")
+    check_id(f"{where}user", request.user, limits)
+    _at_most(f"{where}history", len(request.history or ()), limits.history, "events")
 
 
 def decode_events(body: bytes, limits: Limits, now_ms: int) -> Posts:

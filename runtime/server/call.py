@@ -70,9 +70,9 @@ class Call:
         route: Path of the route, with its parameters as names.
         began: Time of arrival, by `time.perf_counter`.
         deadline: When the answer is due, by the same clock.
-        slates: Recommended slates.
+        slates: Slates of the answer, recommended or ranked.
         answers: How the batcher answered each slate.
-        requests: The request of each slate by its id: that of the call, in a list with the index.
+        requests: The request of each recommended slate by its id: that of the call, in a list with the index.
         users: Users in the request; logged only if the operator wants it.
         content: The body, after it was read.
         polled: See `Operation`.

@@ -23,6 +23,8 @@ from unipinrec.runtime.server.bodies import (
     ErrorAnswer,
     EventsBody,
     ForgetAnswer,
+    Limits,
+    RankBody,
     Readiness,
     RecommendAnswer,
     RecommendBody,
@@ -30,6 +32,7 @@ from unipinrec.runtime.server.bodies import (
     UserAnswer,
     check_id,
     decode_events,
+    decode_rank,
     decode_recommend,
     decode_similar,
 )
@@ -75,10 +78,23 @@ class _Submitted:
 
 async def recommend(server: Server, call: Call) -> Response:
     """POST /v1/recommend."""
+    return await _slates(server, call, decode_recommend)
+
+
+async def rank(server: Server, call: Call) -> Response:
+    """POST /v1/rank."""
+    return await _slates(server, call, decode_rank)
+
+
+Asked = RecommendBody | RankBody
+Decode = Callable[[bytes, Limits], Asked | tuple[RecommendBody, ...] | tuple[RankBody, ...]]
+
+
+async def _slates(server: Server, call: Call, decode: Decode) -> Response:
     with server.admission.admit(call.left_s, arriving=True) as ticket:
         limits = server.options.limits
-        body = decode_recommend(await call.body(limits.body_bytes), limits)
-        requests = body if isinstance(body, tuple) else (body,)
+        body = decode(await call.body(limits.body_bytes), limits)
+        requests: Sequence[Asked] = body if isinstance(body, tuple) else (body,)
         ticket.add(len(requests) - 1)
         ticket.begin()
         outcomes: list[RecommendAnswer | Exception] = []
@@ -89,7 +105,8 @@ async def recommend(server: Server, call: Call) -> Response:
                 outcomes.append(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             else:
                 slate = submitted.answer.result()
-                call.requests[f"{call.id}/{index}" if isinstance(body, tuple) else call.id] = requests[index]
+                if isinstance(request := requests[index], RecommendBody):
+                    call.requests[f"{call.id}/{index}" if isinstance(body, tuple) else call.id] = request
                 call.slates.append(slate)
                 call.answers.append(submitted.answer)
                 fields = msgspec.structs.asdict(slate)
@@ -97,7 +114,7 @@ async def recommend(server: Server, call: Call) -> Response:
         return _in_kind(outcomes, call, listed=isinstance(body, tuple))
 
 
-async def _compute(server: Server, call: Call, requests: Sequence[RecommendBody]) -> list[_Submitted | Exception]:
+async def _compute(server: Server, call: Call, requests: Sequence[Asked]) -> list[_Submitted | Exception]:
     """Submit requests to the batcher and wait for all of them; a request that is not valid gets its error."""
     leave = [server.users.enter(request.user) for request in requests]
     call.users += [request.user for request in requests if request.user is not None]
@@ -126,7 +143,7 @@ def _release(release: Callable[[], None], answer: Answer | None) -> None:
     answer.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
 
 
-def _submit(deployment: Deployment, request: RecommendBody, events: Sequence[Event]) -> _Submitted | Exception:
+def _submit(deployment: Deployment, request: Asked, events: Sequence[Event]) -> _Submitted | Exception:
     try:
         history = tuple(events) if request.history is not None else usable(events, deployment.recommender.bundle)
         answer = deployment.batcher.submit(request.request(history))

@@ -36,6 +36,7 @@ def examples(bundle: Bundle, *, cold_start: bool) -> dict[str, Examples]:
     *items, other = ids
     return {
         "recommend": _recommend(bundle, items, other, 200 if cold_start else 422),
+        "rank": _rank(bundle, items, other),
         "events": _events(bundle, items),
         "similar": _similar(bundle, items),
         "inference": _inference(bundle),
@@ -55,11 +56,23 @@ def _recommend(bundle: Bundle, items: list[str], other: str, unknown_user: int) 
             summary="With options",
             value={**body, "exclude": [other], "weights": weights, "candidates": 50, "exact": True},
         ),
+        "own_candidates": Example(summary="With candidates of one's own", value={**body, "own_candidates": [other]}),
         "list": Example(summary="Several at once; an error stands in the place of its request", value=[body, unknown]),
         "unknown_item": Example(summary="With an item that the bundle lacks", value=unknown, status=400),
         "unknown_user": Example(
             summary="For a user without stored events", value={"user": "new-user", "k": k}, status=unknown_user
         ),
+    }
+
+
+def _rank(bundle: Bundle, items: list[str], other: str) -> Examples:
+    history = [_event(bundle, item, index) for index, item in enumerate(items)]
+    body = {"history": history, "items": [other, *items], "now_ms": TIME_MS + 5 * MINUTE_MS}
+    unknown = {**body, "items": [other, "\u2205"]}
+    return {
+        "items": Example(summary="Items of one's own", value=body),
+        "skipped": Example(summary="An unknown item is left out", value={**unknown, "skip_unknown": True}),
+        "unknown_item": Example(summary="With an item that the bundle lacks", value=unknown, status=400),
     }
 
 

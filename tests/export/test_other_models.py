@@ -170,6 +170,9 @@ def test_what_such_a_bundle_cannot_do_is_said(plain: Exported, caplog: pytest.Lo
             recommender.recommend(events(HISTORY), options=RecommendOptions(order="value"))
         with pytest.raises(RequestError, match="this bundle has no ranker that could score items"):
             recommender.score(events(HISTORY), ["item-1"])
+        ranked = recommender.rank(events(HISTORY), ["item-1", "item-2", "item-3"]).items
+        assert [(item.value, item.actions) for item in ranked] == [(None, {})] * 3
+        assert [item.score for item in ranked] == sorted((item.retrieval_score or 0.0 for item in ranked), reverse=True)
 
 
 def test_encoding_in_two_parts_is_refused(ranked: Exported) -> None:

@@ -34,6 +34,8 @@ def asked(k: int, candidates: int, weights: list[float], order: Order = "value")
         excluded=np.zeros(0, np.int64),
         allowed=None,
         exact=False,
+        own=np.zeros(0, np.int64),
+        unknown=(),
     )
 
 

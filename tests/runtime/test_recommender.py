@@ -58,9 +58,10 @@ def test_a_slate(recommender: Recommender) -> None:
 def test_the_documented_json(recommender: Recommender) -> None:
     slate = recommender.recommend(history(recommender, 3), 2, NOW)
     document = slate.to_json()
-    assert list(document) == ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle", "exact"]
+    fields = ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle", "exact", "unknown"]
+    assert list(document) == fields
     assert list(document["stages_ms"]) == ["encode", "retrieve", "rank", "total"]
-    assert list(document["items"][0]) == ["item", "title", "score", "value", "actions", "retrieval_score"]
+    assert list(document["items"][0]) == ["item", "title", "score", "value", "actions", "retrieval_score", "source"]
     assert document["items"][1]["item"] == slate.items[1].item
 
 
@@ -176,13 +177,13 @@ def test_seen_and_excluded_items_can_be_scored(recommender: Recommender) -> None
 
 
 def test_an_unknown_candidate_is_named(recommender: Recommender) -> None:
-    with pytest.raises(RequestError, match="candidates: item 'z' is not among the 300 items"):
+    with pytest.raises(RequestError, match=r"items: this bundle lacks or has retired 1 of the items.*\['z'\]"):
         recommender.score(history(recommender, 3), ["z"], NOW)
 
 
 def test_candidates_and_filters_may_be_integers_and_are_lists(recommender: Recommender) -> None:
     events, ids = history(recommender, 3), recommender.bundle.item_ids
-    with pytest.raises(RequestError, match="candidates is empty; name at least one item"):
+    with pytest.raises(RequestError, match="there is nothing to rank; name at least one item"):
         recommender.score(events, [], NOW)
     with pytest.raises(RequestError, match=r"candidates='item-12' must be a list of item ids; write \['item-12'\]"):
         recommender.score(events, "item-12", NOW)

@@ -125,6 +125,8 @@ class ServedLog(Collector):
     def observe(self, call: Call) -> None:
         """Queue the slates of a call; it never waits. Called in the event loop's thread alone."""
         now_ms = time.time_ns() // 1_000_000
+        if not call.requests:  # the slates of /v1/rank: their client chooses what to show
+            return
         for (request_id, request), slate in zip(call.requests.items(), call.slates, strict=True):
             if not slate.items:
                 continue

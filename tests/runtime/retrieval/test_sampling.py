@@ -79,6 +79,14 @@ def test_a_scan_is_not_compared_with_itself(retriever: Retriever, sampler: Recal
     assert measured == []
 
 
+def test_items_that_a_request_names_are_not_compared(
+    retriever: Retriever, sampler: RecallSampler, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = retrieved(sampler.watch(retriever), VECTORS[:1], 0, NONE)
+    sampler.settle()
+    assert (len(found.rows), found.exact, caplog.text) == (0, None, "")
+
+
 def test_a_share_is_compared(retriever: Retriever) -> None:
     measured: list[float] = []
     for share, fewest, most in ((0.0, 0, 0), (0.2, 20, 60)):

@@ -15,6 +15,7 @@ from unipinrec.runtime.server.bodies import (
     Limits,
     SentEvent,
     decode_events,
+    decode_rank,
     decode_recommend,
     decode_similar,
     whole_seconds,
@@ -71,6 +72,7 @@ def test_a_list_is_several_requests() -> None:
         ({"history": [EVENT] * 3}, r"history: 3 events is more than this server allows \(2\)"),
         ({"user": "u", "k": 26}, r"k: 26 is more than this server allows \(25\)"),
         ({"user": "u", "candidates": 251}, "candidates: 251 is more"),
+        ({"user": "u", "own_candidates": ["a"] * 251}, r"own_candidates: 251 items is more .* \(250\)"),
         ({"user": "u", "topk": 1}, "unknown field `topk`"),
         ({"user": "u", "k": "3"}, r"Expected `int`, got `str` - at `\$.k`"),
         ({"user": 3}, r"at `\$.user`"),
@@ -83,6 +85,23 @@ def test_what_is_no_request_is_told(body: Any, message: str) -> None:
         recommend(body)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"items": ["a"]}, "neither user nor history is given"),
+        ({"user": "u"}, "missing required field `items`"),
+        ([{"user": "u", "items": []}, {"user": "u", "items": ["a"] * 251}], r"\[1\]: items: 251 items is more"),
+        ({"user": "longer", "items": ["a"]}, "user has 6 characters"),
+        ({"history": [EVENT] * 3, "items": ["a"]}, "history: 3 events is more"),
+        ({"user": "u", "items": ["a"], "exclude": ["b"]}, "unknown field `exclude`"),
+        ({"user": "u", "items": "a"}, r"Expected `array`, got `str` - at `\$.items`"),
+    ],
+)
+def test_what_cannot_be_ranked_is_told(body: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        decode_rank(json.dumps(body).encode(), LIMITS)
+
+
 def test_what_the_server_lists_of_a_user_can_be_sent_as_a_history() -> None:
     listed = [{**EVENT, "surface": "home", "timestamp_ms": 5, "id": "x"}]
     assert recommend({"history": listed}).history[0].item == "a"
@@ -90,7 +109,12 @@ def test_what_the_server_lists_of_a_user_can_be_sent_as_a_history() -> None:
 
 @given(st.binary(max_size=200) | st.text(alphabet='[]{}",:0eE-."user\\\\ud8', max_size=60).map(str.encode))
 def test_no_bytes_do_more_than_be_refused(body: bytes) -> None:
-    for decode in (decode_recommend, decode_similar, lambda body, limits: decode_events(body, limits, NOW)):
+    for decode in (
+        decode_recommend,
+        decode_rank,
+        decode_similar,
+        lambda body, limits: decode_events(body, limits, NOW),
+    ):
         with suppress(RequestError):
             decode(body, LIMITS)
 

@@ -18,7 +18,7 @@ from live_server import deployed
 from starlette.testclient import TestClient
 
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.requests import Event, RecommendOptions
+from unipinrec.runtime.requests import Event, RankOptions, RecommendOptions
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
@@ -88,6 +88,7 @@ def test_an_answer_is_that_of_the_library(client: TestClient, recommender: Recom
         "device",
         "bundle",
         "exact",
+        "unknown",
         "events",
         "skipped_events",
     ]
@@ -497,3 +498,51 @@ def test_a_request_chooses_its_order(client: TestClient) -> None:
     refused = client.post("/v1/recommend", json={**body, "order": "best"})
     assert refused.status_code == 400
     assert "order" in refused.json()["error"]["message"]
+
+
+# POST /v1/rank, and own candidates.
+
+
+def test_items_are_ranked_as_by_the_library(client: TestClient, recommender: Recommender) -> None:
+    body = {"history": HISTORY, "items": ["item-9", "item-2", "item-17"], "now_ms": AT + 9, "weights": {"save": 2.0}}
+    answer = post(client, "/v1/rank", body)
+    options = RankOptions(now_ms=AT + 9, weights={"save": 2.0})
+    expected = recommender.rank(EVENTS, ("item-9", "item-2", "item-17"), options).to_json()
+    assert answer["items"] == list(expected["items"])
+    assert (list(answer), answer["events"]) == ([*expected, "events", "skipped_events"], 3)
+    assert {item["source"] for item in answer["items"]} == {"request"}
+
+
+def test_items_are_ranked_after_stored_events_and_with_the_cache(client: TestClient) -> None:
+    send(client, "u", *HISTORY)
+    asked = {"user": "u", "items": ["item-9", "item-0"], "now_ms": AT + 9}
+    kinds = [post(client, "/v1/rank", asked)["kv"] for _ in range(2)]
+    assert kinds == ["miss", "hit"]
+    assert post(client, "/v1/recommend", {"user": "u", "k": 1})["kv"] == "hit"
+    stored, sent = post(client, "/v1/rank", asked), post(client, "/v1/rank", {**asked, "user": "v", "history": HISTORY})
+    assert [item["item"] for item in stored["items"]] == [item["item"] for item in sent["items"]]
+
+
+def test_a_list_is_ranked_one_by_one(client: TestClient, deployments: Deployments) -> None:
+    before = deployments.current.batcher.statistics()
+    good = {"history": HISTORY, "items": ["item-9", "new"], "skip_unknown": True}
+    bad, unknown = {**good, "skip_unknown": False}, {**good, "history": None, "user": "nobody"}
+    first, second, third = post(client, "/v1/rank", [good, bad, unknown])
+    assert ([item["item"] for item in first["items"]], first["unknown"]) == (["item-9"], ["new"])
+    assert second["error"]["code"] == "invalid_request"
+    assert "lacks or has retired 1 of the items" in second["error"]["message"]
+    assert third["error"]["code"] == "cold_start"
+    assert deployments.current.batcher.statistics().requests - before.requests == 1
+
+
+def test_own_candidates_are_marked(client: TestClient) -> None:
+    body = {"history": HISTORY, "k": 4, "candidates": 3, "order": "retrieval", "exclude_seen": False, "now_ms": AT + 9}
+    near = [item["item"] for item in post(client, "/v1/recommend", {**body, "k": 24})["items"]]
+    answer = post(client, "/v1/recommend", {**body, "own_candidates": [near[1], near[-1]]})
+    sources = {item["item"]: item["source"] for item in answer["items"]}
+    assert sources == {near[0]: "retrieval", near[1]: "both", near[2]: "retrieval", near[3]: "retrieval"}
+    wide = {"history": HISTORY, "k": 5, "candidates": 5, "exclude_seen": False, "now_ms": AT + 9}
+    ranked = post(client, "/v1/rank", {"history": HISTORY, "items": near, "order": "value", "now_ms": AT + 9})["items"]
+    joined = post(client, "/v1/recommend", {**wide, "own_candidates": [ranked[0]["item"]]})["items"]
+    assert joined[0]["item"] == ranked[0]["item"]
+    assert joined[0]["source"] in ("request", "both")

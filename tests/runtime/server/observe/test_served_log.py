@@ -41,7 +41,15 @@ AT = 1_760_000_000_000
 def slate(*items: str, **fields: Any) -> Slate:
     """Items with scores 1, 1/2, 1/3, ..."""
     listed = tuple(
-        SlateItem(item=item, title=None, score=1 / index, actions={}, retrieval_score=0.0, value=fields.get("value"))
+        SlateItem(
+            item=item,
+            title=None,
+            score=1 / index,
+            actions={},
+            retrieval_score=0.0,
+            value=fields.get("value"),
+            source="retrieval",
+        )
         for index, item in enumerate(items, 1)
     )
     times = StageTimes(encode=0.0, retrieve=0.0, rank=0.0, total=0.0)
@@ -55,6 +63,7 @@ def slate(*items: str, **fields: Any) -> Slate:
         device="cpu",
         bundle="b" * 64,
         exact=None,
+        unknown=(),
     )
 
 
@@ -117,6 +126,16 @@ def test_a_call_that_recommended_nothing_leaves_no_file(opened: Callable[..., Se
     log.observe(call("r-2"))
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_client_only_ranked_is_not_logged(opened: Callable[..., ServedLog], tmp_path: Path) -> None:
+    log = opened()
+    ranked = call("r-1", "a")
+    ranked.requests.clear()
+    log.observe(ranked)
+    log.observe(call("r-2", "b"))
+    log.close()
+    assert rows(tmp_path)["request_id"].to_list() == ["r-2"]
 
 
 def test_the_value_of_an_item_is_logged_where_there_is_one(opened: Callable[..., ServedLog], tmp_path: Path) -> None:

@@ -104,10 +104,13 @@ def test_what_is_cached_of_a_user_is_in_one_process_wherever_requests_arrive(tog
         user = user_of(process, "cached")
         known_user(together, user)
         before = by_process(together, "unipinrec_slates_total")
-        answers = [together.ask("POST", "/v1/recommend", {"user": user, "k": 3, "now_ms": NOW_MS}) for _ in range(16)]
+        asked: list[tuple[str, dict[str, Any]]] = [("recommend", {"k": 3}), ("rank", {"items": ["item-5", "item-6"]})]
+        answers = [
+            together.ask("POST", f"/v1/{path}", {"user": user, "now_ms": NOW_MS, **body}) for path, body in asked * 8
+        ]
         assert [status for status, _ in answers] == [200] * 16
         assert [answer["kv"] for _, answer in answers] == ["miss"] + ["hit"] * 15
-        assert len({json.dumps(answer["items"]) for _, answer in answers}) == 1
+        assert [len({json.dumps(answer["items"]) for _, answer in answers[kind::2]}) for kind in (0, 1)] == [1, 1]
         after = by_process(together, "unipinrec_slates_total")
         gained = {name: after[name] - before.get(name, 0) for name in after}
         assert gained[str(process)] == 16
@@ -125,7 +128,8 @@ def test_requests_reach_every_process_and_each_is_counted_once(together: Running
 
     eventually(arrived)
     answered = samples(together, "unipinrec_http_requests_total")
-    recommended = [v for labels, v in answered.items() if ("endpoint", "/v1/recommend") in labels]
+    paths = {("endpoint", "/v1/recommend"), ("endpoint", "/v1/rank")}
+    recommended = [v for labels, v in answered.items() if paths.intersection(labels)]
     slates = by_process(together, "unipinrec_slates_total")
     assert sum(recommended) == sum(slates.values())
 
