@@ -5,5 +5,6 @@ evaluation.py         quality of the lists of a bundle on held-out requests
 held_out.py           how well the last events of users are predicted
 held_out_requests.py  sends held-out requests to a bundle, as a client would
 popularity.py         popularity of each item, for users without events
+prepared.py           histories of prepared data, as clients would send them
 served_order.py       chooses the order of slates of a model, with the reason
 """

@@ -12,7 +12,7 @@ plan_report.py     the report of `unipinrec plan`
 prepare.py         `unipinrec prepare`
 prepare_report.py  the report of `unipinrec prepare`
 recommend.py       `unipinrec verify` and `unipinrec recommend`
-serve.py           `unipinrec serve`
+serve.py           `unipinrec serve` and `unipinrec state`
 train.py           `unipinrec train`
 """
 
@@ -32,7 +32,7 @@ from unipinrec.cli.index import index
 from unipinrec.cli.plan import plan
 from unipinrec.cli.prepare import prepare
 from unipinrec.cli.recommend import recommend, verify
-from unipinrec.cli.serve import serve
+from unipinrec.cli.serve import serve, state
 from unipinrec.cli.train import train
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, serve):
+for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, serve, state):
     main.add_command(subcommand)
 for tool in (doctor, index, plan, demo):
     main.add_command(tool)
