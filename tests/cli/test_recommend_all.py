@@ -30,7 +30,7 @@ def run(*words: str | Path, code: int = 0) -> Result:
 def lists(path: Path) -> dict[str, pl.DataFrame]:
     frame = pl.read_parquet(path)
     assert dict(frame.schema) == COLUMNS
-    return {user: rows for (user,), rows in frame.group_by("user", maintain_order=True)}  # type: ignore[misc]
+    return {user: rows for (user,), rows in frame.group_by("user", maintain_order=True)}
 
 
 @pytest.fixture
