@@ -31,6 +31,7 @@ from unipinrec.errors import listed
 if TYPE_CHECKING:
     from unipinrec.runtime.bundle.quality import Estimate, Evaluation
 
+GPU_WORKERS = 2  # one computes while the other prepares inputs and writes rows
 COLUMNS = {
     "hit_rate": "HR@10",
     "ndcg": "NDCG@10",
@@ -183,9 +184,8 @@ def recommend_all(
             warn(
                 f"{bundle} does not know {len(values)} {kind} of {data}, such as {listed(values, 3)}; they are skipped"
             )
-        task = AllUsersTask(
-            recommender=recommender, histories=histories, k=k, options=wanted, workers=thread_count(threads)
-        )
+        cores = thread_count(threads) if recommender.device.name.startswith(("cpu", "openvino")) else GPU_WORKERS
+        task = AllUsersTask(recommender=recommender, histories=histories, k=k, options=wanted, workers=cores)
         shown = bar.add_task("users", total=len(histories.users), note="")
         written = answer_all(task, out, lambda users: bar.update(shown, completed=users))
     users_per_s = (written.users - written.resumed) / written.seconds
