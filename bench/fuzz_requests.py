@@ -33,11 +33,10 @@ with contextlib.ExitStack() as stack:
         decode_recommend,
         decode_similar,
     )
-    from unipinrec.runtime.server.handlers import usable
     from unipinrec.runtime.server.similar import similar_items
     from unipinrec.runtime.server.v2.codec import decode_infer, encode_infer, wanted_outputs
     from unipinrec.runtime.server.v2.graphs import GraphLimits, check_graph_inputs, output_names, run_graph
-    from unipinrec.runtime.validation import read_history
+    from unipinrec.runtime.validation import read_history, usable
 
 STORED = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "bundle_v1"
 NOW_MS = 1_800_000_000_000

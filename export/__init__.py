@@ -10,5 +10,6 @@ histories.py          histories of users, and whether they fit a model
 inferred.py           what is read off a module and its catalogue
 protocol.py           the five methods that a model needs to be exported
 servable.py           our own model as something to export
+warm_state.py         histories of prepared data for the events of a server
 weights.py            one weight file for all graphs
 """

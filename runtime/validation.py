@@ -11,12 +11,15 @@ import operator
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError, RequestError, TooFewItemsError, listed
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, Eligible, as_ids
 from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 from unipinrec.runtime.requests import (
@@ -171,6 +174,27 @@ def check_event(event: Event, manifest: Manifest, rows: Mapping[str, int], where
     _check_names(event, manifest, rows, where)
     if event.timestamp_ms is not None:
         _milliseconds(event.timestamp_ms, f"{where}.timestamp_ms")
+
+
+def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:
+    """The events that a bundle can read; an earlier bundle may have had other items, actions and surfaces."""
+    rows, manifest = bundle.rows, bundle.manifest
+    actions, surfaces = frozenset(manifest.actions), frozenset((UNKNOWN_SURFACE, *manifest.surfaces))
+    if (
+        all(event.item in rows for event in events)
+        and surfaces.issuperset([event.surface for event in events])
+        and actions.issuperset(chain.from_iterable([event.actions for event in events]))
+    ):
+        return tuple(events)
+    kept = []
+    for event in (event for event in events if event.item in rows):
+        if event.surface in surfaces and actions.issuperset(event.actions):
+            kept.append(event)
+        else:
+            surface = event.surface if event.surface in surfaces else UNKNOWN_SURFACE
+            known = tuple(action for action in event.actions if action in actions)
+            kept.append(msgspec.structs.replace(event, actions=known, surface=surface))
+    return tuple(kept)
 
 
 def _check_names(event: Event, manifest: Manifest, rows: Mapping[str, int], where: str) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests share their cores
+NO_REDIS = "redis-server is not installed (Debian: apt-get install redis-server)"
 DATA_ROOT = Path(os.environ.get("UNIPINREC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
@@ -109,3 +116,32 @@ def real_data() -> Path:
     if not DATA_ROOT.is_dir():
         pytest.skip(f"no real data sets at {DATA_ROOT}; set UNIPINREC_DATA to a folder that holds them")
     return DATA_ROOT
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Redis server, for as long as the tests run; skips where there is none."""
+    if shutil.which("redis-server") is None:
+        pytest.skip(NO_REDIS)
+    if find_spec("redis") is None:
+        pytest.skip("redis is not installed (pip install 'unipinrec[redis]')")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    server = subprocess.Popen([*words, "--dir", str(tmp_path_factory.mktemp("redis"))], stdout=subprocess.DEVNULL)
+    try:
+        _until(lambda: socket.create_connection(("127.0.0.1", port)).close())
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _until(attempt: Callable[[], None]) -> None:
+    limit = time.monotonic() + 20
+    while True:
+        try:
+            return attempt()
+        except OSError:
+            assert time.monotonic() < limit
+            time.sleep(0.02)

@@ -190,13 +190,7 @@ def read_dataset(folder: Path) -> Dataset:
     Raises:
         DataError: The folder is no prepared data set, or a table is not in the format of the module docstring.
     """
-    declaration = folder / "dataset.json"
-    try:
-        content = declaration.read_bytes()
-    except OSError as error:
-        raise DataError(f"{folder} is not a prepared data set ({error}); make one with `unipinrec prepare`") from error
-    with decoding(DataError, declaration, PREPARE_AGAIN):
-        spec = msgspec.json.decode(content, type=DatasetSpec)
+    declaration, spec = folder / "dataset.json", read_spec(folder)
     tables = {}
     for name, columns in {
         "events": event_columns(spec.actions),
@@ -217,6 +211,21 @@ def read_dataset(folder: Path) -> Dataset:
     _refuse(folder / "events.parquet", early, "a user's events must be in order of time, unknown times first")
     _require_items(folder / "items.parquet", tables["items"], spec)
     return Dataset(spec=spec, **tables)
+
+
+def read_spec(folder: Path) -> DatasetSpec:
+    """Read the declaration of a prepared data set.
+
+    Raises:
+        DataError: The folder is no prepared data set.
+    """
+    declaration = folder / "dataset.json"
+    try:
+        content = declaration.read_bytes()
+    except OSError as error:
+        raise DataError(f"{folder} is not a prepared data set ({error}); make one with `unipinrec prepare`") from error
+    with decoding(DataError, declaration, PREPARE_AGAIN):
+        return msgspec.json.decode(content, type=DatasetSpec)
 
 
 def read_parquet(path: Path, remedy: str) -> pl.DataFrame:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import TypeVar
 
 import msgspec
@@ -16,8 +16,7 @@ from starlette.responses import Response
 
 from unipinrec.errors import BackendError, ColdStartError, RequestError
 from unipinrec.runtime.batching import Answer
-from unipinrec.runtime.bundle.bundle import Bundle
-from unipinrec.runtime.requests import UNKNOWN_SURFACE, Event
+from unipinrec.runtime.requests import Event
 from unipinrec.runtime.server.bodies import (
     ApiError,
     ErrorAnswer,
@@ -40,7 +39,7 @@ from unipinrec.runtime.server.call import Call, Server, as_json, invalid, refusa
 from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import Append, StoredEvent
 from unipinrec.runtime.server.similar import similar_items
-from unipinrec.runtime.validation import check_event
+from unipinrec.runtime.validation import check_event, usable
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -171,27 +170,6 @@ async def settled(call: Call, begin: Callable[[], Future[T]]) -> T:
         log.error("request %s: %s", call.id, error)
         message = "the events of users cannot be reached; send the request again, or with a history"
         raise ApiError(503, "store_unavailable", message, {"retry-after": "1"}) from error
-
-
-def usable(events: Sequence[Event], bundle: Bundle) -> tuple[Event, ...]:
-    """The stored events of a user that a bundle can read; an earlier bundle may have had other items and actions."""
-    rows, manifest = bundle.rows, bundle.manifest
-    actions, surfaces = frozenset(manifest.actions), frozenset((UNKNOWN_SURFACE, *manifest.surfaces))
-    if (
-        all(event.item in rows for event in events)
-        and surfaces.issuperset([event.surface for event in events])
-        and actions.issuperset(chain.from_iterable([event.actions for event in events]))
-    ):
-        return tuple(events)
-    kept = []
-    for event in (event for event in events if event.item in rows):
-        if event.surface in surfaces and actions.issuperset(event.actions):
-            kept.append(event)
-        else:
-            surface = event.surface if event.surface in surfaces else UNKNOWN_SURFACE
-            known = tuple(action for action in event.actions if action in actions)
-            kept.append(msgspec.structs.replace(event, actions=known, surface=surface))
-    return tuple(kept)
 
 
 def _in_kind(outcomes: Sequence[T | Exception], call: Call, *, listed: bool) -> Response:

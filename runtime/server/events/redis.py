@@ -32,6 +32,7 @@ SCHEMES = ("redis", "rediss", "unix")
 CONNECTIONS = 8
 TIMEOUT_S = 2.0
 ATTEMPTS = 20
+SCANNED = 1_000  # keys at a time
 
 
 class RedisEventStore:
@@ -70,6 +71,11 @@ class RedisEventStore:
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
         """See `EventStore.histories`."""
         return self._submit(lambda: [decode_events(raw) for raw in self._server.mget([_key(user) for user in users])])
+
+    def users(self) -> Future[list[str]]:
+        """See `EventStore.users`."""
+        keys = partial(self._server.scan_iter, match=_key("*"), count=SCANNED)
+        return self._submit(lambda: [key.decode()[len(PREFIX) :] for key in {*keys()}])  # a scan may repeat keys
 
     def forget(self, user: str) -> Future[int]:
         """See `EventStore.forget`."""

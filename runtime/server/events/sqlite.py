@@ -98,6 +98,10 @@ class SqliteEventStore:
             future.set_exception(self._failed(error))
         return future
 
+    def users(self) -> Future[list[str]]:
+        """See `EventStore.users`."""
+        return self._submit(lambda: [user for (user,) in self._writer.execute("SELECT user FROM users")])
+
     def forget(self, user: str) -> Future[int]:
         """See `EventStore.forget`."""
         return self._submit(lambda: self._forget(user))

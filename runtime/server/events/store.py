@@ -79,6 +79,10 @@ class EventStore(Protocol):
         """The events of each user, oldest first; empty for an unknown user."""
         ...
 
+    def users(self) -> Future[list[str]]:
+        """All users, in no order; with writes at the same time, some of them may be missing."""
+        ...
+
     def forget(self, user: str) -> Future[int]:
         """Delete a user; returns the number of deleted events."""
         ...
@@ -193,6 +197,10 @@ class MemoryEventStore:
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
         """See `EventStore.histories`."""
         return done([self._read(user) for user in users])
+
+    def users(self) -> Future[list[str]]:
+        """See `EventStore.users`."""
+        return done(list(self._users))
 
     def forget(self, user: str) -> Future[int]:
         """See `EventStore.forget`."""

@@ -4,7 +4,7 @@ common.py          shared by all subcommands
 compile.py         `unipinrec compile`
 demo.py            `unipinrec demo`
 doctor.py          `unipinrec doctor`
-evaluate.py        `unipinrec evaluate`, and the printed form of an evaluation
+evaluate.py        `unipinrec evaluate`, the printed form of an evaluation, and `unipinrec recommend-all`
 export.py          `unipinrec export`
 index.py           `unipinrec index`
 plan.py            `unipinrec plan`
@@ -12,7 +12,7 @@ plan_report.py     the report of `unipinrec plan`
 prepare.py         `unipinrec prepare`
 prepare_report.py  the report of `unipinrec prepare`
 recommend.py       `unipinrec verify` and `unipinrec recommend`
-serve.py           `unipinrec serve`
+serve.py           `unipinrec serve` and `unipinrec state`
 train.py           `unipinrec train`
 """
 
@@ -26,13 +26,13 @@ from unipinrec import __version__
 from unipinrec.cli.compile import compile_engines
 from unipinrec.cli.demo import demo
 from unipinrec.cli.doctor import doctor
-from unipinrec.cli.evaluate import evaluate
+from unipinrec.cli.evaluate import evaluate, recommend_all
 from unipinrec.cli.export import export
 from unipinrec.cli.index import index
 from unipinrec.cli.plan import plan
 from unipinrec.cli.prepare import prepare
 from unipinrec.cli.recommend import recommend, verify
-from unipinrec.cli.serve import serve
+from unipinrec.cli.serve import serve, state
 from unipinrec.cli.train import train
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, serve):
+for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, recommend_all, serve, state):
     main.add_command(subcommand)
 for tool in (doctor, index, plan, demo):
     main.add_command(tool)

@@ -1,4 +1,4 @@
-"""`unipinrec evaluate`, and the printed form of an evaluation."""
+"""`unipinrec evaluate`, the printed form of an evaluation, and `unipinrec recommend-all`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,26 @@ import click
 from rich import box
 from rich.table import Table
 
-from unipinrec.cli.common import any_path, data_option, json_command, print_json, progress, say, stderr, stdout, warn
+from unipinrec.cli.common import (
+    any_path,
+    bundle_argument,
+    data_option,
+    json_command,
+    machine,
+    print_json,
+    progress,
+    say,
+    stderr,
+    stdout,
+    warn,
+)
+from unipinrec.cli.recommend import LOAD_RULES, options_of, request_options
+from unipinrec.errors import listed
 
 if TYPE_CHECKING:
     from unipinrec.runtime.bundle.quality import Estimate, Evaluation
 
+GPU_WORKERS = 2  # one computes while the other prepares inputs and writes rows
 COLUMNS = {
     "hit_rate": "HR@10",
     "ndcg": "NDCG@10",
@@ -130,3 +145,58 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
 
 def _with_error(estimate: Estimate | None) -> str:
     return "-" if estimate is None else f"{estimate.mean:.4f}±{estimate.error:.4f}"
+
+
+@click.command(
+    name="recommend-all",
+    short_help="Recommend items to all users of prepared data.",
+    epilog="Example: unipinrec recommend-all bundle/ data/ --out lists.parquet -k 50",
+)
+@bundle_argument
+@click.argument("data", type=any_path)
+@click.option("--out", type=any_path, required=True, help="Parquet file to write; it must not exist.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all that this process may use]")
+@request_options
+@json_command
+def recommend_all(
+    bundle: Path, data: Path, out: Path, threads: int | None, k: int, as_json: bool, **options: Any
+) -> None:
+    """Recommend items to each user with an event, and write the lists as rows of user, position, item and score.
+
+    The list of a user is that of `recommend` with all events as the history. Without --now, the time of a request is a
+    minute after the user's last event. Run the same command again to go on after an interruption.
+    """
+    with stderr.status("loading"):
+        from unipinrec.export.lists.all_users import AllUsersTask
+        from unipinrec.export.lists.all_users import recommend_all as answer_all
+        from unipinrec.export.lists.prepared import PreparedHistories
+        from unipinrec.runtime import Recommender
+        from unipinrec.runtime.machine import thread_count
+
+        histories = PreparedHistories.open(data)
+        rules = {name: options.pop(name) for name in LOAD_RULES}
+        recommender = Recommender.load(
+            bundle, options.pop("device"), machine=machine(options.pop("gpu")), threads=1, **rules
+        )
+    with recommender, progress() as bar:
+        wanted = options_of(recommender.bundle, options)
+        for kind, values in histories.unknown_to(recommender.bundle).items():
+            warn(
+                f"{bundle} does not know {len(values)} {kind} of {data}, such as {listed(values, 3)}; they are skipped"
+            )
+        cores = thread_count(threads) if recommender.device.name.startswith(("cpu", "openvino")) else GPU_WORKERS
+        task = AllUsersTask(recommender=recommender, histories=histories, k=k, options=wanted, workers=cores)
+        shown = bar.add_task("users", total=len(histories.users), note="")
+        written = answer_all(task, out, lambda users: bar.update(shown, completed=users))
+    users_per_s = (written.users - written.resumed) / written.seconds
+    if written.lists < written.users:
+        first = "; the first one, {!r}: {}".format(*written.refused[0]) if written.refused else ""
+        warn(f"{written.users - written.lists} of {written.users} users have no list{first}")
+    if as_json:
+        document = {"users": written.users, "lists": written.lists, "resumed": written.resumed}
+        print_json({**document, "seconds": written.seconds, "users_per_s": users_per_s, "device": recommender.device})
+        return
+    say(
+        f"{written.lists} lists in {out}: {users_per_s:,.1f} users/s in {written.seconds:.1f} s on "
+        f"{recommender.device.name}" + f"; {written.resumed} users were there" * bool(written.resumed)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from unipinrec.cli.common import (
 from unipinrec.errors import BackendError, BundleError, RequestError
 
 if TYPE_CHECKING:
-    from unipinrec.runtime import Bundle, Recommender
+    from unipinrec.runtime import Bundle, Recommender, RecommendOptions
     from unipinrec.runtime.bundle.manifest import Agreement
     from unipinrec.runtime.golden_check import GoldenCheck
     from unipinrec.runtime.requests import Event, Slate
@@ -40,6 +41,7 @@ Examples:
   unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
 
 TITLE_WIDTH = 12
+LOAD_RULES = ("strict", "allow_bundle_engines", "cold_start")
 
 
 def _device(_ctx: click.Context, _param: click.Parameter, name: str) -> str:
@@ -200,6 +202,79 @@ def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word for text in texts for word in ([text] if text in known else text.split(",")))
 
 
+REQUEST_OPTIONS = (
+    click.option("-k", type=click.IntRange(1), default=20, help="Number of items to recommend."),
+    click.option("--surface", default="unknown", help="Name of the place where the items are shown."),
+    click.option(
+        "--now",
+        "now_ms",
+        type=int,
+        metavar="MS",
+        help="Time of the request in Unix ms.  [default: a minute after the last event; with --history the current "
+        "time, or unknown if no event has a time]",
+    ),
+    click.option("--candidates", type=click.IntRange(1), default=200, help="Items that retrieval passes to ranking."),
+    click.option(
+        "--order",
+        type=click.Choice(["value", "blend", "product", "retrieval"]),
+        help="Score that orders the list; with retrieval the ranker does not run.  [default: the bundle's order]",
+    ),
+    click.option(
+        "--weights",
+        callback=_weights,
+        metavar="ACTION=W,...",
+        help="Weight of each action's probability in the value of an item.  [default: 1 for each positive action]",
+    ),
+    click.option("--allow", type=input_file, metavar="IDS.txt", help="Recommend only these items, one id per line."),
+    click.option("--deny", type=input_file, metavar="IDS.txt", help="Recommend none of these items, one id per line."),
+    click.option(
+        "--category",
+        "categories",
+        multiple=True,
+        callback=_categories,
+        metavar="NAME=WORD[,WORD]",
+        help="Only items with one of these words of a category feature; repeatable. A known word may hold commas.",
+    ),
+    click.option(
+        "--exclude-seen/--include-seen",
+        default=True,
+        help="Exclude the items of the history, or include them.",
+    ),
+    click.option("--exact", is_flag=True, help="Scan all items instead of searching the index."),
+    click.option(
+        "--truncate/--no-truncate",
+        default=True,
+        help="Shorten a history that is too long to its newest events, or reject it.",
+    ),
+    cold_start_option,
+    device_option,
+    strict_option,
+    engines_option,
+    gpu_option,
+)
+
+
+def request_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `RecommendOptions` and of the device, in the order of the help."""
+    for option in reversed(REQUEST_OPTIONS):
+        function = option(function)
+    return function
+
+
+def options_of(opened: Bundle, options: dict[str, Any]) -> RecommendOptions:
+    """The options of a request from those of the command, without those of the device."""
+    from unipinrec.runtime import RecommendOptions
+
+    options["allow"], options["exclude"] = _ids(options["allow"], opened), _ids(options.pop("deny"), opened) or ()
+    if options["categories"]:
+        known, categories = opened.manifest.categories, options["categories"].items()
+        options["categories"] = {name: _words(texts, known.get(name, ())) for name, texts in categories}
+    spec = opened.manifest.order
+    if spec is not None and spec.by == "retrieval" and options["order"] in ("value", "product"):
+        warn(f"this bundle orders by retrieval ({spec.reason}); an order by {options['order']} may be random")
+    return RecommendOptions(**options)
+
+
 @click.command(short_help="Recommend items to a user.", epilog=EXAMPLES)
 @bundle_argument
 @click.option("--user", metavar="ID", help="A sample user of the bundle. Any other id gets popular items.")
@@ -209,54 +284,7 @@ def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     metavar="EVENTS.json",
     help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first. An empty list gets popular items.',
 )
-@click.option("-k", type=click.IntRange(1), default=20, help="Number of items to recommend.")
-@click.option("--surface", default="unknown", help="Name of the place where the items are shown.")
-@click.option(
-    "--now",
-    "now_ms",
-    type=int,
-    metavar="MS",
-    help="Time of the request in Unix ms.  [default: with --user, a minute after the last event; else the current "
-    "time, or unknown if no event has a time]",
-)
-@click.option("--candidates", type=click.IntRange(1), default=200, help="Items that retrieval passes to ranking.")
-@click.option(
-    "--order",
-    type=click.Choice(["value", "blend", "product", "retrieval"]),
-    help="Score that orders the list; with retrieval the ranker does not run.  [default: the bundle's order]",
-)
-@click.option(
-    "--weights",
-    callback=_weights,
-    metavar="ACTION=W,...",
-    help="Weight of each action's probability in the value of an item.  [default: 1 for each positive action]",
-)
-@click.option("--allow", type=input_file, metavar="IDS.txt", help="Recommend only these items, one id per line.")
-@click.option("--deny", type=input_file, metavar="IDS.txt", help="Recommend none of these items, one id per line.")
-@click.option(
-    "--category",
-    "categories",
-    multiple=True,
-    callback=_categories,
-    metavar="NAME=WORD[,WORD]",
-    help="Only items with one of these words of a category feature; repeatable. A known word may hold commas.",
-)
-@click.option(
-    "--exclude-seen/--include-seen",
-    default=True,
-    help="Exclude the items of the history, or include them.",
-)
-@click.option("--exact", is_flag=True, help="Scan all items instead of searching the index.")
-@click.option(
-    "--truncate/--no-truncate",
-    default=True,
-    help="Shorten a history that is too long to its newest events, or reject it.",
-)
-@cold_start_option
-@device_option
-@strict_option
-@engines_option
-@gpu_option
+@request_options
 @json_command
 def recommend(
     bundle: Path,
@@ -271,23 +299,15 @@ def recommend(
     if (user is None) == (history is None):
         raise click.UsageError("give exactly one of --user and --history")
     with stderr.status("loading"):
-        from unipinrec.runtime import Recommender, RecommendOptions
+        from unipinrec.runtime import Recommender
 
-        rules = {name: options.pop(name) for name in ("strict", "allow_bundle_engines", "cold_start")}
+        rules = {name: options.pop(name) for name in LOAD_RULES}
         recommender = Recommender.load(bundle, device, machine=machine(options.pop("gpu")), **rules)
     with recommender:
         events = _events(recommender, user, history)
         if user is not None and events and options["now_ms"] is None:
             options["now_ms"] = _soon_after(events[-1])
-        opened = recommender.bundle
-        options["allow"], options["exclude"] = _ids(options["allow"], opened), _ids(options.pop("deny"), opened) or ()
-        if options["categories"]:
-            known, categories = opened.manifest.categories, options["categories"].items()
-            options["categories"] = {name: _words(texts, known.get(name, ())) for name, texts in categories}
-        spec = opened.manifest.order
-        if spec is not None and spec.by == "retrieval" and options["order"] in ("value", "product"):
-            warn(f"this bundle orders by retrieval ({spec.reason}); an order by {options['order']} may be random")
-        slate = recommender.recommend(events, k, RecommendOptions(**options))
+        slate = recommender.recommend(events, k, options_of(recommender.bundle, options))
     running = recommender.device
     if slate.source == "popular":
         unknown = f"user {user!r} is not among the sample users of this bundle"

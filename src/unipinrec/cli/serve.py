@@ -1,14 +1,38 @@
-"""`unipinrec serve`: the HTTP server."""
+"""`unipinrec serve`: the HTTP server, and `unipinrec state`: the events of its users."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from unipinrec.cli.common import FiniteRange, bundle_argument, command, gpu_option, input_file, positive
+from unipinrec.cli.common import (
+    FiniteRange,
+    any_path,
+    bundle_argument,
+    command,
+    gpu_option,
+    input_file,
+    json_command,
+    positive,
+    print_json,
+    progress,
+    say,
+    stderr,
+    warn,
+)
 from unipinrec.cli.recommend import cold_start_option, device_option, engines_option, strict_option
+from unipinrec.errors import BackendError, ConfigError, listed
+
+if TYPE_CHECKING:
+    from unipinrec.runtime.server.events.store import Events, EventStore
 
 EXAMPLES = """\b
 Examples:
@@ -188,3 +212,128 @@ def serve(bundle: Path, **options: Any) -> None:
     from unipinrec.runtime.serve import ServeOptions, serve_command
 
     serve_command(bundle, ServeOptions(**options))
+
+
+ANY_NUMBER = 1 << 62
+WITHOUT_BUNDLE = 1_024  # events kept of a user
+state_option = click.option(
+    "--state", "url", metavar="DIR|URL", required=True, help="The --state of the server: a folder or a URL."
+)
+
+
+@click.group(short_help="Load, show, forget or export the users' events of a server.")
+def state() -> None:
+    """Read and write the users' events of a server that has --state, while it runs or before it starts."""
+
+
+@contextmanager
+def _store(url: str, *, kept: int | None = None) -> Iterator[EventStore]:
+    """The store; without `kept` it must be there already."""
+    from unipinrec.runtime.serve import open_store
+    from unipinrec.runtime.server.events.sqlite import FILE
+    from unipinrec.runtime.server.events.store import StoreLimits
+
+    if kept is None and "://" not in url and not (Path(url) / FILE).is_file():
+        raise BackendError(f"--state {url}: holds no {FILE}; give the folder that `serve --state` names")
+    store = open_store(url, StoreLimits(events=kept or ANY_NUMBER, users=ANY_NUMBER))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@state.command(epilog="Example: unipinrec state load data/ --state /var/lib/unipinrec --bundle bundle/")
+@click.argument("data", type=any_path)
+@state_option
+@click.option(
+    "--bundle", type=any_path, help="Warn of items, actions and surfaces that this bundle does not know; keep them."
+)
+@click.option(
+    "--kept-events",
+    type=click.IntRange(1),
+    help=f"Largest number of events per user, the newest ones; as for `serve`.  [default: twice the longest history of "
+    f"the model of --bundle, else {WITHOUT_BUNDLE}]",
+)
+@click.option("--max-users", type=click.IntRange(1), default=100_000, help="The --max-users of the server.")
+@json_command
+def load(data: Path, url: str, bundle: Path | None, kept_events: int | None, max_users: int, as_json: bool) -> None:
+    """Bring the histories of prepared data into a server's events, so that it answers every user from the start.
+
+    An event is loaded once: to load the same data again changes nothing, and newer data adds its new events.
+    """
+    with stderr.status("reading"):
+        from unipinrec.export.lists.prepared import PreparedHistories
+        from unipinrec.export.warm_state import load_histories
+        from unipinrec.runtime import Bundle
+        from unipinrec.runtime.serve import KEPT_HISTORIES
+
+        histories, unknown = PreparedHistories.open(data), {}
+        if bundle is not None:
+            opened = Bundle.open(bundle)
+            unknown = histories.unknown_to(opened)
+            kept_events = kept_events or KEPT_HISTORIES * opened.manifest.model.max_history
+    for kind, values in unknown.items():
+        warn(f"{bundle} does not know {len(values)} {kind} of {data}, such as {listed(values, 3)}; it skips them")
+    kept = kept_events or WITHOUT_BUNDLE
+    with _store(url, kept=kept) as store, progress() as bar:
+        users = len({*store.users().result(), *histories.users})
+        if users > max_users:
+            raise ConfigError(
+                f"--max-users {max_users}: the server would have events of {users} users and forget some; give the "
+                "same larger --max-users here and to `serve`"
+            )
+        task, began = bar.add_task("load", total=histories.starts[-1], note="events"), time.perf_counter()
+        loaded = load_histories(histories, store, kept, lambda events: bar.update(task, completed=events))
+        events_per_s = loaded.events / (time.perf_counter() - began)
+    if as_json:
+        print_json({**asdict(loaded), "events_per_s": round(events_per_s), "unknown": unknown})
+        return
+    say(
+        f"{loaded.events} events of {loaded.users} users, {events_per_s:,.0f} events/s: {loaded.appended} appended, "
+        f"{loaded.known} were there, {loaded.left_out} older ones left out, {loaded.dropped} of the store dropped "
+        f"(at most {kept} events per user)"
+    )
+
+
+@state.command(epilog="Example: unipinrec state show user-17 --state /var/lib/unipinrec")
+@click.argument("user")
+@state_option
+@command
+def show(user: str, url: str) -> None:
+    """Print the stored events of a user as JSON."""
+    with _store(url) as store:
+        (events,) = store.histories([user]).result()
+        if not events:
+            raise BackendError(f"{store.description}: user {user!r} has no events; `state export` lists all users")
+    print_json(_as_sent(user, events))
+
+
+@state.command(epilog="Example: unipinrec state forget user-17 --state /var/lib/unipinrec")
+@click.argument("user")
+@state_option
+@command
+def forget(user: str, url: str) -> None:
+    """Delete the events of a user.
+
+    A running server may still hold the encoded history in its cache; DELETE /v1/users deletes both.
+    """
+    with _store(url) as store:
+        say(f"{store.forget(user).result()} events of user {user!r} deleted")
+
+
+@state.command(name="export", epilog="Example: unipinrec state export --state /var/lib/unipinrec > events.jsonl")
+@state_option
+@command
+def export_events(url: str) -> None:
+    """Print the events of all users as JSON lines, each as POST /v1/events takes it."""
+    with _store(url) as store:
+        users = sorted(store.users().result())
+        for begin in range(0, len(users), 256):
+            some = users[begin : begin + 256]
+            for user, events in zip(some, store.histories(some).result(), strict=True):
+                if events:
+                    sys.stdout.write(msgspec.json.encode(_as_sent(user, events)).decode() + "\n")
+
+
+def _as_sent(user: str, events: Events) -> dict[str, Any]:
+    return {"user": user, "events": [msgspec.structs.asdict(event) for event in events]}

@@ -24,9 +24,9 @@ from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
-from unipinrec.runtime.server.handlers import usable
 from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
+from unipinrec.runtime.validation import usable
 
 AT = 1_700_000_000_000
 HISTORY = [{"item": f"item-{index}", "actions": ["click"], "timestamp_ms": AT + index} for index in range(3)]

@@ -4,15 +4,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,7 +32,6 @@ from unipinrec.runtime.server.events.store import (
 
 NOW = 1_700_000_000_000
 LIMITS = StoreLimits(events=8, users=3)
-NO_REDIS = "redis-server is not installed (Debian: apt-get install redis-server)"
 
 
 def event(item: str, at: int | None = None, name: str | None = None) -> StoredEvent:
@@ -115,34 +112,6 @@ def test_a_history_is_in_order_and_does_not_depend_on_how_it_was_sent(
 # Every store.
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if shutil.which("redis-server") is None:
-        pytest.skip(NO_REDIS)
-    if find_spec("redis") is None:
-        pytest.skip("redis is not installed (pip install 'unipinrec[redis]')")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen([*words, "--dir", str(tmp_path_factory.mktemp("redis"))], stdout=subprocess.DEVNULL)
-    try:
-        until(lambda: socket.create_connection(("127.0.0.1", port)).close())
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def until(attempt: Callable[[], None]) -> None:
-    limit = time.monotonic() + 20
-    while True:
-        try:
-            return attempt()
-        except OSError:
-            assert time.monotonic() < limit
-            time.sleep(0.02)
-
-
 @pytest.fixture(params=["memory", "sqlite", "redis"])
 def state(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
     if request.param == "redis":
@@ -159,6 +128,12 @@ def store(state: str | None) -> Iterator[EventStore]:
     opened = open_store(state, LIMITS)
     yield opened
     opened.close()
+
+
+def test_all_users_are_listed(store: EventStore) -> None:
+    store.append([append("u", event("a")), append("v:*", event("b")), append("w", event("c"))], NOW).result()
+    store.forget("w").result()
+    assert sorted(store.users().result()) == ["u", "v:*"]
 
 
 def test_what_was_appended_is_read(store: EventStore) -> None:
