@@ -133,8 +133,9 @@ def _filled(name: str, vectors: pl.Series, mapped: ItemColumns) -> list[pl.Serie
     known = vectors.filter(~gap)
     if not known.len() or known.list.len().n_unique() > 1:
         raise DataError(f"dense: {name!r} has {known.len():,} items without a gap, of one length or several; no mean")
-    mean = pl.Series(known.to_list()).list.to_array(known.list.len()[0]).to_numpy().mean(axis=0).tolist()
-    filled = pl.Series(own, [mean if empty else one for empty, one in zip(gap, vectors, strict=True)])
+    means = known.cast(pl.List(pl.Float64)).list.to_array(known.list.len()[0]).to_numpy().mean(axis=0)
+    mean = pl.lit(pl.Series([means.tolist()], dtype=pl.List(pl.Float64))).first()
+    filled = pl.select(pl.when(gap).then(mean).otherwise(vectors.cast(pl.List(pl.Float64)))).to_series().alias(own)
     return [filled, gap.cast(pl.Float64).alias(f"{own}_missing")]
 
 

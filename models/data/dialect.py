@@ -48,12 +48,11 @@ def guess_form(path: Path) -> tuple[FileForm, str]:
     for rank, separator in enumerate(SEPARATORS):
         for quote in ('"', "'", ""):
             share, width = _fit(rows_of(text, separator, quote))
-            if width < 2:
-                continue
-            quoted = quote != "'" or _quoted(rows_of(text, separator, ""), "'")
-            tried.append(
-                ((round(share, 2), quoted, separator != " ", width, -rank, quote == '"', bool(quote)), separator, quote)
-            )
+            edge = re.escape(separator)
+            used = quote and re.search(f"(?:^|{edge}){quote}[^{quote}\n]*{quote}(?:{edge}|$)", text, re.MULTILINE)
+            if width > 1:
+                key = (round(share, 2), bool(used), separator != " ", width, -rank, quote == '"')
+                tried.append((key, separator, quote))
     if not tried:
         raise DataError(
             f"{path}: no separator of {list(SEPARATORS)} makes columns of it; give `separator` in the column map"
@@ -98,10 +97,6 @@ def _fit(rows: list[list[str]]) -> tuple[float, int]:
         return 0.0, 0
     width, count = Counter(map(len, rows)).most_common(1)[0]
     return count / len(rows), width
-
-
-def _quoted(rows: list[list[str]], quote: str) -> bool:
-    return any(len(cell) > 1 and cell[0] == cell[-1] == quote for row in rows for cell in row)
 
 
 def _has_header(rows: list[list[str]]) -> bool:

@@ -121,8 +121,10 @@ def _read_text(
     if len(names) != first.width:
         row = list(map(str, first.row(0)))
         raise DataError(f"{path}: `header` names {len(names)} columns, line 1 has {first.width}: {listed(row)}")
+    whole = pl.col(pl.String).str.replace_all(UNIT_SEPARATOR, separator_of(path, form), literal=True)  # in quotes
     if columns is None:
-        return read(infer_schema=False).rename(dict(zip(first.columns, names, strict=True)))
+        frame = read(infer_schema=False).rename(dict(zip(first.columns, names, strict=True)))
+        return frame.with_columns(whole)
     stored = dict(zip(names, first.columns, strict=True))
     try:
         chosen = _select(pl.DataFrame(schema=list(names)), path, columns).columns
@@ -134,7 +136,7 @@ def _read_text(
         )
     overrides = {stored[name]: dtype for name, dtype in types.items() if name in chosen}
     frame = read(columns=[stored[name] for name in chosen], schema_overrides=overrides, infer_schema_length=None)
-    return frame.rename({stored[name]: name for name in chosen}).select(chosen)
+    return frame.rename({stored[name]: name for name in chosen}).select(chosen).with_columns(whole)
 
 
 def _plain(path: Path, form: FileForm) -> tuple[Path | bytes, str]:

@@ -109,7 +109,12 @@ def inspect_source(source: Path) -> Inspected:
     sheets = _sheets(source)
     events = max(sheets, key=lambda sheet: (bool(sheet.named(USER)), bool(sheet.named(ITEM)), sheet.rows.height))
     roles, body = _events(events)
-    lines = [f"name = {_toml(source.resolve().stem)}", 'source = "own data"  # origin and licence']
+    lines = [
+        "# A guess from names and values: check every line. docs/data.md explains the keys.",
+        f"# columns: {', '.join(map(_toml, events.rows.columns))}",
+        f"name = {_toml(source.resolve().stem)}",
+        'source = "own data"  # origin and licence',
+    ]
     lines += [*body, *_form_lines(events, source.is_dir())]
     if items := next((one for one in sheets if one is not events and _catalogue_id(one, events, roles.item)), None):
         lines += _item_lines(items, events, roles.item)
@@ -220,7 +225,7 @@ def _time(name: str, text: pl.Series | None, sheet: Sheet) -> tuple[str, str | N
         for unit, scale in schema.UNITS_MS.items():
             if (numbers * scale).is_between(schema.EARLIEST_MS, schema.LATEST_MS).all():
                 return f"timestamp_unit = {_toml(unit)}", None
-    if not hinted and not values.str.contains(r"\d\D+\d|[A-Za-z]{3}.*\d{4}").all():
+    if not hinted and not values.str.contains(r"\d\D+\d|[A-Za-z]{3}.*\d{4}|^(19|20)\d\d[01]\d[0-3]\d$").all():
         return None
     fit = {form: moments for form in FORMATS if (moments := _moments(values, form)) is not None}
     if not fit:
@@ -243,11 +248,12 @@ def _actions(rest: list[str], texts: dict[str, pl.Series]) -> list[str]:
     flags = [
         name for name in few if texts[name].str.to_lowercase().is_in(["0", "1", "true", "false", "1.0", "0.0"]).all()
     ]
-    for name in (name for name in few if name not in flags and re.search(EVENT, _words(name))):
+    plain = [name for name in few if re.match("column_", name) and not texts[name].str.contains(r"\d").any()]
+    for name in (name for name in few if name not in flags and (re.search(EVENT, _words(name)) or name in plain)):
         counts = texts[name].value_counts(sort=True)
         words = counts[name].to_list()
         good = next(
-            (word for word in words if re.search(WANTED, word.lower()) and not re.search("remove|un|dis", word)),
+            (word for word in words if re.search(WANTED, word.lower()) and not re.search("remove|^un|^dis", word)),
             words[0],
         )
         held = ", ".join(f"{word} {count:,}" for word, count in counts.head(8).iter_rows())
@@ -313,7 +319,7 @@ def _item_lines(sheet: Sheet, events: Sheet, item: str) -> list[str]:
     title = next((c.name for c in rest if re.search("title|name", _words(c.name)) and c.name in sheet.texts), None)
     dense, words = [], []
     for column in rest:
-        numbers = isinstance(column.dtype, pl.Array | pl.List) and column.dtype.inner.is_numeric()  # type: ignore[union-attr]
+        numbers = isinstance(column.dtype, pl.Array | pl.List) and column.dtype.inner.is_numeric()
         text = sheet.texts.get(column.name)
         if numbers or column.dtype.is_float() or (text is not None and text.len() and _decimal(text)):
             dense.append(column)
