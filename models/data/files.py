@@ -121,7 +121,8 @@ def _read_text(
     if len(names) != first.width:
         row = list(map(str, first.row(0)))
         raise DataError(f"{path}: `header` names {len(names)} columns, line 1 has {first.width}: {listed(row)}")
-    whole = pl.col(pl.String).str.replace_all(UNIT_SEPARATOR, separator_of(path, form), literal=True)  # in quotes
+    several = pl.col(pl.String).str.replace_all(UNIT_SEPARATOR, separator_of(path, form), literal=True)
+    whole = [several] if separator == UNIT_SEPARATOR else []  # a separator in quotes stays what it was
     if columns is None:
         frame = read(infer_schema=False).rename(dict(zip(first.columns, names, strict=True)))
         return frame.with_columns(whole)

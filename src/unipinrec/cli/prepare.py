@@ -203,7 +203,7 @@ def inspect(source: Path, out: Path | None, as_json: bool) -> None:
     for note in found.notes:
         warn(note)
     if found.problem:
-        warn(f"`prepare table` would refuse this map; edit it: {found.problem}")
+        warn(f"`prepare table` refuses this map as it is: {found.problem}")
     if as_json:
         print_json(found)
         return

@@ -17,6 +17,8 @@ from unipinrec.models.data.validate import build_dataset
 
 HEAD = 'name = "x"\npositive_actions = ["click"]\n'
 CLICK = "[actions]\nclick = true\n"
+SECONDS = 'timestamp = "many"\ntimestamp_unit = "s"\n'
+SPLIT = 'items_separator = " "\nlabel_separator = "="\n'
 COLUMNS = '[events]\nuser = "user"\nitem = "item"\n'
 
 
@@ -78,18 +80,18 @@ def test_every_value_of_a_column_is_an_action(tmp_path: Path) -> None:
     [
         ("user;item\nu;a\n", COLUMNS, r"no column 'item', 'user'; it has \['user;item'\]; give `separator = ';'`"),
         ("7,8\n9,8\n", COLUMNS, r"if line 1 of e.csv holds no names, give them as `header`"),
-        ("user,item\nu,a\nv,b,c,d\n", COLUMNS, r"line 3 has 4 values, line 1 has 2; it ends in \['b', 'c', 'd'\]; correct"),
+        ("user,item\nu,a\nv,b,c,d\n", COLUMNS, r"line 3 has 4 values, line 1 has 2; .*\['b', 'c', 'd'\]; correct"),
         ("user,item\nu,é\n".encode("latin-1"), COLUMNS, r"line 2: .*xe9.* is not utf-8; give `encoding`"),
         ("user,item\nu,é\n".encode(), COLUMNS + 'encoding = "ascii"\n', r"line 2: .* is not ascii; give `encoding`"),
-        ("user,item\nu,a\n", COLUMNS + 'header = ["user"]\n', r"`header` names 1 columns, line 1 has 2: \['user', 'item'\]"),
+        ("user,item\nu,a\n", COLUMNS + 'header = ["user"]\n', r"`header` names 1 columns, line 1 has 2: \['user', "),
         ("", COLUMNS + 'header = ["user", "user"]\n', r"`header` names every column .* each once"),
         ("", COLUMNS + 'separator = ""\n', r"`separator` is ''; give what stands between"),
         ("", COLUMNS + 'quote = "ab"\n', r"`quote` is 'ab'; give one ASCII character"),
         ("", COLUMNS + 'encoding = "latin"\n[slates]\n', r"missing required field"),
         ("", COLUMNS + 'encoding = "utf-42"\n', r"`encoding` 'utf-42' is unknown; utf-8, latin-1"),
-        ("user,item,n\nu,a,3\nu,b,x\n", COLUMNS + 'order = "n"\n', r"column 'n' is String, \['x'\] is no number \(row 2\)"),
+        ("user,item,n\nu,a,3\nu,b,x\n", COLUMNS + 'order = "n"\n', r"column 'n' .*, \['x'\] is no number \(row 2\)"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_form_is_refused_with_the_line_and_the_option(
     tmp_path: Path, data: bytes | str, toml: str, message: str
 ) -> None:
@@ -102,27 +104,27 @@ def test_a_wrong_form_is_refused_with_the_line_and_the_option(
     [
         (HEAD + COLUMNS, r"no action: give `\[actions\]`, such as `click = true`"),
         (HEAD + "[actions]\nclick = false\n" + COLUMNS, r"action 'click' is false; `true` means"),
-        (HEAD + 'actions_from = "kind"\n' + COLUMNS, r"positive_actions: \['click'\] is no value of column 'kind'; it holds \['a'"),
-        (HEAD + 'actions_from = "many"\n' + COLUMNS, r"'many' has 40 values, at most 32 can be actions, such as \['0', '1', '2'\] and"),
-        ("slate_gap_minutes = 5\n" + HEAD + CLICK + COLUMNS + 'timestamp = "many"\ntimestamp_unit = "s"\n', r"shown and left alone"),
-        (HEAD + CLICK + COLUMNS + 'label_separator = "-"\n', r"`label_separator` is the text .* needs `items_separator`"),
+        (HEAD + 'actions_from = "kind"\n' + COLUMNS, r"\['click'\] is no value of column 'kind'; it holds \['a'"),
+        (
+            HEAD + 'actions_from = "many"\n' + COLUMNS,
+            r"has 40 values, at most 32 .* \['0', '1', '2'\] and",
+        ),
+        ("slate_gap_minutes = 5\n" + HEAD + CLICK + COLUMNS + SECONDS, r"shown and left alone"),
+        (HEAD + CLICK + COLUMNS + 'label_separator = "-"\n', r"`label_separator` is .* needs `items_separator`"),
         (HEAD + CLICK + COLUMNS + 'items_separator = ""\n', r"column 'item' is text; `items_separator` must say"),
-        (HEAD + CLICK + COLUMNS + 'items_separator = " "\nlabel_separator = "="\n', r"holds \['i0'.*\] and 37 more, without '='"),
+        (HEAD + CLICK + COLUMNS + SPLIT, r"holds \['i0'.*\] and 37 more, without '='"),
     ],
-)  # fmt: skip
+)
 def test_a_map_without_sense_is_refused(tmp_path: Path, toml: str, message: str) -> None:
     data = "user,item,kind,many\n" + "".join(f"u,i{n},{'ab'[n % 2]},{n}\n" for n in range(40))
     with pytest.raises(DataError, match=message):
         built(tmp_path, data, toml)
 
 
-def test_impressions_in_one_row_are_a_slate(tmp_path: Path) -> None:
-    data = "id,user,when,shown\n1,u,11/15/2019 8:55:22 AM,a-b-1 c-0\n2,u,11/15/2019 1:00:00 PM,c-1 d-0  \n"
-    toml = (
-        f'{HEAD}[actions]\nclick = "label"\n[events]\nuser = "user"\nitem = "shown"\nitems_separator = " "\n'
-        'label_separator = "-"\nslate = "id"\ntimestamp = "when"\ntimestamp_format = "%m/%d/%Y %I:%M:%S %p"\n'
-    )
-    made = built(tmp_path, data, toml)
+def test_impressions_in_one_row_are_a_slate_as_in_the_documentation(tmp_path: Path) -> None:
+    data = "1\tu\t11/15/2019 8:55:22 AM\told x\ta-b-1 c-0\n2\tu\t11/15/2019 1:00:00 PM\t\tc-1 d-0  \n"
+    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    made = built(tmp_path, data, document.split("```toml\n")[2].split("```")[0], "behaviors.tsv")
     assert made.slates.select("slate_id", "item_id", "timestamp_ms", "position", "action_click").rows() == [
         (0, "a-b", 1573808122000, 0, True),
         (0, "c", 1573808122000, 1, False),
@@ -148,8 +150,14 @@ def catalogue(folder: Path, columns: dict[str, Any], options: str) -> pl.DataFra
 
 
 @pytest.mark.parametrize(
-    "texts", [["0.5 1", "2 -3", "1e1 0"], ["[0.5, 1]", "[2,-3]", " [10, 0] "], ["0.5|1", "2|-3", "10|0"], ["0.5;1", "2; -3", "10;0"]]
-)  # fmt: skip
+    "texts",
+    [
+        ["0.5 1", "2 -3", "1e1 0"],
+        ["[0.5, 1]", "[2,-3]", " [10, 0] "],
+        ["0.5|1", "2|-3", "10|0"],
+        ["0.5;1", "2; -3", "10;0"],
+    ],
+)
 def test_numbers_in_a_text_are_a_vector(tmp_path: Path, texts: list[str]) -> None:
     items = catalogue(tmp_path, {"v": texts}, 'dense = { v = "v" }\n')
     assert items["dense_v"].to_list() == [[0.5, 1.0], [2.0, -3.0], [10.0, 0.0]]
