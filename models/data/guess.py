@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from unipinrec.errors import DataError, listed
+from unipinrec.errors import LONGEST_VALUE, DataError, listed
 from unipinrec.models.data import schema
 from unipinrec.models.data.dialect import guess_form
 from unipinrec.models.data.files import JSON_ENDINGS, TEXT_ENDINGS, FileForm, read_table
@@ -111,7 +111,7 @@ def inspect_source(source: Path) -> Inspected:
     roles, body = _events(events)
     lines = [
         "# A guess from names and values: check every line. docs/data.md explains the keys.",
-        f"# columns: {', '.join(map(_toml, events.rows.columns))}",
+        f"# columns: {', '.join(map(_toml, events.rows.columns[:100]))}",
         f"name = {_toml(source.resolve().stem)}",
         'source = "own data"  # origin and licence',
     ]
@@ -126,7 +126,7 @@ def inspect_source(source: Path) -> Inspected:
         made = build_dataset(raw)
         counts = {"rows": raw.events.height, "users": made.events["user_id"].n_unique(), "items": made.items.height}
         counts |= {"slates": made.slates["slate_id"].n_unique(), **made.spec.dropped}
-    except (DataError, msgspec.ValidationError) as error:
+    except (DataError, msgspec.DecodeError) as error:
         problem = str(error)
     return Inspected(
         files={(sheet.pattern or sheet.path.name): _described(sheet) for sheet in sheets},
@@ -256,8 +256,8 @@ def _actions(rest: list[str], texts: dict[str, pl.Series]) -> list[str]:
             (word for word in words if re.search(WANTED, word.lower()) and not re.search("remove|^un|^dis", word)),
             words[0],
         )
-        held = ", ".join(f"{word} {count:,}" for word, count in counts.head(8).iter_rows())
-        return [f"positive_actions = [{_toml(good)}]  # of {held}".replace("\n", " "), f"actions_from = {_toml(name)}"]
+        held = ", ".join(f"{_toml(word[:LONGEST_VALUE])} {count:,}" for word, count in counts.head(8).iter_rows())
+        return [f"positive_actions = [{_toml(good)}]  # of {held}", f"actions_from = {_toml(name)}"]
     if flags := [name for name in flags if texts[name].n_unique() > 1 or texts[name][0].lower() in ("1", "true")]:
         good = next((name for name in flags if re.search(WANTED, _words(name))), flags[0])
         return [

@@ -281,17 +281,17 @@ def outcome(dialect: Dialect) -> str:
     return "same" if same else "said: " + found.notes[0] if found.notes else "wrong: " + found.toml
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(DIALECTS)
 def test_dialects_are_read_as_written_or_the_map_says_what_is_missing(dialect: Dialect) -> None:
     assert outcome(dialect).partition(":")[0] in ("same", "said")
 
 
 @pytest.mark.slow
-def test_of_a_thousand_dialects_95_in_100_need_no_edit() -> None:
+def test_of_300_dialects_95_in_100_need_no_edit() -> None:
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
     @given(DIALECTS)
     def count(dialect: Dialect) -> None:
         counts[outcome(dialect).partition(":")[0]] += 1
@@ -336,3 +336,11 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, data: bytes, mes
 def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no file with an ending of .csv"):
         inspect_source(tmp_path)
+
+
+def test_words_of_a_column_cannot_break_the_map(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    kinds = ("view", 'a"\n\r\x00[events]\n', "buy")
+    rows = ({"user": user(n), "item": item(n), "event\n": kinds[n % 3]} for n in ROWS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prepared(path).spec.actions == kinds
