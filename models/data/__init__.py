@@ -1,6 +1,10 @@
 """Sources of data, and the input format.
 
+catalogue.py      the items of a column map
+dialect.py        how a text file is written, guessed
 download.py       public data sets from their owners, verified
+files.py          tables in text, JSON lines and Parquet files
+guess.py          what the columns of a table mean, guessed
 item_features.py  the content of items as arrays
 kuairand.py       KuaiRand
 movielens.py      MovieLens

@@ -22,8 +22,8 @@ from pathlib import Path
 import polars as pl
 
 from unipinrec.errors import DataError
+from unipinrec.models.data.files import read_table
 from unipinrec.models.data.schema import TimeSplit
-from unipinrec.models.data.table import read_table
 from unipinrec.models.data.validate import DEFAULT_GAP_MS, RawTables, slates_from_events
 
 ACTIONS = ("click", "long_view", "like", "follow", "comment", "forward", "hate", "profile_enter")

@@ -16,7 +16,7 @@ from pathlib import Path
 import polars as pl
 
 from unipinrec.errors import DataError
-from unipinrec.models.data.table import read_table
+from unipinrec.models.data.files import read_table
 from unipinrec.models.data.validate import DEFAULT_GAP_MS, RawTables, slates_from_events
 
 # fmt: off

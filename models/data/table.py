@@ -1,15 +1,14 @@
-"""Any CSV or Parquet files, described by a small TOML file of column names; docs/data.md has an example.
+"""Any text, JSON lines or Parquet files, described by a small TOML file of column names; docs/data.md has an example.
 
-Files may be `.csv`, `.tsv` (either also as `.gz`) or `.parquet`. Ids in text files are read as text, so "007"
-stays "007". A gap in an action column means that the action did not happen. Values are compared by meaning: true, 1,
-1.0 and the text "1" are equal. Columns that do not fit the map are rejected.
+Ids in text files are read as text, so "007" stays "007". A gap in an action column means that the action did not
+happen. Values are compared by meaning: true, 1, 1.0 and the text "1" are equal. Columns that do not fit the map are
+rejected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,11 +19,13 @@ import polars as pl
 from unipinrec.errors import DataError, listed
 from unipinrec.models.config import DAY_MS
 from unipinrec.models.data import schema
+from unipinrec.models.data.catalogue import ItemColumns, read_items
+from unipinrec.models.data.files import FileForm, as_numbers, as_text, joined, paths_of, read_table
 from unipinrec.models.data.validate import LONGEST_GAP_MINUTES, RawTables, slates_from_events
 
-TEXT_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+MOST_ACTIONS = 32
+PLACE = "place in the list"
 UNORDERED = "events: neither time nor order, in the file's order (kept)"
-SEVERAL = "a column map reads several files with `files`"
 # A date, hours and minutes, seconds, their fraction, and an offset in hours and minutes.
 CLOCK, OFFSET = r"([0-9]{2}:[0-9]{2})(?:(:[0-9]{2})(?:[.,]([0-9]{1,9}))?)?", r"(?: ?Z| ?([+-][0-9]{2}):?([0-9]{2})?)?"
 ISO_8601 = rf"^([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})(?:[T ]{CLOCK}{OFFSET})?$"
@@ -33,10 +34,10 @@ ISO_8601 = rf"^([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})(?:[T ]{CLOCK}{OFFSET})?$"
 class ActionRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The action happened where `column` equals one of `equals`, or is a number of at least `at_least`.
 
-    Without both, the column holds true/false or 1/0.
+    Without both, the column holds true/false or 1/0. Without a column, every row is the action.
     """
 
-    column: str
+    column: str | None
     equals: tuple[str | int | float | bool, ...] | None = None
     at_least: float | None = None
 
@@ -45,16 +46,16 @@ class ActionRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"action of column {self.column!r} has both `equals` and `at_least`; give one")
 
 
-class EventColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EventColumns(FileForm, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Columns of the events or the slates; with `slate`, events are the exposures of that slate.
 
-    `file` is a name, `files` a pattern of names such as "part-*.parquet"; `timestamp_format` is for strptime.
+    `timestamp_format` is for strptime. With `items_separator` a row has several items, as a list or as text such as
+    "a b", and becomes a row for each, with its place in the list as `position`. `label_separator` splits "a-1" into
+    the item and a label, which actions name as the column "label".
     """
 
     user: str
     item: str
-    file: str | None = None
-    files: str | None = None
     timestamp: str | None = None
     timestamp_unit: Literal["s", "ms", "us", "ns", "iso"] | None = None
     timestamp_format: str | None = None
@@ -62,38 +63,31 @@ class EventColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     order: str | None = None
     slate: str | None = None
     position: str | None = None
+    items_separator: str | None = None
+    label_separator: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_separator == "" or (self.label_separator and self.items_separator is None):
+            raise ValueError("`label_separator` is the text between item and label, and needs `items_separator`")
         if [self.timestamp_unit, self.timestamp_format].count(None) != 1 + (self.timestamp is None):
             raise ValueError("`timestamp` needs either `timestamp_unit` (s, ms, us, ns or iso) or `timestamp_format`")
         if "%Z" in (self.timestamp_format or "").replace("%%", ""):
             raise ValueError("`timestamp_format`: %Z would be ignored; take %z, for offsets such as +0100")
 
 
-class ItemColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Columns of the items file; a dense feature is one column (a number or a list) or several numbers."""
-
-    item: str
-    file: str | None = None
-    files: str | None = None
-    title: str | None = None
-    dense: dict[str, str | tuple[str, ...]] = {}
-    categories: dict[str, str] = {}
-
-    def __post_init__(self) -> None:
-        if empty := [name for name, columns in self.dense.items() if not columns]:
-            raise ValueError(f"`dense`: {empty[0]!r} names no column; give one or several, or omit it")
-        if wrong := [name for name in self.categories if "=" in name]:
-            raise ValueError(f'`categories`: {wrong[0]!r} has a "=", so that no filter can name it; rename it')
-
-
 class ColumnMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The TOML file. Slates come from `[slates]`, `events.slate`, or pauses of `slate_gap_minutes`."""
+    """The TOML file. Slates come from `[slates]`, `events.slate`, or pauses of `slate_gap_minutes`.
+
+    An action is a column of flags, a rule, or `true` if every row is one. Each value of the column `actions_from` is
+    an action too.
+    """
 
     name: str
-    actions: dict[str, str | ActionRule]
     positive_actions: tuple[str, ...]
     events: EventColumns
+    actions: dict[str, str | bool | ActionRule] = {}
+    actions_from: str | None = None
     slates: EventColumns | None = None
     items: ItemColumns | None = None
     slate_gap_minutes: float | None = None
@@ -109,6 +103,15 @@ class ColumnMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError("events.slate and slate_gap_minutes need events.timestamp")
         if self.slates is not None and None in (self.slates.slate, self.slates.timestamp):
             raise ValueError("[slates] needs `slate` and `timestamp`")
+        if not self.actions and self.actions_from is None:
+            raise ValueError(
+                "no action: give `[actions]`, such as `click = true` if every row is a click, or `actions_from`"
+            )
+        if wrong := [name for name, rule in self.actions.items() if rule is False]:
+            raise ValueError(f"action {wrong[0]!r} is false; `true` means that every row is one, else name a column")
+        slates = (self.slates, self.events.slate, self.slate_gap_minutes) != (None, None, None)
+        if slates and all(self.actions.get(name) is True for name in self.positive_actions):
+            raise ValueError("slates need items that were shown and left alone: a positive action with a column")
 
 
 def read_column_map(path: Path) -> ColumnMap:
@@ -138,18 +141,18 @@ def read_mapped(source: Path, columns: ColumnMap) -> RawTables:
     if source.is_file() and (columns.events.files or columns.events.file not in (None, source.name)):
         name = columns.events.files or columns.events.file
         raise DataError(f"{source} is a file, but [events] of the column map names {name!r}; give the folder as SOURCE")
-    paths = _paths(folder, columns.events) if source.is_dir() else [source]
-    rules = {name: ActionRule(column=rule) if isinstance(rule, str) else rule for name, rule in columns.actions.items()}
-    events = _joined(paths, partial(_events, columns.events, rules))
+    paths = paths_of(folder, columns.events) if source.is_dir() else [source]
+    rules = _rules(columns, paths)
+    events = joined(paths, partial(_events, columns.events, rules))
     slates = _slates(folder, columns, events, rules)
     positive = [name for name in rules if name in columns.positive_actions]
     for name in positive:
         if not any(table[schema.ACTION_PREFIX + name].any() for table in (events, slates) if table.width):
-            held = _held(paths[0], [rules[name]])
+            held = _held(paths[0], columns.events, [rules[name]])
             raise DataError(f"{paths[0]}: the positive action {name!r} never happens; {held}")
     if columns.slates and slates.height and not any(slates[schema.ACTION_PREFIX + name].any() for name in positive):
-        path = _paths(folder, columns.slates)[0]
-        held = _held(path, [rules[name] for name in positive])
+        path = paths_of(folder, columns.slates)[0]
+        held = _held(path, columns.slates, [rules[name] for name in positive])
         raise DataError(f"{path}: no positive action of {positive} happens in any slate, but in events; {held}")
     unordered = events.select(pl.all_horizontal(pl.col("^(timestamp_ms|order)$").is_null()).sum()).item()
     return RawTables(
@@ -158,92 +161,95 @@ def read_mapped(source: Path, columns: ColumnMap) -> RawTables:
         actions=tuple(rules),
         positive_actions=columns.positive_actions,
         events=events.drop("slate_id", "position", strict=False),
-        items=_items(folder, columns.items, [events, slates]),
+        items=read_items(folder, columns.items, [events, slates]),
         slates=slates,
         dropped={UNORDERED: unordered},
     )
 
 
-def _held(path: Path, rules: list[ActionRule]) -> str:
-    table = read_table(path, {rule.column for rule in rules})
+def _rules(columns: ColumnMap, paths: list[Path]) -> dict[str, ActionRule]:
+    rules = {}
+    if (source := columns.actions_from) is not None:
+        values = joined(paths, lambda path: _rows(path, columns.events, {source}, {source: pl.String()}))[source]
+        words = _meaning(as_text(values, "actions_from")).drop_nulls().unique(maintain_order=True)
+        if (words := words.filter(words != "")).len() > MOST_ACTIONS:
+            raise DataError(
+                f"{paths[0]}: actions_from: column {source!r} has {words.len():,} values, at most {MOST_ACTIONS} can "
+                f"be actions, such as {listed(words, 3)}; name the actions in `[actions]` with `equals` or `at_least`"
+            )
+        if missing := sorted(set(columns.positive_actions) - {*words, *columns.actions}):
+            raise DataError(
+                f"{paths[0]}: positive_actions: {missing} is no value of column {source!r}; it holds {listed(words)}"
+            )
+        rules = {word: ActionRule(column=source, equals=(word,)) for word in words}
+    for name, rule in columns.actions.items():
+        rules[name] = rule if isinstance(rule, ActionRule) else ActionRule(column=None if rule is True else str(rule))
+    return rules
+
+
+def _held(path: Path, mapped: EventColumns, rules: list[ActionRule]) -> str:
+    table = _rows(path, mapped, {rule.column for rule in rules if rule.column})
     held = (f"column {column.name!r} holds {listed(column.unique(maintain_order=True))}" for column in table)
     return f"{', '.join(held)}; correct `actions` of the column map"
 
 
-def read_table(path: Path, columns: Collection[str], types: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
-    """Read these columns of the CSV, TSV or Parquet file of exactly this name.
-
-    Args:
-        path: The file; its ending names its format.
-        columns: Names to read.
-        types: Types of columns in text files that should not be guessed.
-
-    Raises:
-        DataError: The file is not readable, or lacks a column; the message lists those it has.
-    """
-    if path.suffix == ".parquet":
-        return _select(schema.read_parquet(path, SEVERAL), path, columns)
-    if not path.name.endswith(TEXT_ENDINGS):
-        raise DataError(f"{path}: reads {', '.join(TEXT_ENDINGS)} and .parquet; convert it first")
-    read = partial(pl.read_csv, path.absolute(), glob=False, separator="\t" if ".tsv" in path.suffixes else ",")
+def _rows(
+    path: Path, mapped: EventColumns, columns: set[str], types: Mapping[str, pl.DataType] | None = None
+) -> pl.DataFrame:
+    """The columns of a file; a row for each item if its rows have several."""
+    if mapped.items_separator is None:
+        return read_table(path, columns, types, mapped)
+    made = {"label"} if mapped.label_separator else set()
+    frame = read_table(path, (columns | {mapped.item}) - made, {mapped.item: pl.String(), **(types or {})}, mapped)
+    item = pl.col(mapped.item)
+    if frame.schema[mapped.item] == pl.String:
+        if not mapped.items_separator:
+            raise DataError(f"{path}: column {mapped.item!r} is text; `items_separator` must say what separates items")
+        frame = frame.with_columns(item.str.strip_chars().str.split(mapped.items_separator))
+    lists = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.List | pl.Array)]
+    if mapped.item not in lists:
+        raise DataError(
+            f"{path}: column {mapped.item!r} is {frame.schema[mapped.item]}, not lists; omit items_separator"
+        )
     try:
-        path.open("rb").close()  # fails for a folder, of which polars would read all files
-        header = read(n_rows=0)
-        if any("\r" in name for name in header.columns):
-            raise DataError(f"{path}: its lines end in CR; write it with LF or CR LF at the end of lines")
-        names = _select(header, path, columns).columns
-        if twice := [name for name in names if f"{name}_duplicated_0" in header.columns]:
-            raise DataError(f"{path}: has column {twice[0]!r} more than once")
-        return read(columns=names, schema_overrides=types, infer_schema_length=None)
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder; {SEVERAL}") from error
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _select(frame: pl.DataFrame, path: Path, columns: Collection[str]) -> pl.DataFrame:
-    missing = sorted(set(columns) - set(frame.columns))
-    if missing:
-        raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; it has {listed(frame.columns)}")
-    return frame.select(sorted(columns))
-
-
-def _paths(folder: Path, mapped: EventColumns | ItemColumns) -> list[Path]:
-    if (mapped.file is None) == (mapped.files is None):
-        raise DataError(f"each section of a column map needs `file`, a name in {folder}, or `files`, a pattern")
-    if mapped.file is not None:
-        return [folder / mapped.file]
-    paths = sorted(path for path in folder.iterdir() if fnmatchcase(path.name, mapped.files or ""))
-    if not paths:
-        raise DataError(f"{folder}: no name in it is like {mapped.files!r}, the `files` of the column map")
-    return paths
-
-
-def _joined(paths: list[Path], read: Callable[[Path], pl.DataFrame]) -> pl.DataFrame:
-    try:
-        return pl.concat([read(path) for path in paths], how="vertical_relaxed")
+        frame = frame.with_row_index(PLACE).explode(lists)
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{paths[0]} and the other files of its pattern differ: {error}") from error
+        raise DataError(f"{path}: the lists of the columns {lists} differ in length in a row: {error}") from error
+    frame = frame.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).over(PLACE).alias(PLACE))
+    if mapped.label_separator:
+        pattern = f"^(?s:(.*)){re.escape(mapped.label_separator)}(?s:(.*?))$"
+        parts = frame[mapped.item].str.extract_groups(pattern).struct.unnest()
+        if (wrong := frame[mapped.item].filter(frame[mapped.item].is_not_null() & parts.to_series().is_null())).len():
+            raise DataError(
+                f"{path}: label_separator: column {mapped.item!r} holds {listed(wrong, 3)}, without "
+                f"{mapped.label_separator!r} and a label"
+            )
+        frame = frame.with_columns(parts.to_series(0).alias(mapped.item), parts.to_series(1).alias("label"))
+    return frame
 
 
 def _events(mapped: EventColumns, rules: Mapping[str, ActionRule], path: Path) -> pl.DataFrame:
     names = {"user_id": mapped.user, "item_id": mapped.item, "slate_id": mapped.slate, "surface": mapped.surface}
     numbers = {"position": mapped.position, "order": mapped.order}
     sources = {name: column for name, column in {**names, **numbers}.items() if column is not None}
-    columns = {*sources.values(), *(rule.column for rule in rules.values()), mapped.timestamp or mapped.user}
-    frame = read_table(path, columns, {column: pl.String() for column in names.values() if column is not None})
+    columns = {
+        *sources.values(),
+        *(rule.column for rule in rules.values() if rule.column),
+        mapped.timestamp or mapped.user,
+    }
+    frame = _rows(path, mapped, columns, {column: pl.String() for column in names.values() if column is not None})
+    if PLACE in frame.columns:
+        sources.setdefault("position", PLACE)
     unknown = pl.repeat(None, frame.height, dtype=pl.Int64, eager=True)
     try:
         for name in names.keys() & sources.keys():
-            _text(frame[sources[name]], name.removesuffix("_id"))  # fails if it is no id
+            as_text(frame[sources[name]], name.removesuffix("_id"))  # fails if it is no id
         return pl.DataFrame(
             {
                 "surface": unknown.cast(pl.String),
-                **{n: _numbers(frame[column], n) if n in numbers else frame[column] for n, column in sources.items()},
+                **{n: as_numbers(frame[column], n) if n in numbers else frame[column] for n, column in sources.items()},
                 "timestamp_ms": _time(frame[mapped.timestamp], mapped) if mapped.timestamp else unknown,
-                **{
-                    schema.ACTION_PREFIX + name: _action(frame[rule.column], rule, name) for name, rule in rules.items()
-                },
+                **{schema.ACTION_PREFIX + name: _action(frame, rule, name) for name, rule in rules.items()},
             }
         )
     except (DataError, pl.exceptions.PolarsError) as error:
@@ -255,7 +261,7 @@ def _slates(folder: Path, columns: ColumnMap, events: pl.DataFrame, rules: Mappi
     if columns.slate_gap_minutes is not None:
         return slates_from_events(events, round(columns.slate_gap_minutes * 60_000))
     if columns.slates is not None:
-        slates = _joined(_paths(folder, columns.slates), partial(_events, columns.slates, rules))
+        slates = joined(paths_of(folder, columns.slates), partial(_events, columns.slates, rules))
     elif columns.events.slate is not None:
         slates = events.filter(pl.col("slate_id").is_not_null())
         time = pl.col("timestamp_ms")
@@ -273,11 +279,14 @@ def _slates(folder: Path, columns: ColumnMap, events: pl.DataFrame, rules: Mappi
     return slates.with_columns(position).drop("order", strict=False)
 
 
-def _action(column: pl.Series, rule: ActionRule, name: str) -> pl.Series:
+def _action(frame: pl.DataFrame, rule: ActionRule, name: str) -> pl.Series:
+    if rule.column is None:
+        return pl.repeat(True, frame.height, eager=True)
+    column = frame[rule.column]
     if rule.at_least is not None:
-        numbers = _numbers(column, f"actions: {name}: at_least").cast(pl.Float64).fill_nan(None)
+        numbers = as_numbers(column, f"actions: {name}: at_least").cast(pl.Float64).fill_nan(None)
         return (numbers >= rule.at_least).fill_null(False)
-    values = _meaning(_text(column, f"actions: {name}"))
+    values = _meaning(as_text(column, f"actions: {name}"))
     words = [_meaning(pl.Series([word])).item() for word in rule.equals or ()]
     if rule.equals is None and not values.drop_nulls().is_in(["1", "0", "", "NaN"]).all():
         raise DataError(
@@ -287,36 +296,10 @@ def _action(column: pl.Series, rule: ActionRule, name: str) -> pl.Series:
     return values.is_in(["1"] if rule.equals is None else words).fill_null(False)
 
 
-def _text(column: pl.Series, option: str) -> pl.Series:
-    with suppress(pl.exceptions.PolarsError):
-        if not column.dtype.is_nested():
-            return column.cast(pl.String)
-    raise DataError(f"{option}: column {column.name!r} is {column.dtype}; give text or whole numbers")
-
-
 def _meaning(values: pl.Series) -> pl.Series:
     """As text that is the same for true, 1 and 1.0, of any type."""
     text = values.cast(pl.String).str.replace("(?i)^true$", "1").str.replace("(?i)^false$", "0")
     return text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
-
-
-def _numbers(column: pl.Series, option: str) -> pl.Series:
-    """The column, with text converted to numbers."""
-    if column.dtype.is_numeric() or column.dtype == pl.Boolean:
-        return column
-    wrong = column
-    for dtype in (pl.Int64, pl.Float64) if column.dtype in (pl.String, pl.Null) else ():
-        numbers = column.cast(dtype, strict=False)
-        wrong = column.filter(numbers.is_null() & column.is_not_null())
-        if not wrong.len():
-            return numbers
-    value = listed(wrong.head(1).to_list())
-    hint = (
-        '; times as text need timestamp_unit = "iso"'
-        if option.startswith("timestamp_unit") and column.dtype == pl.String
-        else ""
-    )
-    raise DataError(f"{option}: column {column.name!r} is {column.dtype}, {value} is no number{hint}")
 
 
 def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
@@ -331,7 +314,7 @@ def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
         unit, column = column.dtype.time_unit, column.to_physical()
     if column.dtype.is_float() and column.dtype != pl.Float64:
         raise DataError(f"timestamp: column {column.name!r} is {column.dtype}, too coarse for times; write Float64")
-    times = _numbers(column, f"timestamp_unit={unit!r}").cast(pl.Float64)
+    times = as_numbers(column, f"timestamp_unit={unit!r}").cast(pl.Float64)
     times_ms = times * schema.UNITS_MS[unit]
     wrong = ~times_ms.is_between(schema.EARLIEST_MS, schema.LATEST_MS)
     if dated and wrong.any():
@@ -345,7 +328,7 @@ def _time(column: pl.Series, mapped: EventColumns) -> pl.Series:
 
 
 def _parsed(column: pl.Series, form: str | None) -> pl.Series:
-    text = original = _text(column, "timestamp")
+    text = original = as_text(column, "timestamp")
     if form is None:
         date, clock, second, fraction, hours, minutes = original.str.extract_groups(ISO_8601).struct.unnest()
         text = date + "T" + clock.fill_null("00:00") + second.fill_null(":00") + "." + fraction.fill_null("0")
@@ -357,27 +340,3 @@ def _parsed(column: pl.Series, form: str | None) -> pl.Series:
             'timestamp_unit, or give the format as timestamp_format, such as "%d/%m/%Y %H:%M"'
         )
     return times
-
-
-def _items(folder: Path, mapped: ItemColumns | None, tables: list[pl.DataFrame]) -> pl.DataFrame:
-    if mapped is None:
-        ids = pl.concat([frame["item_id"].cast(pl.String) for frame in tables if frame.width])
-        ids = ids.drop_nulls().unique().sort()
-        return pl.DataFrame({"item_id": ids, "title": pl.Series([None] * ids.len(), dtype=pl.String)})
-    dense = {schema.DENSE_PREFIX + name: [of] if isinstance(of, str) else of for name, of in mapped.dense.items()}
-    flat = {column for columns in dense.values() for column in columns}
-    columns = {mapped.item, *flat, *mapped.categories.values()} | ({mapped.title} if mapped.title else set())
-    text = {name: pl.String() for name in columns - flat}
-    frame = _joined(_paths(folder, mapped), partial(read_table, columns=columns, types=text))
-    return frame.select(
-        pl.col(mapped.item).alias("item_id"),
-        (pl.col(mapped.title) if mapped.title else pl.lit(None, pl.String)).alias("title"),
-        *(pl.concat_list(_vector(frame[column]) for column in of).alias(name) for name, of in dense.items()),
-        *(pl.col(column).alias(schema.CATEGORY_PREFIX + name) for name, column in mapped.categories.items()),
-    )
-
-
-def _vector(column: pl.Series) -> pl.Series:
-    if isinstance(column.dtype, pl.Array):
-        return column.arr.to_list()
-    return column if isinstance(column.dtype, pl.List) else _numbers(column, "dense")

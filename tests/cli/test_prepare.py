@@ -366,3 +366,28 @@ def test_a_download_with_another_checksum_is_refused(
     assert result.exit_code == 1
     assert "published is 00000000000000000000000000000000" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_writes_a_map_that_table_takes(tmp_path: Path) -> None:
+    source, columns = tmp_path / "e.csv", tmp_path / "columns.toml"
+    rows = "".join(f"u{n % 3};i{n % 5};0{n % 9 + 1}/02/2024;{n % 2}\n" for n in range(40))
+    source.write_text("user;item;date;clicked\n" + rows)
+    result = prepare("inspect", source, "--out", columns)
+    assert result.exit_code == 0, result.output
+    assert "40 rows, utf-8, separator ';', quote '\"', lines end in LF, header" in result.stdout
+    assert "users: 3\nitems: 5\n" in result.stdout
+    assert "fits too: the days are all 12 or less" in result.stderr
+    assert prepare("table", source, "--columns", columns, "--out", tmp_path / "data").exit_code == 0
+    assert read_dataset(tmp_path / "data").spec.actions == ("clicked",)
+    again = prepare("inspect", source, "--out", columns)
+    assert again.exit_code == 2
+    assert "exists" in again.stderr
+    assert json.loads(prepare("inspect", source, "--json").stdout)["toml"] == columns.read_text()
+
+
+def test_inspect_says_why_table_would_refuse_the_map(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user,item,clicked,time\nu,a,1,1600000000\nu,b,0,1600000000\n")
+    result = prepare("inspect", tmp_path / "e.csv")
+    assert result.exit_code == 0
+    assert "`prepare table` refuses this map as it is: split: no row falls into validation" in result.stderr
+    assert 'clicked"' in result.stdout

@@ -23,12 +23,13 @@ from unipinrec.cli.common import (
     positive,
     print_json,
     progress,
+    say,
     stderr,
     stdout,
     warn,
 )
 from unipinrec.cli.prepare_report import print_summary, summarize
-from unipinrec.errors import LONGEST_VALUE, ConfigError
+from unipinrec.errors import LONGEST_VALUE, ConfigError, DataError
 
 many = click.IntRange(1, 1_000_000_000)
 
@@ -175,6 +176,44 @@ def table(source: Path, columns: Path, **options: Any) -> None:
     from unipinrec.models.data.table import read_column_map, read_mapped
 
     _prepare(lambda: read_mapped(source, read_column_map(columns)), **options)
+
+
+@prepare.command()
+@required_source
+@click.option("--out", type=any_path, help="TOML file to write: the column map, to edit. It must not exist.")
+@json_command
+def inspect(source: Path, out: Path | None, as_json: bool) -> None:
+    """Guess how files are written and what their columns mean. SOURCE is the events file, or the folder of the files.
+
+    \b
+    Example:
+      unipinrec prepare inspect events.csv --out columns.toml
+      unipinrec prepare table events.csv --columns columns.toml --out data/
+    """
+    from unipinrec.models.data.guess import inspect_source
+
+    if out and out.exists():
+        raise click.UsageError(f"--out {out} exists; choose another name or remove it first")
+    found = inspect_source(source)
+    if out:
+        try:
+            out.write_text(found.toml, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"could not write {out}: {error}") from error
+    for note in found.notes:
+        warn(note)
+    if found.problem:
+        warn(f"`prepare table` refuses this map as it is: {found.problem}")
+    if as_json:
+        print_json(found)
+        return
+    for name, form in found.files.items():
+        say(f"{name}: {form}")
+    for row in found.sample:
+        say(f"  {row}")
+    for reason, count in found.counts.items():
+        say(f"{reason}: {count:,}")
+    say(f"the column map is in {out}" if out else found.toml)
 
 
 @prepare.command()

@@ -382,11 +382,9 @@ def test_case_8_messages_are_bounded_at_the_root_and_at_the_source() -> None:
     assert listed(["y" * 1000, *range(1_000_000)], 2) == f"['{'y' * 79}..., 0] and 999,999 more"
 
 
-def test_case_8_lines_that_end_in_cr_are_named(tmp_path: Path) -> None:
-    text = "user,item,did,when\r" + f"u,i,1,{S}\r" * 20_000
-    with pytest.raises(DataError, match=r"e.csv: its lines end in CR; write it with LF") as caught:
-        prepared(tmp_path / "e.csv", text, FLAG + COLUMNS + SECONDS)
-    assert len(str(caught.value)) < 300
+def test_case_8_lines_that_end_in_cr_are_lines(tmp_path: Path) -> None:
+    text = "user,item,did,when\r" + "".join(f"u,i,1,{S + second}\r" for second in range(20_000))
+    assert prepared(tmp_path / "e.csv", text, FLAG + COLUMNS + SECONDS).events.height == 20_000
 
 
 def test_case_8_a_table_of_very_many_columns_is_not_listed_whole(tmp_path: Path) -> None:
@@ -571,7 +569,7 @@ def test_a_column_without_values_is_one_of_gaps(tmp_path: Path) -> None:
         assert made.events["timestamp_ms"].to_list() == [None, None]
         assert made.spec.dropped == {UNORDERED: 2}
         items = f'[items]\nfile = "{path.name}"\nitem = "item"\ndense = {{ size = "size" }}\n'
-        with pytest.raises(DataError, match=r"items: dense_size of item 'i0' is \[None\]; every number must be finite"):
+        with pytest.raises(DataError, match=r"dense: 'size' has gaps in 2 items, the first in row 1; `missing"):
             prepared(path, nothing, FLAG + COLUMNS + items)
 
 

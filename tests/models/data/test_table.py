@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 
 from unipinrec.errors import DataError
+from unipinrec.models.data.files import read_table
 from unipinrec.models.data.schema import Dataset, TimeSplit
-from unipinrec.models.data.table import read_column_map, read_mapped, read_table
+from unipinrec.models.data.table import read_column_map, read_mapped
 from unipinrec.models.data.validate import SplitFractions, build_dataset
 
 EVENTS = """who,what,page,when,clicked,rating,kind,request,rank
@@ -281,7 +282,11 @@ def test_a_missing_map_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("x.xlsx", b"", r"x.xlsx: reads .csv, .tsv, .csv.gz, .tsv.gz and .parquet; convert it first"),
+        (
+            "x.xlsx",
+            b"",
+            r"x.xlsx: reads .csv, .tsv, .*, .json \(all also as .gz\) and .parquet; convert it",
+        ),
         ("x.csv", b"", r"x.csv: empty"),
         ("x.parquet", b"PAR?", r"x.parquet: "),
         ("y.csv", None, r"x.csv: .*No such file"),
