@@ -216,7 +216,7 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     rows = wrong_rows(vectors, source.model.similarity)
     if len(rows):
         required = REQUIRED[source.model.similarity]
-        remedy = "" if required == "finite" else ', normalise them, or export with similarity="dot"'
+        remedy = "" if source.model.similarity == "dot" else ', normalise them, or export with similarity="dot"'
         raise ExportError(
             f"{len(rows)} item vectors are not {required}, first {source.item_ids[rows[0]]!r}; train again{remedy}"
         )

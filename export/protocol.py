@@ -268,6 +268,8 @@ class ExportSource:
                 yield f"{name}: {listed(names)} are not distinct"
         if self.surfaces[:1] != ("unknown",):
             yield f'surfaces: {listed(self.surfaces)} must begin with "unknown", for events and requests without one'
+        if self.model.cache == "prefix" and not self.model.num_layers:
+            yield 'model: num_layers=0 leaves nothing to cache; export with cache="none"'
         if not self.actions:
             yield "actions: there are none; name at least one, such as click"
         if strange := [name for name in self.positive_actions if name not in self.actions]:

@@ -16,9 +16,15 @@ from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 
-TOLERANCE = 1e-4
+TOLERANCE, ROUNDING = 1e-4, 1e-5
 log = logging.getLogger(__name__)
 Outputs = dict[str, NDArray[Any]]
+
+
+def tolerance(expected: NDArray[Any]) -> float:
+    """Largest difference that counts as the same: 1e-4, or 1e-5 of the largest value, as fp32 rounds large ones."""
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    return max(TOLERANCE, ROUNDING * float(largest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +111,11 @@ def _compare(outputs: Outputs, output: str, values: NDArray[Any], valid: NDArray
         return GoldenCheck(output=output, max_abs_diff=None, problem=f"is missing in {GOLDEN}")
     if expected.shape != values.shape:
         return GoldenCheck(output=output, max_abs_diff=None, problem=f"is {values.shape}, expected {expected.shape}")
-    difference = np.abs(values.astype(np.float64) - expected)
     if valid is not None:
-        difference = np.concatenate([row[:, :count].ravel() for row, count in zip(difference, valid, strict=True)])
-    largest = float(difference.max())
-    problem = None if largest <= TOLERANCE else f"differs by up to {largest:.3g}, at most {TOLERANCE:g} is allowed"
+        values, expected = (
+            np.concatenate([row[:, :count].ravel() for row, count in zip(array, valid, strict=True)])
+            for array in (values, expected)
+        )
+    largest, allowed = float(np.abs(values.astype(np.float64) - expected).max()), tolerance(expected)
+    problem = None if largest <= allowed else f"differs by up to {largest:.3g}, at most {allowed:g} is allowed"
     return GoldenCheck(output=output, problem=problem, max_abs_diff=largest)

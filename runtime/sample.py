@@ -155,7 +155,8 @@ def _overlaps(manifest: Manifest, fresh: Slate, served: Slate) -> tuple[float, f
     """Share of the ten best served items that are among the ten best without a cache: with ties, and strict."""
     scores = np.array([item.score for item in fresh.items])
     probabilities = np.array([[*item.actions.values()] for item in fresh.items])
-    tie = TIED_SIMILARITY * max(1.0, *(abs(item.retrieval_score or 0.0) for item in fresh.items))
+    largest = max(abs(item.retrieval_score or 0.0) for item in fresh.items)
+    tie = TIED_SIMILARITY * (1.0 if manifest.model.similarity == "cosine" else largest)
     widths = np.append(tie_widths(manifest, scores, probabilities, tie), 0.0)
     places = {item.item: place for place, item in enumerate(fresh.items)}
     scores = np.append(scores, -np.inf)  # of an item that is not even a candidate

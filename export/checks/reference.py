@@ -16,13 +16,13 @@ from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.integrity import seal
 from unipinrec.runtime.bundle.manifest import Manifest, ModelSpec
 from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.golden_check import tolerance
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, History, RecommendOptions
 
 REFERENCE = "reference"  # its place in `Manifest.config`
-TOLERANCE = 1e-4
 SAMPLE, COMPARED, TOP = 100, 100, 10
 SEEDS = 25  # of random histories, four each
 CACHES: tuple[KvDtype, ...] = ("fp32", "int8")
@@ -37,7 +37,7 @@ class ReferenceDifference(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         max_score_diff: Largest absolute difference of a score, over the served hundred best items of each history.
-        same_top_ten: Share of the histories whose served ten best are the library's; scores within 1e-4 are a tie.
+        same_top_ten: Share of the histories whose served ten best are the library's; closer scores are a tie.
     """
 
     max_score_diff: float
@@ -70,7 +70,8 @@ def with_reference(folder: Path, source: ExportSource, histories: Sequence[Histo
         The manifest, with a `ReferenceReport` under "reference" in its `config`.
 
     Raises:
-        ExportError: A score differs by more than 1e-4, int8 aside, or `reference` returns something else than scores.
+        ExportError: A score differs by more than 1e-4 and 1e-5 of the largest score, int8 aside, or `reference` returns
+            something else than scores.
         BackendError: A graph does not run.
     """
     bundle, model = Bundle.open(folder), source.model
@@ -81,10 +82,11 @@ def with_reference(folder: Path, source: ExportSource, histories: Sequence[Histo
     if model.cache == "prefix":
         caches |= {f"cached {dtype}": _room_for_one(model, dtype) for dtype in CACHES}
     served = {name: _difference(bundle, cache, sample, expected) for name, cache in caches.items()}
+    allowed = max(map(tolerance, expected))
     for name, found in served.items():
-        if name != "cached int8" and not found.max_score_diff <= TOLERANCE:
+        if name != "cached int8" and not found.max_score_diff <= allowed:
             raise ExportError(
-                f"{name}: a score differs from the reference by {found.max_score_diff:.3g}, allowed {TOLERANCE:.0e}; "
+                f"{name}: a score differs from the reference by {found.max_score_diff:.3g}, allowed {allowed:.2g}; "
                 f"{found.same_top_ten:.0%} of {len(sample)} histories have the same ten best items. The module "
                 "computes something else than the library, or the library's model is in training mode"
             )
@@ -128,5 +130,5 @@ def _difference(
             rows = [bundle.rows[item.item] for item in slate.items]
             served = np.array([item.score for item in slate.items])
             differences.append(float(np.abs(served - scores[rows]).max()))
-            same += bool(np.abs(np.sort(scores[rows[:TOP]]) - np.sort(scores)[-TOP:]).max() <= TOLERANCE)
+            same += bool(np.abs(np.sort(scores[rows[:TOP]]) - np.sort(scores)[-TOP:]).max() <= tolerance(scores))
     return ReferenceDifference(max_score_diff=max(differences), same_top_ten=same / len(sample))

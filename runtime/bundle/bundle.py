@@ -39,7 +39,7 @@ READ_WHILE_SERVING = (ITEMS, GOLDEN, USERS, USER_IDS)
 ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
 CHECK_ROWS = 65_536
 UNIT_TOLERANCE = 1e-3
-REQUIRED: dict[Similarity, str] = {"cosine": "of unit length", "dot": "finite"}
+REQUIRED: dict[Similarity, str] = {"cosine": "of unit length", "dot": "of finite length"}
 
 
 class _Format(msgspec.Struct):
@@ -252,6 +252,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     unlisted = sorted(needed - set(manifest.files))
     if unlisted:
         return f"does not list {', '.join(unlisted)}"
+    if manifest.model.cache == "prefix" and manifest.model.num_layers < 1:
+        return f"has num_layers={manifest.model.num_layers}, which leaves nothing to cache"
     if not set(manifest.positive_actions) <= set(manifest.actions):
         return f"positive_actions {list(manifest.positive_actions)} are not all among {list(manifest.actions)}"
     return _index_contradiction(manifest)

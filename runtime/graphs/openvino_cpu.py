@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
-from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, TensorSpec, check_inputs, host_array
+from unipinrec.runtime.bundle.manifest import GraphSpec, Tensor, check_inputs, host_array
 from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.backend import Graphs, Precision
 from unipinrec.runtime.machine import LIBC, has_bf16, thread_count
@@ -62,12 +62,12 @@ class _Graph:
     """A graph cut in two.
 
     Attributes:
-        inputs: Inputs of the whole graph.
+        spec: Inputs and outputs of the whole graph, in their order. OpenVINO may give a value other names as well.
         exact: The interpreted `ov.Model`; None if no part must be exact.
         compiled: `ov.CompiledModel` of the rest. Its last inputs are the outputs of `exact`, in order.
     """
 
-    inputs: tuple[TensorSpec, ...]
+    spec: GraphSpec
     exact: Any | None
     compiled: Any
 
@@ -112,9 +112,9 @@ class OpenVinoBackend:
         self._core = self._ov.Core()
         self._core.set_property({"ENABLE_MMAP": False})  # the files are deleted after loading
         with _own_signal_stack():
-            self._graphs = Graphs({name: self._load(graph, specs[name].inputs) for name, graph in graphs.items()})
+            self._graphs = Graphs({name: self._load(graph, specs[name]) for name, graph in graphs.items()})
 
-    def _load(self, graph: GraphFile, inputs: tuple[TensorSpec, ...]) -> _Graph:
+    def _load(self, graph: GraphFile, spec: GraphSpec) -> _Graph:
         precision = PRECISIONS[self.precision]
         options = {
             "INFERENCE_PRECISION_HINT": precision,
@@ -139,12 +139,12 @@ class OpenVinoBackend:
             raise BackendError(f"{graph.name}: OpenVINO {self.version} does not load it: {message}") from error
         if running != precision:
             raise BackendError(f"{graph.name}: OpenVINO would compute in {running}, not in {precision}; use device cpu")
-        return _Graph(inputs=inputs, exact=exact, compiled=compiled)
+        return _Graph(spec=spec, exact=exact, compiled=compiled)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
         """See `Backend.run`. Concurrent runs of one graph are computed one after the other."""
         parts = self._graphs[graph]
-        check_inputs(graph, parts.inputs, inputs)
+        check_inputs(graph, parts.spec.inputs, inputs)
         try:
             return self._infer(parts, {name: self._value(tensor) for name, tensor in inputs.items()})
         except Exception as error:  # its exceptions share no base class
@@ -159,16 +159,17 @@ class OpenVinoBackend:
         request = graph.compiled.create_infer_request()
         exact = [] if graph.exact is None else self._interpret(graph.exact, tensors)
         ports = graph.compiled.inputs
-        outside = [tensors[port.any_name] for port in ports[: len(ports) - len(exact)]]
+        outside = [_given(tensors, port) for port in ports[: len(ports) - len(exact)]]
         for port, tensor in zip(ports, [*outside, *exact], strict=True):
             request.set_tensor(port, tensor)
         request.infer(share_outputs=True)  # else it returns a copy of all outputs, unused here
-        return {port.any_name: OpenVinoTensor(value=request.get_tensor(port)) for port in graph.compiled.outputs}
+        outputs = zip(graph.spec.outputs, graph.compiled.outputs, strict=True)
+        return {spec.name: OpenVinoTensor(value=request.get_tensor(port)) for spec, port in outputs}
 
     def _interpret(self, model: Any, tensors: Mapping[str, Any]) -> list[Any]:
         """Outputs of the exact part."""
         outputs = [self._ov.Tensor(port.element_type, [0] * len(port.partial_shape)) for port in model.outputs]
-        if not model.evaluate(outputs, [tensors[port.any_name] for port in model.inputs]):
+        if not model.evaluate(outputs, [_given(tensors, port) for port in model.inputs]):
             raise RuntimeError("the interpreter cannot evaluate the graph's part for times and positions")
         return outputs
 
@@ -177,6 +178,10 @@ class OpenVinoBackend:
             return tensor.value
         array = np.ascontiguousarray(host_array(tensor))
         return self._ov.Tensor(array, shared_memory=array.flags.writeable)
+
+
+def _given(tensors: Mapping[str, Any], port: Any) -> Any:
+    return tensors[next(name for name in port.names if name in tensors)]
 
 
 def _drop_attention_guards(model: Any) -> None:

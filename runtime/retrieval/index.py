@@ -17,7 +17,7 @@ from unipinrec.runtime.retrieval.index_file import check_index_file
 
 Matches = tuple[NDArray[np.int64], NDArray[np.float32]]
 GATHER_COST = 4  # gathering a row costs as much as reading four rows in order: bench/retrieval_filters.py
-TIE = 1e-5  # similarities closer than this, or this share of the largest, are equal: hnswlib rounds differently
+TIE = 1e-5  # similarities closer than this share of the largest are equal
 SCORES_AT_ONCE = 1 << 22  # 16 MiB of a scan's products at a time
 
 
@@ -163,7 +163,7 @@ def recall(similarity: NDArray[np.float32], exact: NDArray[np.float32]) -> float
 
     An item counts if it is as near as the exact k-th, so any of several equal items will do.
     """
-    tie = TIE * np.maximum(1.0, np.abs(exact).max(axis=1, keepdims=True))
+    tie = TIE * np.abs(exact).max(axis=1, keepdims=True)
     return float(np.mean(similarity >= exact.min(axis=1, keepdims=True) - tie))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import ExportError
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import ExactIndex, load_index, recall
+from unipinrec.runtime.retrieval.index import ExactIndex, best, load_index, recall
 
 M_CHOICES = (16, 32, 48)
 EF_CONSTRUCTION = 200
@@ -57,7 +57,7 @@ def build_index(task: IndexTask, path: Path) -> IndexSpec:
 
     rows = np.flatnonzero(mask_without(len(task.vectors), task.retired))
     measure = _recall_meter(task)
-    best: Any = None
+    chosen: Any = None
     choice = (0, 0, -1.0)
     for m in M_CHOICES:
         index: Any = hnswlib.Index(space="ip", dim=task.vectors.shape[1])
@@ -66,10 +66,10 @@ def build_index(task: IndexTask, path: Path) -> IndexSpec:
         index.add_items(task.vectors[rows], rows)
         ef, reached = choose_ef(index, measure, task.target)
         if reached > choice[-1]:
-            best, choice = index, (m, ef, reached)
+            chosen, choice = index, (m, ef, reached)
         if reached >= task.target:
             break
-    return _finish(task, best, choice, path)
+    return _finish(task, chosen, choice, path)
 
 
 def grow_index(
@@ -122,7 +122,13 @@ def _recall_meter(task: IndexTask) -> Callable[[Any], float]:
     live = mask_without(len(task.vectors), task.retired)
     k = min(RECALL_K, int(live.sum()))
     _, exact = ExactIndex(task.vectors).search(queries, k, live)
-    return lambda index: recall(1.0 - index.knn_query(queries, k=k)[1], exact)
+
+    def measure(index: Any) -> float:
+        rows = index.knn_query(queries, k=k)[0].astype(np.int64)  # its distances, 1 - product, round small products
+        found = best(task.vectors, queries[:, None], rows, [k] * len(queries))
+        return recall(np.stack([similarity for _, similarity in found]), exact)
+
+    return measure
 
 
 def _finish(task: IndexTask, index: Any, choice: tuple[int, int, float], path: Path) -> IndexSpec:

@@ -21,6 +21,7 @@ from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex
 VISIT_COST = 50  # rows that a scan reads while the index takes one step
 FILTER_RISK = 5  # if a filter correlates with the vectors, most searches find too few items and need a scan as well
 FOUND, NAMED = 1, 2
+SHORTEST = 1e-15  # Vectors that are shorter have no direction: the square of fp32 numbers soon becomes 0.
 NO_COSINES = "the index compares by dot product, similar items by cosine"
 
 
@@ -96,7 +97,7 @@ class Retriever:
     def of_items(cls, bundle: Bundle) -> Retriever:
         """Scans items by cosine where queries are compared by dot product; takes the memory of the item vectors."""
         vectors = bundle.item_vectors[:, : -1 if bundle.manifest.model.item_bias else None]
-        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), SHORTEST)
         return cls(index=None, scan=ExactIndex(unit), item_vectors=unit, live=bundle.catalogue.live, unused=NO_COSINES)
 
     def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:

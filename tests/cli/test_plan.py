@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
+from unipinrec.runtime.bundle.bundle import Bundle
+from unipinrec.runtime.bundle.integrity import seal
 from unipinrec.runtime.kv.pages import PAGE_SLOTS
 
 LOAD = ("--users", "100000", "--qps", "100")
@@ -51,6 +55,15 @@ def test_a_history_longer_than_the_bundle_allows_is_refused(bundle: Path) -> Non
     result = run(*LOAD, "--bundle", bundle, "--events", "30", "--max-history", "65")
     assert result.exit_code == 2
     assert "--max-history 65 must be at most the model's own, 64" in result.stderr
+
+
+def test_a_bundle_whose_histories_are_not_cached_has_no_cache_to_plan(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    manifest = Bundle.open(copy).manifest
+    seal(copy, msgspec.structs.replace(manifest, model=msgspec.structs.replace(manifest.model, cache="none")))
+    result = run(*LOAD, "--bundle", copy, "--events", "30")
+    assert result.exit_code == 2
+    assert "this model's histories cannot be cached; no cache to plan" in " ".join(result.stderr.split())
 
 
 def test_bytes_of_a_bundle(bundle: Path) -> None:

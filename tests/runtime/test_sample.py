@@ -15,7 +15,7 @@ from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOption
 from unipinrec.runtime import sample as measuring
 from unipinrec.runtime.bundle.quality import CacheAgreement, KvDtype
 from unipinrec.runtime.requests import SOON_MS, Order
-from unipinrec.runtime.sample import cache_agreement, chosen_cache, sample_quality
+from unipinrec.runtime.sample import _overlaps, cache_agreement, chosen_cache, sample_quality
 
 
 def test_the_last_events_of_sample_users_counted_one_by_one(recommender: Recommender) -> None:
@@ -94,3 +94,17 @@ def test_a_model_whose_histories_are_not_cached_has_no_type(recommender: Recomme
     manifest = recommender.bundle.manifest
     uncached = msgspec.structs.replace(manifest, model=msgspec.structs.replace(manifest.model, cache="none"))
     assert chosen_cache(replace(recommender, bundle=replace(recommender.bundle, manifest=uncached))) is None
+
+
+def test_small_scores_are_no_ties_where_similarity_is_a_product(recommender: Recommender) -> None:
+    history = recommender.bundle.events_of(recommender.bundle.sample_histories(1)[0])
+    fresh = recommender.recommend(history, 40, RecommendOptions(order="retrieval"))
+    items = [
+        msgspec.structs.replace(item, score=1e-5 / place, retrieval_score=1e-5 / place)
+        for place, item in enumerate(fresh.items, 1)
+    ]
+    fresh = msgspec.structs.replace(fresh, items=tuple(items))
+    served = msgspec.structs.replace(fresh, items=tuple(items[5:]))
+    manifest = recommender.bundle.manifest
+    model = msgspec.structs.replace(manifest.model, similarity="dot", ranker=None)
+    assert _overlaps(msgspec.structs.replace(manifest, model=model), fresh, served) == (0.5, 0.5)

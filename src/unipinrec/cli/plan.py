@@ -145,6 +145,8 @@ def _footprint(options: dict[str, Any]) -> Footprint:
     page_slots = options["page_slots"] or PAGE_SLOTS
     if options["bundle"] is not None:
         manifest = read_manifest(options["bundle"])[0]
+        if manifest.model.cache == "none":
+            raise click.UsageError(f"{options['bundle']}: this model's histories cannot be cached; no cache to plan")
         footprint = Footprint.of(manifest.model, options["dtype"] or manifest.cache_dtype, page_slots)
     else:
         footprint = _footprint_of_sizes(options, page_slots)

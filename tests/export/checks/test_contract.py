@@ -24,7 +24,7 @@ from unipinrec.export.checkpoint_source import source_from_checkpoint
 from unipinrec.export.checks.contract import check_contract
 from unipinrec.export.golden import random_histories
 from unipinrec.export.protocol import Candidates, Events, ExportSource, KeyValues, Past
-from unipinrec.runtime import CacheOptions, Recommender
+from unipinrec.runtime import CacheOptions, Recommender, RecommendOptions, verify_bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, OrderSpec
 
 ITEMS = 40
@@ -82,14 +82,14 @@ class Tiny(nn.Module):
             query, key, value = self.split(qkv(x))
             added.append((key, value))
             old = self.cached(old_key.shape[2], past.lengths)[:, None].expand(-1, count, -1)
-            mask = torch.cat([old, self.seen(count).expand(len(x), -1, -1)], 2)[:, None]
+            mask = torch.cat([old, self.seen(count).expand(x.shape[0], -1, -1)], 2)[:, None]
             key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
             read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             x = x + out(read.transpose(1, 2).flatten(2))
         return added, x.gather(1, (events.lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
 
     def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
-        batch = len(events.lengths)
+        batch = events.lengths.shape[0]  # `len` would fix the axis in the graph
         own = [tuple(part[None].expand(batch, -1, -1, -1) for part in layer) for layer in self.prefix]
         start = torch.zeros_like(events.lengths)
         added, hidden = self.run(events, Past(key_values=[(k, v) for k, v in own], lengths=start, timestamps_ms=start))
@@ -113,7 +113,7 @@ class Tiny(nn.Module):
         if last_hidden_state is not None:
             x = x + self.last(last_hidden_state)[:, None]
         for qkv, out, (key, value) in zip(self.qkv, self.out, past.key_values, strict=True):
-            mask = self.cached(key.shape[2], past.lengths)[:, None, None]
+            mask = self.cached(key.shape[2], past.lengths)[:, None, None].expand(-1, -1, x.shape[1], -1)
             read = F.scaled_dot_product_attention(self.split(qkv(x))[0], key, value, attn_mask=mask)
             x = x + out(read.transpose(1, 2).flatten(2))
         return self.head(x)  # type: ignore[no-any-return]
@@ -427,6 +427,7 @@ def test_all_faults_are_listed_at_once() -> None:
         ({"item_dim": 32}, r"embed_items: shape of item vectors is \[40, 8\], .* must be \[40, 32\]"),
         ({"kv_prefix_slots": 1}, r"encode: shape of key of layer 0 is \[3, 2, 10, 4\], .* must be \[3, 2, 11, 4\]"),
         ({"similarity": "dot", "item_bias": True}, "retrieve: the last number of a query is off 1 by "),
+        ({"num_layers": 0}, r"model: num_layers=0 leaves nothing to cache; export with cache=\"none\""),
         ({"max_history": 21}, "encode at max_history=21: encode raised IndexError: .*lower max_history"),
     ],
     ids=str,
@@ -613,27 +614,54 @@ def test_a_fault_in_any_shape_is_refused(source: ExportSource) -> None:
     problems_of(source)
 
 
+@torch.inference_mode()
+def own_scores(source: ExportSource, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Of all items after a history, as the module itself computes them: similarity, and logit of the first action."""
+    features = torch.from_numpy(source.item_dense), torch.from_numpy(source.item_categories)
+    vectors, count = source.servable.embed_items(torch.arange(ITEMS), *features), len(rows)
+    times = 1_000 * torch.arange(1, count + 1)[None]
+    events = Events(
+        item_vectors=vectors[rows][None],
+        actions=torch.ones(1, count, 1),
+        surfaces=torch.zeros(1, count, dtype=torch.int64),
+        timestamps_ms=times,
+        lengths=torch.tensor([count]),
+    )
+    key_values, hidden = source.servable.encode(events)
+    query = source.servable.retrieve(hidden, torch.ones(1, 1) if source.model.outcome_conditioned else None)[0, 0]
+    if source.model.ranker is None:
+        return vectors @ query, None
+    past = Past(key_values=key_values, lengths=events.lengths, timestamps_ms=times[:, -1])
+    candidates = Candidates(item_vectors=vectors[None], surfaces=events.surfaces[:, 0], timestamps_ms=times[:, -1])
+    return vectors @ query, source.logits(past, candidates, hidden)[0, :, 0]
+
+
 @pytest.mark.slow
-@given(source=sources([0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.1], ["plain", "prefix slots", "outcomes"]))
-@settings(max_examples=15, deadline=None)
+@given(source=sources([0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.1], list(SHAPES)))
+@settings(max_examples=60, deadline=None)
 def test_what_is_not_refused_is_served_right(source: ExportSource, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Cached and fresh answers agree while histories grow, up to the longest."""
+    """A module that passes is exported, verified on both devices of the CPU, and served as it scores."""
     folder = tmp_path_factory.mktemp("any") / "bundle"
     try:
-        export_bundle(source, folder)
-    except ExportError:
+        check_contract(source)
+    except ContractError:
         return
-    fresh, cached = (
-        Recommender.load(folder),
-        Recommender.load(folder, cache=CacheOptions(budget_bytes=1 << 24, dtype="fp32")),
-    )
-    for length in (1, 2, 5, source.model.max_history - 1, source.model.max_history):
-        history = [
-            {"item": f"item-{i % 7}", "actions": ["click"], "timestamp_ms": 1_000 * i} for i in range(1, length + 1)
-        ]
-        want, got = fresh.recommend(history, k=10), cached.recommend(history, k=10, user="u")
-        assert length == 1 or got.kv == "extended"
-        scores = {item.item: item.score for item in got.items}
-        assert [scores[item.item] for item in want.items] == pytest.approx(
-            [item.score for item in want.items], abs=1e-3
-        )
+    export_bundle(source, folder)
+    assert [verify_bundle(folder, device).ok for device in ("cpu", "openvino")] == [True, True]
+    options, cached = RecommendOptions(exclude_seen=False), CacheOptions(budget_bytes=1 << 24, dtype="fp32")
+    for recommender in (Recommender.load(folder), Recommender.load(folder, cache=cached)):
+        for length in sorted({1, 2, 5, source.model.max_history - 1, source.model.max_history}):
+            if length > source.model.max_history:
+                continue
+            rows = [row % 7 for row in range(1, length + 1)]
+            history = [
+                {"item": f"item-{row}", "actions": ["click"], "timestamp_ms": 1_000 * (i + 1)}
+                for i, row in enumerate(rows)
+            ]
+            slate = recommender.recommend(history, k=ITEMS, options=options, user="u" if recommender.cache else None)
+            assert slate.kv == ("extended" if recommender.cache and length > 1 else "miss")
+            similarity, logits = own_scores(source, rows)
+            order = [int(item.item.removeprefix("item-")) for item in slate.items]
+            assert [item.retrieval_score for item in slate.items] == pytest.approx(similarity[order].tolist(), abs=1e-3)
+            scores = similarity if logits is None else logits.sigmoid()
+            assert [item.score for item in slate.items] == pytest.approx(scores[order].tolist(), abs=1e-3)

@@ -10,8 +10,9 @@ from onnx import parser
 from torch import Tensor
 
 from unipinrec.export.cases import Case
-from unipinrec.export.checks.parity import TOLERANCE, check_graph
+from unipinrec.export.checks.parity import check_graph
 from unipinrec.export.graphs import Graph
+from unipinrec.runtime.golden_check import TOLERANCE
 
 IN_BF16 = """
 <ir_version: 10, opset_import: ["" : 24]>
@@ -22,6 +23,23 @@ retrieval (float[batch, 2] x) => (float[batch, batch] y) {
     y = Cast <to: int = 1> (product)
 }
 """
+
+
+def test_large_values_may_differ_by_their_rounding_and_a_size_made_constant_is_explained(as_given: Path) -> None:
+    def off(by: float, size: float) -> set[str]:
+        graph = Graph(
+            name="encoder",
+            inputs={"x": {0: "batch", 2: "slots"}},
+            outputs=("present.0.key", "last"),
+            compute=lambda feeds: (feeds["x"], feeds["x"] + by),
+        )
+        case = Case(name="one", feeds={"x": torch.full((3, 2, 4, 3), size)}, valid_slots=torch.tensor(SLOTS))
+        return {check.check for check in check_graph(graph, as_given, [case]) if check.problem}
+
+    assert (off(2e-4, 9.0), off(2e-4, 100.0), off(2e-3, 100.0)) == ({"last"}, set(), {"last"})
+    graph = Graph(name="encoder", inputs={"x": {0: "batch"}}, outputs=("present.0.key", "last"), compute=lambda _: ())
+    (axes,) = (check for check in check_graph(graph, as_given, []) if check.problem)
+    assert "read sizes from `tensor.shape`, not by `len`" in str(axes.problem)
 
 
 def test_a_graph_that_onnx_runtime_does_not_load_is_a_finding(tmp_path: Path) -> None:

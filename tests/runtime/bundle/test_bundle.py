@@ -114,6 +114,7 @@ def test_file_names_stay_inside_the_folder(copy: Path, reseal: Reseal, name: str
         ({"index": {"dim": 32}}, r"the index does not match the items: .*\('ip', 32, 300\).*\('ip', 64, 300\)"),
         ({"index": {"space": "l2"}}, "the index does not match the items"),
         ({"num_items": 299}, "the index does not match the items"),
+        ({"model": {"num_layers": 0}}, "has num_layers=0, which leaves nothing to cache"),
         ({"positive_actions": ["like"]}, r"positive_actions \['like'\] are not all among"),
     ],
 )

@@ -122,6 +122,7 @@ def test_recall_counts_what_is_as_near_as_the_last() -> None:
     true = np.array([[0.9, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32)
     assert recall(np.array([[0.5, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32), true) == 1.0
     assert recall(np.array([[0.9, 0.5, 0.4], [0.7, 0.6, 0.5]], np.float32), true) == 0.5
+    assert recall(1e-6 * np.array([[0.9, 0.5, 0.4], [0.7, 0.6, 0.5]], np.float32), 1e-6 * true) == 0.5
 
 
 def test_retired_items_are_marked_or_absent(vectors: NDArray[np.float32], tmp_path: Path) -> None:

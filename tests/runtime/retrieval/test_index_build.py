@@ -125,6 +125,20 @@ def test_equal_items_do_not_spoil_the_recall(tmp_path: Path) -> None:
     assert build_index(IndexTask(vectors=vectors, queries=queries), tmp_path / "index").recall >= 0.99
 
 
+def test_the_recall_of_small_products_is_the_true_one(
+    vectors: NDArray[np.float32], queries: NDArray[np.float32], tmp_path: Path
+) -> None:
+    """hnswlib keeps 1 minus a product, so that it orders products of 1e-8 at random."""
+    small = 1e-4 * vectors
+    spec = build_index(IndexTask(vectors=small, queries=1e-4 * queries), tmp_path / "index")
+    rows, _ = HnswIndex(tmp_path / "index", spec, small).search(1e-4 * queries, 100)
+    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :100]
+    true = np.mean([len(np.intersect1d(*pair)) for pair in zip(rows, exact, strict=True)]) / 100
+    assert spec.recall == pytest.approx(true, abs=0.01)
+    assert spec.scan == (spec.recall < 0.99)
+    assert true < 0.9
+
+
 def test_a_file_that_does_not_read_back_is_refused(
     vectors: NDArray[np.float32], queries: NDArray[np.float32], tmp_path: Path
 ) -> None:

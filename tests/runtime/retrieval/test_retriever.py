@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
 from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, Matches, VectorIndex, recall
@@ -202,6 +203,17 @@ def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
     assert retriever.index is not None
     worse = replace(retriever, index=Behind(retriever.index))
     assert sampled_recall(worse, queries) == pytest.approx(0.9)
+
+
+def test_an_item_of_almost_no_length_is_like_no_other(bundle: Path) -> None:
+    """Weight decay makes such vectors of items that training does not show; the square of 1e-25 is 0 in fp32."""
+    opened = Bundle.open(bundle)
+    vectors = np.array(opened.item_vectors)
+    vectors[3] *= np.float32(1e-25)
+    by_item = Retriever.of_items(replace(opened, item_vectors=vectors))
+    (result,) = by_item.retrieve([Search(queries=by_item.item_vectors[5:6], k=len(vectors))])
+    assert result.rows[0] == 5
+    assert dict(zip(result.rows.tolist(), result.similarity.tolist(), strict=True))[3] == pytest.approx(0.0, abs=1e-6)
 
 
 def sampled_recall(retriever: Retriever, queries: NDArray[np.float32], k: int = 10) -> float:
