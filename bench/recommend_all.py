@@ -121,7 +121,7 @@ def memory(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     words = ["recommend-all", str(bundle), str(data), "--out", str(scratch / "memory.parquet"), "-k", str(K)]
     command = [sys.executable, "-c", CHILD, *words, "--threads", str(options.threads)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    events = int(pl.scan_parquet(data / "events.parquet").select(pl.len()).collect().item())
+    events = int(pl.scan_parquet(data / "events.parquet", glob=False).select(pl.len()).collect().item())
     return {"users": users, "events": events, "peak_mib": round(int(printed[-1]) / 1024), "printed": printed[0]}
 
 
