@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unipinrec.errors import ExportError, reason
 from unipinrec.export.protocol import MISSING_TIMESTAMP_MS, Events, ExportSource, KeyValues
 
 START_MS = 1_700_000_000_000
@@ -64,7 +65,13 @@ class CaseMaker:
 
     def _case(self, graph: str, sizes: Sizes) -> Case:
         """The inputs of a graph, made by the method of that name."""
-        case: Case = getattr(self, graph)(*sizes)
+        try:
+            case: Case = getattr(self, graph)(*sizes)
+        except Exception as error:  # a module raises what it likes
+            raise ExportError(
+                f"{graph}: the module fails on the sizes {sizes}, with which export traces and compares graphs: "
+                f"{reason(error)}; if max_history={self.source.model.max_history} is less, clamp positions in `encode`"
+            ) from error
         return case
 
     def encoder(self, lengths: Sequence[int]) -> Case:

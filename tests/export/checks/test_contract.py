@@ -538,6 +538,17 @@ def test_a_branch_on_a_value_is_refused_by_its_line(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 700
 
 
+def test_a_module_for_very_short_histories_is_told_to_clamp(tmp_path: Path) -> None:
+    class Short(Tiny):
+        def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
+            self.positions(torch.arange(events.surfaces.shape[1]))
+            return super().encode(events)
+
+    module = Short(msgspec.structs.replace(SPEC, max_history=4))
+    with pytest.raises(ExportError, match=r"extend: the module fails on the sizes .*max_history=4 is less, clamp"):
+        export_bundle(tiny_source(module, max_history=4), tmp_path / "bundle")
+
+
 # Whatever the fault: it is refused, or it is too small to change an answer.
 
 
