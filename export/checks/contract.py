@@ -321,6 +321,26 @@ def _longest_history(probe: Probe) -> Iterator[str]:
         )
 
 
+def _positions(probe: Probe) -> Iterator[str]:
+    """If the first events have positions that differ, all up to `max_history` have: a table may end before that.
+
+    The keys of the first layer show it, for equal events depend on their position alone there.
+    """
+    most = probe.spec.max_history
+    if not probe.spec.num_layers or most < 4:
+        return
+    long = probe.histories([most])
+    equal = {name: tensor[:, :1].expand_as(tensor) for name, tensor in vars(long).items() if name != "lengths"}
+    key = probe.encode(Events(**equal, lengths=long.lengths)).key_values[0][0][0, :, probe.spec.kv_prefix_slots :]
+    differs = (key[:, 1:] - key[:, :-1]).abs().amax((0, 2)) > 1e-6 * key.abs().amax()
+    known = int(differs.sum()) + 1
+    if 2 < known < most and bool(differs[: known - 1].all()):
+        yield (
+            f"encode: only the first {known} positions differ, while max_history={most}; export with "
+            f"max_history={known}, or with a table of {most} positions"
+        )
+
+
 def _last_step(probe: Probe, long: Events, encoded: EncodedHistories) -> Tensor:
     """The hidden state of the longest history, its last event added to all others; a second row makes padding."""
     most, slots = probe.spec.max_history, probe.spec.kv_prefix_slots + probe.spec.max_history - 1
@@ -338,6 +358,6 @@ STAGES: tuple[tuple[Check, ...], ...] = (
     (_repeatable,),
     (
         *(_encode_padding, _growth, _query_rows),
-        *(_rank_padding, _candidates, _order, _longest_history),
+        *(_rank_padding, _candidates, _order, _longest_history, _positions),
     ),
 )

@@ -538,6 +538,17 @@ def test_a_branch_on_a_value_is_refused_by_its_line(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 700
 
 
+def test_a_table_that_is_clamped_before_the_longest_history_is_refused() -> None:
+    words = problems_of(tiny_source(max_history=30))  # of a module that was trained with 20 positions
+    assert "encode: only the first 20 positions differ, while max_history=30; export with max_history=20" in words
+
+
+def test_a_model_without_positions_passes() -> None:
+    module = Tiny()
+    module.positions.weight.data[1:] = module.positions.weight.data[1]  # only the first event differs
+    check_contract(tiny_source(module))
+
+
 def test_a_module_for_very_short_histories_is_told_to_clamp(tmp_path: Path) -> None:
     class Short(Tiny):
         def encode(self, events: Events) -> tuple[KeyValues, Tensor]:
