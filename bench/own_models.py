@@ -5,7 +5,7 @@
 Card: each model, and for each way of asking the largest difference of a score and the number of users whose ten best
 items are the model's (scores within 1e-5 are a tie). Histories have 1 to as many events as the model reads. Lists may
 hold items of the history. Ways: `fresh`; `cached fp32` and `cached int8`, the second half of a history after its cached
-first half; `http`, through `unipinrec serve`; `openvino`, fresh on that engine.
+first half; `http` and `http cached fp32`, the same through `unipinrec serve`; `openvino`, fresh on that engine.
 
     sasrec, gru4rec, hstu    examples/, trained for 200 steps on a made-up log
     llama, qwen2             transformers' own classes with random weights, through `export.adapters.hugging_face`
@@ -133,6 +133,12 @@ def measured(case: Case) -> dict[str, dict[str, float | int]]:
             answers[f"cached {dtype}"] = slates
     with serving(case.bundle):
         answers["http"] = [asked(own) for own in case.histories]
+        if "cached fp32" in answers:
+            answers["http cached fp32"] = []
+            for user, own in enumerate(case.histories):
+                *_, last = [asked(own[:end], str(user)) for end in sorted({len(own) // 2 or 1, len(own)})]
+                assert last["kv"] == ("extended" if len(own) > 1 else "miss")
+                answers["http cached fp32"].append(last)
     row_of = {item: row for row, item in enumerate(Bundle.open(case.bundle).item_ids)}
     return {way: compared(slates, case.scores, row_of) for way, slates in answers.items()}
 
@@ -177,9 +183,10 @@ def serving(bundle: Path) -> Iterator[None]:
         process.wait(60)
 
 
-def asked(history: list[dict[str, Any]]) -> dict[str, Any]:
+def asked(history: list[dict[str, Any]], user: str | None = None) -> dict[str, Any]:
     """A recommendation over HTTP."""
-    body = json.dumps({"history": history, "k": TOP, "exclude_seen": False}).encode()
+    named = {} if user is None else {"user": user}
+    body = json.dumps({"history": history, "k": TOP, "exclude_seen": False, **named}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}/v1/recommend", body, {"Content-Type": "application/json"}
     )
