@@ -125,8 +125,7 @@ def _named(
             rows.append(row)
     if unknown and not skip_unknown:
         raise RequestError(
-            f"{name}: this bundle lacks or has retired {len(unknown)} of the items; drop them, or send skip_unknown: "
-            f"{listed(unknown)}"
+            f"{name}: this bundle lacks or has retired {listed(unknown)}; leave them out, or send skip_unknown=true"
         )
     return np.array(sorted(rows), np.int64), tuple(unknown)
 

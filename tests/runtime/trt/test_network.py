@@ -179,8 +179,8 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
 def test_it_computes_the_graph_at_the_papers_shape(paper: Bundle, trt: TensorRT, graph: str, precision: str) -> None:
     """12 layers of width 768: one request at the smallest and usual shape, and three of up to 992 events.
 
-    All of it takes 17 minutes on two busy cores, half of them to export; the largest shapes of the default profiles
-    would take hours. fp32 keeps its bound (found: 1e-6). Less precision has twice its bound, two roundings of the
+    All of it takes 17 minutes on two busy cores, half of them to export. The largest shapes of the default profiles
+    were not run. fp32 keeps its bound (found: 1e-6). Less precision has twice its bound, two roundings of the
     largest value: some of tens of millions of values are that far off (fp16 1.4e-3, bf16 8.9e-3, fp8 3.3e-2). So is the
     emulation from itself if its inputs are scaled by a millionth (fp16: 1.1e-3).
     """
