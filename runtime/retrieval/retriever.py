@@ -84,13 +84,12 @@ class Retriever:
             BundleError: It is not an index of the bundle's items.
         """
         vectors, live, spec = bundle.item_vectors, bundle.catalogue.live, bundle.manifest.index
-        index, unused = HnswIndex.open(bundle), f"the index finds {spec.recall:.3f} of the best {spec.recall_k} items"
         return cls(
-            index=None if spec.scan else index,
+            index=None if spec.scan else HnswIndex.open(bundle),
             scan=ExactIndex(vectors),
             item_vectors=vectors,
             live=live,
-            unused=f"{unused}, not {spec.recall_target}",
+            unused=f"the index finds {spec.recall:.3f} of the best {spec.recall_k} items, not {spec.recall_target}",
         )
 
     @classmethod

@@ -188,7 +188,9 @@ def test_items_that_the_bundle_lacks_are_refused_or_named_in_the_answer(stored: 
 
 
 def test_a_message_names_few_of_many_unknown_items(stored: Recommender) -> None:
-    with pytest.raises(RequestError, match=r"retired .* and 1,980 more; leave them out, or send skip_unknown=true$") as caught:
+    with pytest.raises(
+        RequestError, match=r"retired .* and 1,980 more; leave them out, or send skip_unknown=true$"
+    ) as caught:
         stored.rank(HISTORY, [f"{index}{'x' * 300}" for index in range(2000)], NOW)
     assert len(str(caught.value)) < 2_000
 

@@ -530,7 +530,7 @@ def test_a_list_is_ranked_one_by_one(client: TestClient, deployments: Deployment
     first, second, third = post(client, "/v1/rank", [good, bad, unknown])
     assert ([item["item"] for item in first["items"]], first["unknown"]) == (["item-9"], ["new"])
     assert second["error"]["code"] == "invalid_request"
-    assert "lacks or has retired 1 of the items" in second["error"]["message"]
+    assert "lacks or has retired ['new']; leave them out" in second["error"]["message"]
     assert third["error"]["code"] == "cold_start"
     assert deployments.current.batcher.statistics().requests - before.requests == 1
 
