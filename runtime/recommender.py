@@ -101,7 +101,7 @@ class Recommender:
         """Open a bundle for serving.
 
         Args:
-            bundle: Its folder, or an open bundle, whose files then all stay in memory.
+            bundle: Its folder, `hf://org/name[@revision]`, or an open bundle, whose files then all stay in memory.
             device: One of `runtime.device.DEVICES`, or your own backend, such as `MockBackend`. If a GPU device does
                 not run, the next best device replaces it, unless `strict`; see `Recommender.device`.
             verify: Check that the golden requests' outputs reproduce on this machine.

@@ -10,6 +10,7 @@ from typing import Unpack
 from unipinrec.errors import BundleError
 from unipinrec.runtime.agreement import MARGIN
 from unipinrec.runtime.bundle.bundle import read_manifest
+from unipinrec.runtime.bundle.hub import local_folder
 from unipinrec.runtime.bundle.integrity import file_problems
 from unipinrec.runtime.bundle.manifest import Agreement
 from unipinrec.runtime.bundle.quality import CacheAgreement, KvDtype, SampleQuality
@@ -74,15 +75,16 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
     """Check every file of a bundle and compare the golden requests' outputs; damage is reported, not raised.
 
     Args:
-        path: The bundle's folder.
+        path: The bundle's folder, or `hf://org/name[@revision]`.
         device: As in `Recommender.load`.
         **rules: See `DeviceRules`.
 
     Raises:
         BackendError: The device does not run the graphs, and no other device may be used.
+        BundleError: The bundle cannot be downloaded.
     """
     require_device(device)
-    folder = Path(path)
+    folder = local_folder(path)
     files, digest = _check_files(folder)
     golden: tuple[GoldenCheck, ...] = ()
     agreement = running = sample = cache = None

@@ -4,6 +4,7 @@ bundle.py     open a bundle
 catalogue.py  item ids, retired items, and filters by id and category
 derived.py    the manifest of a bundle made from another
 golden.py     golden requests
+hub.py        bundles of the Hugging Face Hub
 integrity.py  fingerprints, and writing a folder completely or not at all
 manifest.py   types of `manifest.json`, and checks of tensors against it
 quality.py    quality of lists, as the manifest stores it

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError, decoding
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
+from unipinrec.runtime.bundle.hub import local_folder
 from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, Manifest, Similarity
 from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
@@ -78,16 +79,16 @@ class Bundle:
         """Read all files of a bundle into memory and check their sha256 there.
 
         Args:
-            path: Its folder.
+            path: Its folder, or `hf://org/name[@revision]`; see `local_folder`.
             shared: See `SealedFiles`.
 
         Raises:
             BundleCorruptError: A file is missing, truncated or altered.
             BackendError: The memory does not suffice.
             BundleVersionError: The bundle's format is newer than this version reads.
-            BundleError: The bundle contradicts itself.
+            BundleError: The bundle contradicts itself, or cannot be downloaded.
         """
-        folder = Path(path)
+        folder = local_folder(path)
         manifest, digest = read_manifest(folder)
         files = SealedFiles(folder, manifest.files, shared)
         count = manifest.num_items

@@ -1,4 +1,4 @@
-"""Commands beside serving: compile, update the catalogue, plan, diagnose.
+"""Commands beside serving: compile, update the catalogue, push, plan, diagnose.
 
 arrivals.py       pauses between a user's requests, fitted to a log
 capacity.py       plans memory, hit rate and machines
@@ -9,5 +9,6 @@ diagnosis.py      the report of the doctor
 doctor.py         the devices that work on a machine, and why others do not
 engines.py        the engines of a bundle, and why each is usable or not
 item_input.py     items that arrive after export, and their vectors
+push.py           pushes a bundle to the Hugging Face Hub
 update_bundle.py  a bundle with more or fewer items
 """

@@ -5,7 +5,7 @@ compile.py         `unipinrec compile`
 demo.py            `unipinrec demo`
 doctor.py          `unipinrec doctor`
 evaluate.py        `unipinrec evaluate`, the printed form of an evaluation, and `unipinrec recommend-all`
-export.py          `unipinrec export`
+export.py          `unipinrec export` and `unipinrec push`
 index.py           `unipinrec index`
 plan.py            `unipinrec plan`
 plan_report.py     the report of `unipinrec plan`
@@ -27,7 +27,7 @@ from unipinrec.cli.compile import compile_engines
 from unipinrec.cli.demo import demo
 from unipinrec.cli.doctor import doctor
 from unipinrec.cli.evaluate import evaluate, recommend_all
-from unipinrec.cli.export import export
+from unipinrec.cli.export import export, push
 from unipinrec.cli.index import index
 from unipinrec.cli.plan import plan
 from unipinrec.cli.prepare import prepare
@@ -39,12 +39,15 @@ from unipinrec.cli.train import train
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
-    """Train, export and serve a recommender that retrieves and ranks with one transformer."""
+    """Train, export and serve a recommender that retrieves and ranks with one transformer.
+
+    A BUNDLE to read is a folder, or hf://org/name[@revision] on the Hugging Face Hub.
+    """
     # OpenMP reads this when torch loads it. Otherwise its threads spin for milliseconds at each barrier.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 for subcommand in (prepare, train, evaluate, export, compile_engines, verify, recommend, recommend_all, serve, state):
     main.add_command(subcommand)
-for tool in (doctor, index, plan, demo):
+for tool in (doctor, index, plan, demo, push):
     main.add_command(tool)

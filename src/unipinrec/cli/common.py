@@ -60,10 +60,28 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class BundlePath(click.Path):
+    """A bundle's folder, or `hf://org/name[@revision]`, which is downloaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        if not str(value).startswith("hf:/"):
+            return super().convert(value, param, ctx)
+        from unipinrec.runtime.bundle.hub import local_folder
+
+        try:
+            folder = local_folder(value)
+        except UnipinrecError as error:
+            fail(error)
+        stderr.print(f"{value} is commit {folder.name}, in {folder}", highlight=False, markup=False, soft_wrap=True)
+        return folder
+
+
 any_path = click.Path(path_type=Path)
+bundle_path = BundlePath(path_type=Path)
 input_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 positive = FiniteRange(0, min_open=True)
-bundle_argument = click.argument("bundle", type=any_path)
+bundle_argument = click.argument("bundle", type=bundle_path)
 data_option = click.option("--data", type=any_path, required=True, help="A folder that `prepare` wrote.")
 out_option = click.option("--out", type=any_path, required=True, help="Folder to write; it must not exist.")
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import SHORT, any_path, gpu_option, json_command, machine, print_json, stderr, stdout
+from unipinrec.cli.common import SHORT, bundle_path, gpu_option, json_command, machine, print_json, stderr, stdout
 from unipinrec.errors import BackendError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ GIB, MIB = 2**30, 2**20
     short_help="Show which devices can serve, and why others cannot.",
     epilog="\b\nExamples:\n  unipinrec doctor\n  unipinrec doctor bundle/ --json",
 )
-@click.argument("bundle", type=any_path, required=False)
+@click.argument("bundle", type=bundle_path, required=False)
 @gpu_option
 @json_command
 def doctor(bundle: Path | None, gpu: int, as_json: bool) -> None:

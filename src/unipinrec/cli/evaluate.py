@@ -15,6 +15,7 @@ from rich.table import Table
 from unipinrec.cli.common import (
     any_path,
     bundle_argument,
+    bundle_path,
     data_option,
     json_command,
     machine,
@@ -45,7 +46,7 @@ COLUMNS = {
     short_help="Measure recommendations on held-out requests.",
     epilog="Example: unipinrec evaluate bundle/ --data data/",
 )
-@click.argument("model", type=any_path, metavar="CHECKPOINT|BUNDLE")
+@click.argument("model", type=bundle_path, metavar="CHECKPOINT|BUNDLE")
 @data_option
 @click.option("--split", type=click.Choice(["test", "valid"]), default="test", help="The part of the data to measure.")
 @click.option("--limit", type=click.IntRange(min=1), help="Measure at most this many requests, drawn evenly.")

@@ -1,4 +1,4 @@
-"""`unipinrec export`."""
+"""`unipinrec export` and `unipinrec push`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from unipinrec.cli.common import any_path, json_command, print_json, say, stderr, stdout
+from unipinrec.cli.common import SHORT, any_path, bundle_argument, json_command, print_json, say, stderr, stdout
 from unipinrec.cli.evaluate import print_evaluation
 from unipinrec.cli.index import recall_option, warn_of_low_recall
 from unipinrec.errors import ExportError, UnipinrecError, listed, reason
@@ -133,6 +133,33 @@ def export(
         print_json({"bundle": str(bundle), **reported})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
+
+
+@click.command(
+    short_help="Upload a bundle to the Hugging Face Hub.",
+    epilog="Example: unipinrec push bundle/ hf://org/name --license apache-2.0",
+)
+@bundle_argument
+@click.argument("target", metavar="hf://ORG/NAME[@BRANCH]")
+@click.option("--license", "license_id", default="unknown", metavar="ID", help="The Hub's identifier, or other.")
+@click.option("--with-users", is_flag=True, help="Upload the sample users' histories and ids too: personal data.")
+@json_command
+def push(bundle: Path, target: str, license_id: str, with_users: bool, as_json: bool) -> None:
+    """Upload a bundle as one commit of an existing repository, with a model card made from its manifest.
+
+    Engines and sample users are left out. Other files of the repository are deleted; its history keeps them. Up to
+    four real histories without user ids stay in golden.safetensors if the bundle was exported with --data.
+    """
+    with stderr.status("pushing"):
+        from unipinrec.runtime.tools.push import push_bundle
+
+        pushed = push_bundle(bundle, target, license_id=license_id, with_users=with_users)
+    if as_json:
+        print_json(pushed)
+        return
+    left_out = f", without {', '.join(pushed.left_out)}" * bool(pushed.left_out)
+    say(f"bundle {pushed.bundle[:SHORT]}{left_out}, is commit {pushed.commit}; load it with")
+    say(f'Recommender.load("{pushed.load}")')
 
 
 def _own(reference: str) -> tuple[ExportSource, Histories | None]:

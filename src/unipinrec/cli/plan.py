@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unipinrec.cli.common import FiniteRange, any_path, input_file, json_command, positive, print_json, stderr
+from unipinrec.cli.common import FiniteRange, bundle_path, input_file, json_command, positive, print_json, stderr
 from unipinrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ OWN_SHAPE = ("layers", "dim", "heads")
 @click.command(short_help="Plan a cache: memory, hit rate, machines.", epilog=EXAMPLES)
 @click.option("--users", type=click.IntRange(1), required=True, help="Distinct users per month.")
 @click.option("--qps", type=positive, required=True, help="Requests per second at peak.")
-@click.option("--bundle", type=any_path, help="Take the model's shape from this bundle.")
+@click.option("--bundle", type=bundle_path, help="Take the model's shape from this bundle.")
 @click.option(
     "--size", type=click.Choice(["tiny", "small", "paper"]), help="Or take the model's shape from a named size."
 )

@@ -17,6 +17,7 @@ from unipinrec.cli.common import (
     FiniteRange,
     any_path,
     bundle_argument,
+    bundle_path,
     command,
     gpu_option,
     input_file,
@@ -246,7 +247,7 @@ def _store(url: str, *, kept: int | None = None) -> Iterator[EventStore]:
 @click.argument("data", type=any_path)
 @state_option
 @click.option(
-    "--bundle", type=any_path, help="Warn of items, actions and surfaces that this bundle does not know; keep them."
+    "--bundle", type=bundle_path, help="Warn of items, actions and surfaces that this bundle does not know; keep them."
 )
 @click.option(
     "--kept-events",
