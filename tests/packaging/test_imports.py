@@ -12,7 +12,7 @@ BLOCK = """
 import sys
 
 TRAINING = ("torch", "polars", "onnx", "onnxscript", "accelerate")
-SERVER = ("starlette", "uvicorn", "prometheus_client", "opentelemetry", "redis")
+SERVER = ("starlette", "uvicorn", "prometheus_client", "opentelemetry", "redis", "huggingface_hub")
 
 
 class Block:

@@ -17,6 +17,7 @@ from answers import STORED, engine_of
 from fake_gpu import CudaOnCpu, HostMachine
 from fake_tensorrt import double_backend
 from host_cuda import HostRuntime
+from hub_server import Hub, hub_server
 from twin_bundle import twin, with_shares
 
 from unipinrec.errors import BackendError
@@ -210,3 +211,23 @@ def backend(stored: Bundle, memory: HostRuntime) -> Iterator[TensorRtBackend]:
     gc.collect()
     assert memory.left() == {}
     assert memory.faults == []
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on this machine, where the real client finds it; with an empty cache and without a token."""
+    if find_spec("huggingface_hub") is None:
+        pytest.skip("huggingface_hub is not installed (pip install 'unipinrec[hub]')")
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server() as (hub, endpoint):
+        for name, value in {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub

@@ -14,7 +14,7 @@ import pytest
 from answers import STORED
 from live_server import listening, served
 
-VISIT = Path(__file__).parents[2] / "doubles" / "visit.mjs"
+VISIT = Path(__file__).with_name("visit.mjs")
 PLAYWRIGHT = "playwright-core@1.65.1"
 EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\' & \u202e'
 EVIL_USER = '"><b>user</b>&amp;/../?#%00'
