@@ -276,10 +276,9 @@ class Server:
     def call(self, request: Request, operation: Operation) -> Call:
         """A new call for a request."""
         began = time.perf_counter()
-        request_id = request.headers.get("x-request-id", "")
         return Call(
             request=request,
-            id=request_id if REQUEST_ID.fullmatch(request_id) else f"{random.getrandbits(64):016x}",
+            id=id_of(request),
             route=operation.documented,
             polled=operation.polled,
             began=began,
@@ -302,6 +301,12 @@ class Server:
 
 
 Handler = Callable[[Server, Call], Coroutine[Any, Any, Response]]
+
+
+def id_of(request: Request) -> str:
+    """The client's id of a request, if it is printable and short, or a new one."""
+    sent = request.headers.get("x-request-id", "")
+    return sent if REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(64):016x}"
 
 
 def as_json(answer: Any, status: int = 200) -> Response:
@@ -351,7 +356,10 @@ class Endpoint:
             response.headers["connection"] = "close"
         call.status, call.seconds = response.status_code, time.perf_counter() - call.began
         for observe in () if call.answered_elsewhere else self.server.observers:
-            observe(call)
+            try:
+                observe(call)
+            except Exception:
+                log.exception("request %s was answered, but %s failed", call.id, observe)
         response.headers.update(call.headers)
         await response(scope, receive, send)
 

@@ -347,8 +347,9 @@ def test_requests_have_ids(patient: Deployments) -> None:
 )
 def test_what_is_not_there(patient: Deployments, method: str, path: str, status: int, code: str) -> None:
     async def scenario(client: httpx2.AsyncClient) -> None:
-        answer = await client.request(method, path)
+        answer = await client.request(method, path, headers={"x-request-id": "mine"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert answer.headers["x-request-id"] == "mine"
 
     served(make_server(deployments=patient), scenario)
 
@@ -366,6 +367,22 @@ def test_observers_see_what_became_of_a_request(patient: Deployments) -> None:
     assert (first.route, first.status, first.code, len(first.slates)) == ("/v1/recommend", 200, None, 1)
     assert (second.route, second.status, second.code) == ("/v1/users/{user}", 404, "unknown_user")
     assert first.seconds > second.seconds > 0
+
+
+def test_an_observer_that_fails_changes_no_answer(patient: Deployments, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[Call] = []
+
+    def broken(call: Call) -> None:
+        raise KeyError(call.route)
+
+    async def scenario(client: httpx2.AsyncClient) -> None:
+        answer = await client.get("/health/live", headers={"x-request-id": "mine"})
+        assert (answer.status_code, answer.headers["x-request-id"], answer.json()) == (200, "mine", {"status": "live"})
+
+    served(make_server(deployments=patient, observers=[broken, calls.append]), scenario)
+    assert [call.route for call in calls] == ["/health/live"]
+    assert "request mine was answered, but" in caplog.text
+    assert "KeyError: '/health/live'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -459,6 +459,34 @@ def test_an_unforeseen_error_is_internal(server: Server, caplog: pytest.LogCaptu
     assert "/secret/path" in caplog.text
 
 
+@pytest.mark.parametrize("path", ["recommend", "rank"])
+@pytest.mark.parametrize("fault", [TypeError, ValueError, AttributeError])
+def test_a_fault_of_ours_is_not_the_request_s(
+    path: str,
+    fault: type[Exception],
+    client: TestClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise fault("ours")
+
+    monkeypatch.setattr("unipinrec.runtime.recommender.resolve_request", broken)
+    body = {"user": "u", "history": HISTORY} | ({"items": ["item-1"]} if path == "rank" else {"k": 3})
+    assert post(client, f"/v1/{path}", body, 500)["error"]["code"] == "internal"
+    assert f"{fault.__name__}: ours" in caplog.text
+
+
+def test_ids_may_be_integers_everywhere(client: TestClient) -> None:
+    events = [{"item": "item-3", "actions": ["click"], "id": "1"}]
+    assert post(client, "/v1/events", {"user": 123, "events": events})["user"] == "123"
+    assert client.get("/v1/users/123").json()["events"][0]["item"] == "item-3"
+    by_string, by_number = (post(client, "/v1/recommend", {"user": user, "k": 3}) for user in ("123", 123))
+    assert (by_number["items"], by_number["kv"]) == (by_string["items"], "hit")
+    similar = {"items": ["item-3"], "k": 2, "exclude": [5], "allow": ["item-4", "item-5", 6]}
+    assert {item["item"] for item in post(client, "/v1/items/similar", similar)["items"]} == {"item-4", "item-5"}
+
+
 def test_what_was_refused_is_kept_by_nothing(twins: tuple[Path, Path]) -> None:
     """No request, with its body, and no bundle that was replaced since, has to wait for the collector."""
     calls: list[weakref.ref[Call]] = []
