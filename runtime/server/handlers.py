@@ -115,10 +115,11 @@ async def _slates(server: Server, call: Call, decode: Decode) -> Response:
 
 async def _compute(server: Server, call: Call, requests: Sequence[Asked]) -> list[_Submitted | Exception]:
     """Submit requests to the batcher and wait for all of them; a request that is not valid gets its error."""
-    leave = [server.users.enter(request.user) for request in requests]
-    call.users += [request.user for request in requests if request.user is not None]
+    leave: list[Callable[[], None]] = []
     submitted: list[_Submitted | Exception] = []
     try:
+        leave.extend(server.users.enter(request.user) for request in requests)
+        call.users += [request.user for request in requests if request.user is not None]
         with server.acquire() as deployment:
             users = [request.user for request in requests if request.history is None and request.user is not None]
             stored = await settled(call, lambda: server.store.histories(users)) if users else []
