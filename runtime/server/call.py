@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
-from unipinrec.runtime.server.admission import Admission, UsersInFlight
+from unipinrec.runtime.server.admission import Admission, UsersInFlight, when_done
 from unipinrec.runtime.server.bodies import ApiError, Limits, RecommendBody
 from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import EventStore
@@ -155,7 +155,7 @@ class Call:
         end: asyncio.Future[_End] = loop.create_future()
         late = loop.call_later(max(0.0, self.left_s), _resolve, end, "late")
         gone = loop.create_task(self._gone(end))
-        _when_all_done(futures, loop, end)
+        _when_all_done(futures, end)
         try:
             if await end == "gone":
                 raise ClientDisconnect
@@ -182,9 +182,7 @@ def _resolve(end: asyncio.Future[_End], how: _End) -> None:
         end.set_result(how)
 
 
-def _when_all_done(
-    futures: Sequence[Future[Any] | asyncio.Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]
-) -> None:
+def _when_all_done(futures: Sequence[Future[Any] | asyncio.Future[Any]], end: asyncio.Future[_End]) -> None:
     """Resolve `end` when all are done, with results or errors."""
     left = len(futures)
 
@@ -194,12 +192,8 @@ def _when_all_done(
         if left <= 0:
             _resolve(end, "done")
 
-    def one_done(_: Future[Any] | asyncio.Future[Any]) -> None:
-        with suppress(RuntimeError):  # the loop is closed, so nothing waits any more
-            loop.call_soon_threadsafe(count)
-
     for future in futures:
-        future.add_done_callback(one_done)
+        when_done(future, count)
     if not futures:
         count()
 

@@ -237,6 +237,7 @@ def test_what_a_user_did_changes_the_next_answer(client: TestClient, recommender
         "out_of_order": 0,
         "dropped": 0,
         "events": 2,
+        "ahead": 0,
     }
     body = {"user": "u", "k": 3, "now_ms": AT + 5}
     assert post(client, "/v1/recommend", body)["kv"] == "miss"
@@ -254,6 +255,21 @@ def test_an_event_that_is_late_goes_where_it_belongs(client: TestClient) -> None
     answer = post(client, "/v1/recommend", {"user": "u", "k": 1})
     assert (answer["kv"], answer["kv_reason"]) == ("miss", "edited")
     assert [event["item"] for event in client.get("/v1/users/u").json()["events"]] == ["item-0", "item-1", "item-2"]
+
+
+def test_a_client_whose_clock_is_ahead_blocks_nothing(client: TestClient) -> None:
+    now_ms, hours = time.time_ns() // 1_000_000, 3_600_000
+    ahead = {"item": "item-1", "actions": ["click"], "timestamp_ms": now_ms + 23 * hours}
+    assert send(client, "fast", {**ahead, "timestamp_ms": now_ms - 1}, ahead)["ahead"] == 1
+    receipt = send(client, "fast", {"item": "item-2", "actions": ["click"]})
+    assert (receipt["ahead"], receipt["out_of_order"]) == (0, 0)
+    times = [event["timestamp_ms"] for event in client.get("/v1/users/fast").json()["events"]]
+    assert times[0] == now_ms - 1
+    assert now_ms <= times[1] <= times[2] < now_ms + hours
+    answer = post(client, "/v1/recommend", {"user": "fast", "k": 2, "now_ms": now_ms - 5_000})
+    assert answer["items"] == post(client, "/v1/recommend", {"user": "fast", "k": 2, "now_ms": times[2]})["items"]
+    refused = post(client, "/v1/recommend", {"user": "fast", "k": 2, "now_ms": now_ms - 25 * hours}, 400)
+    assert "is before the last event" in refused["error"]["message"]
 
 
 def test_an_event_may_be_sent_twice(client: TestClient) -> None:
