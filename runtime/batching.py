@@ -109,7 +109,7 @@ class Batcher:
         self.close()
 
     def submit(self, request: Request | RankRequest) -> Answer:
-        """Check a request in the caller's thread and queue it. Cancelling the future frees its place.
+        """Check a request in the caller's thread and queue it. One that is cancelled takes no place in a batch.
 
         Raises:
             RequestError: The request is invalid.
@@ -188,22 +188,30 @@ class Batcher:
                 answer.set_exception(BackendError(why))
 
     def _next_batch(self) -> list[Answer]:
-        """Wait for requests; empty once the batcher is closed and its queue is empty."""
+        """Wait for requests that are not cancelled; empty once the batcher is closed and its queue is empty."""
         free = time.perf_counter()
         with self._changed:
-            while len(self._queue) < self.options.max_batch and not self._closed:
-                left = None
-                if self._queue:
-                    left = self._queue[0].arrived + self.options.max_wait_ms / 1e3 - time.perf_counter()
-                    if left <= 0:
-                        break
-                self._changed.wait(left)
-            batch = list(itertools.islice(self._queue, self.options.max_batch))
+            while True:
+                self._collect()
+                self._queue = deque(answer for answer in self._queue if not answer.cancelled())
+                batch = list(itertools.islice(self._queue, self.options.max_batch))
+                if batch or self._closed:
+                    break
             if batch:
                 self._count(batch, free)
             for _ in batch:
                 self._queue.popleft()
             return batch
+
+    def _collect(self) -> None:
+        """Wait until a batch may begin."""
+        while len(self._queue) < self.options.max_batch and not self._closed:
+            left = None
+            if self._queue:
+                left = self._queue[0].arrived + self.options.max_wait_ms / 1e3 - time.perf_counter()
+                if left <= 0:
+                    return
+            self._changed.wait(left)
 
     def _count(self, batch: list[Answer], free: float) -> None:
         now, before = time.perf_counter(), self._statistics

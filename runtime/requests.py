@@ -105,7 +105,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     history: tuple[Event, ...]
     k: int = 20
     options: RecommendOptions = RecommendOptions()
-    user: str | None = None
+    user: str | int | None = None
 
 
 class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,7 +117,7 @@ class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     history: tuple[Event, ...]
     items: tuple[str | int, ...]
     options: RankOptions = RankOptions()
-    user: str | None = None
+    user: str | int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +213,12 @@ def check_types(request: Request | RankRequest) -> None:
     Raises:
         RequestError: A value has the wrong type; the message names it.
     """
+    options = RankOptions() if isinstance(request, RankRequest) else RecommendOptions()
+    typed = isinstance(request.history, tuple) and all(isinstance(event, Event) for event in request.history)
+    rest = msgspec.structs.replace(request, options=options, history=() if typed else request.history)
     try:
-        msgspec.convert(msgspec.to_builtins(request), type(request))
+        for part in (request.options, *(request.history if typed else ()), rest):  # a server's have more fields
+            msgspec.convert(msgspec.to_builtins(part), type(part))
     except (TypeError, ValueError) as error:
         raise RequestError(f"the request has a value of the wrong type: {error}") from error
 

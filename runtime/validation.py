@@ -280,16 +280,18 @@ def _now(now_ms: int | None, history: History, manifest: Manifest) -> int:
     return now
 
 
-def _user(user: str | None) -> str | None:
-    if user is not None and not (isinstance(user, str) and user):
+def _user(user: str | int | None) -> str | None:
+    if user is None:
+        return None
+    if isinstance(user, bool) or not isinstance(user, str | int | np.integer) or user == "":
         raise RequestError(f"user={user!r} must be a non-empty string, or None to keep nothing in the cache")
-    return user
+    return str(user)
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise RequestError(f"{name}={value!r} must be an integer of at least 1")
-    return value
+    return int(value)
 
 
 def _order(order: Order | None, manifest: Manifest) -> Order:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.server.bodies import ApiError, whole_seconds
@@ -23,7 +25,7 @@ class Admission:
 
     Attributes:
         limit: Most pending requests.
-        pending: Pending requests.
+        pending: Pending requests, and those that were given up but still compute.
         arriving: Pending requests that the client has not sent completely. The others need not wait for them.
         most_pending: Largest value of `pending` so far.
         refused: Requests that were rejected.
@@ -66,7 +68,7 @@ class Admission:
             if measured:
                 self.learn(ticket.seconds_each())
         finally:
-            self.pending -= ticket.count
+            self.pending -= ticket.count - ticket.outlasting
             self.arriving -= ticket.arriving
 
     def take(self, count: int, within_s: float) -> None:
@@ -95,7 +97,8 @@ class Ticket:
     """The place of one HTTP request, which may hold a list of requests."""
 
     def __init__(self, admission: Admission, within_s: float) -> None:
-        self._admission, self._within_s, self.count, self.arriving = admission, within_s, 0, 0
+        self._admission, self._within_s = admission, within_s
+        self.count = self.arriving = self.outlasting = 0
         self.begin()
 
     def add(self, count: int) -> None:
@@ -114,9 +117,29 @@ class Ticket:
         self._ahead = self._admission.pending - self.count - self._admission.arriving
         self._began = self._admission.now()
 
+    def outlast(self, computation: Future[Any]) -> None:
+        """Keep the place of a request until its computation is done, although the request may end before."""
+        if not computation.done():
+            self.outlasting += 1
+            when_done(computation, self._free)
+
+    def _free(self) -> None:
+        self._admission.pending -= 1
+
     def seconds_each(self) -> float:
         """Seconds since `begin`, divided among the request and those ahead of it."""
         return (self._admission.now() - self._began) / (self._ahead + self.count)
+
+
+def when_done(computation: Future[Any] | asyncio.Future[Any], act: Callable[[], None]) -> None:
+    """Act in the running event loop when a computation is done, unless the loop is closed by then."""
+    loop = asyncio.get_running_loop()
+
+    def done(_: Any) -> None:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(act)
+
+    computation.add_done_callback(done)
 
 
 class UsersInFlight:

@@ -25,7 +25,7 @@ from unipinrec.runtime.server.bodies import (
     SimilarBody,
     UserAnswer,
 )
-from unipinrec.runtime.server.call import Endpoint, Handler, Observer, Server, ServerOptions, as_json
+from unipinrec.runtime.server.call import Endpoint, Handler, Observer, Server, ServerOptions, as_json, id_of
 from unipinrec.runtime.server.events.store import EventStore, MemoryEventStore, Receipt, StoreLimits
 from unipinrec.runtime.server.openapi_examples import EXAMPLE_USER
 from unipinrec.runtime.server.operations import POSTS, READS, STORE, AnyOf, Operation, in_path
@@ -178,5 +178,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
     first = request.url.path.split("/")[1]
     near = (known.error for known in operations_of(request.app.routes) if known.path.split("/")[1] == first)
     response = as_json(next(near, ErrorAnswer).of(ErrorDetail(code=code, message=message)), status)
-    response.headers.update(headers or {})
+    response.headers.update({"x-request-id": id_of(request), **(headers or {})})
     return response

@@ -88,9 +88,14 @@ class RecommendBody(RecommendOptions, frozen=True, kw_only=True, forbid_unknown_
         k: How many items.
     """
 
-    user: str | None = None
+    sent_user: str | int | None = msgspec.field(default=None, name="user")
     history: tuple[SentEvent, ...] | None = None
     k: int = 20
+
+    @property
+    def user(self) -> str | None:
+        """The user's id as a string."""
+        return None if self.sent_user is None else str(self.sent_user)
 
     def request(self, history: tuple[Event, ...]) -> Request:
         """The request for the recommender."""
@@ -106,8 +111,13 @@ class RankBody(RankOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     items: tuple[str | int, ...]
-    user: str | None = None
+    sent_user: str | int | None = msgspec.field(default=None, name="user")
     history: tuple[SentEvent, ...] | None = None
+
+    @property
+    def user(self) -> str | None:
+        """The user's id as a string."""
+        return None if self.sent_user is None else str(self.sent_user)
 
     def request(self, history: tuple[Event, ...]) -> RankRequest:
         """The request for the recommender."""
@@ -137,10 +147,15 @@ class SentEvent(Event, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class EventsBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """New events of one user, oldest first."""
+    """New events of one user, oldest first. A user's id may be sent as an integer, which stands for its string."""
 
-    user: str
+    sent_user: str | int = msgspec.field(name="user")
     events: tuple[SentEvent, ...]
+
+    @property
+    def user(self) -> str:
+        """The user's id as a string."""
+        return str(self.sent_user)
 
 
 class UserAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,8 +182,8 @@ class SimilarBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     items: tuple[str | int, ...]
     k: int = 20
-    exclude: tuple[str, ...] = ()
-    allow: tuple[str, ...] | None = None
+    exclude: tuple[str | int, ...] = ()
+    allow: tuple[str | int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
     exact: bool = False
 

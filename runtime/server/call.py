@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
-from unipinrec.runtime.server.admission import Admission, UsersInFlight
+from unipinrec.runtime.server.admission import Admission, UsersInFlight, when_done
 from unipinrec.runtime.server.bodies import ApiError, Limits, RecommendBody
 from unipinrec.runtime.server.deployment import Deployment
 from unipinrec.runtime.server.events.store import EventStore
@@ -155,7 +155,7 @@ class Call:
         end: asyncio.Future[_End] = loop.create_future()
         late = loop.call_later(max(0.0, self.left_s), _resolve, end, "late")
         gone = loop.create_task(self._gone(end))
-        _when_all_done(futures, loop, end)
+        _when_all_done(futures, end)
         try:
             if await end == "gone":
                 raise ClientDisconnect
@@ -182,9 +182,7 @@ def _resolve(end: asyncio.Future[_End], how: _End) -> None:
         end.set_result(how)
 
 
-def _when_all_done(
-    futures: Sequence[Future[Any] | asyncio.Future[Any]], loop: asyncio.AbstractEventLoop, end: asyncio.Future[_End]
-) -> None:
+def _when_all_done(futures: Sequence[Future[Any] | asyncio.Future[Any]], end: asyncio.Future[_End]) -> None:
     """Resolve `end` when all are done, with results or errors."""
     left = len(futures)
 
@@ -194,12 +192,8 @@ def _when_all_done(
         if left <= 0:
             _resolve(end, "done")
 
-    def one_done(_: Future[Any] | asyncio.Future[Any]) -> None:
-        with suppress(RuntimeError):  # the loop is closed, so nothing waits any more
-            loop.call_soon_threadsafe(count)
-
     for future in futures:
-        future.add_done_callback(one_done)
+        when_done(future, count)
     if not futures:
         count()
 
@@ -276,10 +270,9 @@ class Server:
     def call(self, request: Request, operation: Operation) -> Call:
         """A new call for a request."""
         began = time.perf_counter()
-        request_id = request.headers.get("x-request-id", "")
         return Call(
             request=request,
-            id=request_id if REQUEST_ID.fullmatch(request_id) else f"{random.getrandbits(64):016x}",
+            id=id_of(request),
             route=operation.documented,
             polled=operation.polled,
             began=began,
@@ -302,6 +295,12 @@ class Server:
 
 
 Handler = Callable[[Server, Call], Coroutine[Any, Any, Response]]
+
+
+def id_of(request: Request) -> str:
+    """The client's id of a request, if it is printable and short, or a new one."""
+    sent = request.headers.get("x-request-id", "")
+    return sent if REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(64):016x}"
 
 
 def as_json(answer: Any, status: int = 200) -> Response:
@@ -351,7 +350,10 @@ class Endpoint:
             response.headers["connection"] = "close"
         call.status, call.seconds = response.status_code, time.perf_counter() - call.began
         for observe in () if call.answered_elsewhere else self.server.observers:
-            observe(call)
+            try:
+                observe(call)
+            except Exception:
+                log.exception("request %s was answered, but %s failed", call.id, observe)
         response.headers.update(call.headers)
         await response(scope, receive, send)
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from unipinrec.errors import BackendError, ColdStartError, RequestError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Event
+from unipinrec.runtime.server.admission import Ticket, when_done
 from unipinrec.runtime.server.bodies import (
     ApiError,
     ErrorAnswer,
@@ -97,7 +98,7 @@ async def _slates(server: Server, call: Call, decode: Decode) -> Response:
         ticket.add(len(requests) - 1)
         ticket.begin()
         outcomes: list[RecommendAnswer | Exception] = []
-        for index, submitted in enumerate(await _compute(server, call, requests)):
+        for index, submitted in enumerate(await _compute(server, call, requests, ticket)):
             if isinstance(submitted, Exception):
                 outcomes.append(submitted)
             elif (error := submitted.answer.exception()) is not None:
@@ -113,38 +114,42 @@ async def _slates(server: Server, call: Call, decode: Decode) -> Response:
         return _in_kind(outcomes, call, listed=isinstance(body, tuple))
 
 
-async def _compute(server: Server, call: Call, requests: Sequence[Asked]) -> list[_Submitted | Exception]:
+async def _compute(
+    server: Server, call: Call, requests: Sequence[Asked], ticket: Ticket
+) -> list[_Submitted | Exception]:
     """Submit requests to the batcher and wait for all of them; a request that is not valid gets its error."""
-    leave = [server.users.enter(request.user) for request in requests]
-    call.users += [request.user for request in requests if request.user is not None]
+    leave: list[Callable[[], None]] = []
     submitted: list[_Submitted | Exception] = []
     try:
+        leave.extend(server.users.enter(request.user) for request in requests)
+        call.users += [request.user for request in requests if request.user is not None]
         with server.acquire() as deployment:
             users = [request.user for request in requests if request.history is None and request.user is not None]
             stored = await settled(call, lambda: server.store.histories(users)) if users else []
             left = iter(stored)
             for request in requests:
                 events = next(left) if request.history is None else request.history
-                submitted.append(_submit(deployment, request, events))
+                submitted.append(_submit(deployment, request, events, server.options.limits.ahead_ms))
             await call.wait([entry.answer for entry in submitted if isinstance(entry, _Submitted)])
     finally:
         for release, entry in zip_longest(leave, submitted):
-            _release(release, entry.answer if isinstance(entry, _Submitted) else None)
+            if isinstance(entry, _Submitted) and not entry.answer.done():  # the batcher computes it, though none waits
+                when_done(entry.answer, release)
+                ticket.outlast(entry.answer)
+            else:
+                release()
     return submitted
 
 
-def _release(release: Callable[[], None], answer: Answer | None) -> None:
-    """Release a user when the batcher is done with the request, which may be after its client has left."""
-    if answer is None or answer.done():
-        release()
-        return
-    loop = asyncio.get_running_loop()
-    answer.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
-
-
-def _submit(deployment: Deployment, request: Asked, events: Sequence[Event]) -> _Submitted | Exception:
+def _submit(deployment: Deployment, request: Asked, events: Sequence[Event], ahead_ms: int) -> _Submitted | Exception:
     try:
-        history = tuple(events) if request.history is not None else usable(events, deployment.recommender.bundle)
+        if request.history is not None:
+            history = tuple(events)
+        else:
+            history = usable(events, deployment.recommender.bundle)
+            last_ms = history[-1].timestamp_ms if history else None
+            if last_ms and request.now_ms and 0 < last_ms - request.now_ms <= ahead_ms:  # the client's clock is behind
+                request = msgspec.structs.replace(request, now_ms=last_ms)
         answer = deployment.batcher.submit(request.request(history))
     except ColdStartError as error:
         stored = f"the active bundle has none of the {len(events)} items" if events else "no events are known"
@@ -201,7 +206,7 @@ async def append_events(server: Server, call: Call) -> Response:
         posts = body if isinstance(body, tuple) else (body,)
         ticket.add(len(posts) - 1)
         ticket.begin()
-        checked = _checked(server, posts)
+        checked = _checked(server, posts, now_ms)
         appends = [append for append in checked if isinstance(append, Append)]
         receipts = await settled(call, lambda: server.store.append(appends, now_ms)) if appends else []
         left = iter(receipts)
@@ -209,8 +214,12 @@ async def append_events(server: Server, call: Call) -> Response:
         return _in_kind(outcomes, call, listed=isinstance(body, tuple))
 
 
-def _checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | ApiError]:
-    """What to append, or why not: one invalid event rejects all events of its element."""
+def _checked(server: Server, posts: Sequence[EventsBody], now_ms: int) -> list[Append | ApiError]:
+    """What to append, or why not: one invalid event rejects all events of its element.
+
+    A time ahead of this machine's clock is that of another clock; the event gets the time of its arrival, for otherwise
+    later events and requests would have to wait for that time.
+    """
     checked: list[Append | ApiError] = []
     with server.acquire() as deployment:
         bundle = deployment.recommender.bundle
@@ -221,8 +230,13 @@ def _checked(server: Server, posts: Sequence[EventsBody]) -> list[Append | ApiEr
             except RequestError as error:
                 checked.append(invalid(error))
                 continue
-            fields = (msgspec.structs.asdict(event) | {"item": str(event.item)} for event in post.events)
-            checked.append(Append(user=post.user, events=tuple(StoredEvent(**values) for values in fields)))
+            events, ahead = [], 0
+            for event in post.events:
+                values = msgspec.structs.asdict(event) | {"item": str(event.item)}
+                if event.timestamp_ms is not None and event.timestamp_ms > now_ms:
+                    ahead, values["timestamp_ms"] = ahead + 1, now_ms
+                events.append(StoredEvent(**values))
+            checked.append(Append(user=post.user, events=tuple(events), ahead=ahead))
     return checked
 
 
@@ -266,5 +280,8 @@ async def similar(server: Server, call: Call) -> Response:
         ticket.begin()
         with server.acquire() as deployment:
             answer = server.threads.submit(similar_items, deployment.recommender, body)
-            await call.wait([answer])
+            try:
+                await call.wait([answer])
+            finally:
+                ticket.outlast(answer)
         return as_json(answer.result())

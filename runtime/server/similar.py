@@ -21,8 +21,8 @@ def similar_items(recommender: Recommender, body: SimilarBody) -> SimilarAnswer:
     """
     bundle, catalogue = recommender.bundle, recommender.bundle.catalogue
     rows = np.array([item_row(str(item), bundle.rows, f"items[{i}]") for i, item in enumerate(body.items)], np.int64)
-    excluded = np.unique(np.concatenate([rows, catalogue.known_rows(body.exclude)]))
-    allowed = catalogue.allowed(body.allow, body.categories)
+    excluded = np.unique(np.concatenate([rows, catalogue.known_rows(map(str, body.exclude))]))
+    allowed = catalogue.allowed(None if body.allow is None else map(str, body.allow), body.categories)
     eligible = Eligible(allowed=allowed, excluded=excluded).count(catalogue.num_rows)
     if body.k < 1:
         raise RequestError(f"k={body.k} must be at least 1")

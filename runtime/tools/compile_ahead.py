@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from unipinrec.errors import ConfigError
+from unipinrec.errors import BundleError, ConfigError, decoding
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.derived import seal_derived
 from unipinrec.runtime.bundle.integrity import written_whole
@@ -75,10 +75,15 @@ def plan_file(record: EngineRecord) -> str:
 
 
 def carried_records(bundle: Bundle) -> list[EngineRecord]:
-    """The records of the engines that a bundle carries."""
+    """The records of the engines that a bundle carries.
+
+    Raises:
+        BundleError: They are not readable.
+    """
     if RECORDS not in bundle.manifest.files:
         return []
-    return msgspec.json.decode(bundle.files[RECORDS].read_bytes(), type=list[EngineRecord])
+    with decoding(BundleError, bundle.path / RECORDS, "compile its engines again"):
+        return msgspec.json.decode(bundle.files[RECORDS].read_bytes(), type=list[EngineRecord])
 
 
 def _write(parent: Bundle, built: Sequence[EngineRecord], folder: Path) -> None:

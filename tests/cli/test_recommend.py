@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +56,28 @@ def test_verify_json(bundle: Path) -> None:
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 @pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16 instructions")
+@pytest.mark.parametrize("words", [("verify", "--json"), ("verify",), ("verify", "--help")])
+def test_a_full_disk_is_told(bundle: Path, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "unipinrec", *words, str(bundle)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        "error: the output could not be written: No space left on device",
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_output_that_the_terminal_cannot_encode_is_escaped(bundle: Path, tmp_path: Path) -> None:
+    named = shutil.copytree(bundle, tmp_path / "\u4e2d")
+    command = [sys.executable, "-m", "unipinrec", "verify", str(named)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "COLUMNS": "200"}
+    shown = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert rb"\u4e2d" in shown.stdout
+    as_json = subprocess.run([*command, "--json"], env=environment, capture_output=True, check=True)
+    assert json.loads(as_json.stdout.decode("utf-8"))
+
+
 def test_verify_of_a_device_that_rounds(bundle: Path) -> None:
     result = run("verify", bundle, "--device", "openvino-bf16")
     assert result.exit_code == 0

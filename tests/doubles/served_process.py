@@ -58,9 +58,10 @@ class Running:
 
 
 @contextmanager
-def started(*options: str | Path, bundle: Path = STORED) -> Iterator[Running]:
+def started(*options: str | Path, bundle: Path = STORED, files: int | None = None) -> Iterator[Running]:
     words = [sys.executable, "-m", "unipinrec", "serve", str(bundle), "--port", "0", "--device", "cpu", "--log-format"]
-    process = subprocess.Popen([*words, "human", *map(str, options)], stderr=subprocess.PIPE, text=True)
+    limit = ["prlimit", f"--nofile={files}"] if files else []
+    process = subprocess.Popen([*limit, *words, "human", *map(str, options)], stderr=subprocess.PIPE, text=True)
     running = Running(process=process)
     stderr = process.stderr
     assert stderr is not None

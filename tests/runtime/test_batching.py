@@ -9,9 +9,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unipinrec.errors import BackendError, ConfigError, RequestError
 from unipinrec.runtime import Batcher, BatchOptions, CacheOptions, Recommender, RecommendOptions, Request, Slate
@@ -117,6 +121,37 @@ def test_a_cancelled_request_is_not_computed(recommender: Recommender) -> None:
     assert len(second.result(timeout=0).items) == 10
     ranked = recommender.padding()["rank"].useful - before
     assert ranked == random_requests(recommender, 2)[1].options.candidates
+
+
+@settings(max_examples=40, deadline=None)
+@given(cancelled=st.lists(st.booleans(), min_size=1, max_size=12), max_batch=st.integers(1, 4))
+def test_cancelled_requests_take_no_place_in_a_batch(
+    recommender: Recommender, cancelled: list[bool], max_batch: int
+) -> None:
+    """While one batch computes, requests arrive and some are cancelled; the others fill batches in their order."""
+    batches: list[list[int]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def answer(_: Recommender, requests: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
+        batches.append([request.k for request in requests])
+        begun.set()
+        assert go_on.wait(20)
+        return [RequestError("not computed")] * len(requests)
+
+    with (
+        patch.object(Recommender, "answer", answer),
+        Batcher(recommender, BatchOptions(max_batch=max_batch, max_wait_ms=0.0)) as batcher,
+    ):
+        request = random_requests(recommender, 1)[0]
+        batcher.submit(request)
+        assert begun.wait(20)
+        counts = range(1, len(cancelled) + 1)
+        answers = [batcher.submit(msgspec.structs.replace(request, k=k)) for k in counts]
+        assert all(one.cancel() for one, is_cancelled in zip(answers, cancelled, strict=True) if is_cancelled)
+        go_on.set()
+    left = [k for k, is_cancelled in enumerate(cancelled, 1) if not is_cancelled]
+    assert batches[1:] == [left[start : start + max_batch] for start in range(0, len(left), max_batch)]
+    assert batcher.statistics().requests == 1 + len(left)
 
 
 def test_a_failure_reaches_those_who_wait_and_no_one_else(

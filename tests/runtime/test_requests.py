@@ -149,7 +149,8 @@ def test_a_user_has_an_id_or_is_none(manifest: Manifest) -> None:
     request = Request(history=(event(),), k=1, user="u-1")
     assert resolve_request(request, manifest, CATALOGUE).user == "u-1"
     assert resolve(manifest).user is None
-    for wrong in ("", 7, ["u"]):
+    assert resolve_request(Request(history=(event(),), k=1, user=7), manifest, CATALOGUE).user == "7"
+    for wrong in ("", True, 7.0, ["u"]):
         with pytest.raises(RequestError, match=r"user=.* must be a non-empty string, or None"):
             resolve_request(msgspec.structs.replace(request, user=wrong), manifest, CATALOGUE)
 

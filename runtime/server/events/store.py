@@ -35,10 +35,11 @@ _EVENTS: msgspec.msgpack.Decoder[Events] = msgspec.msgpack.Decoder(Events)
 
 
 class Append(msgspec.Struct, frozen=True, kw_only=True):
-    """New events of a user, in the order in which they were sent."""
+    """New events of a user, in the order in which they were sent; `ahead` is that of the receipt."""
 
     user: str
     events: Events
+    ahead: int = 0
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +52,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         out_of_order: Appended events that went before an event already there: the history must be encoded again.
         dropped: The oldest events, which were dropped beyond the limit.
         events: Events in the history now.
+        ahead: Sent events whose time was ahead of the server's clock; they have the time of their arrival.
     """
 
     user: str
@@ -59,6 +61,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     out_of_order: int
     dropped: int
     events: int
+    ahead: int = 0
 
 
 class EventStore(Protocol):
@@ -120,6 +123,7 @@ def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Even
         out_of_order=late,
         dropped=dropped,
         events=len(events),
+        ahead=append.ahead,
     )
     return tuple(events), receipt
 

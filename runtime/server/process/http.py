@@ -1,25 +1,46 @@
-"""uvicorn's HTTP/1.1, with limits on the size of request line and headers, and on the time they take."""
+"""uvicorn's HTTP/1.1, with limits on connections, and on the size and time of request line and headers."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 20.0
+LOG_EVERY_S = 10.0
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
+    b"content-type: application/json\r\ncontent-length: 80\r\n\r\n"
+    b'{"error":{"code":"overloaded","message":"too many connections to this server"}}\n'
+)
+log = logging.getLogger(__name__)
 
 
 class BoundedHttp(HttpToolsProtocol):
     """Closes connections whose request line and headers are too large or too late."""
 
+    _refused_at = -LOG_EVERY_S
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected; its first request is due."""
         super().connection_made(transport)
-        self._expect_head()
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
+            self._refuse()
+        else:
+            self._expect_head()
+
+    def _refuse(self) -> None:
+        now = self.loop.time()
+        if now > BoundedHttp._refused_at + LOG_EVERY_S:
+            BoundedHttp._refused_at = now
+            limit = self.limit_concurrency
+            log.error("more than %d connections are open; raise the limit of open files (ulimit -n)", limit)
+        self.transport.write(FULL)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left."""

@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import struct
@@ -32,6 +33,8 @@ from unipinrec.runtime.server.swap import Deployments
 
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections, so that they close them first
 BACKLOG = 2_048
+MOST_FILES = 1 << 16  # the limit of open files is raised to this, if it may be
+OWN_FILES = 48  # open files that are no client's connection, also while a bundle is swapped
 BEAT_S = 1.0
 PARENT_S = 1.0  # one of several processes awaits its parent's second signal for so long
 HANDSHAKE_S = 0.1  # after new connections are stopped: time for handshakes under way
@@ -271,6 +274,10 @@ def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:
         from unipinrec.runtime.server.process.http import BoundedHttp  # noqa: PLC0415 - needs httptools
 
         http = BoundedHttp
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < MOST_FILES:
+        files = MOST_FILES if most == resource.RLIM_INFINITY else max(files, min(most, MOST_FILES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     return uvicorn.Config(
         app,
         http=http,
@@ -281,6 +288,7 @@ def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
+        limit_concurrency=max(1, files - OWN_FILES),
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(options.drain_s),
     )

@@ -27,7 +27,7 @@ ASK_ALL_S = 2.0
 
 
 class _Body(msgspec.Struct):
-    user: str | None = None
+    user: str | int | None = None
 
 
 _decode = msgspec.json.Decoder(_Body).decode
@@ -174,9 +174,10 @@ class Peers:
 def _user_of(content: bytes) -> str | None:
     """The user of a request; None for a list or a malformed body."""
     try:
-        return _decode(content).user
+        user = _decode(content).user
     except MALFORMED:
         return None
+    return None if user is None else str(user)
 
 
 def _message(call: Call, content: bytes) -> bytes:

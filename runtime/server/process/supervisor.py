@@ -22,10 +22,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 
-from unipinrec.errors import BackendError
+from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, listen, stop_connections
 
 LOOK_S = 0.2
+LONGEST_FOLDER = 92  # bytes; the path of a socket has at most 107, or 103 on macOS
 GRACE_S = 10.0  # beyond the time for draining
 RESTART_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # wait before the n-th restart in a row
 STABLE_S = 60.0  # after running for so long, a death counts as the first in a row
@@ -67,11 +68,28 @@ def serve_together(count: int, serve: Callable[[Worker], None], options: RunOpti
     with (
         _noted_signals() as signals,
         listen(options.host, options.port) as listener,
-        tempfile.TemporaryDirectory(prefix="unipinrec-") as folder,
+        _folder_of_sockets() as folder,
     ):
         log.info("%d processes serve together", count)
         workers = [Worker(index=i, count=count, folder=Path(folder), listener=listener) for i in range(count)]
         _Parent(workers, serve, options).run(signals)
+
+
+@contextmanager
+def _folder_of_sockets() -> Iterator[str]:
+    """A temporary folder for the processes' sockets.
+
+    Raises:
+        ConfigError: No folder can be made, or its path is too long for a socket.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="unipinrec-")
+    except OSError as error:
+        raise ConfigError(f"several processes need a folder for their sockets: {error}; set TMPDIR to one") from error
+    with made as folder:
+        if len(os.fsencode(folder)) > LONGEST_FOLDER:
+            raise ConfigError(f"{folder} is too long for the path of a socket; set TMPDIR to a shorter folder")
+        yield folder
 
 
 @contextmanager

@@ -140,10 +140,14 @@ class _Graphs:
 
     async def infer(self, server: Server, call: Call) -> Response:
         """POST .../infer."""
-        with self.admission.admit(call.left_s):
+        with self.admission.admit(call.left_s, arriving=True) as ticket:
             body = await call.body(self.limits.body_bytes)
+            ticket.begin()
             answer = self.executor.submit(self._answer, server, call, body)
-            await call.wait([answer])
+            try:
+                await call.wait([answer])
+            finally:
+                ticket.outlast(answer)
             return answer.result()
 
     def _answer(self, server: Server, call: Call, body: bytes) -> Response:

@@ -23,6 +23,7 @@ import os
 import click
 
 from unipinrec import __version__
+from unipinrec.cli.common import Commands
 from unipinrec.cli.compile import compile_engines
 from unipinrec.cli.demo import demo
 from unipinrec.cli.doctor import doctor
@@ -36,7 +37,7 @@ from unipinrec.cli.serve import serve, state
 from unipinrec.cli.train import train
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
     """Train, export and serve a recommender that retrieves and ranks with one transformer.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "onnx", "onnxscript", "polars", "torch"), "train"),
     **dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "serve"),
 }
+NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 SHORT = 12  # digits of a hash that tell bundles and engines apart
 
 stderr = Console(stderr=True)
@@ -47,6 +51,26 @@ def warn(message: str, kind: str = "warning") -> None:
 def say(line: str) -> None:
     """Print a line on stdout: not wrapped, not highlighted, and no markup."""
     stdout.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Commands(click.Group):
+    """A group of commands whose output may be in any encoding, and on a full disk."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """See `click.Command.main`."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            if error.filename is not None or error.errno not in NOT_WRITTEN:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's end writes the rest again
+            fail(f"the output could not be written: {error.strerror}")
 
 
 class FiniteRange(click.FloatRange):
@@ -116,7 +140,7 @@ def json_command(function: Callable[P, R]) -> Callable[P, R]:
 
 def print_json(document: Any) -> None:
     """Write one JSON document, and nothing else, to stdout."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
 
 
 gpu_option = click.option("--gpu", type=click.IntRange(0), default=0, help="Number of the GPU.")

@@ -333,7 +333,7 @@ def export_events(url: str) -> None:
             some = users[begin : begin + 256]
             for user, events in zip(some, store.histories(some).result(), strict=True):
                 if events:
-                    sys.stdout.write(msgspec.json.encode(_as_sent(user, events)).decode() + "\n")
+                    sys.stdout.buffer.write(msgspec.json.encode(_as_sent(user, events)) + b"\n")
 
 
 def _as_sent(user: str, events: Events) -> dict[str, Any]:

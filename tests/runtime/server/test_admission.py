@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from unipinrec.errors import ConfigError, RequestError
-from unipinrec.runtime.server.admission import Admission
+from unipinrec.runtime.server.admission import Admission, Ticket
 from unipinrec.runtime.server.bodies import ApiError
 
 
@@ -121,6 +126,47 @@ def test_only_answers_and_deadlines_that_passed_are_learnt_from(clock: Clock) ->
     fail(ApiError(504, "deadline_exceeded", ""), 0.5)
     assert admission.seconds_each == pytest.approx(0.3)
     assert admission.pending == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_a_place_is_held_as_long_as_something_computes(data: st.DataObject) -> None:
+    """Requests end or are given up, computations end or go on: no place is freed twice, too early or never."""
+    limit = data.draw(st.integers(1, 4))
+    admission = Admission(limit)
+    held: list[tuple[ExitStack, Ticket, Future[None]]] = []
+    going_on: list[Future[None]] = []
+
+    async def scenario() -> None:
+        for _ in range(data.draw(st.integers(1, 30))):
+            action = data.draw(st.sampled_from(["arrive", "answer", "give up", "compute"]))
+            if action == "arrive":
+                entered, computation = ExitStack(), Future[None]()
+                computation.set_running_or_notify_cancel()
+                if len(held) + len(going_on) == limit:
+                    with pytest.raises(ApiError, match="are waiting, of at most"):
+                        entered.enter_context(admission.admit(9.0))
+                else:
+                    held.append((entered, entered.enter_context(admission.admit(9.0, arriving=True)), computation))
+            elif action == "compute" and going_on:
+                going_on.pop().set_result(None)
+                await asyncio.sleep(0)
+            elif action in {"answer", "give up"} and held:
+                entered, ticket, computation = held.pop(data.draw(st.integers(0, len(held) - 1)))
+                if action == "answer":
+                    computation.set_result(None)
+                else:
+                    going_on.append(computation)
+                ticket.outlast(computation)
+                entered.close()
+            assert admission.pending == len(held) + len(going_on)
+            assert admission.arriving == len(held)
+        for entered, _, _ in held:
+            entered.close()
+
+    asyncio.run(scenario())
+    for computation in going_on:  # when the loop is closed
+        computation.set_result(None)
 
 
 def test_the_means_follow_what_is_measured() -> None:

@@ -16,7 +16,7 @@ import pytest
 from answers import STORED
 from starlette.applications import Starlette
 
-from unipinrec.errors import ConfigError
+from unipinrec.errors import ConfigError, RequestError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.recommender import Recommender
@@ -135,6 +135,54 @@ def test_past_the_deadline_there_is_504_and_no_work(patient: Deployments) -> Non
     time.sleep(1.5 * WAIT_MS / 1e3)
     assert answered(patient) == before
     assert server.admission.pending == 0
+
+
+def test_what_still_computes_after_its_deadline_keeps_its_place(
+    patient: Deployments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, go_on = make_server(ServerOptions(queue=1, limits=ONE), deployments=patient), threading.Event()
+    answer = Recommender.answer
+
+    def slow(recommender: Recommender, requests: Any) -> Any:
+        assert go_on.wait(20)
+        return answer(recommender, requests)
+
+    monkeypatch.setattr(Recommender, "answer", slow)
+
+    async def scenario(client: httpx2.AsyncClient) -> None:
+        headers = {"x-deadline-ms": str(2 * WAIT_MS)}
+        assert (await client.post("/v1/recommend", json=BODY, headers=headers)).status_code == 504
+        assert server.admission.pending == 1
+        assert (await client.post("/v1/recommend", json=BODY)).status_code == 429
+        go_on.set()
+        await pending(server, 0)
+        assert (await client.post("/v1/recommend", json=BODY)).status_code == 200
+
+    served(server, scenario)
+
+
+def test_a_computation_that_ends_after_the_server_is_not_missed(
+    patient: Deployments, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, go_on, ended = make_server(deployments=patient), threading.Event(), threading.Event()
+
+    def slow(_: Recommender, requests: Any) -> Any:
+        assert go_on.wait(20)
+        ended.set()
+        return [RequestError("late")] * len(requests)
+
+    monkeypatch.setattr(Recommender, "answer", slow)
+
+    async def scenario(client: httpx2.AsyncClient) -> None:
+        sent = {**BODY, "user": "u"}
+        answer = await client.post("/v1/recommend", json=sent, headers={"x-deadline-ms": str(2 * WAIT_MS)})
+        assert answer.status_code == 504
+
+    served(server, scenario)
+    go_on.set()
+    assert ended.wait(20)
+    time.sleep(0.1)
+    assert not caplog.records
 
 
 def test_the_default_deadline_and_the_largest(patient: Deployments) -> None:
@@ -347,8 +395,9 @@ def test_requests_have_ids(patient: Deployments) -> None:
 )
 def test_what_is_not_there(patient: Deployments, method: str, path: str, status: int, code: str) -> None:
     async def scenario(client: httpx2.AsyncClient) -> None:
-        answer = await client.request(method, path)
+        answer = await client.request(method, path, headers={"x-request-id": "mine"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert answer.headers["x-request-id"] == "mine"
 
     served(make_server(deployments=patient), scenario)
 
@@ -366,6 +415,22 @@ def test_observers_see_what_became_of_a_request(patient: Deployments) -> None:
     assert (first.route, first.status, first.code, len(first.slates)) == ("/v1/recommend", 200, None, 1)
     assert (second.route, second.status, second.code) == ("/v1/users/{user}", 404, "unknown_user")
     assert first.seconds > second.seconds > 0
+
+
+def test_an_observer_that_fails_changes_no_answer(patient: Deployments, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[Call] = []
+
+    def broken(call: Call) -> None:
+        raise KeyError(call.route)
+
+    async def scenario(client: httpx2.AsyncClient) -> None:
+        answer = await client.get("/health/live", headers={"x-request-id": "mine"})
+        assert (answer.status_code, answer.headers["x-request-id"], answer.json()) == (200, "mine", {"status": "live"})
+
+    served(make_server(deployments=patient, observers=[broken, calls.append]), scenario)
+    assert [call.route for call in calls] == ["/health/live"]
+    assert "request mine was answered, but" in caplog.text
+    assert "KeyError: '/health/live'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,7 @@ def test_what_a_user_did_changes_the_next_answer(client: TestClient, recommender
         "out_of_order": 0,
         "dropped": 0,
         "events": 2,
+        "ahead": 0,
     }
     body = {"user": "u", "k": 3, "now_ms": AT + 5}
     assert post(client, "/v1/recommend", body)["kv"] == "miss"
@@ -254,6 +255,21 @@ def test_an_event_that_is_late_goes_where_it_belongs(client: TestClient) -> None
     answer = post(client, "/v1/recommend", {"user": "u", "k": 1})
     assert (answer["kv"], answer["kv_reason"]) == ("miss", "edited")
     assert [event["item"] for event in client.get("/v1/users/u").json()["events"]] == ["item-0", "item-1", "item-2"]
+
+
+def test_a_client_whose_clock_is_ahead_blocks_nothing(client: TestClient) -> None:
+    now_ms, hours = time.time_ns() // 1_000_000, 3_600_000
+    ahead = {"item": "item-1", "actions": ["click"], "timestamp_ms": now_ms + 23 * hours}
+    assert send(client, "fast", {**ahead, "timestamp_ms": now_ms - 1}, ahead)["ahead"] == 1
+    receipt = send(client, "fast", {"item": "item-2", "actions": ["click"]})
+    assert (receipt["ahead"], receipt["out_of_order"]) == (0, 0)
+    times = [event["timestamp_ms"] for event in client.get("/v1/users/fast").json()["events"]]
+    assert times[0] == now_ms - 1
+    assert now_ms <= times[1] <= times[2] < now_ms + hours
+    answer = post(client, "/v1/recommend", {"user": "fast", "k": 2, "now_ms": now_ms - 5_000})
+    assert answer["items"] == post(client, "/v1/recommend", {"user": "fast", "k": 2, "now_ms": times[2]})["items"]
+    refused = post(client, "/v1/recommend", {"user": "fast", "k": 2, "now_ms": now_ms - 25 * hours}, 400)
+    assert "is before the last event" in refused["error"]["message"]
 
 
 def test_an_event_may_be_sent_twice(client: TestClient) -> None:
@@ -457,6 +473,34 @@ def test_an_unforeseen_error_is_internal(server: Server, caplog: pytest.LogCaptu
         "message": "the server failed to answer; its log has more about request mine-1",
     }
     assert "/secret/path" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["recommend", "rank"])
+@pytest.mark.parametrize("fault", [TypeError, ValueError, AttributeError])
+def test_a_fault_of_ours_is_not_the_request_s(
+    path: str,
+    fault: type[Exception],
+    client: TestClient,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise fault("ours")
+
+    monkeypatch.setattr("unipinrec.runtime.recommender.resolve_request", broken)
+    body = {"user": "u", "history": HISTORY} | ({"items": ["item-1"]} if path == "rank" else {"k": 3})
+    assert post(client, f"/v1/{path}", body, 500)["error"]["code"] == "internal"
+    assert f"{fault.__name__}: ours" in caplog.text
+
+
+def test_ids_may_be_integers_everywhere(client: TestClient) -> None:
+    events = [{"item": "item-3", "actions": ["click"], "id": "1"}]
+    assert post(client, "/v1/events", {"user": 123, "events": events})["user"] == "123"
+    assert client.get("/v1/users/123").json()["events"][0]["item"] == "item-3"
+    by_string, by_number = (post(client, "/v1/recommend", {"user": user, "k": 3}) for user in ("123", 123))
+    assert (by_number["items"], by_number["kv"]) == (by_string["items"], "hit")
+    similar = {"items": ["item-3"], "k": 2, "exclude": [5], "allow": ["item-4", "item-5", 6]}
+    assert {item["item"] for item in post(client, "/v1/items/similar", similar)["items"]} == {"item-4", "item-5"}
 
 
 def test_what_was_refused_is_kept_by_nothing(twins: tuple[Path, Path]) -> None:

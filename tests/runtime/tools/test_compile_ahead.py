@@ -11,10 +11,11 @@ import pytest
 from answers import STORED
 from engine_records import HERE, record_of
 
-from unipinrec.errors import BackendError, BundleCorruptError, ConfigError, ExportError
+from unipinrec.errors import BackendError, BundleCorruptError, BundleError, ConfigError, ExportError
 from unipinrec.runtime import Bundle
+from unipinrec.runtime.bundle.sealed import SealedFile
 from unipinrec.runtime.tools.compile import Compiled
-from unipinrec.runtime.tools.compile_ahead import carried_records, compile_ahead
+from unipinrec.runtime.tools.compile_ahead import RECORDS, carried_records, compile_ahead
 from unipinrec.runtime.tools.compile_plan import CompileTask, keys_of
 from unipinrec.runtime.tools.engines import list_engines
 from unipinrec.runtime.trt.build import BuildTask, BuiltEngine
@@ -88,6 +89,15 @@ def test_damage_to_an_engine_is_damage_to_the_bundle(
     plan.write_bytes(content)
     with pytest.raises(BundleCorruptError, match=rf"{plan.name} is altered"):
         Bundle.open(copy)
+
+
+def test_records_that_are_no_records_are_named(
+    made: tuple[Path, str, tuple[Compiled, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(made[0])
+    monkeypatch.setattr(SealedFile, "read_bytes", lambda _: b'[{"key": 1}]')
+    with pytest.raises(BundleError, match=rf"{RECORDS}: .*; compile its engines again"):
+        carried_records(bundle)
 
 
 @pytest.mark.usefixtures("quick")

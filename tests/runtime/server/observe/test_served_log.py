@@ -68,7 +68,7 @@ def slate(*items: str, **fields: Any) -> Slate:
 
 
 def call(request_id: str, *items: str, user: str | None = "ann", now_ms: int | None = AT) -> Call:
-    body = RecommendBody(user=user, now_ms=now_ms, surface="home")
+    body = RecommendBody(sent_user=user, now_ms=now_ms, surface="home")
     made = Call(request=cast(Any, None), id=request_id, route="/v1/recommend", began=0.0, deadline=0.0)
     made.slates.append(slate(*items))
     made.requests = {request_id: body}

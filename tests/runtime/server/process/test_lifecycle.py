@@ -10,6 +10,8 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,21 @@ def test_large_or_missing_heads_end_their_connection() -> None:
         with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
             client.sendall(HEAD + b"Content-Length: 9000000\r\n\r\n" + b" " * 300_000)
             assert client.recv(12) == b"HTTP/1.1 413"
+
+
+def test_connections_beyond_the_limit_of_open_files_are_refused_and_logged() -> None:
+    with started(files=60) as running:
+        running.ready()
+        clients = [socket.create_connection(("127.0.0.1", running.port), timeout=20) for _ in range(100)]
+        answers: Counter[bytes] = Counter()
+        for client in clients:
+            with client, suppress(OSError):
+                client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                answers[client.recv(12)] += 1
+        assert answers[b"HTTP/1.1 200"] >= 8
+        assert answers[b"HTTP/1.1 503"] >= 1
+        running.until("connections are open; raise the limit of open files (ulimit -n)")
+        assert running.ask("GET", "/health/live")[0] == 200
 
 
 def test_an_address_that_is_taken_is_told() -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -402,6 +403,20 @@ def test_what_processes_cannot_share_is_refused(options: tuple[str, ...], messag
     result = CliRunner().invoke(main, ["serve", str(STORED), *TOGETHER, *options])
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
+
+
+def test_a_temporary_folder_that_cannot_hold_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    words = ["serve", str(STORED), *TOGETHER, "--port", "0", "--state", str(tmp_path / "state")]
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    result = CliRunner().invoke(main, words)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert "is too long for the path of a socket; set TMPDIR to a shorter folder" in result.output
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    result = CliRunner().invoke(main, words)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert "several processes need a folder for their sockets" in result.output
 
 
 def test_sigterm_during_the_start_is_no_fault(tmp_path: Path) -> None:

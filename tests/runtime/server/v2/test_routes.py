@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import numpy as np
@@ -16,8 +17,9 @@ from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.bundle.manifest import Tensor
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.server.admission import Admission
 from unipinrec.runtime.server.app import make_app, make_server
-from unipinrec.runtime.server.call import Server
+from unipinrec.runtime.server.call import Endpoint, Server
 from unipinrec.runtime.server.v2.graphs import GraphLimits
 from unipinrec.runtime.server.v2.routes import oip_routes
 
@@ -184,6 +186,27 @@ def test_what_is_too_much_is_refused(client: httpx2.Client, asked: Arrays) -> No
         assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
     answer = client.post("/v2/models/encoder/infer", content=b" " * 20_001)
     assert (answer.status_code, "larger than 20000 bytes" in answer.json()["error"]) == (413, True)
+
+
+def test_the_time_that_an_upload_takes_is_not_learnt(server: Server, asked: Arrays) -> None:
+    routes = oip_routes(server, LIMITS)
+    (endpoint,) = (cast("Endpoint", one.endpoint) for one in routes if one.path == "/v2/models/{model}/infer")
+    admission: Admission = cast("Any", endpoint.handler).__self__.admission
+
+    async def slowly() -> AsyncIterator[bytes]:
+        content = json.dumps(as_json(asked)).encode()
+        yield content[:10]
+        await asyncio.sleep(0.5)
+        assert (admission.pending, admission.arriving) == (1, 1)
+        yield content[10:]
+
+    async def scenario() -> None:
+        transport = httpx2.ASGITransport(app=make_app(server, routes))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            assert (await client.post("/v2/models/encoder/infer", content=slowly())).status_code == 200
+
+    asyncio.run(scenario())
+    assert 0 < admission.seconds_each < 0.4
 
 
 def test_a_wish_for_a_deadline_that_is_none(client: httpx2.Client) -> None:
