@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import BaseRoute
 
 from unipinrec import __version__
@@ -48,6 +51,8 @@ from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 KEPT_HISTORIES = 2
+GZIP_BYTES = 1_000  # shorter answers are not compressed
+ORIGIN = re.compile(r"https?://[^/\s?#]+")
 BATCH_OF_A_THREAD = 16
 MEBIBYTE = 1 << 20
 log = logging.getLogger(__name__)
@@ -73,6 +78,8 @@ class ServeOptions(RunOptions):
         watch: Swap to the bundle that `current.json` names.
         admin_token_file, admin_token_env: File or environment variable of the token of /admin; None = no /admin.
         page: Whether there is a page at /.
+        cors: Origins whose pages may read answers; "*" = all.
+        gzip: Compress answers for clients that accept it.
         log_format, log_level, log_users: See `LogOptions`.
         log_served, log_served_mib: Folder of the log of recommendations, and its largest size.
         recall_share: Share of the index's searches that are compared with a scan.
@@ -105,6 +112,8 @@ class ServeOptions(RunOptions):
     admin_token_file: Path | None = None
     admin_token_env: str | None = None
     page: bool = True
+    cors: tuple[str, ...] = ()
+    gzip: bool = False
     log_format: Literal["json", "human"] = "json"
     log_level: str = "info"
     log_users: bool = False
@@ -126,6 +135,9 @@ class ServeOptions(RunOptions):
             raise ConfigError("state='' names no folder; leave it out to keep users' events in memory")
         if self.bundles is not None and not Path(self.bundles).is_dir():
             raise ConfigError(f"bundles={str(self.bundles)!r} is not a folder")
+        for origin in self.cors:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(f"cors={origin[:100]!r} is no origin; write https://HOST[:PORT] without a path, or *")
         if self.processes > 1 and self.state is None:
             raise ConfigError(f"{self.processes} processes need a --state, so that all read the same events of a user")
         if self.processes > 1 and (self.admin_token_file or self.admin_token_env):
@@ -258,7 +270,20 @@ def assembled(
                 "rank": peers.at_owner(handlers.rank),
                 "forget": peers.forgetting(handlers.forget_user),
             }
-        yield server, make_app(server, routes, **shared), load
+        app = make_app(server, routes, **shared)
+        if options.gzip:
+            app.add_middleware(GZipMiddleware, minimum_size=GZIP_BYTES, compresslevel=1)
+        if options.cors:
+            methods = ["GET", "POST", "DELETE"]
+            exposed = ["X-Request-Id", "Retry-After"]
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=options.cors,
+                allow_methods=methods,
+                allow_headers=["*"],
+                expose_headers=exposed,
+            )
+        yield server, app, load
 
 
 def _observed(

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from answers import NOW_MS, STORED
 from live_server import SMALL, listening
 from live_server import served as in_service
+from starlette.testclient import TestClient
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime import CacheOptions, Event, Recommender, RecommendOptions, SlateItem
@@ -93,11 +95,46 @@ def test_a_port_that_is_taken_is_an_error_of_ours_and_nothing_stays_open(tmp_pat
         ({"cold_start": "x"}, "cold_start='x' must be one of popular, refuse"),
         ({"bundles": Path("/nope")}, "bundles='/nope' is not a folder"),
         ({"drain_s": float("inf")}, "drain_s=inf"),
+        ({"cors": ("https://shop.example/",)}, r"cors='https://shop\.example/' is no origin; write https://HOST"),
+        ({"cors": ("shop.example",)}, r"cors='shop\.example' is no origin"),
     ],
 )
 def test_options_that_are_not_possible(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ServeOptions(**options)
+
+
+def test_pages_of_named_origins_may_ask() -> None:
+    origin, body = "https://shop.example", {"history": [{"item": "item-1", "actions": ["click"]}], "k": 1}
+    options = replace(SMALL, cors=(origin,))
+    with in_service(STORED, options) as app, TestClient(app) as client:
+        asked = {"origin": origin, "access-control-request-method": "POST"}
+        preflight = client.options("/v1/recommend", headers=asked | {"access-control-request-headers": "content-type"})
+        assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, origin)
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        answer = client.post("/v1/recommend", json=body, headers={"origin": origin})
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+        stranger = {**asked, "origin": "https://other.example"}
+        assert "access-control-allow-origin" not in client.options("/v1/recommend", headers=stranger).headers
+    with in_service(STORED) as app, TestClient(app) as client:
+        assert client.options("/v1/recommend", headers=asked).status_code == 405
+
+
+def test_answers_are_compressed_where_operator_and_client_want_it() -> None:
+    body = {"history": [{"item": "item-1", "actions": ["click"]}], "k": 10, "now_ms": NOW_MS}
+    plain, wanted = {"accept-encoding": "identity"}, {"accept-encoding": "gzip"}
+    with in_service(STORED, replace(SMALL, gzip=True)) as app, TestClient(app) as client:
+        large = client.post("/v1/recommend", json=body, headers=wanted)
+        assert (large.headers["content-encoding"], large.headers["vary"]) == ("gzip", "Accept-Encoding")
+        assert int(large.headers["content-length"]) < len(large.content) / 2
+        same = client.post("/v1/recommend", json=body, headers=plain)
+        assert "content-encoding" not in same.headers
+        assert same.json()["items"] == large.json()["items"]
+        small = client.get("/health/live", headers=wanted)
+        assert "content-encoding" not in small.headers
+    with in_service(STORED) as app, TestClient(app) as client:
+        assert "content-encoding" not in client.post("/v1/recommend", json=body, headers=wanted).headers
 
 
 def test_signals_need_the_main_thread() -> None:

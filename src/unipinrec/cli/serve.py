@@ -49,7 +49,9 @@ DAY_S = 86_400
 
 @click.command(short_help="Serve a bundle over HTTP.", epilog=EXAMPLES)
 @bundle_argument
-@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = all.")
+@click.option(
+    "--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = all of IPv4, :: = all of IPv6 and IPv4."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 = any free port.")
 @click.option(
     "--processes",
@@ -176,6 +178,13 @@ DAY_S = 86_400
     default=True,
     help="Show a page at /. It shows the bundle's sample users to every client that can reach the server.",
 )
+@click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin, such as https://shop.example, read answers; * = of any. May be repeated.",
+)
+@click.option("--gzip", is_flag=True, help="Compress answers of more than 1,000 bytes for clients that accept gzip.")
 @click.option("--log-format", type=click.Choice(["json", "human"]), default="json", help="Format of the log on stderr.")
 @click.option(
     "--log-level",

@@ -224,6 +224,16 @@ def test_an_address_that_is_taken_is_told() -> None:
         listen("no.such.host.invalid", 80)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no socket for both IPv4 and IPv6")
+def test_all_addresses_are_those_of_both_protocols() -> None:
+    with listen("::", 0) as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=5).close()
+    with listen("::1", 0) as listener, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5)
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="drain_s=0 at least 1"):
         RunOptions(drain_s=0)
