@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import shutil
@@ -17,6 +18,17 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests share their cores
 NO_REDIS = "redis-server is not installed (Debian: apt-get install redis-server)"
 DATA_ROOT = Path(os.environ.get("UNIPINREC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """A test that configures logs, as a server does, changes none of later tests."""
+    loggers = [logging.getLogger(name) for name in (None, "unipinrec", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = [(one, one.level, one.handlers[:], one.propagate, one.disabled) for one in loggers]
+    yield
+    for one, level, handlers, propagate, disabled in before:
+        one.setLevel(level)
+        one.handlers, one.propagate, one.disabled = handlers, propagate, disabled
 
 
 @pytest.fixture(scope="session")
