@@ -104,7 +104,7 @@ def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, proc
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can stop connections before it closes a socket")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_no_connection_begins_between_the_last_accept_and_the_close(host: str) -> None:
-    with listen(host, 0) as listener:
+    with listen(RunOptions(host=host, port=0)) as listener:
         address = listener.getsockname()
         with socket.create_connection(address[:2]) as before:
             stop_connections(listener)
@@ -199,12 +199,12 @@ def test_large_or_missing_heads_end_their_connection() -> None:
 
 
 def test_an_address_that_is_taken_is_told() -> None:
-    with listen("127.0.0.1", 0) as taken:
+    with listen(RunOptions(port=0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*choose another --host or --port"):
-            listen("127.0.0.1", port)
+            listen(RunOptions(port=port))
     with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid:80"):
-        listen("no.such.host.invalid", 80)
+        listen(RunOptions(host="no.such.host.invalid", port=80))
 
 
 def test_options_are_checked() -> None:
