@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from unipinrec.runtime.server.access.files import Reloaded
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[Path]:
+def file(tmp_path: Path) -> Path:
     (tmp_path / "number").write_text("1")
     (tmp_path / "number").chmod(0o600)
     return tmp_path / "number"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unipinrec.errors import ConfigError
-from unipinrec.runtime.server.access.tokens import Token, name_of, read_admin_token, read_tokens
+from unipinrec.runtime.server.access.tokens import Scope, Token, name_of, read_admin_token, read_tokens
 
 SECRET = "0123456789abcdef0123456789abcdef"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
@@ -30,9 +30,10 @@ def test_a_file_of_tokens(tmp_path: Path) -> None:
         f'[shop]\nsha256 = "{DIGEST}"\nscopes = ["recommend", "events"]\n'
         f'["the ops"]\nsha256 = "{"0" * 64}"\nscopes = ["admin"]\nexpires = 2027-01-31T00:00:00+01:00\n'
     )
+    both: frozenset[Scope] = frozenset({"recommend", "events"})
     tokens = read_tokens(file_of(tmp_path, content))
     assert tokens == {
-        "shop": Token(sha256=DIGEST, scopes=frozenset({"recommend", "events"})),
+        "shop": Token(sha256=DIGEST, scopes=both),
         "the ops": Token(sha256="0" * 64, scopes=frozenset({"admin"}), expires=datetime(2027, 1, 30, 23, tzinfo=UTC)),
     }
 
@@ -74,7 +75,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_names_of_tokens() -> None:
-    every = frozenset({"events"})
+    every: frozenset[Scope] = frozenset({"events"})
     tokens = {
         "other": Token(sha256="0" * 64, scopes=every),
         "shop": Token(sha256=DIGEST, scopes=every, expires=datetime(2026, 12, 2, tzinfo=UTC)),
