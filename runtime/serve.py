@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,7 +30,11 @@ from unipinrec.runtime.machine import available_threads
 from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server import handlers
-from unipinrec.runtime.server.admin import CURRENT, AdminOptions, CurrentWatcher, admin_routes, read_current, read_token
+from unipinrec.runtime.server.access.access import Access, read_certificate
+from unipinrec.runtime.server.access.files import Reloaded
+from unipinrec.runtime.server.access.rate_limit import RateLimit
+from unipinrec.runtime.server.access.tokens import read_admin_token, read_tokens
+from unipinrec.runtime.server.admin import CURRENT, CurrentWatcher, admin_routes, read_current
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Handler, Server, ServerOptions
@@ -60,7 +65,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(RunOptions):
-    """The options of `unipinrec serve`, whose help explains each; five of them are those of `RunOptions`.
+    """The options of `unipinrec serve`, whose help explains each; some of them are those of `RunOptions`.
 
     Attributes:
         processes: Number of processes; they share the CPU's threads, `cache_mib` and `state`.
@@ -76,7 +81,10 @@ class ServeOptions(RunOptions):
         queue, deadline_ms, max_deadline_ms: See `ServerOptions`.
         bundles: The folder of all bundles; None = the folder that holds the bundle.
         watch: Swap to the bundle that `current.json` names.
-        admin_token_file, admin_token_env: File or environment variable of the token of /admin; None = no /admin.
+        tokens: TOML file of the tokens that clients need, read again when it changes; None = all may send requests.
+        admin_token_file, admin_token_env: File or environment variable of one more token, for /admin.
+        rate_limit, rate_burst: Requests a second, and at once, of each token, or without `tokens` of each address;
+            each process counts its own. None = no limit; for `rate_burst` those of a second.
         page: Whether there is a page at /.
         cors: Origins whose pages may read answers; "*" = all.
         gzip: Compress answers for clients that accept it.
@@ -109,6 +117,9 @@ class ServeOptions(RunOptions):
     max_deadline_ms: float = 30_000.0
     bundles: Path | None = None
     watch: bool = False
+    tokens: Path | None = None
+    rate_limit: float | None = None
+    rate_burst: int | None = None
     admin_token_file: Path | None = None
     admin_token_env: str | None = None
     page: bool = True
@@ -140,6 +151,8 @@ class ServeOptions(RunOptions):
                 raise ConfigError(f"cors={origin[:100]!r} is no origin; write https://HOST[:PORT] without a path, or *")
         if self.processes > 1 and self.state is None:
             raise ConfigError(f"{self.processes} processes need a --state, so that all read the same events of a user")
+        if self.rate_burst is not None and self.rate_limit is None:
+            raise ConfigError(f"rate_burst={self.rate_burst} has no effect without rate_limit; give both")
         if self.processes > 1 and (self.admin_token_file or self.admin_token_env):
             raise ConfigError(
                 f"{self.processes} processes swap by --watch, not by /admin: a restarted process must find the active "
@@ -158,10 +171,15 @@ def serve_bundle(bundle: Path | str, options: ServeOptions | None = None) -> Non
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError("serve_bundle handles signals: call it in the main thread, or in a process of its own")
     options, bundle = options or ServeOptions(), Path(bundle)
+    configure_logs(_logs(options, None))
+    _warn_of_strangers(options)
     if options.processes == 1:
         _serve(bundle, options, None)
         return
-    configure_logs(_logs(options, None))
+    if options.rate_limit is not None:
+        log.warning(
+            "each of %d processes counts for --rate-limit by itself; their sum may be as much more", options.processes
+        )
     serve_together(options.processes, partial(serve_worker, bundle, options), options)
 
 
@@ -196,6 +214,25 @@ def _serve(bundle: Path, options: ServeOptions, worker: Worker | None) -> None:
     with assembled(_first_bundle(bundle, options, worker), options, worker) as (server, app, load):
         server.observers.append(RequestLog(logs).observe)
         run(server, app, load, options, worker)
+
+
+def _warn_of_strangers(options: ServeOptions) -> None:
+    """Say in the log what other machines can do."""
+    with suppress(ValueError):
+        if options.host == "localhost" or ip_address(options.host).is_loopback:
+            return
+    if options.tokens is None:
+        log.warning(
+            "%s can be reached from other machines, and without --tokens each of them may read, change and delete the "
+            "events of users; docs/serving.md says how to make tokens",
+            options.host,
+        )
+    if options.tls_cert is None:
+        log.warning(
+            "%s can be reached from other machines, and without --tls-cert everything travels unencrypted, tokens too; "
+            "let a proxy encrypt it, or give a certificate",
+            options.host,
+        )
 
 
 def _first_bundle(bundle: Path, options: ServeOptions, worker: Worker | None) -> Path:
@@ -237,14 +274,13 @@ def assembled(
         if sampler is not None:
             parts.callback(sampler.close)
         deployment = _deployment(options, sampler, worker)
-        server = _server(options, manifest.model.max_history)
+        server = _server(options, manifest.model.max_history, _access(options, parts))
         parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
         routes += page_routes(server) if options.page else []
-        if options.admin_token_file or options.admin_token_env:
-            token = read_token(file=options.admin_token_file, variable=options.admin_token_env)
-            routes += admin_routes(server, AdminOptions(folder=folder, token=token))
+        if options.processes == 1 and (options.tokens or server.access.admin):
+            routes += admin_routes(server, folder)
 
         def load() -> Deployments:
             deployments = Deployments(Deployment.open(bundle, deployment))
@@ -338,7 +374,21 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Wo
     )
 
 
-def _server(options: ServeOptions, max_history: int) -> Server:
+def _access(options: ServeOptions, parts: ExitStack) -> Access:
+    """Who may send requests; files that change are watched until the end."""
+    admin, certificate, tokens = None, None, None
+    if options.admin_token_file or options.admin_token_env:
+        admin = read_admin_token(file=options.admin_token_file, variable=options.admin_token_env)
+    if options.tokens is not None:
+        tokens = parts.enter_context(Reloaded(partial(read_tokens, options.tokens), [options.tokens]))
+    if options.tls_cert is not None and options.tls_key is not None:
+        read = partial(read_certificate, options.tls_cert, options.tls_key)
+        certificate = parts.enter_context(Reloaded(read, [options.tls_key, options.tls_cert]))
+    limit = RateLimit(options.rate_limit, options.rate_burst) if options.rate_limit is not None else None
+    return Access(tokens=tokens, admin=admin, limit=limit, certificate=certificate)
+
+
+def _server(options: ServeOptions, max_history: int, access: Access) -> Server:
     server = ServerOptions(
         limits=Limits(batch=min(Limits.batch, options.queue)),
         queue=options.queue,
@@ -349,7 +399,7 @@ def _server(options: ServeOptions, max_history: int) -> Server:
     limits = StoreLimits(events=kept, users=options.max_users, memory_bytes=options.events_mib * MEBIBYTE)
     store = open_store(options.state, limits)
     log.info("users' events are kept in %s", store.description)
-    return make_server(server, store=store)
+    return make_server(server, access=access, store=store)
 
 
 def open_store(state: str | None, limits: StoreLimits) -> EventStore:

@@ -1,6 +1,6 @@
 """The HTTP server: routes, what they do, and the bundle in service.
 
-admin.py             swaps from outside: by token, or by a watched file
+admin.py             swaps from outside: by HTTP, or by a watched file
 admission.py         which requests are admitted; users with requests in flight
 app.py               the table of routes
 bodies.py            the JSON bodies of requests and answers, and their limits

@@ -1,18 +1,14 @@
-"""Swaps from outside: by HTTP with a token, or by a file that a deployment tool replaces.
+"""Swaps from outside: by HTTP with the scope admin, or by a file that a deployment tool replaces.
 
 Bundles have names, not paths: all of them lie in one folder, which is fixed at the start.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +21,13 @@ from unipinrec.errors import BundleError, ConfigError, RequestError, SwapBusyErr
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.bodies import ApiError
-from unipinrec.runtime.server.call import Call, Handler, Server, as_json
-from unipinrec.runtime.server.operations import ADMIN, Operation
+from unipinrec.runtime.server.call import Call, Server, as_json
+from unipinrec.runtime.server.operations import READS, Operation
 from unipinrec.runtime.server.swap import Deployments, DeploymentStatus
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 NAME_RULE = "a name is a letter or digit, then up to 127 letters, digits, dots, dashes or underscores"
 CURRENT = "current.json"
-SHORTEST_TOKEN = 16
 BODY_BYTES = 4096
 log = logging.getLogger(__name__)
 
@@ -41,43 +36,6 @@ class Current(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `current.json` and of the body of a reload; other fields are ignored."""
 
     bundle: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdminOptions:
-    """The bundles that /admin may swap to, and the token that it needs.
-
-    Attributes:
-        folder: Folder of all bundles.
-        token: A caller must send it as `Authorization: Bearer TOKEN`.
-    """
-
-    folder: Path
-    token: str = field(repr=False)
-
-    def __post_init__(self) -> None:
-        if len(self.token) < SHORTEST_TOKEN or not self.token.isascii() or not self.token.isprintable():
-            raise ConfigError(
-                f"an admin token must be at least {SHORTEST_TOKEN} printable ASCII characters, such as "
-                "`openssl rand -hex 32` prints"
-            )
-
-
-def read_token(*, file: Path | None = None, variable: str | None = None) -> str:
-    """The token from a file, without spaces and line breaks around it, or else from an environment variable.
-
-    Raises:
-        ConfigError: There is none, or the file cannot be read.
-    """
-    if file is not None:
-        try:
-            return file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the admin token cannot be read from {file}: {error}") from error
-    token = os.environ.get(variable or "", "")
-    if not token:
-        raise ConfigError(f"the environment variable {variable} holds no admin token; set it, or name a file")
-    return token
 
 
 def bundle_folder(folder: Path, name: str) -> Path:
@@ -109,35 +67,38 @@ def read_current(folder: Path) -> Path:
 RELOAD = Operation(
     method="POST",
     path="/admin/reload",
+    scope="admin",
     summary="Swap to another bundle",
     body=Current,
     answer=DeploymentStatus,
-    statuses=(*ADMIN, 404, 408, 409, 413, 422),
+    statuses=(*READS, 404, 408, 409, 413, 422),
     examples="reload",
 )
 ROLLBACK = Operation(
     method="POST",
     path="/admin/rollback",
+    scope="admin",
     summary="Swap back to the previous bundle",
     answer=DeploymentStatus,
-    statuses=(*ADMIN, 409, 422),
+    statuses=(*READS, 409, 422),
 )
 STATUS = Operation(
     path="/admin/status",
+    scope="admin",
     summary="The active bundle, and the latest swaps",
     answer=DeploymentStatus,
-    statuses=ADMIN,
+    statuses=READS,
 )
 
 
-def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
-    """POST /admin/reload and /admin/rollback, GET /admin/status."""
+def admin_routes(server: Server, bundles: Path) -> list[Route]:
+    """POST /admin/reload and /admin/rollback, GET /admin/status; `bundles` is the folder of all bundles."""
 
     async def reload(_server: Server, call: Call) -> Response:
         with decoding(RequestError, "the body", 'it must be {"bundle": "NAME"}'):
             name = msgspec.json.decode(await call.body(BODY_BYTES), type=Current).bundle
         try:
-            folder = bundle_folder(options.folder, name)
+            folder = bundle_folder(bundles, name)
         except BundleError as error:
             raise RequestError(str(error)) from error
         if not folder.is_dir():
@@ -150,21 +111,7 @@ def admin_routes(server: Server, options: AdminOptions) -> list[Route]:
     async def status(_server: Server, _call: Call) -> Response:
         return as_json(server.loaded().status())
 
-    digest = hashlib.sha256(options.token.encode()).digest()
-    table: list[tuple[Operation, Handler]] = [(RELOAD, reload), (ROLLBACK, rollback), (STATUS, status)]
-    return [route(server, operation, _guarded(handler, digest)) for operation, handler in table]
-
-
-def _guarded(handler: Handler, token_sha256: bytes) -> Handler:
-    async def guarded(server: Server, call: Call) -> Response:
-        scheme, _, token = call.request.headers.get("authorization", "").partition(" ")
-        # Digests have equal lengths, so that the time to compare them tells nothing about the token.
-        valid = hmac.compare_digest(hashlib.sha256(token.strip().encode()).digest(), token_sha256)
-        if not valid or scheme.lower() != "bearer":
-            raise ApiError(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
-        return await handler(server, call)
-
-    return guarded
+    return [route(server, RELOAD, reload), route(server, ROLLBACK, rollback), route(server, STATUS, status)]
 
 
 async def _swapped(server: Server, swap: Callable[[Deployments], Any]) -> Response:

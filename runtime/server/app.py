@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from unipinrec.runtime.server import handlers
+from unipinrec.runtime.server.access.access import Access
 from unipinrec.runtime.server.bodies import (
     ErrorAnswer,
     ErrorDetail,
@@ -54,6 +55,7 @@ RANK = Operation(
 APPEND = Operation(
     method="POST",
     path="/v1/events",
+    scope="events",
     tag="users",
     summary="Append new events of users",
     body=EventsBody | list[EventsBody],
@@ -64,6 +66,7 @@ APPEND = Operation(
 NAMED = {"user": in_path(EXAMPLE_USER, maxLength=256)}
 USER = Operation(
     path="/v1/users/{user:text}",
+    scope="events",
     tag="users",
     summary="The stored events of a user",
     answer=UserAnswer,
@@ -73,6 +76,7 @@ USER = Operation(
 FORGET = Operation(
     method="DELETE",
     path=USER.path,
+    scope="events",
     tag="users",
     summary="Forget a user",
     answer=ForgetAnswer,
@@ -89,9 +93,12 @@ SIMILAR = Operation(
     statuses=POSTS,
     examples="similar",
 )
-LIVE = Operation(path="/health/live", summary="Whether the process answers", answer=dict[str, str], polled=True)
+LIVE = Operation(
+    path="/health/live", scope=None, summary="Whether the process answers", answer=dict[str, str], polled=True
+)
 READY = Operation(
     path="/health/ready",
+    scope=None,
     summary="Whether requests are answered, and on what device",
     answer=Readiness,
     statuses=READS,
@@ -124,6 +131,7 @@ def operations_of(routes: Iterable[BaseRoute]) -> list[Operation]:
 def make_server(
     options: ServerOptions | None = None,
     *,
+    access: Access | None = None,
     deployments: Deployments | None = None,
     store: EventStore | None = None,
     observers: Sequence[Observer] = (),
@@ -131,6 +139,7 @@ def make_server(
     """What handlers share. It is ready at once with `deployments`, else after `Server.open`."""
     server = Server(
         options=options or ServerOptions(),
+        access=access or Access(),
         store=store or MemoryEventStore(StoreLimits(events=2_000)),
         observers=list(observers),
     )

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from unipinrec.errors import BackendError, ConfigError, RequestError, TooFewItemsError
 from unipinrec.runtime.batching import Answer
 from unipinrec.runtime.requests import Slate
+from unipinrec.runtime.server.access.access import Access
 from unipinrec.runtime.server.admission import Admission, UsersInFlight, when_done
 from unipinrec.runtime.server.bodies import ApiError, Limits, RecommendBody
 from unipinrec.runtime.server.deployment import Deployment
@@ -68,6 +69,7 @@ class Call:
         request: Starlette's request.
         id: The client's id of the request, or one made here.
         route: Path of the route, with its parameters as names.
+        token: Name of its token; None = it needs none, or another process has checked it.
         began: Time of arrival, by `time.perf_counter`.
         deadline: When the answer is due, by the same clock.
         slates: Slates of the answer, recommended or ranked.
@@ -89,6 +91,7 @@ class Call:
     route: str
     began: float
     deadline: float
+    token: str | None = None
     slates: list[Slate] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     requests: dict[str, RecommendBody] = field(default_factory=dict)
@@ -112,6 +115,11 @@ class Call:
         """Whether another process of this server sent it, over a socket without a port."""
         server = self.request.scope.get("server")
         return server is not None and server[1] is None
+
+    @property
+    def address(self) -> str:
+        """The client's address."""
+        return self.request.client.host if self.request.client else ""
 
     async def body(self, limit: int) -> bytes:
         """The whole body, which is read once.
@@ -207,6 +215,7 @@ class Server:
 
     Attributes:
         options: How requests are treated.
+        access: Who may send them, and how many.
         store: The events of users.
         deployments: The active deployment and those it replaced; None until the bundle is loaded.
         admission: For requests that need the device.
@@ -219,6 +228,7 @@ class Server:
     """
 
     options: ServerOptions
+    access: Access = field(default_factory=Access)
     store: EventStore
     deployments: Deployments | None = None
     admission: Admission = field(init=False)
@@ -335,6 +345,9 @@ class Endpoint:
         """Answer one request."""
         call = self.server.call(Request(scope, receive, send), self.operation)
         try:
+            if not call.from_peer:
+                authorization = call.request.headers.get("authorization", "")
+                call.token = self.server.access.admit(self.operation.scope, authorization, call.address)
             self.server.set_deadline(call)
             response = await self.handler(self.server, call)
         except ClientDisconnect:

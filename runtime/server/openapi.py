@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -26,13 +27,14 @@ HEADERS = {
 STATUSES = {
     200: "The answer.",
     400: "The request is not valid; the message says what is accepted.",
-    401: "The token is missing or wrong.",
+    401: "The token is missing, unknown or expired.",
+    403: "The token lacks the scope.",
     404: "It does not exist.",
     408: "The body did not arrive before the deadline.",
     409: "The bundle was not swapped.",
     413: "The body is too large.",
     422: "The request is valid, but cannot be answered: cold starts are refused, or the bundle cannot be served.",
-    429: "Too many requests are waiting; Retry-After says in how many seconds to send it again.",
+    429: "Too many requests wait, or came from this client; Retry-After says in how many seconds to send it again.",
     500: "An error of the server; its log says more about X-Request-Id.",
     503: "The server is loading or shutting down, or cannot reach the store.",
     504: "There was no answer before the deadline.",
@@ -53,7 +55,11 @@ def openapi_route(server: Server, version: str = "0") -> Route:
             bodies = {}
             if recommender is not None:
                 bodies = examples(recommender.bundle, cold_start=recommender.popular is not None)
-            content = msgspec.json.encode(document(operations_of(call.request.app.routes), version, bodies))
+            served = [
+                replace(one, statuses=(*one.statuses, *server.access.statuses(one.scope)))
+                for one in operations_of(call.request.app.routes)
+            ]
+            content = msgspec.json.encode(document(served, version, bodies))
             cached.clear()
             cached[key] = content
         return Response(cached[key], media_type=JSON)
@@ -132,7 +138,7 @@ def _operation(operation: Operation, schemas: Schemas, bodies: Examples) -> dict
             }
         described["requestBody"] = {"required": True, "content": {JSON: content} | binary}
     if 401 in operation.statuses:
-        described["security"] = [{"token": []}]
+        described["security"] = [{"token": [operation.scope]}]
     return described
 
 
@@ -140,7 +146,7 @@ def _responses(operation: Operation, schemas: Schemas, binary: dict[str, Any]) -
     contents: dict[int, dict[str, Any]] = {200: {TEXT: {"schema": {"type": "string"}}}}
     if operation.answer is not None:
         contents[200] = {JSON: {"schema": _schema(operation.answer, schemas)}} | binary
-    for status in sorted(operation.statuses):
+    for status in sorted(set(operation.statuses)):
         kind = operation.refused.get(status, operation.error)
         contents[status] = {JSON: {"schema": _schema(kind, schemas)}}
     headers = {"X-Request-Id": {"schema": {"type": "string"}}}

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from unipinrec.runtime.server.access.tokens import Scope
 from unipinrec.runtime.server.bodies import ErrorAnswer
 
 EVERY, READS = (400, 500), (400, 500, 503)
-POSTS, STORE, ADMIN = (*READS, 408, 413, 429, 504), (*READS, 429, 504), (*READS, 401)
+POSTS, STORE = (*READS, 408, 413, 429, 504), (*READS, 429, 504)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Operation:
 
     Attributes:
         method, path: As in the table of routes, with converters.
+        scope: What a token needs for it, if there are tokens; None = it is open to all.
         tag, summary: Texts of the document; an operation without a summary is not in it.
         answer: Type of the answer; None = text.
         body: Type of the body; None = there is no body.
@@ -42,6 +44,7 @@ class Operation:
 
     path: str
     method: str = "GET"
+    scope: Scope | None = "recommend"
     tag: str = "operation"
     summary: str = ""
     answer: Any = None

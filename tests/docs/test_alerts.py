@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from served_process import HISTORY, started
 
 ALERTS = Path(__file__).resolve().parents[2] / "docs" / "alerts.yml"
+RUNBOOKS = ALERTS.parent / "deploy" / "runbooks.md"
 CASES = Path(__file__).parent / "alerts_test.yml"
-
-
-@pytest.fixture(scope="module")
-def scrape(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """All metrics of two processes after a recommendation."""
-    with started("--processes", "2", "--state", tmp_path_factory.mktemp("state")) as running:
-        running.ready()
-        assert running.ask("POST", "/v1/recommend", {"history": HISTORY, "k": 3})[0] == 200
-        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
-        return text
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +51,13 @@ def test_every_rule_is_tested() -> None:
 
 def test_prometheus_reads_a_scrape(promtool: str, scrape: str) -> None:
     assert "error" not in passes([promtool, "check", "metrics"], scrape)
+
+
+def test_every_rule_has_a_runbook_and_names_it() -> None:
+    rules = dict(re.findall(r"- alert: (\w+)(?:.*\n)+?        annotations: \{runbook: (\S+)\}", ALERTS.read_text()))
+    assert list(rules) == re.findall(r"- alert: (\w+)", ALERTS.read_text())
+    sections = dict(re.findall(r"^## (\w+)\n((?:(?!## ).*\n)+)", RUNBOOKS.read_text(), re.MULTILINE))
+    assert list(sections) == list(rules)
+    for name, runbook in rules.items():
+        assert runbook == f"docs/deploy/runbooks.md#{name.lower()}"
+        assert re.search(r"- \*\*Look\*\*: .*(?:\n  .*)*\n- \*\*Do\*\*: ", sections[name]), name

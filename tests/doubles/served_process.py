@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -26,14 +27,31 @@ class Running:
 
     process: subprocess.Popen[str]
     port: int = 0
+    tls: ssl.SSLContext | None = None
     lines: list[str] = field(default_factory=list)
 
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+    def connect(self) -> http.client.HTTPConnection:
+        if self.tls is not None:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=self.tls)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def ask(self, method: str, path: str, body: Any = None, *, token: str | None = None) -> tuple[int, Any]:
+        connection = self.connect()
         try:
-            connection.request(method, path, None if body is None else json.dumps(body))
+            headers = {} if token is None else {"authorization": f"Bearer {token}"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def scrape(self, *, token: str | None = None) -> str:
+        connection = self.connect()
+        try:
+            connection.request("GET", "/metrics", headers={} if token is None else {"authorization": f"Bearer {token}"})
+            answer = connection.getresponse()
+            assert answer.status == 200
+            return answer.read().decode()
         finally:
             connection.close()
 
@@ -58,17 +76,19 @@ class Running:
 
 
 @contextmanager
-def started(*options: str | Path, bundle: Path = STORED, files: int | None = None) -> Iterator[Running]:
+def started(
+    *options: str | Path, bundle: Path = STORED, files: int | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[Running]:
     words = [sys.executable, "-m", "unipinrec", "serve", str(bundle), "--port", "0", "--device", "cpu", "--log-format"]
     limit = ["prlimit", f"--nofile={files}"] if files else []
     process = subprocess.Popen([*limit, *words, "human", *map(str, options)], stderr=subprocess.PIPE, text=True)
-    running = Running(process=process)
+    running = Running(process=process, tls=tls)
     stderr = process.stderr
     assert stderr is not None
     reader = threading.Thread(target=lambda: running.lines.extend(iter(stderr.readline, "")))
     reader.start()
     try:
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", running.until("listening on"))
+        found = re.search(r"https?://(?:127|0)\.0\.0\.[01]:(\d+)", running.until("listening on"))
         assert found
         running.port = int(found[1])
         yield running

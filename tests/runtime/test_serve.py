@@ -97,6 +97,8 @@ def test_a_port_that_is_taken_is_an_error_of_ours_and_nothing_stays_open(tmp_pat
         ({"drain_s": float("inf")}, "drain_s=inf"),
         ({"cors": ("https://shop.example/",)}, r"cors='https://shop\.example/' is no origin; write https://HOST"),
         ({"cors": ("shop.example",)}, r"cors='shop\.example' is no origin"),
+        ({"rate_burst": 3}, "rate_burst=3 has no effect without rate_limit"),
+        ({"tls_cert": Path("c.pem")}, "tls_cert=c.pem and tls_key=None go together"),
     ],
 )
 def test_options_that_are_not_possible(options: dict[str, Any], message: str) -> None:

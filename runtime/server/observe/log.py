@@ -73,6 +73,8 @@ def request_fields(call: Call, *, users: bool = False) -> dict[str, Any]:
         "status": call.status,
         "ms": round(call.seconds * 1e3, 3),
     }
+    if call.token is not None:
+        fields["token"] = call.token
     if call.code is not None:
         fields["error"] = call.code
     if call.codes_in_list:

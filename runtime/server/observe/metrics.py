@@ -26,12 +26,13 @@ from starlette.routing import Route
 
 from unipinrec.runtime.kv.options import CacheStatistics
 from unipinrec.runtime.retrieval.sampling import RecallSampler
+from unipinrec.runtime.server.access.access import Access
 from unipinrec.runtime.server.app import route
 from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.operations import Operation
 from unipinrec.runtime.server.swap import Deployments
 
-METRICS = Operation(path="/metrics", summary="Metrics for Prometheus", polled=True)
+METRICS = Operation(path="/metrics", scope="metrics", summary="Metrics for Prometheus", polled=True)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 STAGES = ("encode", "retrieve", "rank", "total")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -104,6 +105,7 @@ class ServerMetrics(Collector):
             yield _gauge(f"{kind}_pending_max", "Most pending requests so far.", admission.most_pending)
             yield _counter(f"{kind}_turned_away", "Requests that were rejected for lack of room.", admission.refused)
         yield _gauge("ready", "Whether requests are answered.", int(server.phase == "ready"))
+        yield from _access(server.access)
         if self._sampler is not None:
             yield _counter("ann_recall_passed_over", "Samples that were not compared.", self._sampler.passed_over)
         if deployments is not None:
@@ -128,6 +130,18 @@ def metrics_route(server: Server, metrics: ServerMetrics) -> Route:
         return Response(body, headers={"content-type": content_type})
 
     return route(server, METRICS, scrape)
+
+
+def _access(access: Access) -> Iterator[Metric]:
+    stale = GaugeMetricFamily(
+        "unipinrec_access_stale", "Whether tokens or certificate changed and cannot be used.", labels=["file"]
+    )
+    reloads: dict[tuple[str, str], int] = {}
+    for kind, file in access.files():
+        stale.add_metric([kind], int(file.stale))
+        reloads |= {(kind, result): count for result, count in file.reloads.items()}
+    yield stale
+    yield counters("access_reloads", "Reads of changed tokens or certificates.", ("file", "result"), reloads)
 
 
 def _active(deployments: Deployments) -> Iterator[Metric]:

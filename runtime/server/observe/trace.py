@@ -25,6 +25,7 @@ HEADER, PATH = "x-trace", "/debug/traces"
 SERVICE = "unipinrec"
 TRACE = Operation(
     path=f"{PATH}/{{name}}",
+    scope="metrics",
     summary="The trace of a request",
     answer=dict[str, Any],
     statuses=(*EVERY, 404),

@@ -11,11 +11,12 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ PARENT_S = 1.0  # one of several processes awaits its parent's second signal for
 HANDSHAKE_S = 0.1  # after new connections are stopped: time for handshakes under way
 LINGER_S = 0.5  # after the last connection was accepted: time for a request on it to arrive
 FIRST_REQUEST_S = 2.0  # the same, for connections that have not had a request
+TLS_END_S = 1.0  # for a client to confirm the end of its connection
 # The socket option of Linux, and a program that drops packets with the flag SYN, which open a connection.
 SO_ATTACH_FILTER = 26
 DROP_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
@@ -61,6 +63,7 @@ class RunOptions:
             that load balancers go elsewhere, and every answer closes its connection.
         drain_s: How long accepted requests may take after that.
         hung_s: Of several processes, one whose event loop stands still for so long is killed and replaced.
+        tls_cert, tls_key: PEM files of the certificate and its key, read again when they change; None = no TLS.
     """
 
     host: str = "127.0.0.1"
@@ -68,6 +71,8 @@ class RunOptions:
     drain_delay_s: float = 1.0
     drain_s: float = 30.0
     hung_s: float = 30.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.drain_delay_s < math.inf and 1 <= self.drain_s < math.inf):
@@ -76,6 +81,8 @@ class RunOptions:
             )
         if not self.hung_s >= 2 * BEAT_S:
             raise ConfigError(f"hung_s={self.hung_s} must be at least {2 * BEAT_S:g}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError(f"tls_cert={self.tls_cert} and tls_key={self.tls_key} go together; give both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +136,7 @@ def run(server: Server, app: Starlette, load: Load, options: RunOptions, worker:
         ConfigError: The address is not available.
         UnipinrecError: Raised by `load`.
     """
-    with worker.listener if worker else listen(options.host, options.port) as listener:
+    with worker.listener if worker else listen(options) as listener:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.set_threshold(*GC_THRESHOLDS)
         keep_memory_flat()
@@ -143,12 +150,13 @@ def run(server: Server, app: Starlette, load: Load, options: RunOptions, worker:
         raise process.failure
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(options: RunOptions) -> socket.socket:
     """A socket that clients can connect to.
 
     Raises:
         ConfigError: The address is not available.
     """
+    host, port = options.host, options.port
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         both = host == "::" and socket.has_dualstack_ipv6()
@@ -156,7 +164,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
     host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    scheme = "http" if options.tls_cert is None else "https"
+    log.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
     return listener
 
 
@@ -178,11 +187,12 @@ class _Process(uvicorn.Server):
     """uvicorn, with loading in the background and an end in two steps."""
 
     def __init__(self, app: Starlette, server: Server, load: Load, options: RunOptions, worker: Worker | None) -> None:
-        super().__init__(_config(app, options))
+        super().__init__(_config(app, options, server.access.tls()))
         self.failure: BaseException | None = None
         self._server, self._load, self._options, self._worker = server, load, options, worker
         self._ends: float | None = None
         self._beating: asyncio.Task[None] | None = None  # a loop holds its tasks weakly
+        self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -246,19 +256,35 @@ class _Process(uvicorn.Server):
             with listener, suppress(BlockingIOError):
                 while True:
                     accepted.append(listener.accept()[0])
-        for connection in accepted:
-            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+        loop, tls = asyncio.get_running_loop(), self.config.ssl
+        limit_s = FIRST_REQUEST_S if tls else None
+        connecting = (
+            loop.connect_accepted_socket(self._protocol, connection, ssl=tls, ssl_handshake_timeout=limit_s)
+            for connection in accepted
+        )
+        await asyncio.gather(*connecting, return_exceptions=True)  # clients may leave, or not speak TLS
         began, connections = time.monotonic(), self.server_state.connections
-        while connections and not self.force_exit:
+        while (connections or tls) and not self.force_exit:  # a TLS handshake under way is not among them yet
             fresh = any(getattr(connection, "cycle", None) is None for connection in connections)
             if time.monotonic() > began + (FIRST_REQUEST_S if fresh else LINGER_S):
                 break
             await asyncio.sleep(0.01)
+        if tls:
+            self._ending = loop.create_task(_end_tls(connections))
         await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
         state, app_state = self.server_state, self.lifespan.state
         return self.config.http_protocol_class(config=self.config, server_state=state, app_state=app_state)  # type: ignore[call-arg]  # as uvicorn has it
+
+
+async def _end_tls(connections: Set[Any]) -> None:
+    """Abort connections that were closed: TLS waits 30 s for the client's own end, which idle clients do not send."""
+    while True:
+        closed = {connection for connection in connections if connection.transport.is_closing()}
+        await asyncio.sleep(TLS_END_S)
+        for connection in closed & connections:
+            connection.transport.abort()
 
 
 async def _beat(path: Path) -> None:
@@ -269,7 +295,7 @@ async def _beat(path: Path) -> None:
         await asyncio.sleep(BEAT_S)
 
 
-def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:
+def _config(app: Starlette, options: RunOptions, tls: ssl.SSLContext | None) -> uvicorn.Config:
     http: Any = "h11"
     if find_spec("httptools") is not None:
         from unipinrec.runtime.server.process.http import BoundedHttp  # noqa: PLC0415 - needs httptools
@@ -283,6 +309,7 @@ def _config(app: Starlette, options: RunOptions) -> uvicorn.Config:
         app,
         http=http,
         ws="none",
+        ssl_context_factory=None if tls is None else lambda *_: tls,
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -67,7 +67,7 @@ def serve_together(count: int, serve: Callable[[Worker], None], options: RunOpti
     """
     with (
         _noted_signals() as signals,
-        listen(options.host, options.port) as listener,
+        listen(options) as listener,
         _folder_of_sockets() as folder,
     ):
         log.info("%d processes serve together", count)

@@ -65,7 +65,7 @@ def oip_routes(server: Server, limits: GraphLimits | None = None, *, version: st
 
     table: list[tuple[Operation, Handler]] = [
         (_operation(path="/v2", summary="What the server is", answer=ServerMetadata), about),
-        (_operation(path="/v2/health/live", summary="Whether the server answers", answer=ServerLive), _live),
+        (LIVE, _live),
         (READY, _ready),
     ]
     for path, parameters in ((MODEL, NAME), (f"{MODEL}/versions/{{version}}", VERSION)):
@@ -99,8 +99,10 @@ def oip_routes(server: Server, limits: GraphLimits | None = None, *, version: st
     return [route(server, operation, handler) for operation, handler in table]
 
 
+LIVE = _operation(path="/v2/health/live", scope=None, summary="Whether the server answers", answer=ServerLive)
 READY = _operation(
     path="/v2/health/ready",
+    scope=None,
     summary="Whether all graphs are ready",
     answer=ServerReady,
     statuses=READS,

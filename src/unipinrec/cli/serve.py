@@ -166,6 +166,17 @@ DAY_S = 86_400
     help="Serve the bundle that current.json in the folder of the bundles names, and swap when that file changes.",
 )
 @click.option(
+    "--tokens",
+    type=input_file,
+    help="Answer only clients with a token of this TOML file; health checks stay open. Read again when it changes.",
+)
+@click.option(
+    "--rate-limit", type=positive, help="Requests a second of each token, or without --tokens of each address."
+)
+@click.option("--rate-burst", type=click.IntRange(1), help="Requests at once.  [default: those of a second]")
+@click.option("--tls-cert", type=input_file, help="PEM file of the certificate, for HTTPS. Read again when it changes.")
+@click.option("--tls-key", type=input_file, help="PEM file of its key, without a password.")
+@click.option(
     "--admin-token-file",
     type=input_file,
     help="Enable /admin/reload, /admin/rollback and /admin/status for clients with the token in this file.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -18,19 +19,20 @@ from starlette.testclient import TestClient
 
 from unipinrec.errors import BundleError, ConfigError
 from unipinrec.runtime import Recommender, RecommendOptions
+from unipinrec.runtime.server.access.access import Access
+from unipinrec.runtime.server.access.tokens import Token
 from unipinrec.runtime.server.admin import (
-    AdminOptions,
     CurrentWatcher,
     admin_routes,
     bundle_folder,
     read_current,
-    read_token,
 )
 from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.swap import Deployments
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 ALLOWED = {"authorization": f"Bearer {TOKEN}"}
+ACCESS = Access(admin=Token(sha256=hashlib.sha256(TOKEN.encode()).hexdigest(), scopes=frozenset({"admin"})))
 NOW_MS = 1_760_000_000_000
 
 
@@ -42,9 +44,9 @@ def deployments(twins: tuple[Path, Path]) -> Iterator[Deployments]:
 
 @pytest.fixture
 def client(deployments: Deployments, twins: tuple[Path, Path]) -> Iterator[TestClient]:
-    server = make_server(deployments=deployments)
-    options = AdminOptions(folder=twins[0].parent, token=TOKEN)
-    with TestClient(make_app(server, admin_routes(server, options)), raise_server_exceptions=False) as opened:
+    server = make_server(access=ACCESS, deployments=deployments)
+    routes = admin_routes(server, twins[0].parent)
+    with TestClient(make_app(server, routes), raise_server_exceptions=False) as opened:
         yield opened
 
 
@@ -140,8 +142,8 @@ def test_what_is_no_bundle_is_refused(
 
 def test_a_refused_swap_says_why(deployments: Deployments, twins: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    server = make_server(deployments=deployments)
-    routes = admin_routes(server, AdminOptions(folder=tmp_path, token=TOKEN))
+    server = make_server(access=ACCESS, deployments=deployments)
+    routes = admin_routes(server, tmp_path)
     with TestClient(make_app(server, routes)) as client:
         answer = client.post("/admin/reload", headers=ALLOWED, json={"bundle": "empty"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bundle_refused")
@@ -152,8 +154,8 @@ def test_a_refused_swap_says_why(deployments: Deployments, twins: tuple[Path, Pa
 
 
 def test_admin_waits_for_the_first_bundle(tmp_path: Path) -> None:
-    server = make_server()
-    with TestClient(make_app(server, admin_routes(server, AdminOptions(folder=tmp_path, token=TOKEN)))) as client:
+    server = make_server(access=ACCESS)
+    with TestClient(make_app(server, admin_routes(server, tmp_path))) as client:
         answer = client.get("/admin/status", headers=ALLOWED)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
 
@@ -167,8 +169,8 @@ def test_swaps_by_http_while_clients_ask(deployments: Deployments, twins: tuple[
         with Recommender.load(bundle, "cpu") as alone:
             slates = [alone.recommend(one, 5, options) for one in events]
             expected[alone.bundle.hash] = [[item.score for item in slate.items] for slate in slates]
-    server = make_server(deployments=deployments)
-    app = make_app(server, admin_routes(server, AdminOptions(folder=twins[0].parent, token=TOKEN)))
+    server = make_server(access=ACCESS, deployments=deployments)
+    app = make_app(server, admin_routes(server, twins[0].parent))
     stop, served = threading.Event(), []
 
     def ask(port: int, first: int) -> None:
@@ -269,19 +271,11 @@ def test_the_file_waits_for_a_swap_under_way(
     assert deployments.current.path.name == "b"
 
 
-def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "token").write_text(f"{TOKEN}\n")
-    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
-    assert read_token(file=tmp_path / "token") == TOKEN
-    assert read_token(variable="ADMIN_TOKEN") == TOKEN
-    with pytest.raises(ConfigError, match="the admin token cannot be read from"):
-        read_token(file=tmp_path / "absent")
-    with pytest.raises(ConfigError, match="variable NO_SUCH_TOKEN holds no admin token"):
-        read_token(variable="NO_SUCH_TOKEN")
-    for weak in ("", "short", "x" * 15, "ä" * 32, "x" * 16 + "\n"):
-        with pytest.raises(ConfigError, match="at least 16 printable ASCII characters"):
-            AdminOptions(folder=tmp_path, token=weak)
-    assert TOKEN not in repr(AdminOptions(folder=tmp_path, token=TOKEN))
+def test_routes_without_any_token_are_closed(deployments: Deployments, tmp_path: Path) -> None:
+    server = make_server(deployments=deployments)
+    with TestClient(make_app(server, admin_routes(server, tmp_path))) as client:
+        assert client.get("/admin/status").status_code == 401
+        assert client.get("/admin/status", headers=ALLOWED).status_code == 401
 
 
 def test_names(tmp_path: Path) -> None:

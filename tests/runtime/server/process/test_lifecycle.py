@@ -106,7 +106,7 @@ def test_sigterm_under_load_loses_no_accepted_request(drain_delay_s: float, proc
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can stop connections before it closes a socket")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_no_connection_begins_between_the_last_accept_and_the_close(host: str) -> None:
-    with listen(host, 0) as listener:
+    with listen(RunOptions(host=host, port=0)) as listener:
         address = listener.getsockname()
         with socket.create_connection(address[:2]) as before:
             stop_connections(listener)
@@ -216,21 +216,21 @@ def test_connections_beyond_the_limit_of_open_files_are_refused_and_logged() -> 
 
 
 def test_an_address_that_is_taken_is_told() -> None:
-    with listen("127.0.0.1", 0) as taken:
+    with listen(RunOptions(port=0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*choose another --host or --port"):
-            listen("127.0.0.1", port)
+            listen(RunOptions(port=port))
     with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid:80"):
-        listen("no.such.host.invalid", 80)
+        listen(RunOptions(host="no.such.host.invalid", port=80))
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no socket for both IPv4 and IPv6")
 def test_all_addresses_are_those_of_both_protocols() -> None:
-    with listen("::", 0) as listener:
+    with listen(RunOptions(host="::", port=0)) as listener:
         port = listener.getsockname()[1]
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, port), timeout=5).close()
-    with listen("::1", 0) as listener, pytest.raises(ConnectionRefusedError):
+    with listen(RunOptions(host="::1", port=0)) as listener, pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5)
 
 
