@@ -72,7 +72,7 @@ class ServeOptions(RunOptions):
         bundles: The folder of all bundles; None = the folder that holds the bundle.
         watch: Swap to the bundle that `current.json` names.
         admin_token_file, admin_token_env: File or environment variable of the token of /admin; None = no /admin.
-        page: Whether there is a page at /.
+        page, page_images: Whether there is a page at /, and whether it loads pictures of items from other servers.
         log_format, log_level, log_users: See `LogOptions`.
         log_served, log_served_mib: Folder of the log of recommendations, and its largest size.
         recall_share: Share of the index's searches that are compared with a scan.
@@ -105,6 +105,7 @@ class ServeOptions(RunOptions):
     admin_token_file: Path | None = None
     admin_token_env: str | None = None
     page: bool = True
+    page_images: bool = False
     log_format: Literal["json", "human"] = "json"
     log_level: str = "info"
     log_users: bool = False
@@ -229,7 +230,7 @@ def assembled(
         parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
-        routes += page_routes(server) if options.page else []
+        routes += page_routes(server, images=options.page_images) if options.page else []
         if options.admin_token_file or options.admin_token_env:
             token = read_token(file=options.admin_token_file, variable=options.admin_token_env)
             routes += admin_routes(server, AdminOptions(folder=folder, token=token))

@@ -17,6 +17,7 @@ from unipinrec.runtime.server.bodies import (
     ErrorDetail,
     EventsBody,
     ForgetAnswer,
+    ItemAnswer,
     RankBody,
     Readiness,
     RecommendAnswer,
@@ -89,6 +90,14 @@ SIMILAR = Operation(
     statuses=POSTS,
     examples="similar",
 )
+ITEM = Operation(
+    path="/v1/items/{item:text}",
+    tag="recommend",
+    summary="What the bundle knows of an item",
+    answer=ItemAnswer,
+    statuses=(*READS, 404),
+    parameters={"item": in_path()},
+)
 LIVE = Operation(path="/health/live", summary="Whether the process answers", answer=dict[str, str], polled=True)
 READY = Operation(
     path="/health/ready",
@@ -158,6 +167,7 @@ def make_app(
         route(server, USER, handlers.user_events),
         route(server, FORGET, forget),
         route(server, SIMILAR, handlers.similar),
+        route(server, ITEM, handlers.item),
         route(server, LIVE, handlers.live),
         route(server, READY, handlers.ready),
         *more,

@@ -175,6 +175,12 @@ DAY_S = 86_400
     default=True,
     help="Show a page at /. It shows the bundle's sample users to every client that can reach the server.",
 )
+@click.option(
+    "--page-images",
+    is_flag=True,
+    help="Let the page load pictures from the addresses (https) in the column `image` of the items' metadata. Browsers "
+    "then send requests to those servers.",
+)
 @click.option("--log-format", type=click.Choice(["json", "human"]), default="json", help="Format of the log on stderr.")
 @click.option(
     "--log-level",
