@@ -151,7 +151,7 @@ class Retriever:
         ]
 
     def _wider(self, search: Search, found: CandidateSet) -> CandidateSet:
-        """What was found, and if it does not suffice for the limit, the list by similarity that does."""
+        """The candidates, joined by the nearest items that fill the list if these do not suffice for the limit."""
         spread, eligible, narrow = search.spread, search.count(len(self.item_vectors)), found
         assert spread is not None
         while spread.most(found.rows) < spread.k and len(found.rows) < eligible:
