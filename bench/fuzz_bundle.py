@@ -39,7 +39,15 @@ with contextlib.ExitStack() as stack:
 STORED = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "bundle_v1"
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"
 FILES = (
-    *(MANIFEST, MANIFEST_HASH, "item_ids.json", "item_titles.json", "retired.json", "user_ids.json"),
+    *(
+        MANIFEST,
+        MANIFEST_HASH,
+        "item_ids.json",
+        "item_titles.json",
+        "item_metadata.json",
+        "retired.json",
+        "user_ids.json",
+    ),
     *("items.safetensors", "users.safetensors", "golden.safetensors", "index.hnsw"),
 )
 ORIGINAL = {path.name: path.read_bytes() for path in STORED.iterdir()}

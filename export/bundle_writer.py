@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from unipinrec import __version__
-from unipinrec.errors import BundleError, ExportError, NothingHeldOutError
+from unipinrec.errors import BundleError, DataError, ExportError, NothingHeldOutError
 from unipinrec.export.cases import CaseMaker
 from unipinrec.export.checks.contract import check_contract
 from unipinrec.export.checks.parity import check_graph, graph_spec, report_of, require_parity
@@ -35,6 +35,7 @@ from unipinrec.runtime.bundle.bundle import (
     GOLDEN,
     INDEX,
     ITEM_IDS,
+    ITEM_METADATA,
     ITEM_TITLES,
     ITEM_VECTORS,
     ITEMS,
@@ -47,6 +48,7 @@ from unipinrec.runtime.bundle.bundle import (
 )
 from unipinrec.runtime.bundle.integrity import fingerprint, seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import GraphSpec, IndexSpec, Manifest, ParityReport
+from unipinrec.runtime.bundle.metadata import ItemMetadata
 from unipinrec.runtime.bundle.quality import Evaluation
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
@@ -227,6 +229,12 @@ def _item_table(source: ExportSource, folder: Path) -> NDArray[np.float32]:
     (folder / ITEM_IDS).write_bytes(msgspec.json.encode(source.item_ids))
     if any(source.titles):
         (folder / ITEM_TITLES).write_bytes(msgspec.json.encode(source.titles))
+    if source.metadata:
+        try:
+            metadata = ItemMetadata.of(source.metadata, len(source.item_ids))
+        except DataError as error:
+            raise ExportError(str(error)) from error
+        (folder / ITEM_METADATA).write_bytes(msgspec.json.encode(metadata.columns))
     return vectors
 
 

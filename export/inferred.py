@@ -6,7 +6,7 @@ import copy
 import inspect
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import msgspec
@@ -35,7 +35,8 @@ class SimpleOptions(TypedDict, total=False):
     Attributes:
         positive_actions: Actions that the value weighs; all of `actions` unless given.
         surfaces: Names of surfaces; only "unknown" unless given.
-        titles, dense, categories, item_dense, item_categories, metrics, order: As in `ExportSource`; none unless given.
+        titles, dense, categories, item_dense, item_categories: As in `ExportSource`; none unless given.
+        metrics, order, metadata: As in `ExportSource`; none unless given.
         config: As in `ExportSource`; the name of the module's class unless given.
         similarity, item_bias: As in `ModelSpec`. Unless given, "cosine" if a sample of item vectors and queries is of
             unit length, else "dot", with a warning; and no bias.
@@ -51,6 +52,7 @@ class SimpleOptions(TypedDict, total=False):
     item_categories: NDArray[Any]
     metrics: dict[str, Any]
     order: OrderSpec
+    metadata: Mapping[str, Sequence[float | str | None]]
     config: dict[str, Any]
     similarity: Similarity
     item_bias: bool

@@ -14,8 +14,8 @@ sink), then one per event.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Unpack, cast
 
 import msgspec
@@ -161,6 +161,8 @@ class ExportSource:
         config: Full description of the model; informative. Numpy scalars in it become numbers.
         metrics: Offline metrics, if any.
         order: How slates are ordered; None means by value.
+        metadata: Columns of the catalogue to display and to filter by, numbers or text, None = missing; the model does
+            not see them.
     """
 
     module: nn.Module
@@ -177,6 +179,7 @@ class ExportSource:
     config: dict[str, Any]
     metrics: dict[str, Any] | None = None
     order: OrderSpec | None = None
+    metadata: Mapping[str, Sequence[float | str | None]] = field(default_factory=dict)
 
     @classmethod
     def simple(
@@ -259,6 +262,7 @@ class ExportSource:
             )
         object.__setattr__(self, "item_ids", inferred.item_names(self.item_ids))
         object.__setattr__(self, "config", inferred.plain("config", self.config))
+        object.__setattr__(self, "metadata", inferred.plain("metadata", dict(self.metadata)))
         object.__setattr__(self, "metrics", inferred.plain("metrics", self.metrics))
 
     def problems(self) -> Iterator[str]:

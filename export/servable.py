@@ -68,6 +68,7 @@ def source_from_model(model: UniPinRec, catalogue: ItemList, features: ItemFeatu
         titles=_labels(catalogue, features, vocabulary),
         item_dense=features.dense,
         item_categories=features.categories,
+        metadata=catalogue.metadata,
         config={"architecture": "UniPinRec", **msgspec.to_builtins(config)},
     )
 

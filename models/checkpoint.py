@@ -3,7 +3,7 @@
 config.json             format version, architecture, vocabulary
 model.safetensors       weights (best by validation)
 metrics.json            metrics and settings of the run
-catalogue.json          external item ids and titles, in row order
+catalogue.json          external item ids, titles and metadata, in row order
 catalogue.safetensors   raw item features, in row order
 state.safetensors       state to resume from (latest weights, optimizer, position); not needed to export
 """
@@ -45,11 +45,15 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     format_version: int
 
 
-class ItemList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The content of `catalogue.json`: one entry per catalogue row; titles are for display and may be null."""
+class ItemList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The content of `catalogue.json`: one entry per catalogue row; titles are for display and may be null.
+
+    `metadata` holds columns that the model does not see, numbers or text, null = missing.
+    """
 
     item_ids: list[str]
     titles: list[str | None]
+    metadata: dict[str, list[float | str | None]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)

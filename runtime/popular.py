@@ -59,6 +59,7 @@ class PopularItems:
             SlateItem(
                 item=bundle.item_ids[row],
                 title=bundle.titles[row],
+                metadata=bundle.catalogue.metadata_of(row),
                 score=share,
                 value=None,
                 actions={},
@@ -82,7 +83,7 @@ class PopularItems:
         )
 
     def best(self, request: ResolvedRequest) -> NDArray[np.int32]:
-        """The first k eligible rows [k]; reads no more of the order than necessary."""
+        """The first k eligible rows [k] within the limit of the slate; reads no more of the order than necessary."""
         if not request.candidates:
             assert self.bundle.popularity is not None
             shares = self.bundle.popularity[request.surface, request.own]
@@ -93,8 +94,9 @@ class PopularItems:
             if request.allowed is not None:
                 rows = rows[request.allowed[rows]]
             rows = rows[~np.isin(rows, request.excluded)]
-            if len(rows) >= request.k:
-                return rows[: request.k]
+            first = request.first(rows)
+            if len(first) == request.k:
+                return rows[first]
             assert seen < len(order)  # a valid request leaves k rows
             seen *= 4
 

@@ -37,7 +37,7 @@ class Ranked:
 def by_retrieval(candidates: Sequence[CandidateSet], requests: Sequence[ResolvedRequest]) -> list[Ranked]:
     """The k candidates most similar to each request's queries, in the order of retrieval."""
     return [
-        Ranked(order=np.arange(request.k), scores=nearest.similarity[: request.k].astype(np.float64))
+        Ranked(order=(first := request.first(nearest.rows)), scores=nearest.similarity[first].astype(np.float64))
         for nearest, request in zip(candidates, requests, strict=True)
     ]
 
@@ -126,8 +126,14 @@ def rank(
     order = np.lexsort((rows, -saturated, -scores), axis=-1)
     return [
         Ranked(order=best, scores=scores[row, best], values=values[row, best], probabilities=probabilities[row, best])
-        for row, best in enumerate(order[row, : request.k] for row, request in enumerate(requests))
+        for row, best in enumerate(map(_first, candidates, order, requests))
     ]
+
+
+def _first(candidates: CandidateSet, order: NDArray[np.int64], request: ResolvedRequest) -> NDArray[np.int64]:
+    """The places among a request's candidates that its slate has; padding is last in the order."""
+    order = order[: len(candidates.rows)]
+    return order[request.first(candidates.rows[order])]
 
 
 def slate_items(bundle: Bundle, candidates: CandidateSet, ranked: Ranked) -> tuple[SlateItem, ...]:
@@ -140,6 +146,7 @@ def slate_items(bundle: Bundle, candidates: CandidateSet, ranked: Ranked) -> tup
         SlateItem(
             item=bundle.item_ids[row],
             title=bundle.titles[row],
+            metadata=bundle.catalogue.metadata_of(row),
             score=score,
             value=value,
             actions=dict(zip(bundle.manifest.actions, probabilities, strict=False)),

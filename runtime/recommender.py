@@ -289,11 +289,7 @@ class Recommender:
             encode_end = time.perf_counter()
             outcomes = np.stack([request.outcomes for request in requests])
             queries = self.engine.retrieve(encoded, outcomes)
-            searches = [
-                Search(queries=query, k=each.candidates, excluded=each.excluded, allowed=each.allowed, exact=each.exact)
-                for each, query in zip(requests, queries, strict=True)
-            ]
-            candidates = self.retriever.retrieve(searches)
+            candidates = self.retriever.retrieve(list(map(Search.of, requests, queries)))
             if any(len(request.own) for request in requests):
                 candidates = self.retriever.join(candidates, queries, [request.own for request in requests])
             retrieve_end = time.perf_counter()

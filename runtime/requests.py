@@ -45,6 +45,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     timestamp_ms: int | None = None
 
 
+class Range(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Accepted numbers, both ends included; None = no end. A missing number is in no range."""
+
+    min: float | None = None
+    max: float | None = None
+
+
 class RankOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to rank items.
 
@@ -83,6 +90,9 @@ class RecommendOptions(RankOptions, frozen=True, kw_only=True, forbid_unknown_fi
             decimal string.
         allow: The only item ids that may be recommended; ids outside the catalogue have no effect. None = all.
         categories: Accepted words by categorical item feature; an item needs one of the words of each. None = all.
+        ranges: Accepted numbers by column of the items' metadata; an item needs a number in each range. None = all.
+        max_per_category: One categorical item feature, and the most items of one of its words in the list. Items whose
+            word is unknown are not limited. None = no limit.
         exact: Scan all items instead of searching the index.
     """
 
@@ -92,6 +102,8 @@ class RecommendOptions(RankOptions, frozen=True, kw_only=True, forbid_unknown_fi
     exclude: tuple[str | int, ...] = ()
     allow: tuple[str | int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
+    ranges: dict[str, Range] | None = None
+    max_per_category: dict[str, int] | None = None
     exact: bool = False
 
 
@@ -138,6 +150,31 @@ class History:
         return History(**{name: values[start:stop] for name, values in vars(self).items()})
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spread:
+    """A limit for a list of k items: at most `each` of them have one word.
+
+    `codes` [N] i32 holds the word of each item; items of code 0, an unknown word, are not limited.
+    """
+
+    codes: NDArray[np.int32]
+    each: int
+    k: int
+
+    def places(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Places of at most k rows, best first, that a walk from the best keeps: those whose word still has room."""
+        codes = self.codes[rows]
+        order = np.argsort(codes, kind="stable")
+        codes = codes[order]
+        before = np.arange(len(codes)) - np.searchsorted(codes, codes)  # better rows of the same word
+        return np.sort(order[(before < self.each) | (codes == 0)])[: self.k]
+
+    def most(self, rows: NDArray[np.int64]) -> int:
+        """Length of the longest list of these rows, in whatever order they are."""
+        counts = np.bincount(self.codes[rows], minlength=1)
+        return int(counts[0] + np.minimum(counts[1:], self.each).sum())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """Where the candidates of a valid request come from.
@@ -150,6 +187,7 @@ class Pool:
         excluded: Distinct rows that retrieval leaves out.
         allowed: Mask [N] or None, see `Catalogue`; at least `candidates` rows are allowed and not excluded.
         exact: Whether retrieval scans all items.
+        spread: Limit for the slate; the eligible items suffice for it. None = no limit.
     """
 
     k: int
@@ -159,6 +197,11 @@ class Pool:
     excluded: NDArray[np.int64]
     allowed: NDArray[np.bool_] | None
     exact: bool
+    spread: Spread | None = None
+
+    def first(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Places of the first k of these rows, best first, within the limit of the slate."""
+        return np.arange(min(self.k, len(rows))) if self.spread is None else self.spread.places(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +275,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         item: External id.
         title: Title for display; None if the bundle has none.
+        metadata: Numbers and text of the item by column, None = missing; None if the bundle stores none.
         score: The slate is sorted by it (see `Slate.order` and docs/ranking.md); for a popular item its share.
         value: Weighted sum of the action probabilities; None if the ranker did not run.
         actions: Probability of each action; empty if the ranker did not run.
@@ -246,6 +290,7 @@ class SlateItem(msgspec.Struct, frozen=True, kw_only=True):
     actions: dict[str, float]
     retrieval_score: float | None
     source: CandidateSource | None
+    metadata: dict[str, float | str | None] | None = None
 
 
 class StageTimes(msgspec.Struct, frozen=True, kw_only=True):

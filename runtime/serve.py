@@ -85,7 +85,7 @@ class ServeOptions(RunOptions):
         admin_token_file, admin_token_env: File or environment variable of one more token, for /admin.
         rate_limit, rate_burst: Requests a second, and at once, of each token, or without `tokens` of each address;
             each process counts its own. None = no limit; for `rate_burst` those of a second.
-        page: Whether there is a page at /.
+        page, page_images: Whether there is a page at /, and whether it loads pictures of items from other servers.
         cors: Origins whose pages may read answers; "*" = all.
         gzip: Compress answers for clients that accept it.
         log_format, log_level, log_users: See `LogOptions`.
@@ -125,6 +125,7 @@ class ServeOptions(RunOptions):
     page: bool = True
     cors: tuple[str, ...] = ()
     gzip: bool = False
+    page_images: bool = False
     log_format: Literal["json", "human"] = "json"
     log_level: str = "info"
     log_users: bool = False
@@ -278,7 +279,7 @@ def assembled(
         parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
         routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
-        routes += page_routes(server) if options.page else []
+        routes += page_routes(server, images=options.page_images) if options.page else []
         if options.processes == 1 and (options.tokens or server.access.admin):
             routes += admin_routes(server, folder)
 

@@ -33,6 +33,7 @@ from unipinrec.runtime.requests import (
     RankRequest,
     Request,
     ResolvedRequest,
+    Spread,
 )
 
 MAX_WEIGHT = 1e9
@@ -80,12 +81,12 @@ def _pool(request: Request, history: History, start: int, catalogue: Catalogue) 
     # Not np.unique: it releases the interpreter's lock, and a server's event loop would then wait to get it back.
     excluded = np.array(sorted(denied), np.int64)
     allow = None if options.allow is None else as_ids(options.allow, "allow")
-    allowed = catalogue.allowed(allow, options.categories)
+    allowed = catalogue.allowed(allow, options.categories, options.ranges)
     left = Eligible(allowed=allowed, excluded=excluded)
     eligible, k = left.count(catalogue.num_rows), _at_least_one("k", request.k)
     if k > eligible:
-        unfiltered = options.allow is None and options.categories is None
-        filtered = "" if unfiltered else " and those that allow or categories rule out"
+        unfiltered = (options.allow, options.categories, options.ranges) == (None, None, None)
+        filtered = "" if unfiltered else " and those that allow, categories or ranges rule out"
         remedy = f"request at most {eligible}" if eligible else "loosen the filters"
         raise TooFewItemsError(
             f"k={k} items were requested, but only {eligible} of the {catalogue.num_live} items are eligible after "
@@ -100,7 +101,25 @@ def _pool(request: Request, history: History, start: int, catalogue: Catalogue) 
         excluded=excluded,
         allowed=allowed,
         exact=options.exact,
+        spread=_spread(options.max_per_category, k, left, catalogue) if options.max_per_category else None,
     )
+
+
+def _spread(limit: Mapping[str, int], k: int, left: Eligible, catalogue: Catalogue) -> Spread:
+    if len(limit) > 1:
+        raise RequestError(
+            f"max_per_category names {listed(limit)}; name one feature, as several may leave no full list"
+        )
+    ((feature, each),) = limit.items()
+    codes = catalogue.codes_of(feature, "max_per_category")
+    spread = Spread(codes=codes, each=_at_least_one(f"max_per_category: {feature}", each), k=k)
+    most = spread.most(left.rows(catalogue.num_rows))
+    if k > most:
+        raise TooFewItemsError(
+            f"k={k} items were requested, but max_per_category={limit} leaves only {most} of the eligible ones; "
+            f"request at most {most}, or raise the limit"
+        )
+    return spread
 
 
 def _own(request: RankRequest, catalogue: Catalogue) -> Pool:

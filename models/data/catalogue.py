@@ -1,4 +1,4 @@
-"""The items of a column map: the rows of an items file, with features, or what the events name."""
+"""The items of a column map: the rows of an items file, with features and metadata, or what the events name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from unipinrec.models.data import schema
 from unipinrec.models.data.files import FileForm, as_numbers, as_text, joined, paths_of, read_table
 
 # Numbers in one text: with spaces, semicolons or bars between them; in brackets also with commas.
+# Numbers that survive as f64: no zeros in front, as in the code 007, and no more digits than it holds.
+NUMBER = r"^-?(0|[1-9]\d{0,14})(\.\d{1,15})?$"
 VECTOR = r"^\s*(?:[\[(][^\[\]()]*[\])]|[^\[\](),]+)\s*$"
 
 
@@ -36,7 +38,8 @@ class ItemColumns(FileForm, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Columns of the items file; a dense feature is one column (a number, a list, or text of them) or several numbers.
 
     `missing = "mean"` puts the mean where a dense feature has a gap, and adds its flag as the feature NAME_missing.
-    `union` adds the items that only events and slates name.
+    `union` adds the items that only events and slates name. `metadata` lists columns, or names them anew: they are kept
+    for display and filters, and not taught to the model.
     """
 
     item: str
@@ -44,6 +47,7 @@ class ItemColumns(FileForm, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     dense: dict[str, str | tuple[str, ...]] = msgspec.field(default_factory=dict)
     categories: dict[str, str] = msgspec.field(default_factory=dict)
     tags: dict[str, TagRule] = msgspec.field(default_factory=dict)
+    metadata: dict[str, str] | tuple[str, ...] = ()
     missing: Literal["mean"] | None = None
     union: bool = False
 
@@ -53,14 +57,25 @@ class ItemColumns(FileForm, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError(f"`dense`: {empty[0]!r} names no column; give one or several, or omit it")
         if wrong := [name for name in (*self.categories, *self.tags) if "=" in name]:
             raise ValueError(f'`categories`: {wrong[0]!r} has a "=", so that no filter can name it; rename it')
+        if wrong := [name for name in self.kept if "=" in name or not name]:
+            raise ValueError(
+                f'`metadata`: {wrong[0]!r} is empty or has a "=", so that no filter can name it; rename it'
+            )
+        if len(self.kept) > schema.MOST_METADATA:
+            raise ValueError(f"`metadata` has {len(self.kept)} columns; keep at most {schema.MOST_METADATA}")
         if twice := self.tags.keys() & (self.dense.keys() | self.categories.keys()):
             raise ValueError(f"`tags`: {min(twice)!r} is in `dense` or `categories` too; rename it")
         if self.union and self.dense and self.missing is None:
             raise ValueError('`union` adds items without numbers; say what they get with `missing = "mean"`')
 
+    @property
+    def kept(self) -> dict[str, str]:
+        """The column of each name of metadata."""
+        return self.metadata if isinstance(self.metadata, dict) else {name: name for name in self.metadata}
+
 
 def read_items(folder: Path, mapped: ItemColumns | None, tables: list[pl.DataFrame]) -> pl.DataFrame:
-    """The catalogue: `item_id`, `title`, and the mapped `dense_*` and `category_*`.
+    """The catalogue: `item_id`, `title`, and the mapped `dense_*`, `category_*` and `metadata_*`.
 
     Args:
         folder: The folder of the items file.
@@ -77,7 +92,8 @@ def read_items(folder: Path, mapped: ItemColumns | None, tables: list[pl.DataFra
     dense = {name: [of] if isinstance(of, str) else of for name, of in mapped.dense.items()}
     flat = {column for columns in dense.values() for column in columns}
     tags = {rule.column for rule in mapped.tags.values()}
-    columns = {mapped.item, *flat, *tags, *mapped.categories.values()} | ({mapped.title} if mapped.title else set())
+    columns = {mapped.item, *flat, *tags, *mapped.categories.values(), *mapped.kept.values()}
+    columns |= {mapped.title} if mapped.title else set()
     text = {name: pl.String() for name in columns - flat}
     frame = joined(paths_of(folder, mapped), partial(read_table, columns=columns, types=text, form=mapped))
     frame = frame.with_columns(as_text(frame[mapped.item], "item").alias(mapped.item))
@@ -95,7 +111,17 @@ def read_items(folder: Path, mapped: ItemColumns | None, tables: list[pl.DataFra
         *vectors,
         *(pl.col(column).alias(schema.CATEGORY_PREFIX + name) for name, column in mapped.categories.items()),
         *(one for name, rule in mapped.tags.items() for one in _tags(name, frame[rule.column], rule)),
+        *(_metadata(frame[column]).alias(schema.METADATA_PREFIX + name) for name, column in mapped.kept.items()),
     )
+
+
+def _metadata(column: pl.Series) -> pl.Series:
+    """The column as numbers if each of its values is one, else as text."""
+    if column.dtype.is_float():
+        return column.cast(pl.Float64).fill_nan(None)
+    text = as_text(column, "metadata").str.strip_chars().replace("", None)
+    known = text.drop_nulls()
+    return text.cast(pl.Float64) if known.len() and known.str.contains(NUMBER).all() else text
 
 
 def _vector(column: pl.Series) -> pl.Series:

@@ -36,6 +36,7 @@ EVENT = r"event|action|behaviou?r|activity|verb|interaction|^kind$|^type$"
 RATING = r"rating|stars|^score$"
 COUNT = r"plays|count|weight|listens|quantity|qty|freq|amount|menge|anzahl"
 WANTED = r"buy|purchase|order|transaction|checkout|like|save|click|play"
+SHOWN = r"price|preis|cost|year"
 NOT_AN_ID = r"name|title|desc|price|categ|type|count|time|date|genre|brand|age|gender|country|rating"
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S%.f", " %I:%M:%S %p", " %I:%M %p")
 DATES = (
@@ -324,7 +325,7 @@ def _item_lines(sheet: Sheet, events: Sheet, item: str) -> list[str]:
         if numbers or column.dtype.is_float() or (text is not None and text.len() and _decimal(text)):
             dense.append(column)
         elif column.name != title and text is not None and 1 < text.n_unique() <= min(1000, sheet.rows.height):
-            words.append(column.name)
+            words += [] if text.str.contains("^https?://").all() else [column.name]
     pairs = {"dense": [column.name for column in dense], "categories": words}
     lines = [
         "[items]",
@@ -337,6 +338,12 @@ def _item_lines(sheet: Sheet, events: Sheet, item: str) -> list[str]:
         for key, names in pairs.items()
         if names
     ]
+    taught = {title, *words, *pairs["dense"]}
+    further = [one.name for one in rest if one.name not in taught or re.search(SHOWN, _words(one.name))]
+    texts = {one: sheet.texts[one] for one in further if one in sheet.texts and sheet.texts[one].len()}
+    fit = [one for one, text in texts.items() if (text.str.len_chars() <= schema.LONGEST_METADATA).all()]
+    if kept := [one for one in fit if "=" not in one][: schema.MOST_METADATA]:
+        lines.append(f"metadata = {_toml(kept)}  # kept for display and filters, not taught")
     gaps = any(column.has_nulls() for column in dense)
     return [*lines, *(['missing = "mean"'] if gaps else [])]
 

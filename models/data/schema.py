@@ -19,6 +19,8 @@
 | items  | title                  | String        | yes  | to display                                                 |
 | items  | dense_{name}           | List(Float32) | no   | a finite vector of the declared width                      |
 | items  | category_{name}        | String        | yes  | null or a word outside the vocabulary = unknown            |
+| items  | metadata_{name}        | Float64 or    | yes  | to display and to filter by; the model does not see it     |
+|        |                        | String        |      |                                                            |
 
 Events and slates may refer only to items of the catalogue. All rows of a slate have one user, surface and timestamp,
 and an item at most once. A slate's history is every event of its user with a null timestamp or a timestamp before the
@@ -31,6 +33,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -47,6 +50,9 @@ PREPARE_AGAIN = "run `unipinrec prepare` again"
 ACTION_PREFIX = "action_"
 DENSE_PREFIX = "dense_"
 CATEGORY_PREFIX = "category_"
+METADATA_PREFIX = "metadata_"
+MOST_METADATA, LONGEST_METADATA = 64, 4_096  # columns, and characters of a value
+METADATA_TYPES = {"number": pl.Float64(), "text": pl.String()}
 
 
 class TimeSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +69,7 @@ class TimeSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
 
 
-class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The content of `dataset.json`.
 
     Attributes:
@@ -76,6 +82,7 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             (last event = test, the one before = validation).
         dropped: Number of rows or users dropped, by reason.
         source: Origin and licence of the data, as text.
+        metadata: Type of each column of the items that is kept and not taught.
     """
 
     format_version: int
@@ -88,6 +95,7 @@ class DatasetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     split: TimeSplit | None
     dropped: dict[str, int]
     source: str
+    metadata: dict[str, Literal["number", "text"]] = {}
 
     @property
     def positive(self) -> NDArray[np.bool_]:
@@ -145,6 +153,7 @@ def item_columns(spec: DatasetSpec) -> dict[str, pl.DataType]:
         "title": pl.String(),
         **{DENSE_PREFIX + name: pl.List(pl.Float32) for name in spec.dense},
         **{CATEGORY_PREFIX + name: pl.String() for name in spec.categories},
+        **{METADATA_PREFIX + name: METADATA_TYPES[kind] for name, kind in spec.metadata.items()},
     }
 
 

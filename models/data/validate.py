@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 import polars as pl
 
-from unipinrec.errors import DataError, listed
+from unipinrec.errors import LONGEST_VALUE, DataError, listed
 from unipinrec.models.data import schema
 
 DEFAULT_GAP_MS = 30 * 60 * 1000
@@ -51,7 +52,8 @@ class RawTables:
         positive_actions: The subset that makes an event a retrieval target.
         events: `user_id, item_id, surface, timestamp_ms, action_*` and optionally `order` (Int64), the place
             of the event in its user's history. `surface`, `timestamp_ms` and `order` may be null.
-        items: `item_id, title`, and any number of `dense_*` (number or vector) and `category_*`.
+        items: `item_id, title`, and any number of `dense_*` (number or vector), `category_*` and `metadata_*` (numbers
+            or text).
         slates: The columns of events and `slate_id, position`; a table without rows means no slates.
         dropped: Number of rows that the adapter has dropped, by reason.
         split: Explicit times; fractions, which become None where nothing has a timestamp; None =
@@ -101,6 +103,7 @@ def build_dataset(raw: RawTables) -> schema.Dataset:
         split=_resolve_split(raw.split, slates if slates.height else events),
         dropped={reason: count for reason, count in sorted(dropped.items()) if count},
         source=raw.source,
+        metadata=_metadata(items),
     )
     never = [
         name
@@ -233,6 +236,11 @@ def _clean_items(
     dense = [name for name in raw.columns if name.startswith(schema.DENSE_PREFIX)]
     categories = [name for name in raw.columns if name.startswith(schema.CATEGORY_PREFIX)]
     features = {**dict.fromkeys(dense, pl.List(pl.Float32)), **dict.fromkeys(categories, pl.String())}
+    features |= {
+        name: pl.Float64() if raw.schema[name].is_numeric() else pl.String()
+        for name in raw.columns
+        if name.startswith(schema.METADATA_PREFIX)
+    }
     frame = _typed(raw, "items", {"item_id": pl.String(), "title": pl.String(), **features})
     frame = drop_rows(frame, {"items: no id": pl.col("item_id").is_null()}, dropped)
     unique = frame.unique("item_id", keep="first", maintain_order=True).drop("row")
@@ -243,6 +251,19 @@ def _clean_items(
         for name in categories
     }
     return unique, widths, words
+
+
+def _metadata(items: pl.DataFrame) -> dict[str, Literal["number", "text"]]:
+    kinds: dict[str, Literal["number", "text"]] = {}
+    for name in (column for column in items.columns if column.startswith(schema.METADATA_PREFIX)):
+        numbers = items.schema[name] == pl.Float64
+        kinds[name.removeprefix(schema.METADATA_PREFIX)] = "number" if numbers else "text"
+        if numbers:
+            _refuse_features(items.filter(~pl.col(name).is_finite()), name, "every number must be finite")
+            continue
+        long = items.filter(pl.col(name).str.len_chars() > schema.LONGEST_METADATA)
+        _refuse_features(long, name, f"a text has at most {schema.LONGEST_METADATA:,} characters")
+    return kinds
 
 
 def _dense_width(items: pl.DataFrame, column: str) -> int:
@@ -256,7 +277,8 @@ def _dense_width(items: pl.DataFrame, column: str) -> int:
 def _refuse_features(bad: pl.DataFrame, column: str, rule: str) -> None:
     if bad.height:
         item, value = bad.select("item_id", column).row(0)
-        raise DataError(f"items: {column} of item {item!r} is {value}; {rule} ({bad.height} such items)")
+        shown = value if isinstance(value, float) else str(value)[:LONGEST_VALUE]
+        raise DataError(f"items: {column} of item {item!r} is {shown}; {rule} ({bad.height} such items)")
 
 
 def _drop_foreign(frame: pl.DataFrame, table: str, items: pl.DataFrame, dropped: Counter[str]) -> pl.DataFrame:

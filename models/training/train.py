@@ -20,7 +20,7 @@ from unipinrec.errors import CheckpointError, ConfigError, TrainingError, Traini
 from unipinrec.models.batches import Batch, Batches, TrainBatchOptions
 from unipinrec.models.checkpoint import ItemList, read_json, write_atomically, write_catalogue, write_model
 from unipinrec.models.config import Vocabulary
-from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.schema import METADATA_PREFIX, Dataset
 from unipinrec.models.data.sequences import Sequences, fingerprint, sequences_of, vocabulary_of
 from unipinrec.models.evaluate import EVALUATION_BATCH, gather_scores, held_out_requests, metrics_of, model_scores
 from unipinrec.models.metrics import Metrics
@@ -125,7 +125,9 @@ class Trainer:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"--out {self.out} cannot be made a folder: {error}; choose another") from error
-            catalogue = ItemList(item_ids=self.data.item_ids, titles=dataset.items["title"].to_list())
+            items, kept = dataset.items, dataset.spec.metadata
+            metadata = {name: items[METADATA_PREFIX + name].to_list() for name in kept}
+            catalogue = ItemList(item_ids=self.data.item_ids, titles=items["title"].to_list(), metadata=metadata)
             write_catalogue(self.out, catalogue, self.data.features)
 
     def _write_best(self) -> None:

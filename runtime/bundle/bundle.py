@@ -20,11 +20,20 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from unipinrec.errors import MALFORMED, BundleCorruptError, BundleError, BundleVersionError, RequestError, decoding
+from unipinrec.errors import (
+    MALFORMED,
+    BundleCorruptError,
+    BundleError,
+    BundleVersionError,
+    DataError,
+    RequestError,
+    decoding,
+)
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Catalogue, mask_without
 from unipinrec.runtime.bundle.hub import local_folder
 from unipinrec.runtime.bundle.integrity import MANIFEST, MANIFEST_HASH
 from unipinrec.runtime.bundle.manifest import FORMAT_VERSION, Manifest, Similarity
+from unipinrec.runtime.bundle.metadata import ItemMetadata, Value
 from unipinrec.runtime.bundle.sealed import REMEDY, GraphFile, SealedFile, SealedFiles
 from unipinrec.runtime.bundle.stored import check_users, map_tensor, tensor_offsets
 from unipinrec.runtime.requests import Event, History
@@ -32,6 +41,7 @@ from unipinrec.runtime.requests import Event, History
 T = TypeVar("T", bound=Sized)
 
 ITEMS, ITEM_IDS, ITEM_TITLES, RETIRED = "items.safetensors", "item_ids.json", "item_titles.json", "retired.json"
+ITEM_METADATA = "item_metadata.json"
 INDEX, GOLDEN, WEIGHTS = "index.hnsw", "golden.safetensors", "weights.bin"
 POPULAR, SHARE = "popular.safetensors", "share"
 USERS, USER_IDS = "users.safetensors", "user_ids.json"
@@ -59,7 +69,7 @@ class Bundle:
         item_vectors: [N, E] f32, mapped from sealed memory; of unit length if the similarity is "cosine".
         item_ids: External ids in row order.
         titles: Titles in row order, for display; None for an item without one.
-        catalogue: Item ids and filters.
+        catalogue: Item ids, filters and metadata.
         popularity: [S, N] f32, estimated probability that a positive event on a surface is of an item; row 0 is for all
             surfaces together. None if the bundle stores no popularity.
     """
@@ -296,7 +306,15 @@ def _catalogue(files: SealedFiles, manifest: Manifest, item_ids: Sequence[str]) 
         retired=retired,
         words=manifest.categories,
         codes=_category_codes(files[ITEMS], count, manifest.categories),
+        metadata=_metadata(files[ITEM_METADATA], count) if ITEM_METADATA in manifest.files else None,
     )
+
+
+def _metadata(file: SealedFile, count: int) -> ItemMetadata:
+    try:
+        return ItemMetadata.of(_read_list(file, dict[str, list[Value]]), count)
+    except DataError as error:
+        raise BundleError(f"{file}: {error}; export the bundle again") from error
 
 
 def _read_list(file: SealedFile, kind: type[T], count: int | None = None) -> T:

@@ -100,7 +100,7 @@ class ExactIndex:
             if rows.allowed is None or self.gather_cost * rows.count(len(self._vectors)) >= len(self._vectors):
                 scans.append(index)
             else:  # so few rows that gathering them is faster than reading all
-                gathered = rows.rows()
+                gathered = rows.rows(len(self._vectors))
                 scores = np.einsum("e,ne->n", query, self._vectors[gathered])
                 near[index] = gathered[self._best(scores[None], k, queries[index : index + 1])[0]]
         at_once = max(1, SCORES_AT_ONCE // len(self._vectors))

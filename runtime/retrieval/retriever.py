@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible
+from unipinrec.runtime.requests import Pool, Spread
 from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex, best, check_finite
 
 # Measured by bench/retrieval_filters.py.
 VISIT_COST = 50  # rows that a scan reads while the index takes one step
 FILTER_RISK = 5  # if a filter correlates with the vectors, most searches find too few items and need a scan as well
+WIDER = 4  # a search that finds too few words finds so many times the items next
 FOUND, NAMED = 1, 2
 SHORTEST = 1e-15  # Vectors that are shorter have no direction: the square of fp32 numbers soon becomes 0.
 NO_COSINES = "the index compares by dot product, similar items by cosine"
@@ -47,6 +49,8 @@ class Search(Eligible):
         queries: [Q, E]; an item's similarity is that to the nearest query.
         k: From 1 to the number of eligible items; 0 = nothing is searched.
         exact: Scan all eligible items.
+        spread: A limit that the eligible items suffice for; if the k nearest do not, nearest ones of other words join
+            them.
         allowed: Mask [N], without the retired items (`Catalogue.allowed`); None = all items that are not retired.
         excluded: Distinct rows to leave out.
     """
@@ -54,6 +58,19 @@ class Search(Eligible):
     queries: NDArray[np.float32]
     k: int
     exact: bool = False
+    spread: Spread | None = None
+
+    @classmethod
+    def of(cls, pool: Pool, queries: NDArray[np.float32]) -> Search:
+        """The search of a request."""
+        return cls(
+            queries=queries,
+            k=pool.candidates,
+            excluded=pool.excluded,
+            allowed=pool.allowed,
+            exact=pool.exact,
+            spread=pool.spread,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,6 +119,8 @@ class Retriever:
     def retrieve(self, searches: Sequence[Search]) -> list[CandidateSet]:
         """Run searches, and all scans of one k in one pass over the items. Each result is the same as alone.
 
+        A result has exactly k items, or more if the search has a `spread`.
+
         Args:
             searches: The searches; all have the same number of queries.
 
@@ -123,10 +142,25 @@ class Retriever:
                 rows[index] = reduce(np.union1d, islice(near, len(search.queries)))
         queries, counts = np.stack([search.queries for search in searches]), [search.k for search in searches]
         nearest = best(self.item_vectors, queries, rows, counts)
-        return [
+        found = [
             CandidateSet(rows=kept, similarity=similarity, exact=reason)
             for (kept, similarity), (_, reason) in zip(nearest, matches, strict=True)
         ]
+        return [
+            self._wider(search, each) if search.spread else each for search, each in zip(searches, found, strict=True)
+        ]
+
+    def _wider(self, search: Search, found: CandidateSet) -> CandidateSet:
+        """The candidates, joined by the nearest items that fill the list if these do not suffice for the limit."""
+        spread, eligible, narrow = search.spread, search.count(len(self.item_vectors)), found
+        assert spread is not None
+        while spread.most(found.rows) < spread.k and len(found.rows) < eligible:
+            fetch = min(WIDER * len(found.rows), eligible)
+            (found,) = self.retrieve([replace(search, k=fetch, spread=None)])
+        if found is narrow:
+            return found
+        kept = np.union1d(np.arange(search.k), spread.places(found.rows))
+        return replace(found, rows=found.rows[kept], similarity=found.similarity[kept])
 
     def join(
         self, found: Sequence[CandidateSet], queries: NDArray[np.float32], named: Sequence[NDArray[np.int64]]

@@ -18,6 +18,7 @@ from unipinrec.runtime.server.bodies import (
     ErrorDetail,
     EventsBody,
     ForgetAnswer,
+    ItemAnswer,
     RankBody,
     Readiness,
     RecommendAnswer,
@@ -93,6 +94,14 @@ SIMILAR = Operation(
     statuses=POSTS,
     examples="similar",
 )
+ITEM = Operation(
+    path="/v1/items/{item:text}",
+    tag="recommend",
+    summary="What the bundle knows of an item",
+    answer=ItemAnswer,
+    statuses=(*READS, 404),
+    parameters={"item": in_path()},
+)
 LIVE = Operation(
     path="/health/live", scope=None, summary="Whether the process answers", answer=dict[str, str], polled=True
 )
@@ -167,6 +176,7 @@ def make_app(
         route(server, USER, handlers.user_events),
         route(server, FORGET, forget),
         route(server, SIMILAR, handlers.similar),
+        route(server, ITEM, handlers.item),
         route(server, LIVE, handlers.live),
         route(server, READY, handlers.ready),
         *more,

@@ -14,7 +14,16 @@ from typing import TypeVar
 import msgspec
 
 from unipinrec.errors import MALFORMED, ConfigError, RequestError
-from unipinrec.runtime.requests import AS_SECONDS, Event, RankOptions, RankRequest, RecommendOptions, Request, Slate
+from unipinrec.runtime.requests import (
+    AS_SECONDS,
+    Event,
+    Range,
+    RankOptions,
+    RankRequest,
+    RecommendOptions,
+    Request,
+    Slate,
+)
 
 T = TypeVar("T")
 SHOWN_CHARACTERS = 500
@@ -185,15 +194,17 @@ class SimilarBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     exclude: tuple[str | int, ...] = ()
     allow: tuple[str | int, ...] | None = None
     categories: dict[str, tuple[str, ...]] | None = None
+    ranges: dict[str, Range] | None = None
     exact: bool = False
 
 
 class SimilarItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item, and the cosine of its vector and that of the item in the request."""
+    """An item, the cosine of its vector and that of the item in the request, and its metadata as in a slate."""
 
     item: str
     title: str | None
     similarity: float
+    metadata: dict[str, float | str | None] | None = None
 
 
 class SimilarAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,6 +212,25 @@ class SimilarAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     items: tuple[SimilarItem, ...]
     exact: str | None
+    bundle: str
+
+
+class ItemAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the bundle knows of an item.
+
+    Attributes:
+        item, title: External id, and title for display, null if the bundle has none.
+        categories: Word of each categorical feature; one that is unknown is left out.
+        metadata: Numbers and text by column, null = missing; null if the bundle stores none.
+        retired: Whether it is no longer recommended.
+        bundle: Hash of the bundle.
+    """
+
+    item: str
+    title: str | None
+    categories: dict[str, str]
+    metadata: dict[str, float | str | None] | None
+    retired: bool
     bundle: str
 
 

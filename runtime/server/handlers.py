@@ -23,6 +23,7 @@ from unipinrec.runtime.server.bodies import (
     ErrorAnswer,
     EventsBody,
     ForgetAnswer,
+    ItemAnswer,
     Limits,
     RankBody,
     Readiness,
@@ -272,6 +273,30 @@ async def forget_user(server: Server, call: Call) -> Response:
             if late:
                 raise ApiError(504, "deadline_exceeded", f"user {user!r} is still being answered; forget them again")
         return as_json(ForgetAnswer(user=user, events=events, cached=cached))
+
+
+async def item(server: Server, call: Call) -> Response:
+    """GET /v1/items/{item}."""
+    name = call.request.path_params["item"]
+    with server.acquire() as deployment:
+        bundle = deployment.recommender.bundle
+        catalogue, row = bundle.catalogue, bundle.rows.get(name)
+        if row is None:
+            raise ApiError(404, "unknown_item", f"item {name[:100]!r} is not among the {len(bundle.rows)} items")
+        codes = [0] * len(catalogue.words) if catalogue.codes is None else catalogue.codes[row].tolist()
+        answer = ItemAnswer(
+            item=name,
+            title=bundle.titles[row],
+            categories={
+                feature: words[code - 1]
+                for (feature, words), code in zip(catalogue.words.items(), codes, strict=True)
+                if code
+            },
+            metadata=catalogue.metadata_of(row),
+            retired=catalogue.live is not None and not catalogue.live[row],
+            bundle=bundle.hash,
+        )
+    return as_json(answer)
 
 
 async def similar(server: Server, call: Call) -> Response:

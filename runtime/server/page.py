@@ -45,6 +45,7 @@ class SampleUsers(msgspec.Struct, frozen=True, kw_only=True):
         items: Items that can be recommended.
         bundle: Hash of the bundle.
         device, device_reason: The device, and why it was chosen.
+        images: Whether the page may load pictures from other servers.
     """
 
     users: tuple[SampleUser, ...]
@@ -55,6 +56,7 @@ class SampleUsers(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str
     device: str
     device_reason: str
+    images: bool
 
 
 class TitledEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,31 +94,39 @@ HISTORY = Operation(
 )
 
 
-def page_routes(server: Server) -> list[Route]:
-    """The routes of the page."""
+def page_routes(server: Server, *, images: bool = False) -> list[Route]:
+    """The routes of the page; with `images`, it loads the pictures of items from wherever they lie."""
     content = PAGE.read_bytes()
-    headers = page_headers(content)
+    headers = page_headers(content, images=images)
 
     async def page(_server: Server, call: Call) -> Response:
         if call.request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type="text/html", headers=headers)
 
+    async def users(_server: Server, _call: Call) -> Response:
+        with server.acquire() as deployment:
+            return as_json(await to_thread(_sample_users, deployment.recommender, images))
+
     return [
         route(server, Operation(path="/"), page),
-        route(server, USERS, _users),
+        route(server, USERS, users),
         route(server, HISTORY, _history),
     ]
 
 
-def page_headers(content: bytes) -> dict[str, str]:
-    """Headers that allow a browser only to run the page's own script and style sheet, and to call this server."""
+def page_headers(content: bytes, *, images: bool = False) -> dict[str, str]:
+    """Headers that allow a browser only to run the page's own script and style sheet, and to call this server.
+
+    With `images` it may load pictures over HTTPS from other servers too.
+    """
     allowed = {}
     for tag in (b"script", b"style"):
         (inside,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), content, re.DOTALL)
         allowed[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
+    pictures = "data: https:" if images else "data:"
     policy = (
-        f"default-src 'none'; script-src {allowed[b'script']}; style-src {allowed[b'style']}; img-src data:; "
+        f"default-src 'none'; script-src {allowed[b'script']}; style-src {allowed[b'style']}; img-src {pictures}; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return {
@@ -128,11 +138,6 @@ def page_headers(content: bytes) -> dict[str, str]:
     }
 
 
-async def _users(server: Server, _call: Call) -> Response:
-    with server.acquire() as deployment:
-        return as_json(await to_thread(_sample_users, deployment.recommender))
-
-
 async def _history(server: Server, call: Call) -> Response:
     user = call.request.query_params.get("user")
     if user is None:
@@ -141,7 +146,7 @@ async def _history(server: Server, call: Call) -> Response:
         return as_json(await to_thread(_sample_history, deployment.recommender.bundle, user))
 
 
-def _sample_users(recommender: Recommender) -> SampleUsers:
+def _sample_users(recommender: Recommender, images: bool) -> SampleUsers:
     bundle, device = recommender.bundle, recommender.device
     return SampleUsers(
         users=tuple(SampleUser(user=user, events=events) for user, events in bundle.sample_users(MOST_USERS)),
@@ -152,6 +157,7 @@ def _sample_users(recommender: Recommender) -> SampleUsers:
         bundle=bundle.hash,
         device=device.name,
         device_reason=device.reason,
+        images=images,
     )
 
 

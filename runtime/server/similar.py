@@ -22,7 +22,7 @@ def similar_items(recommender: Recommender, body: SimilarBody) -> SimilarAnswer:
     bundle, catalogue = recommender.bundle, recommender.bundle.catalogue
     rows = np.array([item_row(str(item), bundle.rows, f"items[{i}]") for i, item in enumerate(body.items)], np.int64)
     excluded = np.unique(np.concatenate([rows, catalogue.known_rows(map(str, body.exclude))]))
-    allowed = catalogue.allowed(None if body.allow is None else map(str, body.allow), body.categories)
+    allowed = catalogue.allowed(None if body.allow is None else map(str, body.allow), body.categories, body.ranges)
     eligible = Eligible(allowed=allowed, excluded=excluded).count(catalogue.num_rows)
     if body.k < 1:
         raise RequestError(f"k={body.k} must be at least 1")
@@ -32,7 +32,12 @@ def similar_items(recommender: Recommender, body: SimilarBody) -> SimilarAnswer:
     search = Search(queries=queries, k=body.k, excluded=excluded, allowed=allowed, exact=body.exact)
     (result,) = recommender.by_item.retrieve([search])
     items = (
-        SimilarItem(item=bundle.item_ids[row], title=bundle.titles[row], similarity=similarity)
+        SimilarItem(
+            item=bundle.item_ids[row],
+            title=bundle.titles[row],
+            similarity=similarity,
+            metadata=catalogue.metadata_of(row),
+        )
         for row, similarity in zip(result.rows.tolist(), result.similarity.tolist(), strict=True)
     )
     return SimilarAnswer(items=tuple(items), exact=result.exact, bundle=bundle.hash)

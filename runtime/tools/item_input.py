@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from unipinrec.errors import BundleError, DataError, decoding
 from unipinrec.runtime.bundle.bundle import REQUIRED, Bundle, wrong_rows
 from unipinrec.runtime.bundle.manifest import Manifest
+from unipinrec.runtime.bundle.metadata import Value
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 
 EMBED_CHUNK = 65_536
 ITEM_FORMAT = (
-    'an item is {"item": "id", "title": "name", "dense": {"feature": [0.5]}, "categories": {"feature": "word"}}; '
-    "title may be left out, and a category too: it is then unknown"
+    'an item is {"item": "id", "title": "name", "dense": {"feature": [0.5]}, "categories": {"feature": "word"}, '
+    '"metadata": {"column": 5}}; title may be left out, and a category or column too: it is then unknown'
 )
 
 
@@ -31,23 +32,29 @@ class NewItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         title: Title for users; None = its category words.
         dense: Values of every dense feature that the model declares.
         categories: Word of each categorical feature. A missing word, or one that the model does not know, is unknown.
+        metadata: Numbers and text by column of the bundle's metadata; a column that is left out is missing.
     """
 
     item: str | int
     title: str | None = None
     dense: dict[str, tuple[float, ...]] = {}
     categories: dict[str, str] = {}
+    metadata: dict[str, Value] = {}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ItemRows:
-    """A new items in row order: ids, titles, dense [A, F] f32, codes [A, features] i32; counts of unknown words."""
+    """A new items in row order: ids, titles, dense [A, F] f32, codes [A, features] i32; counts of unknown words.
+
+    `metadata` is by the place of an item in the input.
+    """
 
     ids: tuple[str, ...]
     titles: tuple[str | None, ...]
     dense: NDArray[np.float32]
     codes: NDArray[np.int32]
     unknown_words: dict[str, int]
+    metadata: dict[str, dict[str, Value]]
 
 
 def parse_items(content: bytes, source: str) -> dict[str, NewItem]:
@@ -111,6 +118,7 @@ def check_items(items: Mapping[str, NewItem], manifest: Manifest, taken: Contain
         dense=dense,
         codes=codes,
         unknown_words={feature: count for feature, count in unknown.items() if count},
+        metadata={where: item.metadata for where, item in items.items()},
     )
 
 

@@ -21,6 +21,7 @@ from unipinrec.runtime.bundle.bundle import (
     CATEGORIES,
     INDEX,
     ITEM_IDS,
+    ITEM_METADATA,
     ITEM_TITLES,
     ITEM_VECTORS,
     ITEMS,
@@ -33,6 +34,7 @@ from unipinrec.runtime.bundle.catalogue import as_known
 from unipinrec.runtime.bundle.derived import seal_derived
 from unipinrec.runtime.bundle.integrity import seal, write_arrays, written_whole
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest
+from unipinrec.runtime.bundle.metadata import ItemMetadata, extended
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index import HnswIndex
@@ -75,13 +77,15 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
 class _Update:
     """A checked update.
 
-    `table` [N + A, E] holds the old vectors, then those of the A items to add; `retired` holds all retired rows.
+    `table` [N + A, E] holds the old vectors, then those of the A items to add, and so does `metadata`; `retired` holds
+    all retired rows.
     """
 
     parent: Bundle
     added: ItemRows
     table: NDArray[np.float32]
     retired: NDArray[np.int64]
+    metadata: ItemMetadata | None
 
 
 def update_bundle(
@@ -120,9 +124,10 @@ def update_bundle(
         added = check_items(add, parent.manifest, taken)
         if not len(taken) + len(added.ids):
             raise DataError(f"all {parent.catalogue.num_live} items would be retired; keep at least one")
+        metadata = extended(parent.catalogue.metadata, added.metadata, len(parent.item_ids))
         progress("item vectors")
         table = np.concatenate([parent.item_vectors, embed_items(added, parent)])
-        update = _Update(parent=parent, added=added, table=table, retired=retired)
+        update = _Update(parent=parent, added=added, table=table, retired=retired, metadata=metadata)
         progress("index")
         index, way = _write_index(update, recall, folder)
         progress("files")
@@ -197,6 +202,8 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
         titles = parent.titles + added.titles
         if any(titles):
             (folder / ITEM_TITLES).write_bytes(msgspec.json.encode(titles))
+        if update.metadata is not None:
+            (folder / ITEM_METADATA).write_bytes(msgspec.json.encode(update.metadata.columns))
         if parent.popularity is not None:
             write_arrays(folder / POPULAR, {SHARE: _with_added(parent.popularity, len(added.ids))})
     if len(update.retired):

@@ -22,6 +22,9 @@ from twin_bundle import twin, with_shares
 
 from unipinrec.errors import BackendError
 from unipinrec.runtime import Bundle, Recommender
+from unipinrec.runtime.bundle.bundle import CATEGORIES, ITEM_VECTORS, ITEMS
+from unipinrec.runtime.bundle.derived import seal_derived
+from unipinrec.runtime.bundle.integrity import write_arrays
 from unipinrec.runtime.bundle.manifest import IndexSpec, Manifest, ModelSpec, ParityReport
 from unipinrec.runtime.device import THIS_MACHINE, Machine
 from unipinrec.runtime.graphs.engine import Engine
@@ -189,6 +192,21 @@ def popular(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shares = np.full((2, 24), 0.25 / 22, np.float32)
     shares[0, [5, 6]] = shares[1, [23, 22]] = 0.5, 0.25
     return with_shares(tmp_path_factory.mktemp("popular") / "bundle", shares)
+
+
+@pytest.fixture(scope="session")
+def shop(popular: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with popular items, and what a shop knows of its 24 items: words, price, page and picture."""
+    folder, parent = tmp_path_factory.mktemp("shop") / "bundle", Bundle.open(popular)
+    folder.mkdir()
+    codes = (np.arange(24, dtype=np.int32) % 7 % 3)[:, None]
+    write_arrays(folder / ITEMS, {ITEM_VECTORS: parent.item_vectors, CATEGORIES: codes})
+    texts = {"url": [f"https://shop.example/{row}" for row in range(24)], "image": [None] * 24}
+    (folder / "item_metadata.json").write_text(
+        json.dumps({"price": [None if row == 3 else row for row in range(24)], **texts})
+    )
+    seal_derived(folder, parent)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from unipinrec.runtime import (
     Slate,
     verify_bundle,
 )
-from unipinrec.runtime.requests import Event
+from unipinrec.runtime.requests import Event, Range
 
 Reseal = Callable[..., None]
 AT = 1_700_000_000_000
@@ -200,3 +200,23 @@ def test_a_damaged_file_is_found_by_verify(popular: Path, tmp_path: Path) -> Non
     report = verify_bundle(folder, "cpu")
     (damaged,) = [check for check in report.files if check.problem]
     assert (report.ok, damaged.file, "is altered" in (damaged.problem or "")) == (False, "popular.safetensors", True)
+
+
+def test_popular_items_have_their_metadata_and_obey_ranges_and_limits(shop: Path) -> None:
+    with Recommender.load(shop) as recommender:
+        slate = ask(recommender, 4, surface="home")
+        assert slate.items[0].metadata == {"price": 23.0, "url": "https://shop.example/23", "image": None}
+        everything = names(ask(recommender, 24, surface="home"))
+        cheap = ask(recommender, 10, surface="home", ranges={"price": Range(min=2, max=12)})
+        assert names(cheap) == [item for item in everything if item != "item-3" and 2 <= int(item[5:]) <= 12]
+        with pytest.raises(TooFewItemsError, match=r"only 10 of the 24 .* allow, categories or ranges rule out"):
+            ask(recommender, 11, ranges={"price": {"min": 2, "max": 12}})
+        kinds = recommender.bundle.catalogue.codes_of("kind", "")[[int(item[5:]) for item in everything]].tolist()
+        kept = [
+            item for place, item in enumerate(everything) if not kinds[place] or kinds[:place].count(kinds[place]) < 2
+        ]
+        assert 4 < len(kept) < 24
+        for k in range(1, len(kept) + 1):
+            assert names(ask(recommender, k, surface="home", max_per_category={"kind": 2})) == kept[:k]
+        with pytest.raises(TooFewItemsError, match=f"leaves only {len(kept)} of the eligible ones"):
+            ask(recommender, len(kept) + 1, max_per_category={"kind": 2})

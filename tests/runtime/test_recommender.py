@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,13 +13,15 @@ import hnswlib
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError
+from unipinrec.errors import BackendError, BundleCorruptError, BundleError, RequestError, TooFewItemsError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, Slate
 from unipinrec.runtime.graphs.engine import Encoded
 from unipinrec.runtime.kv.encoder import Lookup
-from unipinrec.runtime.requests import Order
+from unipinrec.runtime.requests import Order, Range, Spread
 
 Reseal = Callable[..., None]
 T = 1_760_000_000_000
@@ -321,3 +324,46 @@ def test_a_bundle_of_an_earlier_version_warns_where_its_ranker_saw_no_slates(
     reseal(copy, metrics={"ranking": {"click": {}}})
     with Recommender.load(copy, "cpu"):
         assert "left alone" not in caplog.text
+
+
+@pytest.fixture(scope="module")
+def selling(shop: Path) -> Iterator[Recommender]:
+    """A recommender whose items have prices."""
+    with Recommender.load(shop, "cpu") as recommender:
+        yield recommender
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seen=st.integers(0, 23),
+    k=st.integers(1, 5),
+    each=st.integers(1, 3),
+    candidates=st.integers(1, 24),
+    least=st.floats(0, 12),
+    order=st.sampled_from(["value", "retrieval"]),
+)
+def test_a_limit_holds_whatever_retrieval_finds(
+    selling: Recommender, *, seen: int, k: int, each: int, candidates: int, least: float, order: Order
+) -> None:
+    catalogue, events = selling.bundle.catalogue, history(selling, seen)
+    assert catalogue.metadata is not None
+    codes, prices = catalogue.codes_of("kind", ""), catalogue.metadata.numbers["price"]
+    eligible = np.flatnonzero((prices >= least) & (np.arange(24) != seen))
+    free = RecommendOptions(order=order, candidates=candidates, now_ms=T + 1000, ranges={"price": Range(min=least)})
+    limited = msgspec.structs.replace(free, max_per_category={"kind": each})
+    if Spread(codes=codes, each=each, k=k).most(eligible) < k:
+        with pytest.raises(TooFewItemsError, match="max_per_category"):
+            selling.recommend(events, k, limited)
+        return
+    slate = selling.recommend(events, k, limited)
+    rows = [catalogue.rows[name] for name in names(slate)]
+    assert len(set(rows)) == k
+    assert set(rows) <= set(eligible.tolist())
+    assert all(count <= each for word, count in Counter(codes[rows].tolist()).items() if word)
+    assert [(item.metadata or {})["price"] for item in slate.items] == prices[rows].tolist()
+    whole = selling.recommend(events, len(eligible), free)
+    ranked = np.array([catalogue.rows[name] for name in names(whole)])
+    places = {row: place for place, row in enumerate(ranked.tolist())}
+    assert [places[row] for row in rows] == sorted(places[row] for row in rows)
+    if candidates >= len(eligible) or order == "retrieval":  # all of them were ranked: a walk down the whole order
+        assert rows == ranked[Spread(codes=codes, each=each, k=k).places(ranked)].tolist()

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unipinrec.errors import RequestError
 from unipinrec.runtime import Event, Recommender, RecommendOptions, Request, parse_events
 from unipinrec.runtime.bundle.catalogue import Catalogue
 from unipinrec.runtime.bundle.manifest import Manifest
-from unipinrec.runtime.requests import History, ResolvedRequest, as_events, check_types
+from unipinrec.runtime.requests import History, ResolvedRequest, Spread, as_events, check_types
 from unipinrec.runtime.validation import default_slack, read_history, resolve_request, window_start
 
 ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "7": 4}
@@ -285,7 +288,7 @@ def test_the_time_of_a_request_is_now_unless_no_event_has_one(manifest: Manifest
         ),
         (
             {"allow": ("z",)},
-            "only 0 of the 5 items are eligible .* that allow or categories rule out; loosen the filters",
+            "only 0 of the 5 items are eligible .* that allow, categories or ranges rule out; loosen the filters",
         ),
         ({"k": 3, "categories": {"kind": ("blue",)}}, "k=3 items .* only 2 of the 5 items .*; request at most 2"),
         ({"categories": {"colour": ("red",)}}, "categories: unknown feature 'colour'; .* kind, size"),
@@ -376,3 +379,53 @@ def test_what_is_of_the_wrong_type_is_named(recommender: Recommender, request_: 
         check_types(request_)
     with pytest.raises(RequestError):
         recommender.resolve(request_)
+
+
+def spread(codes: list[int], each: int, k: int) -> Spread:
+    return Spread(codes=np.array(codes, np.int32), each=each, k=k)
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=30).flatmap(
+        lambda codes: st.tuples(st.just(codes), st.permutations(range(len(codes))))
+    ),
+    st.integers(1, 4),
+    st.integers(1, 12),
+)
+def test_a_limit_keeps_what_a_walk_from_the_best_keeps(drawn: tuple[list[int], list[int]], each: int, k: int) -> None:
+    codes, ranked = drawn
+    used: Counter[int] = Counter()
+    walked: list[int] = []
+    for place, row in enumerate(ranked):
+        if len(walked) < k and (codes[row] == 0 or used[codes[row]] < each):
+            walked.append(place)
+            used[codes[row]] += 1
+    limit = spread(codes, each, k)
+    assert limit.places(np.array(ranked)).tolist() == walked
+    assert min(k, limit.most(np.array(ranked))) == len(walked)
+
+
+@pytest.mark.parametrize(
+    ("limit", "match"),
+    [
+        ({"size": 1}, "max_per_category: unknown feature 'size'; this bundle has the features kind"),
+        ({"kind": 0}, "max_per_category: kind=0 must be an integer of at least 1"),
+        ({"kind": True}, "max_per_category: kind=True must be an integer of at least 1"),
+        ({"kind": 1, "size": 1}, r"max_per_category names \['kind', 'size'\]; name one feature, as several"),
+        (
+            {"kind": 1},
+            r"k=3 items were requested, but max_per_category=\{'kind': 1\} leaves only 2 of the eligible ones",
+        ),
+    ],
+)
+def test_a_limit_that_leaves_no_list_is_refused(manifest: Manifest, limit: dict[str, int], match: str) -> None:
+    catalogue = Catalogue(
+        rows={"a": 0, "b": 1, "c": 2, "d": 3},
+        num_rows=4,
+        retired=np.array([3]),
+        words={"kind": ("x", "y")},
+        codes=np.array([[1], [1], [2], [0]], np.int32),
+    )
+    request = Request(history=(), k=3, options=RecommendOptions(max_per_category=limit))
+    with pytest.raises(RequestError, match=match):
+        resolve_request(request, manifest, catalogue)

@@ -35,7 +35,7 @@ recall_option = click.option(
     type=common.input_file,
     metavar="ITEMS.json[l]",
     help='Items to add, as a list or one per line: {"item", "title", "dense": {feature: [..]}, "categories": '
-    "{feature: word}}.",
+    '{feature: word}, "metadata": {column: value}}.',
 )
 @click.option(
     "--retire", type=common.input_file, metavar="IDS.txt", help="Items to remove from the index, one id per line."

@@ -1,4 +1,4 @@
-"""`unipinrec verify` and `unipinrec recommend`."""
+"""`unipinrec recommend`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ from unipinrec.cli.common import (
     stdout,
     warn,
 )
-from unipinrec.errors import BackendError, BundleError, RequestError
+from unipinrec.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from unipinrec.runtime import Bundle, Recommender, RecommendOptions
-    from unipinrec.runtime.bundle.manifest import Agreement
-    from unipinrec.runtime.golden_check import GoldenCheck
-    from unipinrec.runtime.requests import Event, Slate
-    from unipinrec.runtime.verify import VerifyReport
+    from unipinrec.runtime.requests import Event, Range, Slate
 
 EXAMPLES = """\b
 Examples:
@@ -40,7 +37,7 @@ Examples:
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json
   unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
 
-TITLE_WIDTH = 12
+TITLE_WIDTH, FACT_WIDTH = 12, 12
 LOAD_RULES = ("strict", "allow_bundle_engines", "cold_start")
 
 
@@ -82,90 +79,6 @@ engines_option = click.option(
 )
 
 
-@click.command(short_help="Check a bundle on this machine.", epilog="Example: unipinrec verify bundle/")
-@bundle_argument
-@device_option
-@strict_option
-@engines_option
-@gpu_option
-@json_command
-def verify(bundle: Path, device: str, as_json: bool, gpu: int, **rules: bool) -> None:
-    """Check that a bundle is complete and computes the same on this machine as PyTorch did at export."""
-    with stderr.status("verifying"):
-        from unipinrec.runtime.verify import verify_bundle
-
-        report = verify_bundle(bundle, device, machine=machine(gpu), **rules)
-    if as_json:
-        print_json(report)
-    else:
-        _print_report(report)
-    if not report.ok:
-        computed = (report.agreement,) if report.agreement else report.golden
-        checks = [check for check in (*report.files, *computed, report.sample, report.cache) if check]
-        failed = sum(check.problem is not None for check in checks)
-        raise BundleError(f"{bundle}: {failed} of {len(checks)} checks failed; copy or export the bundle again")
-
-
-def _print_report(report: VerifyReport) -> None:
-    files = Table("file", "", title=f"files of {escape(report.bundle)}")
-    for check in report.files:
-        files.add_row(Text(check.file), _state(check.problem))
-    stdout.print(files)
-    if report.agreement:
-        _print_agreement(report.agreement)
-    elif report.golden:
-        _print_golden(report)
-    if report.sample:
-        here = report.sample.here
-        measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users"
-        state = _state(report.sample.problem, "as at export")
-        stdout.print(f"last item among the best ten: {measured}:", state, highlight=False, soft_wrap=True)
-    if report.cache:
-        cache = report.cache
-        measured = f"{cache.here.overlap:.4f}, {cache.exported.overlap:.4f} at export"
-        stdout.print(
-            f"ten best items with a cache in {cache.dtype} as without: {measured}:",
-            _state(cache.problem),
-            highlight=False,
-            soft_wrap=True,
-        )
-    if report.device is None:
-        say("golden outputs were not compared: the bundle is damaged")
-    else:
-        say(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}")
-
-
-def _print_golden(report: VerifyReport) -> None:
-    golden = Table("output", "largest difference", "", title=f"golden outputs, allowed {report.tolerance:g}")
-    groups: dict[str, list[GoldenCheck]] = {}
-    for check in report.golden:  # one row for all keys and values of a graph
-        graph, _, name = check.output.partition(".")
-        groups.setdefault(f"{graph}.present.*" if name.startswith("present.") else check.output, []).append(check)
-    for name, checks in groups.items():
-        differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
-        problems = [f"{check.output} {check.problem}" for check in checks if check.problem]
-        largest = f"{max(differences):.1e}" if differences else "-"
-        golden.add_row(name, largest, _state("; ".join(problems) or None))
-    stdout.print(golden)
-
-
-def _print_agreement(agreement: Agreement) -> None:
-    from unipinrec.runtime.agreement import MAX_LOGIT_DIFF, MIN_COSINE, MIN_OVERLAP, TOP
-
-    table = Table("", "measured", "required", title=f"agreement with fp32 on {agreement.requests} requests")
-    for stage in ("ranked", "retrieved"):
-        overlap, strict = getattr(agreement, f"{stage}_overlap"), getattr(agreement, f"{stage}_overlap_strict")
-        measured = f"{overlap:.4f} ({strict:.4f} without ties)"
-        table.add_row(f"overlap of {TOP} {stage}", measured, f"at least {MIN_OVERLAP:g}")
-    table.add_row("cosine of queries", f"{agreement.min_query_cosine:.6f}", f"at least {MIN_COSINE:g}")
-    table.add_row("difference of logits, 1/64 aside", f"{agreement.max_logit_diff:.2g}", f"at most {MAX_LOGIT_DIFF:g}")
-    stdout.print(table, _state(agreement.problem))
-
-
-def _state(problem: str | None, passed: str = "ok") -> Text:
-    return Text(problem, style="red") if problem else Text(passed, style="green")
-
-
 def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> dict[str, float] | None:
     weights = {}
     for part in text.split(",") if text is not None else ():
@@ -195,6 +108,30 @@ def _categories(
             raise click.BadParameter(f"{text!r} is not NAME=WORD[,WORD], such as genre=Drama,Comedy")
         categories[name] = (*categories.get(name, ()), words)
     return categories or None
+
+
+def _ranges(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Range] | None:
+    from unipinrec.runtime.requests import Range
+
+    ranges = {}
+    for text in texts:
+        name, _, ends = text.partition("=")
+        low, colon, high = ends.partition(":")
+        try:
+            bounds = [float(end) if end.strip() else None for end in (low, high)]
+        except ValueError:
+            bounds = []
+        if not colon or not any(end is not None for end in bounds):
+            raise click.BadParameter(f"{text!r} is not NAME=MIN:MAX, such as price=5:20, price=5: or price=:20")
+        ranges[name] = Range(min=bounds[0], max=bounds[1])
+    return ranges or None
+
+
+def _most(_ctx: click.Context, _param: click.Parameter, text: str | None) -> dict[str, int] | None:
+    name, _, most = (text or "").rpartition("=")
+    if text is not None and not (name and most.isdecimal()):
+        raise click.BadParameter(f"{text!r} is not NAME=N, such as genre=2")
+    return {name: int(most)} if text else None
 
 
 def _words(texts: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -234,6 +171,21 @@ REQUEST_OPTIONS = (
         callback=_categories,
         metavar="NAME=WORD[,WORD]",
         help="Only items with one of these words of a category feature; repeatable. A known word may hold commas.",
+    ),
+    click.option(
+        "--range",
+        "ranges",
+        multiple=True,
+        callback=_ranges,
+        metavar="NAME=MIN:MAX",
+        help="Only items whose number in a column of metadata is in this range; repeatable. Either end may be empty.",
+    ),
+    click.option(
+        "--max-per",
+        "max_per_category",
+        callback=_most,
+        metavar="NAME=N",
+        help="At most N items with one word of a category feature.",
     ),
     click.option(
         "--exclude-seen/--include-seen",
@@ -341,6 +293,9 @@ def _soon_after(event: Event) -> int | None:
 def _print_slate(slate: Slate, reason: str) -> None:
     popular = slate.source == "popular"
     shown, hidden, spare = _fitting_actions(slate)
+    known = slate.items[0].metadata or {}
+    facts = list(known)[: max(0, spare // (FACT_WIDTH + 3))]
+    hidden, spare = hidden + list(known)[len(facts) :], spare - len(facts) * (FACT_WIDTH + 3)
     titled = any(item.title for item in slate.items)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right")
@@ -350,12 +305,16 @@ def _print_slate(slate: Slate, reason: str) -> None:
     valued = ["value"] if slate.order in ("blend", "product") else []
     for name in ("share",) if popular else ("score", *valued, *map(escape, shown), "retrieval"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in facts:
+        table.add_column(escape(name), no_wrap=True, overflow="ellipsis", max_width=FACT_WIDTH)
     for rank, item in enumerate(slate.items, 1):
         names = [Text(item.item), Text(item.title or "")] if titled else [Text(item.item)]
         chances = (item.actions[name] for name in shown)
         values = [item.score, *[item.value] * len(valued), *chances, item.retrieval_score]
         shares = [f"{item.score:.3%}"] if popular else [f"{value:.3f}" for value in values]
-        table.add_row(str(rank), *names, *shares)
+        cells = ((item.metadata or {}).get(name) for name in facts)
+        told = [f"{cell:.10g}" if isinstance(cell, float) else cell or "" for cell in cells]
+        table.add_row(str(rank), *names, *shares, *map(Text, told))
     stdout.print(table)
     if hidden:
         say(f"not shown for lack of width: {', '.join(hidden)} (--json has all)")

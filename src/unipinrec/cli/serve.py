@@ -190,6 +190,12 @@ DAY_S = 86_400
     help="Show a page at /. It shows the bundle's sample users to every client that can reach the server.",
 )
 @click.option(
+    "--page-images",
+    is_flag=True,
+    help="Let the page load pictures from the addresses (https) in the column `image` of the items' metadata. Browsers "
+    "then send requests to those servers.",
+)
+@click.option(
     "--cors",
     multiple=True,
     metavar="ORIGIN",

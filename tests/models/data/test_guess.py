@@ -344,3 +344,12 @@ def test_words_of_a_column_cannot_break_the_map(tmp_path: Path) -> None:
     rows = ({"user": user(n), "item": item(n), "event\n": kinds[n % 3]} for n in ROWS)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert prepared(path).spec.actions == kinds
+
+
+def test_columns_that_teach_nothing_are_kept_as_metadata(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("user,item,action\n" + "".join(f"u{i % 3},i{i % 4},buy\n" for i in range(24)))
+    rows = "".join(f"i{i},Name {i},{i % 2},{i}.5,https://x.example/{i},,{'d' * 5_000}\n" for i in range(4))
+    (tmp_path / "items.csv").write_text(f"item,name,kind,price,url,empty,long\n{rows}")
+    lines = inspect_source(tmp_path).toml.splitlines()
+    assert 'metadata = ["price", "url"]  # kept for display and filters, not taught' in lines
+    assert 'categories = { "kind" = "kind" }' in lines

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from unipinrec.errors import DataError, RequestError
 from unipinrec.runtime.bundle.catalogue import Catalogue, Eligible, as_known, mask_without, parse_ids
+from unipinrec.runtime.bundle.metadata import ItemMetadata
+from unipinrec.runtime.requests import Range
 
 NONE = np.array([], np.int64)
 CODES = np.array([[1, 0], [2, 1], [1, 2], [0, 1], [2, 2]], np.int32)
@@ -121,3 +128,62 @@ def test_spaces_around_an_id_count_where_it_is_known_with_them() -> None:
         "sku 13",
         "x",
     ]
+
+
+def priced(numbers: list[float | None]) -> Catalogue:
+    """Items with a number `price` and a text `brand`; the first is retired."""
+    count = len(numbers)
+    return Catalogue(
+        rows={str(row): row for row in range(count)},
+        num_rows=count,
+        retired=np.array([0], np.int64),
+        words={"kind": ("red", "blue")},
+        codes=(np.arange(count, dtype=np.int32) % 3)[:, None],
+        metadata=ItemMetadata.of({"price": [*numbers], "brand": ["x"] * count}, count),
+    )
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.floats(-10, 10)), min_size=2, max_size=12).filter(any),
+    st.one_of(st.none(), st.floats(-10, 10)),
+    st.one_of(st.none(), st.floats(-10, 10)),
+    st.booleans(),
+)
+def test_a_range_is_the_mask_of_its_numbers(
+    numbers: list[float | None], low: float | None, high: float | None, words: bool
+) -> None:
+    assume(low is None or high is None or low <= high)
+    catalogue = priced(numbers)
+    categories = {"kind": ["red"]} if words else None
+    mask = catalogue.allowed(None, categories, {"price": Range(min=low, max=high)})
+    expected = [
+        row
+        for row, number in enumerate(numbers)
+        if row != 0  # retired
+        and number is not None
+        and (low is None or number >= low)
+        and (high is None or number <= high)
+        and (not words or row % 3 == 1)
+    ]
+    assert rows(mask) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranges", "match"),
+    [
+        ({"cost": {"min": 1}}, "ranges: 'cost' is unknown; this bundle has the numbers price"),
+        ({"brand": {"min": 1}}, "ranges: 'brand' is text; this bundle has the numbers price"),
+        ({"price": {"min": 2, "max": 1}}, r"ranges: price: min=2.0 must be at most max=1.0, and neither is NaN"),
+        ({"price": {"min": math.nan}}, "ranges: price: min=nan must be at most max=inf, and neither is NaN"),
+        ({"price": {"least": 1}}, r"ranges: price: Object contains unknown field `least`; send .*, or one of them"),
+        ({"price": 5}, r"ranges: price: Expected `object`, got `int`; send \{"),
+    ],
+)
+def test_a_range_that_fits_no_column_is_refused(ranges: dict[str, Any], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        priced([1.0, 2.0]).allowed(None, None, ranges)
+
+
+def test_a_bundle_without_metadata_has_no_ranges() -> None:
+    with pytest.raises(RequestError, match="ranges: 'price' is unknown; this bundle has the numbers none"):
+        catalogue().allowed(None, None, {"price": Range(min=1)})

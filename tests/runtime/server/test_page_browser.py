@@ -14,6 +14,9 @@ import pytest
 from answers import STORED
 from live_server import listening, served
 
+from unipinrec.runtime import Bundle
+from unipinrec.runtime.bundle.derived import seal_derived
+
 VISIT = Path(__file__).with_name("visit.mjs")
 PLAYWRIGHT = "playwright-core@1.65.1"
 EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\' & \u202e'
@@ -52,12 +55,21 @@ def seen(tmp_path_factory: pytest.TempPathFactory, hostile: Path) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory, reseal: Callable[..., None]) -> Path:
-    """The stored bundle with a title and a user id that try to be markup."""
+    """The stored bundle with titles, metadata and a user id that try to be markup, and pictures of another server."""
     folder = shutil.copytree(STORED, tmp_path_factory.mktemp("hostile") / "bundle")
     (folder / "item_titles.json").write_text(json.dumps([f"{EVIL} {index}" for index in range(23)] + [None]))
     (folder / "user_ids.json").write_text(json.dumps(["random-0", EVIL_USER]))
     reseal(folder)
-    return folder
+    known = {
+        "brand": [EVIL] * 24,
+        "page": ["javascript:alert(1)"] * 24,
+        "image": ["https://elsewhere.invalid/x.png"] * 24,
+    }
+    selling = folder.with_name("selling")
+    selling.mkdir()
+    (selling / "item_metadata.json").write_text(json.dumps({"price": [5] * 24, **known}))
+    seal_derived(selling, Bundle.open(folder))
+    return selling
 
 
 def test_nothing_goes_wrong_and_nothing_is_asked_elsewhere(seen: dict[str, Any]) -> None:
@@ -71,6 +83,13 @@ def test_what_is_in_the_data_is_text(seen: dict[str, Any]) -> None:
     start = seen["steps"]["start"]
     assert any(title.startswith(EVIL) for title in start["history"] + start["ranked"])
     assert start["users"] == ["random-0 · 7 events", f"{EVIL_USER} · 6 events"]
+
+
+def test_metadata_is_text_and_only_web_addresses_are_links(seen: dict[str, Any]) -> None:
+    start = seen["steps"]["start"]
+    assert set(start["out"]) == {"https://elsewhere.invalid/x.png"}
+    assert len(start["out"]) == len(start["ranked"])
+    assert all(f"price 5 · brand {EVIL}" in facts for facts in start["facts"])
 
 
 def test_the_first_answer(seen: dict[str, Any]) -> None:

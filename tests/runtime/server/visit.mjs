@@ -37,6 +37,8 @@ const look = (page) => page.evaluate(() => {
     users: texts('#users option'),
     links: document.querySelectorAll('#links path').length,
     problem: document.getElementById('problem').textContent,
+    out: Array.from(document.querySelectorAll('#ranked a'), (link) => link.href),
+    facts: Array.from(document.querySelectorAll('#ranked small'), (node) => node.textContent),
     foreign: document.querySelectorAll('img, iframe, main script, b *').length + Number('pwned' in window),
     wider: document.documentElement.scrollWidth - innerWidth,
     paper: getComputedStyle(document.body).backgroundColor,
