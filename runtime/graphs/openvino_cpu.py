@@ -127,10 +127,10 @@ class OpenVinoBackend:
         try:
             with graph.in_folder() as file:
                 model = self._core.read_model(file)
-            _drop_attention_guards(model)
-            _truncate_quotients(model)
-            exact = _cut_exact(self._ov, model)
-            compiled = self._core.compile_model(model, "CPU", options)
+                _drop_attention_guards(model)
+                _truncate_quotients(model)
+                exact = _cut_exact(self._ov, model)
+                compiled = self._core.compile_model(model, "CPU", options)
             running = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except BackendError:
             raise
