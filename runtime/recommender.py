@@ -111,7 +111,7 @@ class Recommender:
                 bundle states, else an eighth of the model's limit.
             cold_start: "popular" answers an empty history with popular items, "refuse" rejects it; so does a bundle
                 without popularity.
-            **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`; see `DeviceRules`.
+            **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`, `work_bytes`; see `DeviceRules`.
 
         Raises:
             BundleError: The bundle is damaged, has a newer format, or its outputs do not reproduce.
@@ -252,10 +252,22 @@ class Recommender:
         if not request.history and self.popular is None:
             raise refusal(self.bundle)
         try:
-            return resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
+            resolved = resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
         except (TypeError, ValueError, AttributeError):
             check_types(request)
             raise
+        self._check_work(len(resolved.history))
+        return resolved
+
+    def _check_work(self, events: int) -> None:
+        """Check that encoding a history fits into the memory for a batch; ranking is cut into smaller runs instead."""
+        slots, most = events + self.bundle.manifest.model.kv_prefix_slots, self.engine.work_bytes
+        needed = self.engine.encoding_bytes(events, slots)
+        if most is not None and needed > most:
+            raise RequestError(
+                f"a history of {events} events takes up to {needed >> 20} MiB to encode, and a batch may take "
+                f"{most >> 20} MiB; send fewer events, or serve with more (--work-mib)"
+            )
 
     def answer(self, requests: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
         """Answer valid requests; the model computes only those with a history."""
@@ -273,7 +285,7 @@ class Recommender:
         failed: list[int] = []
         with self.engine.under_way(), self.encoder.look_up(requests) as lookups:
             works = [self.encoder.work(lookup) for lookup in lookups]
-            for indices in grouped(works, self.engine.prefill_chunk):
+            for indices in grouped(works, self.engine.prefill_chunk, self.engine.most_rows):
                 try:
                     answers.update(zip(indices, self._answer([lookups[index] for index in indices]), strict=True))
                 except Exception as error:  # the other groups must not fail with it

@@ -21,8 +21,9 @@ from unipinrec.errors import ConfigError, UnipinrecError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle.bundle import read_manifest
 from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.graphs.work import WORK_BYTES
 from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.machine import available_threads
+from unipinrec.runtime.machine import available_threads, usable_bytes
 from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.retrieval.sampling import RecallSampler
 from unipinrec.runtime.server import handlers
@@ -45,11 +46,13 @@ from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, run
 from unipinrec.runtime.server.process.peers import Peers
 from unipinrec.runtime.server.process.supervisor import serve_together
 from unipinrec.runtime.server.swap import Deployments
+from unipinrec.runtime.server.v2.graphs import GraphLimits
 from unipinrec.runtime.server.v2.routes import oip_routes
 
 KEPT_HISTORIES = 2
 BATCH_OF_A_THREAD = 16
 MEBIBYTE = 1 << 20
+CACHE_BYTES = 1024 * MEBIBYTE
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +68,9 @@ class ServeOptions(RunOptions):
         state: A folder or URL for users' events; None = memory. See `open_store`.
         max_users, events_mib, kept_events: Most users, memory for their events, and most events of a user; None =
             twice the longest history of the model.
-        cache_mib, cache_dtype, cache_ttl_s: See `CacheOptions`; 0 MiB = no cache.
+        cache_mib, cache_dtype, cache_ttl_s: See `CacheOptions`; 0 MiB = no cache, None = see `memory_of`.
+        work_mib: Memory for a batch, and for a request to /v2; None = see `memory_of`.
+        v2: Whether there is /v2.
         window_slack: See `Recommender.load`.
         max_batch, batches, max_wait_ms: See `BatchOptions`; None = derived from the threads.
         queue, deadline_ms, max_deadline_ms: See `ServerOptions`.
@@ -90,7 +95,9 @@ class ServeOptions(RunOptions):
     max_users: int = 100_000
     events_mib: int = 512
     kept_events: int | None = None
-    cache_mib: int = 1024
+    cache_mib: int | None = None
+    work_mib: int | None = None
+    v2: bool = True
     cache_dtype: KvDtype | None = None
     cache_ttl_s: float | None = None
     window_slack: int | None = None
@@ -116,7 +123,7 @@ class ServeOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("processes", "threads", "kept_events", "window_slack", "max_batch", "batches"):
+        for name in ("processes", "threads", "kept_events", "window_slack", "max_batch", "batches", "work_mib"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
@@ -228,7 +235,9 @@ def assembled(
         server = _server(options, manifest.model.max_history)
         parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
-        routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
+        if options.v2:
+            routes += oip_routes(server, GraphLimits(work_bytes=deployment.work_bytes), version=__version__)
+        routes += [openapi_route(server, __version__)]
         routes += page_routes(server) if options.page else []
         if options.admin_token_file or options.admin_token_env:
             token = read_token(file=options.admin_token_file, variable=options.admin_token_env)
@@ -289,8 +298,10 @@ def _observed(
 def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Worker | None) -> DeploymentOptions:
     """How bundles are opened; processes share memory and threads evenly."""
     share = worker.count if worker else 1
-    budget_bytes = options.cache_mib * MEBIBYTE // share
     threads = options.threads or max(1, available_threads() // share)
+    batches = options.batches or min(2, threads)
+    cache_bytes, work_bytes = memory_of(options, share * (batches + options.v2), usable_bytes())
+    budget_bytes = cache_bytes // share
     cache = CacheOptions(
         budget_bytes=budget_bytes, dtype=options.cache_dtype, ttl_s=options.cache_ttl_s, threads=threads
     )
@@ -306,11 +317,33 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Wo
         batching=BatchOptions(
             max_batch=options.max_batch or BATCH_OF_A_THREAD * min(2, threads),
             max_wait_ms=options.max_wait_ms,
-            workers=options.batches or min(2, threads),
+            workers=batches,
         ),
         sampler=sampler,
         shared=worker.folder if worker else None,
+        work_bytes=work_bytes,
     )
+
+
+def memory_of(options: ServeOptions, runs: int, usable: int | None) -> tuple[int, int]:
+    """Bytes of the cache of all processes, and of each of `runs` computations that run at the same time.
+
+    By default the cache takes a gibibyte, at most a quarter of the `usable` bytes; the runs take half a gibibyte each,
+    together at most a quarter.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    quarter = (usable or 1 << 62) // 4
+    cache = min(CACHE_BYTES, quarter) if options.cache_mib is None else options.cache_mib * MEBIBYTE
+    work = min(WORK_BYTES, quarter // runs) if options.work_mib is None else options.work_mib * MEBIBYTE
+    if usable is not None and cache + runs * work > usable:
+        raise ConfigError(
+            f"a cache of {cache >> 20:,} MiB and {runs} computations of {work >> 20:,} MiB take more than the "
+            f"{usable >> 20:,} MiB that this process may use (cgroup or machine), without the bundle; lower "
+            "--cache-mib or --work-mib, or leave them out"
+        )
+    return cache, work
 
 
 def _server(options: ServeOptions, max_history: int) -> Server:
