@@ -256,18 +256,8 @@ class Recommender:
         except (TypeError, ValueError, AttributeError):
             check_types(request)
             raise
-        self._check_work(len(resolved.history))
+        self.engine.require_room(len(resolved.history))
         return resolved
-
-    def _check_work(self, events: int) -> None:
-        """Check that encoding a history fits into the memory for a batch; ranking is cut into smaller runs instead."""
-        slots, most = events + self.bundle.manifest.model.kv_prefix_slots, self.engine.work_bytes
-        needed = self.engine.encoding_bytes(events, slots)
-        if most is not None and needed > most:
-            raise RequestError(
-                f"a history of {events} events takes up to {needed >> 20} MiB to encode, and a batch may take "
-                f"{most >> 20} MiB; send fewer events, or serve with more (--work-mib)"
-            )
 
     def answer(self, requests: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
         """Answer valid requests; the model computes only those with a history."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import BackendError
+from unipinrec.errors import BackendError, RequestError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
 from unipinrec.runtime.graphs.backend import CPU, MAX_ROWS, Backend, Device
@@ -143,13 +143,25 @@ class Engine:
                 "threads; load the bundle after the fork, in each process"
             )
 
-    def encoding_bytes(self, events: int, slots: int) -> int:
-        """Most memory that encoding the last `events` of one history takes, which fills `slots` slots."""
-        return work_bytes(self.model, 1, min(events, self.prefill_chunk or events), slots)
+    def require_room(self, events: int) -> None:
+        """Check that encoding a history fits into `work_bytes`; ranking is cut into smaller runs instead.
+
+        Raises:
+            RequestError: It does not.
+        """
+        needed = self._encoding_bytes(events, events + self.model.kv_prefix_slots)
+        if self.work_bytes is not None and needed > self.work_bytes:
+            raise RequestError(
+                f"a history of {events} events takes up to {needed >> 10:,} KiB to encode, and a batch may take "
+                f"{self.work_bytes >> 10:,} KiB; send fewer events, or serve with more (--work-mib)"
+            )
 
     def most_rows(self, events: int, slots: int) -> int:
-        """Number of such histories that may be encoded together, at least 1."""
-        return MAX_ROWS if self.work_bytes is None else max(1, self.work_bytes // self.encoding_bytes(events, slots))
+        """Number of histories that may be encoded together, at least 1: `events` of the `slots` slots are new."""
+        return MAX_ROWS if self.work_bytes is None else max(1, self.work_bytes // self._encoding_bytes(events, slots))
+
+    def _encoding_bytes(self, events: int, slots: int) -> int:
+        return work_bytes(self.model, 1, min(events, self.prefill_chunk or events), slots)
 
     @contextmanager
     def under_way(self) -> Iterator[None]:

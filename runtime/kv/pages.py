@@ -96,8 +96,8 @@ class KvPages:
         size, usable, began = count * geometry.page_bytes, usable_bytes(), time.monotonic()
         if usable is not None and size > usable:
             raise ConfigError(
-                f"a key/value cache of {size >> 20:,} MiB is more than the {usable >> 20:,} MiB that this process may "
-                "use (cgroup or machine); lower its budget"
+                f"a key/value cache of {size:,} bytes does not fit into the {usable:,} bytes of memory that this process "
+                "may use (cgroup or machine); lower its budget"
             )
         log.info("allocating %s MiB for the key/value cache", f"{size >> 20:,}")
         self._parallel = thread_count(threads)
@@ -112,7 +112,7 @@ class KvPages:
                 log.info("the key/value cache took %.1f s to allocate", seconds)
         except (MemoryError, ValueError) as error:  # ValueError: larger than the address space
             raise ConfigError(
-                f"a key/value cache of {count * geometry.page_bytes:,} bytes does not fit into memory; lower its budget"
+                f"a key/value cache of {size:,} bytes does not fit into memory; lower its budget"
             ) from error
 
     @property
