@@ -96,8 +96,8 @@ class KvPages:
         size, usable, began = count * geometry.page_bytes, usable_bytes(), time.monotonic()
         if usable is not None and size > usable:
             raise ConfigError(
-                f"a key/value cache of {size:,} bytes does not fit into the {usable:,} bytes of memory that this process "
-                "may use (cgroup or machine); lower its budget"
+                f"a key/value cache of {size:,} bytes does not fit into the {usable:,} bytes of memory that this "
+                "process may use (cgroup or machine); lower its budget"
             )
         log.info("allocating %s MiB for the key/value cache", f"{size >> 20:,}")
         self._parallel = thread_count(threads)
