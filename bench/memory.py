@@ -45,11 +45,12 @@ def status(field: str) -> int:
 
 
 def inputs(bundle: Bundle, graph: str, rows: int, tokens: int, slots: int) -> dict[str, NDArray[Any]]:
-    """Inputs of a graph, all ones."""
+    """Inputs of a graph, all ones, on the first surface."""
     past = slots - tokens if graph == "extend" else slots
     sizes = {"batch": rows, "history": tokens, "new": tokens, "candidates": tokens, "past": past}
     specs = bundle.manifest.graphs[graph].inputs
-    return {spec.name: np.ones([sizes.get(str(n), n) for n in spec.shape], spec.dtype) for spec in specs}
+    filled = {spec.name: np.ones([sizes.get(str(n), n) for n in spec.shape], spec.dtype) for spec in specs}
+    return {**filled, "surfaces": np.zeros_like(filled["surfaces"])}
 
 
 def bound(bundle: Bundle, device: str, graph: str, rows: int, tokens: int, slots: int) -> dict[str, Any]:
