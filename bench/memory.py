@@ -47,9 +47,12 @@ def status(field: str) -> int:
 def inputs(bundle: Bundle, graph: str, rows: int, tokens: int, slots: int) -> dict[str, NDArray[Any]]:
     """Inputs of a graph, all ones, on the first surface."""
     past = slots - tokens if graph == "extend" else slots
-    sizes = {"batch": rows, "history": tokens, "new": tokens, "candidates": tokens, "past": past}
+    sizes: dict[str, int] = {"batch": rows, "history": tokens, "new": tokens, "candidates": tokens, "past": past}
     specs = bundle.manifest.graphs[graph].inputs
-    filled = {spec.name: np.ones([sizes.get(str(n), n) for n in spec.shape], spec.dtype) for spec in specs}
+    filled = {
+        spec.name: np.ones([sizes.get(n, 0) if isinstance(n, str) else n for n in spec.shape], spec.dtype)
+        for spec in specs
+    }
     return {**filled, "surfaces": np.zeros_like(filled["surfaces"])}
 
 
@@ -97,7 +100,8 @@ def main() -> None:
     if options.row:
         keep_memory_flat()
         kind, *sizes = options.row
-        row = {"bound": bound, "kernels": kernels}[kind](Bundle.open(options.bundle), *sizes)
+        bundle = Bundle.open(options.bundle)
+        row = bound(bundle, *sizes) if kind == "bound" else kernels(bundle, *sizes)
         sys.stdout.write(json.dumps(row) + "\n")
         return
     model = Bundle.open(options.bundle).manifest.model

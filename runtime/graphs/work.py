@@ -24,4 +24,4 @@ def work_bytes(model: ModelSpec, rows: int, tokens: int, slots: int) -> int:
     heads = max(model.num_kv_heads, model.hidden_size // max(1, model.head_dim))
     token = TOKEN_WIDTHS * max(model.hidden_size, model.item_dim) + 2 * heads * slots  # scores before and after softmax
     slot = 4 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values, and a copy of them
-    return 4 * rows * (tokens * token + (slots + tokens) * slot)
+    return 4 * rows * (tokens * token + slots * slot)

@@ -180,7 +180,7 @@ def test_what_is_too_much_is_refused(client: httpx2.Client, asked: Arrays) -> No
     for rows, events, message in (
         (4, 1, "4 batch were sent; at most 3"),
         (1, 9, "9 events were sent; at most 8"),
-        (3, 7, "3 rows of 7 events or candidates over 8 slots take up to 26 KiB; at most 23 KiB are accepted"),
+        (3, 7, "3 rows of 7 events or candidates over 8 slots take up to 25 KiB; at most 23 KiB are accepted"),
     ):
         answer = client.post("/v2/models/encoder/infer", json=of(rows, events))
         assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
