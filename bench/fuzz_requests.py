@@ -125,7 +125,7 @@ def _similar(body: bytes) -> None:
 def _infer(graph: str, body: bytes, header_length: str | None) -> None:
     request, inputs = decode_infer(body, header_length)
     wanted_outputs(request, output_names(graph, RECOMMENDER))
-    check_graph_inputs(graph, RECOMMENDER, inputs, GraphLimits(batch=4, candidates=30, scores=1000))
+    check_graph_inputs(graph, RECOMMENDER, inputs, GraphLimits(batch=4, candidates=30, work_bytes=1 << 20))
     outputs = run_graph(graph, RECOMMENDER, inputs)
     assert encode_infer(request, graph, "v", outputs).body
 

@@ -18,6 +18,7 @@ from unipinrec.runtime.graphs.engine import Engine
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
+from unipinrec.runtime.graphs.work import WORK_BYTES
 from unipinrec.runtime.machine import driver_problem, has_bf16
 from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu
@@ -77,12 +78,14 @@ class DeviceRules(TypedDict, total=False):
             code.
         threads: Threads that compute on the CPU; None = as many as this process may use.
         machine: GPU to use, as `Machine(1)`; default = the first GPU of this machine.
+        work_bytes: Most memory that a batch may take on the CPU; default = `WORK_BYTES`.
     """
 
     strict: bool
     allow_bundle_engines: bool
     threads: int | None
     machine: Machine
+    work_bytes: int
 
 
 def open_engine(
@@ -127,7 +130,9 @@ def open_engine(
         )
         try:
             backend = _open(name, bundle, rules.get("allow_bundle_engines", False), rules.get("threads"), machine)
-            engine = _proven(Engine(backend, model, vectors, chosen), proof)
+            on_cpu = name.startswith(("cpu", "openvino"))
+            work_bytes = rules.get("work_bytes", WORK_BYTES) if on_cpu else None
+            engine = _proven(Engine(backend, model, vectors, chosen, work_bytes), proof)
         except BackendError as error:
             if len(names) == 1:
                 raise BackendError(f"{bundle.path} does not run on {name}: {error}") from error

@@ -87,6 +87,12 @@ def this_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, own: Path = OWN_
     return Memory(total_bytes=sizes.get("MemTotal"), available_bytes=sizes.get("MemAvailable"), limit_bytes=limit)
 
 
+def usable_bytes(memory: Memory | None = None) -> int | None:
+    """Memory that this process may fill: its cgroup's limit, or all of the machine; None = unknown."""
+    memory = memory or this_memory()
+    return min((size for size in (memory.limit_bytes, memory.total_bytes) if size is not None), default=None)
+
+
 def _lines(path: Path) -> list[str]:
     """Lines of a file of the system; none if it cannot be read."""
     try:

@@ -111,7 +111,7 @@ class Recommender:
                 bundle states, else an eighth of the model's limit.
             cold_start: "popular" answers an empty history with popular items, "refuse" rejects it; so does a bundle
                 without popularity.
-            **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`; see `DeviceRules`.
+            **rules: `strict`, `allow_bundle_engines`, `threads`, `machine`, `work_bytes`; see `DeviceRules`.
 
         Raises:
             BundleError: The bundle is damaged, has a newer format, or its outputs do not reproduce.
@@ -252,10 +252,12 @@ class Recommender:
         if not request.history and self.popular is None:
             raise refusal(self.bundle)
         try:
-            return resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
+            resolved = resolve_request(request, self.bundle.manifest, self.bundle.catalogue, self.window_slack)
         except (TypeError, ValueError, AttributeError):
             check_types(request)
             raise
+        self.engine.require_room(len(resolved.history))
+        return resolved
 
     def answer(self, requests: Sequence[ResolvedRequest]) -> list[Slate | Exception]:
         """Answer valid requests; the model computes only those with a history."""
@@ -273,7 +275,7 @@ class Recommender:
         failed: list[int] = []
         with self.engine.under_way(), self.encoder.look_up(requests) as lookups:
             works = [self.encoder.work(lookup) for lookup in lookups]
-            for indices in grouped(works, self.engine.prefill_chunk):
+            for indices in grouped(works, self.engine.prefill_chunk, self.engine.most_rows):
                 try:
                     answers.update(zip(indices, self._answer([lookups[index] for index in indices]), strict=True))
                 except Exception as error:  # the other groups must not fail with it

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, get_args
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -24,11 +21,10 @@ from unipinrec import __version__
 from unipinrec.errors import ConfigError, UnipinrecError
 from unipinrec.runtime.batching import BatchOptions
 from unipinrec.runtime.bundle.bundle import read_manifest
-from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.kv.options import CacheOptions
-from unipinrec.runtime.machine import available_threads
-from unipinrec.runtime.popular import ColdStart
+from unipinrec.runtime.machine import available_threads, usable_bytes
 from unipinrec.runtime.retrieval.sampling import RecallSampler
+from unipinrec.runtime.serve_options import MEBIBYTE, ServeOptions, memory_of
 from unipinrec.runtime.server import handlers
 from unipinrec.runtime.server.access.access import Access, read_certificate
 from unipinrec.runtime.server.access.files import Reloaded
@@ -49,116 +45,18 @@ from unipinrec.runtime.server.observe.trace import OtelSpans, Traces, trace_rout
 from unipinrec.runtime.server.openapi import openapi_route
 from unipinrec.runtime.server.page import page_routes
 from unipinrec.runtime.server.process.end import ending_with_its_threads
-from unipinrec.runtime.server.process.lifecycle import RunOptions, Worker, run
+from unipinrec.runtime.server.process.lifecycle import Worker, run
 from unipinrec.runtime.server.process.peers import Peers
 from unipinrec.runtime.server.process.supervisor import serve_together
 from unipinrec.runtime.server.swap import Deployments
+from unipinrec.runtime.server.v2.graphs import GraphLimits
 from unipinrec.runtime.server.v2.routes import oip_routes
 
+__all__ = ["ServeOptions", "serve_bundle"]
 KEPT_HISTORIES = 2
 GZIP_BYTES = 1_000  # shorter answers are not compressed
-ORIGIN = re.compile(r"https?://[^/\s?#]+")
 BATCH_OF_A_THREAD = 16
-MEBIBYTE = 1 << 20
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions(RunOptions):
-    """The options of `unipinrec serve`, whose help explains each; some of them are those of `RunOptions`.
-
-    Attributes:
-        processes: Number of processes; they share the CPU's threads, `cache_mib` and `state`.
-        threads: CPU threads of a process; None = its share of the available ones.
-        device, strict, allow_bundle_engines, cold_start: See `Recommender.load`.
-        gpu: Number of the GPU.
-        state: A folder or URL for users' events; None = memory. See `open_store`.
-        max_users, events_mib, kept_events: Most users, memory for their events, and most events of a user; None =
-            twice the longest history of the model.
-        cache_mib, cache_dtype, cache_ttl_s: See `CacheOptions`; 0 MiB = no cache.
-        window_slack: See `Recommender.load`.
-        max_batch, batches, max_wait_ms: See `BatchOptions`; None = derived from the threads.
-        queue, deadline_ms, max_deadline_ms: See `ServerOptions`.
-        bundles: The folder of all bundles; None = the folder that holds the bundle.
-        watch: Swap to the bundle that `current.json` names.
-        tokens: TOML file of the tokens that clients need, read again when it changes; None = all may send requests.
-        admin_token_file, admin_token_env: File or environment variable of one more token, for /admin.
-        rate_limit, rate_burst: Requests a second, and at once, of each token, or without `tokens` of each address;
-            each process counts its own. None = no limit; for `rate_burst` those of a second.
-        page, page_images: Whether there is a page at /, and whether it loads pictures of items from other servers.
-        cors: Origins whose pages may read answers; "*" = all.
-        gzip: Compress answers for clients that accept it.
-        log_format, log_level, log_users: See `LogOptions`.
-        log_served, log_served_mib: Folder of the log of recommendations, and its largest size.
-        recall_share: Share of the index's searches that are compared with a scan.
-        traces, otel: Whether traces of requests are kept, and spans sent.
-    """
-
-    processes: int = 1
-    threads: int | None = None
-    device: str = "auto"
-    strict: bool = False
-    allow_bundle_engines: bool = False
-    gpu: int = 0
-    cold_start: ColdStart = "popular"
-    state: str | None = None
-    max_users: int = 100_000
-    events_mib: int = 512
-    kept_events: int | None = None
-    cache_mib: int = 1024
-    cache_dtype: KvDtype | None = None
-    cache_ttl_s: float | None = None
-    window_slack: int | None = None
-    max_batch: int | None = None
-    batches: int | None = None
-    max_wait_ms: float = 0.0
-    queue: int = 256
-    deadline_ms: float = 2000.0
-    max_deadline_ms: float = 30_000.0
-    bundles: Path | None = None
-    watch: bool = False
-    tokens: Path | None = None
-    rate_limit: float | None = None
-    rate_burst: int | None = None
-    admin_token_file: Path | None = None
-    admin_token_env: str | None = None
-    page: bool = True
-    cors: tuple[str, ...] = ()
-    gzip: bool = False
-    page_images: bool = False
-    log_format: Literal["json", "human"] = "json"
-    log_level: str = "info"
-    log_users: bool = False
-    log_served: Path | None = None
-    log_served_mib: int = 1024
-    recall_share: float = 0.001
-    traces: bool = False
-    otel: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("processes", "threads", "kept_events", "window_slack", "max_batch", "batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
-        if self.cold_start not in get_args(ColdStart):
-            raise ConfigError(f"cold_start={self.cold_start!r} must be one of {', '.join(get_args(ColdStart))}")
-        if self.state == "":
-            raise ConfigError("state='' names no folder; leave it out to keep users' events in memory")
-        if self.bundles is not None and not Path(self.bundles).is_dir():
-            raise ConfigError(f"bundles={str(self.bundles)!r} is not a folder")
-        for origin in self.cors:
-            if origin != "*" and not ORIGIN.fullmatch(origin):
-                raise ConfigError(f"cors={origin[:100]!r} is no origin; write https://HOST[:PORT] without a path, or *")
-        if self.processes > 1 and self.state is None:
-            raise ConfigError(f"{self.processes} processes need a --state, so that all read the same events of a user")
-        if self.rate_burst is not None and self.rate_limit is None:
-            raise ConfigError(f"rate_burst={self.rate_burst} has no effect without rate_limit; give both")
-        if self.processes > 1 and (self.admin_token_file or self.admin_token_env):
-            raise ConfigError(
-                f"{self.processes} processes swap by --watch, not by /admin: a restarted process must find the active "
-                f"bundle in {CURRENT}; leave the admin token out"
-            )
 
 
 def serve_bundle(bundle: Path | str, options: ServeOptions | None = None) -> None:
@@ -278,7 +176,9 @@ def assembled(
         server = _server(options, manifest.model.max_history, _access(options, parts))
         parts.callback(server.close)
         routes = _observed(server, options, sampler, peers, parts)
-        routes += [*oip_routes(server, version=__version__), openapi_route(server, __version__)]
+        if options.v2:
+            routes += oip_routes(server, GraphLimits(work_bytes=deployment.work_bytes), version=__version__)
+        routes += [openapi_route(server, __version__)]
         routes += page_routes(server, images=options.page_images) if options.page else []
         if options.processes == 1 and (options.tokens or server.access.admin):
             routes += admin_routes(server, folder)
@@ -308,19 +208,22 @@ def assembled(
                 "forget": peers.forgetting(handlers.forget_user),
             }
         app = make_app(server, routes, **shared)
-        if options.gzip:
-            app.add_middleware(GZipMiddleware, minimum_size=GZIP_BYTES, compresslevel=1)
-        if options.cors:
-            methods = ["GET", "POST", "DELETE"]
-            exposed = ["X-Request-Id", "Retry-After"]
-            app.add_middleware(
-                CORSMiddleware,
-                allow_origins=options.cors,
-                allow_methods=methods,
-                allow_headers=["*"],
-                expose_headers=exposed,
-            )
+        _for_browsers(app, options)
         yield server, app, load
+
+
+def _for_browsers(app: Starlette, options: ServeOptions) -> None:
+    """Compress answers, and let pages of other origins read them, if the operator wants it."""
+    if options.gzip:
+        app.add_middleware(GZipMiddleware, minimum_size=GZIP_BYTES, compresslevel=1)
+    if options.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
 
 
 def _observed(
@@ -351,8 +254,10 @@ def _observed(
 def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Worker | None) -> DeploymentOptions:
     """How bundles are opened; processes share memory and threads evenly."""
     share = worker.count if worker else 1
-    budget_bytes = options.cache_mib * MEBIBYTE // share
     threads = options.threads or max(1, available_threads() // share)
+    batches = options.batches or min(2, threads)
+    cache_bytes, work_bytes = memory_of(options, share * (batches + options.v2), usable_bytes())
+    budget_bytes = cache_bytes // share
     cache = CacheOptions(
         budget_bytes=budget_bytes, dtype=options.cache_dtype, ttl_s=options.cache_ttl_s, threads=threads
     )
@@ -368,10 +273,11 @@ def _deployment(options: ServeOptions, sampler: RecallSampler | None, worker: Wo
         batching=BatchOptions(
             max_batch=options.max_batch or BATCH_OF_A_THREAD * min(2, threads),
             max_wait_ms=options.max_wait_ms,
-            workers=options.batches or min(2, threads),
+            workers=batches,
         ),
         sampler=sampler,
         shared=worker.folder if worker else None,
+        work_bytes=work_bytes,
     )
 
 

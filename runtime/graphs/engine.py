@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import BackendError
+from unipinrec.errors import BackendError, RequestError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
-from unipinrec.runtime.graphs.backend import CPU, Backend, Device
+from unipinrec.runtime.graphs.backend import CPU, MAX_ROWS, Backend, Device
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
+from unipinrec.runtime.graphs.work import work_bytes
 from unipinrec.runtime.requests import History
 
 THREAD_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond, the least worth a thread
@@ -97,12 +98,19 @@ class Engine:
     Attributes:
         device: Device of the backend, and why it was chosen.
         prefill_chunk: Most events of one history to encode in one run; None = all.
+        work_bytes: Most memory that a batch may take, by `work_bytes`; None = no limit.
     """
 
     def __init__(
-        self, backend: Backend, model: ModelSpec, item_vectors: NDArray[np.float32], device: Device = CPU
+        self,
+        backend: Backend,
+        model: ModelSpec,
+        item_vectors: NDArray[np.float32],
+        device: Device = CPU,
+        work_bytes: int | None = None,
     ) -> None:
         self.backend, self.model, self.item_vectors, self.device = backend, model, item_vectors, device
+        self.work_bytes = work_bytes
         self._threads = ThreadPoolExecutor(max(1, backend.rank_runs - 1), "unipinrec-rank")
         self._lock, self._batches = threading.Lock(), 0
         self._process, self._closed = os.getpid(), False
@@ -134,6 +142,26 @@ class Engine:
                 f"the bundle was loaded by process {self._process}; this one, {os.getpid()}, is a fork without its "
                 "threads; load the bundle after the fork, in each process"
             )
+
+    def require_room(self, events: int) -> None:
+        """Check that encoding a history fits into `work_bytes`; ranking is cut into smaller runs instead.
+
+        Raises:
+            RequestError: It does not.
+        """
+        needed = self._encoding_bytes(events, events + self.model.kv_prefix_slots)
+        if self.work_bytes is not None and needed > self.work_bytes:
+            raise RequestError(
+                f"a history of {events} events takes up to {needed >> 10:,} KiB to encode, and a batch may take "
+                f"{self.work_bytes >> 10:,} KiB; send fewer events, or serve with more (--work-mib)"
+            )
+
+    def most_rows(self, events: int, slots: int) -> int:
+        """Number of histories that may be encoded together, at least 1: `events` of the `slots` slots are new."""
+        return MAX_ROWS if self.work_bytes is None else max(1, self.work_bytes // self._encoding_bytes(events, slots))
+
+    def _encoding_bytes(self, events: int, slots: int) -> int:
+        return work_bytes(self.model, 1, min(events, self.prefill_chunk or events), slots)
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -228,10 +256,11 @@ class Engine:
             inputs["last_hidden_state"] = encoded.last_hidden_state
         work = candidates.size * self.model.num_layers * self.model.hidden_size**2
         parts = max(1, min(self.backend.rank_runs // max(1, self._batches), candidates.shape[1], work // THREAD_WORK))
+        chunk = self._rank_chunk(encoded, candidates, parts)
         first, *others = np.array_split(candidates, parts, axis=1)
         try:
-            running = [self._threads.submit(self._logits, inputs, part) for part in others]
-            logits = np.concatenate([self._logits(inputs, first), *(run.result() for run in running)], axis=1)
+            running = [self._threads.submit(self._logits, inputs, part, chunk) for part in others]
+            logits = np.concatenate([self._logits(inputs, first, chunk), *(run.result() for run in running)], axis=1)
         except (RuntimeError, CancelledError) as error:
             if not self._closed:
                 raise
@@ -240,10 +269,20 @@ class Engine:
             raise BackendError("ranker: the logits are not finite; the graph is broken, export the bundle again")
         return logits
 
-    def _logits(self, inputs: Inputs, candidates: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _rank_chunk(self, encoded: Encoded, candidates: NDArray[np.int64], parts: int) -> int:
+        """Most candidates of one run, when `parts` runs are computed at the same time."""
+        (rows, count), slots = candidates.shape, int(encoded.lengths.max()) + self.model.kv_prefix_slots
+        chunk = self.backend.rank_chunk or count
+        if self.work_bytes is None:
+            return chunk
+        fixed = work_bytes(self.model, rows, 0, slots)
+        each = work_bytes(self.model, rows, 1, slots) - fixed
+        return max(1, min(chunk, (self.work_bytes // parts - fixed) // each))
+
+    def _logits(self, inputs: Inputs, candidates: NDArray[np.int64], chunk: int) -> NDArray[np.float32]:
         """Logits of candidates [B, k], in runs of one chunk at most; `inputs` holds the ranker's other inputs."""
-        count, runs = candidates.shape[1], []
-        for part in np.array_split(candidates, -(-count // (self.backend.rank_chunk or count)), axis=1):
+        runs = []
+        for part in np.array_split(candidates, -(-candidates.shape[1] // chunk), axis=1):
             vectors = self.item_vectors[part]
             runs.append(self.backend.run("ranker", {**inputs, "candidate_vectors": vectors})["logits"].numpy())
         return np.concatenate(runs, axis=1)

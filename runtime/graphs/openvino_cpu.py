@@ -31,6 +31,7 @@ NO_BF16 = (
     "this CPU has no bf16 instructions (AMX or AVX-512 BF16), so OpenVINO would compute in another precision or "
     "emulate bf16 slowly; use device openvino or cpu"
 )
+KEPT_KERNELS = 16
 TIME_SUFFIX = "timestamps_ms"  # of the names of all inputs that hold times
 log = logging.getLogger(__name__)
 
@@ -123,14 +124,16 @@ class OpenVinoBackend:
             "NUM_STREAMS": 1,
             # Pinned threads of two processes on one machine would share a core and leave another one idle.
             "ENABLE_CPU_PINNING": False,
+            # By default 5,000 kernels are kept for each graph, some for each new shape: bench/memory.py.
+            "CPU_RUNTIME_CACHE_CAPACITY": KEPT_KERNELS,
         }
         try:
             with graph.in_folder() as file:
                 model = self._core.read_model(file)
-            _drop_attention_guards(model)
-            _truncate_quotients(model)
-            exact = _cut_exact(self._ov, model)
-            compiled = self._core.compile_model(model, "CPU", options)
+                _drop_attention_guards(model)
+                _truncate_quotients(model)
+                exact = _cut_exact(self._ov, model)
+                compiled = self._core.compile_model(model, "CPU", options)
             running = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except BackendError:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.manifest import REDUCED, Tensor, TensorSpec, check_inputs, host_array, in_type, widened
 from unipinrec.runtime.bundle.sealed import GraphFile
-from unipinrec.runtime.graphs.backend import Graphs
+from unipinrec.runtime.graphs.backend import MAX_ROWS, MAX_SLOTS, Graphs
 from unipinrec.runtime.machine import LIBC, thread_count
 
 FLUSH_DENORMALS = 0x8040  # MXCSR: flush to zero, denormals are zero
@@ -35,6 +36,7 @@ TYPES = {
     "tensor(int64)": "int64",
 }
 BFLOAT16 = 16  # in ONNX
+CHUNK = 384
 RIGHT_SINCE = 1, 25
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,8 @@ class OrtBackend:
     waits for others between operators. The retrieval graph is too small for a second thread.
     """
 
-    prefill_chunk: int | None = 384
-    rank_chunk: int | None = 384
+    prefill_chunk: int | None = CHUNK
+    rank_chunk: int | None = CHUNK
 
     def __init__(self, graphs: Mapping[str, GraphFile], threads: int | None = None) -> None:
         """Load graphs.
@@ -95,6 +97,8 @@ class OrtBackend:
         self._ort = import_onnxruntime()
         self.threads = self.rank_runs = thread_count(threads)
         self.version: str = self._ort.__version__
+        self._returning = self._ort.RunOptions()
+        self._returning.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         log.info("ONNX Runtime %s on the CPU, %d threads", self.version, self.threads)
         with flush_denormals():
             self._sessions = Graphs(
@@ -106,6 +110,7 @@ class OrtBackend:
     def _load(self, graph: GraphFile, threads: int) -> Any:
         options = session_options(self._ort, threads)
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        options.enable_mem_pattern = False  # it keeps a plan for each new shape, and so larger blocks
         return load_session(self._ort, graph, options, PROVIDER)
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any] | Tensor]) -> dict[str, Tensor]:
@@ -114,8 +119,9 @@ class OrtBackend:
         check_inputs(graph, self._inputs[graph], inputs)
         try:
             values = {spec.name: ort_value(self._ort, inputs[spec.name], spec.dtype) for spec in self._inputs[graph]}
+            options = self._returning if _is_large(inputs) else None
             with flush_denormals():
-                outputs = session.run_with_ort_values(self._outputs[graph], values)
+                outputs = session.run_with_ort_values(self._outputs[graph], values, options)
         except Exception as error:  # its exceptions share no base class
             raise BackendError(f"{graph}: ONNX Runtime failed: {error}") from error
         return {name: OrtTensor(value=value) for name, value in zip(self._outputs[graph], outputs, strict=True)}
@@ -123,6 +129,14 @@ class OrtBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._sessions = Graphs()
+
+
+def _is_large(inputs: Mapping[str, NDArray[Any] | Tensor]) -> bool:
+    """Whether a run is larger than those of recommendations, whose memory the next one uses again."""
+    shapes = [tensor.shape for tensor in inputs.values()]
+    rows, tokens = max((shape[:2] for shape in shapes if len(shape) == 3), key=math.prod, default=(0, 0))
+    slots = max((shape[2] for shape in shapes if len(shape) == 4), default=tokens)
+    return rows * tokens > MAX_ROWS * CHUNK or rows * tokens * slots > MAX_SLOTS * CHUNK
 
 
 def session_options(ort: Any, threads: int) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -215,12 +215,15 @@ class PaddingMeter:
             return dict(self._counts)
 
 
-def grouped(works: Sequence[Work], prefill_chunk: int | None) -> list[list[int]]:
+def grouped(
+    works: Sequence[Work], prefill_chunk: int | None, most_rows: Callable[[int, int], int] = lambda new, slots: MAX_ROWS
+) -> list[list[int]]:
     """Groups of requests to compute together, each as places in `works`.
 
     Args:
         works: Stages and sizes of each request.
         prefill_chunk: Histories with more new events than this are encoded alone, in chunks; None = no limit.
+        most_rows: Number of histories with this many new events and slots whose memory suffices.
     """
     buckets: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
     for index, work in enumerate(works):
@@ -230,7 +233,8 @@ def grouped(works: Sequence[Work], prefill_chunk: int | None) -> list[list[int]]
     groups = []
     for indices in buckets.values():
         indices.sort(key=lambda index: works[index].slots)
-        rows = max(1, min(MAX_ROWS, MAX_SLOTS // works[indices[-1]].slots))
+        slots, new = works[indices[-1]].slots, max(works[index].new for index in indices)
+        rows = max(1, min(MAX_ROWS, MAX_SLOTS // slots, most_rows(new, slots)))
         groups += [indices[start : start + rows] for start in range(0, len(indices), rows)]
     return groups
 

@@ -5,6 +5,8 @@ This module stores and rounds slots in pages; it does not know which user owns a
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,12 +19,14 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.bundle.manifest import ModelSpec
 from unipinrec.runtime.bundle.quality import KvDtype
-from unipinrec.runtime.machine import thread_count
+from unipinrec.runtime.machine import thread_count, usable_bytes
 
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 PAGE_SLOTS = 16
 PARALLEL_PAGES = 16  # copying fewer takes less time than waking another thread
 INT8_MAX = 127.0
+SLOW_S = 2.0
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 STORED: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
 
@@ -89,6 +93,13 @@ class KvPages:
             ConfigError: The memory does not suffice.
         """
         self.geometry, self.count = geometry, count
+        size, usable, began = count * geometry.page_bytes, usable_bytes(), time.monotonic()
+        if usable is not None and size > usable:
+            raise ConfigError(
+                f"a key/value cache of {size:,} bytes does not fit into the {usable:,} bytes of memory that this "
+                "process may use (cgroup or machine); lower its budget"
+            )
+        log.info("allocating %s MiB for the key/value cache", f"{size >> 20:,}")
         self._parallel = thread_count(threads)
         self._threads = ThreadPoolExecutor(max(1, self._parallel - 1), "unipinrec-pages")
         shape = (count, geometry.tensors, geometry.heads, geometry.page_slots)
@@ -97,9 +108,11 @@ class KvPages:
             self._scales = np.empty((*shape, 1 if geometry.dtype == "int8" else 0), np.float32)
             self._values.fill(0)
             self._scales.fill(0.0)
+            if (seconds := time.monotonic() - began) > SLOW_S:
+                log.info("the key/value cache took %.1f s to allocate", seconds)
         except (MemoryError, ValueError) as error:  # ValueError: larger than the address space
             raise ConfigError(
-                f"a key/value cache of {count * geometry.page_bytes:,} bytes does not fit into memory; lower its budget"
+                f"a key/value cache of {size:,} bytes does not fit into memory; lower its budget"
             ) from error
 
     @property

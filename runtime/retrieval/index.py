@@ -18,7 +18,7 @@ from unipinrec.runtime.retrieval.index_file import check_index_file
 Matches = tuple[NDArray[np.int64], NDArray[np.float32]]
 GATHER_COST = 4  # gathering a row costs as much as reading four rows in order: bench/retrieval_filters.py
 TIE = 1e-5  # similarities closer than this share of the largest are equal
-SCORES_AT_ONCE = 1 << 22  # 16 MiB of a scan's products at a time
+SCORES_AT_ONCE = 1 << 22  # 16 MiB of a scan's products, or of gathered vectors, at a time
 
 
 class VectorIndex(Protocol):
@@ -101,7 +101,8 @@ class ExactIndex:
                 scans.append(index)
             else:  # so few rows that gathering them is faster than reading all
                 gathered = rows.rows(len(self._vectors))
-                scores = np.einsum("e,ne->n", query, self._vectors[gathered])
+                parts = np.array_split(gathered, 1 + self._vectors.shape[1] * len(gathered) // SCORES_AT_ONCE)
+                scores = np.concatenate([np.einsum("e,ne->n", query, self._vectors[part]) for part in parts])
                 near[index] = gathered[self._best(scores[None], k, queries[index : index + 1])[0]]
         at_once = max(1, SCORES_AT_ONCE // len(self._vectors))
         for start in range(0, len(scans), at_once):

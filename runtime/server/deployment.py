@@ -11,6 +11,7 @@ from unipinrec.runtime.batching import Batcher, BatchOptions
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.device import Machine
+from unipinrec.runtime.graphs.work import WORK_BYTES
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry
@@ -42,6 +43,7 @@ class DeploymentOptions:
     batching: BatchOptions = field(default_factory=BatchOptions)
     sampler: RecallSampler | None = None
     shared: Path | None = None
+    work_bytes: int = WORK_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +98,7 @@ class Deployment:
             allow_bundle_engines=options.allow_bundle_engines,
             machine=Machine(options.gpu),
             threads=options.threads,
+            work_bytes=options.work_bytes,
         )
         with ExitStack() as unless_ready:
             unless_ready.callback(recommender.close)

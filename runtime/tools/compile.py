@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 
 import msgspec
@@ -125,10 +126,10 @@ def verify_engines(
         BundleError: The golden requests cannot be read.
     """
     manifest = bundle.manifest
-    with TensorRtBackend(trt, cuda, plans, manifest.graphs_in(precision), precision) as backend:
-        name = f"tensorrt-{precision}"
-        device = Device(name=name, reason="compiled for it", precision=precision_of(name))
-        engine = Engine(backend, manifest.model, bundle.item_vectors, device)
+    name = f"tensorrt-{precision}"
+    device = Device(name=name, reason="compiled for it", precision=precision_of(name))
+    backend = TensorRtBackend(trt, cuda, plans, manifest.graphs_in(precision), precision)
+    with closing(Engine(backend, manifest.model, bundle.item_vectors, device)) as engine:
         verified = _golden(engine, bundle, exact=precision == manifest.precision)
         kernels = backend.compiled_kernels()
     if not verified.passed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,16 +132,17 @@ def embed_items(rows: ItemRows, bundle: Bundle) -> NDArray[np.float32]:
     """
     if not rows.ids:
         return np.zeros((0, bundle.manifest.model.item_dim), np.float32)
-    backend = OrtBackend({"item_embedder": bundle.files.graph(bundle.manifest.graphs["item_embedder"].file)})
+    graphs = {"item_embedder": bundle.files.graph(bundle.manifest.graphs["item_embedder"].file)}
     inputs: dict[str, NDArray[Any]] = {}
     if bundle.manifest.dense:
         inputs["dense"] = rows.dense
     if bundle.manifest.categories:
         inputs["categories"] = rows.codes.astype(np.int64)
     parts = []
-    for start in range(0, len(rows.ids), EMBED_CHUNK):
-        chunk = {name: values[start : start + EMBED_CHUNK] for name, values in inputs.items()}
-        parts.append(backend.run("item_embedder", chunk)["item_vectors"].numpy())
+    with closing(OrtBackend(graphs)) as backend:
+        for start in range(0, len(rows.ids), EMBED_CHUNK):
+            chunk = {name: values[start : start + EMBED_CHUNK] for name, values in inputs.items()}
+            parts.append(backend.run("item_embedder", chunk)["item_vectors"].numpy())
     vectors = np.concatenate(parts)
     similarity = bundle.manifest.model.similarity
     wrong = wrong_rows(vectors, similarity)

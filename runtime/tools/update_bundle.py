@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -180,13 +181,13 @@ def _queries(parent: Bundle) -> NDArray[np.float32]:
     if not histories:
         golden: NDArray[np.float32] = parent.golden()["retrieval.queries"]
         return golden.reshape(-1, golden.shape[-1])
-    engine, manifest = Engine.on_cpu(parent), parent.manifest
+    manifest, queries = parent.manifest, []
     actions = manifest.positive[None].astype(np.float32)
-    queries = []
-    for start in range(0, len(histories), BATCH):
-        batch = histories[start : start + BATCH]
-        encoded = engine.encode(pad_histories(batch))
-        queries.append(engine.retrieve(encoded, np.repeat(actions, len(batch), axis=0)))
+    with closing(Engine.on_cpu(parent)) as engine:
+        for start in range(0, len(histories), BATCH):
+            batch = histories[start : start + BATCH]
+            encoded = engine.encode(pad_histories(batch))
+            queries.append(engine.retrieve(encoded, np.repeat(actions, len(batch), axis=0)))
     return np.concatenate(queries).reshape(-1, manifest.model.item_dim)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from file_tree import write_tree
 
-from unipinrec.runtime.machine import Cpu, Memory, this_cpu, this_memory
+from unipinrec.runtime.machine import Cpu, Memory, this_cpu, this_memory, usable_bytes
 
 CPUINFO = """processor\t: 0
 model name\t: A CPU @ 2.00GHz
@@ -86,3 +86,12 @@ def test_memory_that_is_not_known(tmp_path: Path) -> None:
     assert this_memory(tmp_path / "meminfo", tmp_path) == Memory(
         total_bytes=None, available_bytes=None, limit_bytes=None
     )
+
+
+def test_the_limit_of_the_group_bounds_the_memory_to_fill(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 2097152 kB\n")
+    machine = this_memory(tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own")
+    write_tree(tmp_path / "cgroup", {"memory.max": f"{600 << 20}\n"})
+    group = this_memory(tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own")
+    assert (usable_bytes(machine), usable_bytes(group)) == (2 << 30, 600 << 20)
+    assert usable_bytes(Memory(total_bytes=None, available_bytes=None, limit_bytes=None)) is None

@@ -29,12 +29,14 @@ from unipinrec.runtime import CacheOptions, Event, Recommender, RecommendOptions
 from unipinrec.runtime.bundle.quality import KvDtype
 from unipinrec.runtime.requests import SOON_MS
 from unipinrec.runtime.serve import ServeOptions, serve_bundle
+from unipinrec.runtime.serve_options import memory_of
 
 AFTER = """
 import os, signal, sys, threading, time, urllib.request
 from pathlib import Path
 from unipinrec.errors import UnipinrecError
 from unipinrec.runtime.serve import ServeOptions, serve_bundle
+from unipinrec.runtime.serve_options import memory_of
 
 def end(port):
     for _ in range(200):
@@ -231,3 +233,25 @@ def test_a_stated_window_slack_beyond_the_model_is_refused(tmp_path: Path, resea
     reseal(wrong, window_slack=9)
     with pytest.raises(ConfigError, match="window_slack=9 must be an integer from 1 to 8"):
         Recommender.load(wrong, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("usable_mib", "cache_mib", "work_mib"),
+    [(None, 1024, 512), (64_000, 1024, 512), (3_000, 750, 250), (600, 150, 50)],
+)
+def test_memory_follows_that_of_the_process(usable_mib: int | None, cache_mib: int, work_mib: int) -> None:
+    usable = None if usable_mib is None else usable_mib << 20
+    assert memory_of(ServeOptions(), 3, usable) == (cache_mib << 20, work_mib << 20)
+
+
+def test_more_memory_than_the_process_may_use_is_refused() -> None:
+    assert memory_of(ServeOptions(cache_mib=300, work_mib=100), 3, 600 << 20) == (300 << 20, 100 << 20)
+    told = "a cache of 301 MiB and 3 computations of 100 MiB take more than the 600 MiB that this process may use"
+    with pytest.raises(ConfigError, match=told):
+        memory_of(ServeOptions(cache_mib=301, work_mib=100), 3, 600 << 20)
+
+
+def test_the_graphs_can_be_left_out() -> None:
+    for v2 in (True, False):
+        with in_service(STORED, replace(SMALL, v2=v2)) as app:
+            assert any(str(getattr(route, "path", "")).startswith("/v2") for route in app.routes) == v2

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError, RequestError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec, check_inputs
 from unipinrec.runtime.graphs.backend import MAX_ROWS
+from unipinrec.runtime.graphs.work import WORK_BYTES, work_bytes
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import YEAR_10000_MS
 from unipinrec.runtime.server.v2.codec import DATATYPES, ModelMetadata, TensorMetadata
@@ -30,14 +31,14 @@ class GraphLimits:
     Attributes:
         batch: Rows.
         candidates: Items to rank, per row.
-        scores: Attention scores per head: rows x queries x keys. The default is a batch of 8 histories of 1,024 events.
+        work_bytes: Memory that the run may take, see `work_bytes`.
         body_bytes: Bytes of one HTTP body; keys and values of long histories take tens of megabytes.
         pending: HTTP requests that are read, wait or run; with `body_bytes` it bounds their memory.
     """
 
     batch: int = MAX_ROWS
     candidates: int = 4096
-    scores: int = 1 << 23
+    work_bytes: int = WORK_BYTES
     body_bytes: int = 128 << 20
     pending: int = 4
 
@@ -113,9 +114,13 @@ def _check_sizes(name: str, sizes: Mapping[str, int], manifest: Manifest, limits
     for unit, size, limit in (*bounds, ("candidates", candidates, limits.candidates)):
         if size > limit:
             raise RequestError(f"{name}: {size} {unit} were sent; at most {limit} are accepted")
-    scores = sizes["batch"] * max(events, candidates) * (past + events + prefix)
-    if scores > limits.scores:
-        raise RequestError(f"{name}: this batch takes {scores} attention scores; at most {limits.scores} are accepted")
+    slots = past + events + prefix
+    needed = work_bytes(manifest.model, sizes["batch"], max(events, candidates, 1), slots)
+    if needed > limits.work_bytes:
+        raise RequestError(
+            f"{name}: {sizes['batch']} rows of {max(events, candidates)} events or candidates over {slots} slots take "
+            f"up to {needed >> 10:,} KiB; at most {limits.work_bytes >> 10:,} KiB are accepted: send fewer at a time"
+        )
     if past < 0 or ("past" in sizes and past == 0):
         raise RequestError(
             f"{name}: past_key_values hold {sizes['past']} slots; the keys and values of a history of n events "

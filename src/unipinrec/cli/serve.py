@@ -92,8 +92,13 @@ DAY_S = 86_400
 @click.option(
     "--cache-mib",
     type=click.IntRange(0),
-    default=1024,
-    help="Memory for the cache of encoded histories; 0 = no cache.",
+    help="Memory for the cache of encoded histories; 0 = no cache.  [default: 1024, at most a quarter of the memory]",
+)
+@click.option(
+    "--work-mib",
+    type=click.IntRange(1),
+    help="Memory that a batch may take on the CPU, and a request to /v2. A larger batch is split, a larger request "
+    "refused.  [default: 512, together at most a quarter of the memory]",
 )
 @click.option(
     "--cache-dtype",
@@ -202,6 +207,7 @@ DAY_S = 86_400
     help="Let pages of this origin, such as https://shop.example, read answers; * = of any. May be repeated.",
 )
 @click.option("--gzip", is_flag=True, help="Compress answers of more than 1,000 bytes for clients that accept gzip.")
+@click.option("--v2/--no-v2", default=True, help="Answer the Open Inference Protocol at /v2.")
 @click.option("--log-format", type=click.Choice(["json", "human"]), default="json", help="Format of the log on stderr.")
 @click.option(
     "--log-level",

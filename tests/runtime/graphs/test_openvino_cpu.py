@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -255,3 +257,24 @@ def test_a_signal_after_two_bundles_were_closed_does_not_end_the_process() -> No
     command = [sys.executable, "-c", SIGNALLED, str(STORED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n")
+
+
+@pytest.mark.slow
+def test_changing_shapes_leave_memory_nearly_as_it_was(opened: Bundle) -> None:
+    """With OpenVINO's own 5,000 kernels it grows by more than 60 MiB here; `bench/memory.py` has the figures."""
+    code = """
+import json, sys
+from pathlib import Path
+from memory import kernels
+from unipinrec.runtime import Bundle
+from unipinrec.runtime.graphs.openvino_cpu import KEPT_KERNELS
+from unipinrec.runtime.machine import keep_memory_flat
+keep_memory_flat()
+print(json.dumps(kernels(Bundle.open(Path(sys.argv[1])), KEPT_KERNELS, 1500)["grown_mib"]))
+"""
+    bench = str(Path(__file__).resolve().parents[3] / "bench")
+    paths = os.pathsep.join([bench, os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, "-c", code, str(opened.path)]
+    run = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONPATH": paths}, check=True)
+    grown = json.loads(run.stdout.splitlines()[-1])
+    assert grown[-1] - grown[1] < 40

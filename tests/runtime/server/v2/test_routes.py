@@ -23,7 +23,7 @@ from unipinrec.runtime.server.call import Endpoint, Server
 from unipinrec.runtime.server.v2.graphs import GraphLimits
 from unipinrec.runtime.server.v2.routes import oip_routes
 
-LIMITS = GraphLimits(batch=3, candidates=5, scores=150, body_bytes=20_000)
+LIMITS = GraphLimits(batch=3, candidates=5, work_bytes=24_000, body_bytes=20_000)
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -180,7 +180,7 @@ def test_what_is_too_much_is_refused(client: httpx2.Client, asked: Arrays) -> No
     for rows, events, message in (
         (4, 1, "4 batch were sent; at most 3"),
         (1, 9, "9 events were sent; at most 8"),
-        (3, 7, "takes 168 attention scores; at most 150"),
+        (3, 7, "3 rows of 7 events or candidates over 8 slots take up to 25 KiB; at most 23 KiB are accepted"),
     ):
         answer = client.post("/v2/models/encoder/infer", json=of(rows, events))
         assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
