@@ -112,8 +112,8 @@ def built(text: str, base: Path, folder: Path, arguments: Mapping[str, str], set
         if word == "RUN":
             stage.run("/bin/sh", "-c", rest, settings={**settings, **given})
         elif word == "ARG":
-            name, _, value = rest.partition("=")
-            given[name] = arguments.get(name, value)
+            name, default, value = rest.partition("=")
+            given |= {name: arguments.get(name, value)} if default or name in arguments else {}
         elif word == "COPY":
             copy(rest, stage, files, stages)
         else:
