@@ -9,7 +9,7 @@ BINDINGS := tensorrt-cu13-bindings==10.16.1.11 tensorrt-cu13-bindings==11.4.0.10
 export HNSWLIB_NO_NATIVE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check install compiler clean
+.PHONY: demo test check release install compiler clean
 
 demo: install  ## train, export, verify and recommend in demo/; DATA=folder for real data
 	rm -rf demo
@@ -24,6 +24,9 @@ check: install  ## lint, format, types, import rules, size
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python bench/size.py
+
+release: install  ## sdist, wheel, notes and checksums in dist/
+	PATH="$(abspath $(BIN)):$$PATH" .ci/release dist
 
 install: $(VENV)/installed  ## a virtual environment with everything
 

@@ -173,14 +173,17 @@ def stop_connections(listener: socket.socket) -> None:
     """Let no new connection begin, while those that have begun can still be accepted.
 
     Otherwise one that begins between the last accept and the close is established, and then reset. Clients see a
-    connection that is refused a second later. It concerns all processes that share the socket. Only Linux can do it;
-    elsewhere that moment remains.
+    connection that is refused a second later. It concerns all processes that share the socket. Only Linux can do it,
+    and gVisor only for root; elsewhere that moment remains.
     """
     program = b"".join(struct.pack("HBBI", *instruction) for instruction in DROP_SYN)
     kept = ctypes.create_string_buffer(program, len(program))
     if sys.platform == "linux":
         pointer = struct.pack("HP", len(DROP_SYN), ctypes.addressof(kept))
-        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
+        except PermissionError as error:
+            log.warning("connections that begin as the socket closes may be reset, for no filter is allowed: %s", error)
 
 
 class _Process(uvicorn.Server):

@@ -122,6 +122,19 @@ def test_no_connection_begins_between_the_last_accept_and_the_close(host: str) -
                 assert accepted.recv(7) == b"request"
 
 
+class Unfiltered(socket.socket):
+    """A socket under gVisor, for any user but root."""
+
+    def setsockopt(self, *_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_kernel_that_allows_no_filter_is_named_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    with Unfiltered() as listener:
+        stop_connections(listener)
+    assert "may be reset, for no filter is allowed: [Errno 1] Operation not permitted" in caplog.text
+
+
 def test_the_first_request_of_a_connection_may_come_late_in_the_end() -> None:
     with started("--drain-delay-s", "0") as running:
         running.ready()
