@@ -51,12 +51,12 @@ from unipinrec.runtime.bundle.quality import Evaluation
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index
+from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index, can_index
 from unipinrec.runtime.sample import chosen_cache, sample_quality
 
 EMBED_CHUNK = 65_536
 log = logging.getLogger(__name__)
-TOOLS = ("torch", "onnx", "onnxscript", "hnswlib", "numpy")
+TOOLS = ("torch", "onnx", "onnxscript", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class ExportOptions:
 
     Attributes:
         users: Number of histories, from the first, that go into the bundle for `recommend --user`.
+        index: Whether to build an index; without it, and where hnswlib is missing, requests scan all items.
         recall: Target recall@100 of the index. If the index misses it, the manifest holds the recall that it reaches.
         accept_loss: Whether a precision may recommend other items than fp32, as fp8 often does.
         data: Prepared data, to choose the order of slates and to measure the lists of the bundle. None skips both.
@@ -75,6 +76,7 @@ class ExportOptions:
     """
 
     users: int = 1000
+    index: bool = True
     recall: float = RECALL_TARGET
     accept_loss: bool = False
     data: Path | None = None
@@ -131,7 +133,7 @@ def export_bundle(
             _write_users(histories, options.users, folder)
         progress("index")
         task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
-        index = build_index(task, folder / INDEX)
+        index = build_index(task, folder / INDEX) if options.index and can_index() else None
         progress("manifest")
         manifest = _manifest(source, folder, graphs, parity, index, options)
         seal(folder, manifest)
@@ -284,12 +286,13 @@ def _manifest(
     folder: Path,
     graphs: dict[str, GraphSpec],
     parity: ParityReport,
-    index: IndexSpec,
+    index: IndexSpec | None,
     options: ExportOptions,
 ) -> Manifest:
-    versions = {name: importlib.metadata.version(name) for name in TOOLS}
+    tools = TOOLS if index is None else (*TOOLS, "hnswlib")
+    versions = {name: importlib.metadata.version(name) for name in tools}
     return Manifest(
-        format_version=source.model.format_version,
+        format_version=source.model.format_version(indexed=index is not None),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=source.model,
         config=source.config,

@@ -50,8 +50,8 @@ def test_json_is_one_document() -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 0
     assert list(document) == [
-        *("unipinrec", "python", "system", "cpu", "memory", "gpu", "onnxruntime", "tensorrt", "openvino", "cache"),
-        *("devices", "bundle", "engines", "engines_problem", "auto"),
+        *("unipinrec", "python", "system", "cpu", "memory", "gpu", "onnxruntime", "tensorrt", "openvino"),
+        *("hnswlib", "cache", "devices", "bundle", "engines", "engines_problem", "auto"),
     ]
     assert list(document["auto"]["device"]) == ["name", "reason", "precision", "refused", "fell_back"]
     assert list(document["devices"]) == ["tensorrt", "cuda", "cpu", "openvino", "openvino-bf16"]

@@ -43,6 +43,7 @@ def test_the_documented_json(bundle: Path, items: Path, tmp_path: Path) -> None:
     result = run("index", bundle, "--out", tmp_path / "new", "--add", items, "--recall", "0.95", "--json")
     document = json.loads(result.stdout)
     new = Bundle.open(tmp_path / "new")
+    assert new.manifest.index is not None
     assert document == {
         "bundle": new.hash,
         "parent": Bundle.open(bundle).hash,

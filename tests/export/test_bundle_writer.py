@@ -139,6 +139,7 @@ def test_the_category_codes_are_those_of_the_catalogue(bundle: Path, checkpoint:
 
 
 def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
+    assert manifest.index is not None
     assert manifest.index.count == 300
     assert manifest.index.recall_k == 100
     assert manifest.index.recall >= 0.99
@@ -166,6 +167,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
         assert (threads, torch.get_num_threads()) == ({1}, 2)
     finally:
         torch.set_num_threads(before)
+    assert manifest.index is not None
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
     assert manifest.window_slack == 4
     names = {path.name for path in again.iterdir()}

@@ -132,7 +132,7 @@ def _print_report(report: VerifyReport) -> None:
     if report.device is None:
         say("golden outputs were not compared: the bundle is damaged")
     else:
-        say(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}")
+        say(f"on {report.device.name} ({report.device.reason}), {report.retrieval}; bundle {report.hash}")
 
 
 def _print_golden(report: VerifyReport) -> None:

@@ -15,8 +15,9 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, Matches, VectorIndex, recall
+from unipinrec.runtime.retrieval.index import HnswIndex, Matches, VectorIndex, recall
 from unipinrec.runtime.retrieval.retriever import Retriever, Search
+from unipinrec.runtime.retrieval.scan import ExactIndex
 
 ITEMS, DIM, RETIRED = 400, 8, np.arange(7, 400, 40)
 NONE = np.array([], np.int64)
@@ -268,7 +269,8 @@ def test_searches_find_together_what_they_find_alone(
 def test_a_scan_that_does_not_fit_at_once_finds_the_same(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Search(queries=unit(np.random.default_rng(seed), 2), k=20, exact=True) for seed in range(5)]
     expected = retriever.retrieve(asked)
-    monkeypatch.setattr("unipinrec.runtime.retrieval.index.SCORES_AT_ONCE", 3 * ITEMS)
+    monkeypatch.setattr("unipinrec.runtime.retrieval.scan.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("unipinrec.runtime.retrieval.scan.BLOCK_ROWS", 30)
     for found, known in zip(retriever.retrieve(asked), expected, strict=True):
         np.testing.assert_array_equal(found.rows, known.rows)
         np.testing.assert_array_equal(found.similarity, known.similarity)

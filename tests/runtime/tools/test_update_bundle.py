@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, DataError, ExportError, RequestError
 from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, verify_bundle
+from unipinrec.runtime.bundle.manifest import IndexSpec
 from unipinrec.runtime.tools.item_input import NewItem
 from unipinrec.runtime.tools.update_bundle import UpdateReport, update_bundle
 
@@ -56,6 +57,11 @@ def update(bundle: Path, out: Path, add: tuple[NewItem, ...] = (), retire: tuple
     )
 
 
+def index_of(report: UpdateReport) -> IndexSpec:
+    assert report.index is not None
+    return report.index
+
+
 def state(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -82,8 +88,8 @@ def test_the_report_counts(bundle: Path, updated: tuple[Path, UpdateReport]) -> 
     assert (report.already_retired, report.unknown_words, report.way) == (0, {"topic": 1}, "incremental")
     assert (report.bundle, report.parent) == (new.hash, old.hash)
     assert report.index == new.manifest.index
-    assert report.index.recall >= 0.99
-    assert report.index.count == 303
+    assert index_of(report).recall >= 0.99
+    assert index_of(report).count == 303
 
 
 def test_a_new_bundle_is_whole_and_computes_as_before(bundle: Path, updated: tuple[Path, UpdateReport]) -> None:
@@ -231,13 +237,13 @@ def test_an_index_that_misses_the_target_is_built_anew(
     bundle: Path, ids: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = update(bundle, tmp_path / "half", retire=tuple(ids[:160]))
-    assert (report.way, report.index.count, report.items_after) == ("rebuilt", 140, 140)
+    assert (report.way, index_of(report).count, report.items_after) == ("rebuilt", 140, 140)
     report = update(tmp_path / "half", tmp_path / "more", (new("new-1"),), retire=(ids[200],))
-    assert (report.way, report.index.count, report.items_after) == ("incremental", 141, 140)
+    assert (report.way, index_of(report).count, report.items_after) == ("incremental", 141, 140)
     assert verify_bundle(tmp_path / "more").ok
     monkeypatch.setattr("unipinrec.runtime.tools.update_bundle.grow_index", lambda *_: None)
     report = update(tmp_path / "more", tmp_path / "anew", retire=(ids[201],))
-    assert (report.way, report.index.count, report.items_after) == ("rebuilt", 139, 139)
+    assert (report.way, index_of(report).count, report.items_after) == ("rebuilt", 139, 139)
     slate = Recommender.load(tmp_path / "anew").recommend(
         [{"item": ids[0], "actions": ["click"]}], 139, RecommendOptions()
     )
@@ -246,8 +252,8 @@ def test_an_index_that_misses_the_target_is_built_anew(
 
 def test_the_target_is_that_of_the_bundle_unless_another_is_given(bundle: Path, ids: list[str], tmp_path: Path) -> None:
     given = update_bundle(bundle, tmp_path / "a", add={}, retire={"x": ids[0]}, recall=0.9)
-    assert given.index.recall_target == 0.9
-    assert update(tmp_path / "a", tmp_path / "b", retire=(ids[1],)).index.recall_target == 0.9
+    assert index_of(given).recall_target == 0.9
+    assert index_of(update(tmp_path / "a", tmp_path / "b", retire=(ids[1],))).recall_target == 0.9
 
 
 def test_without_sample_users_the_golden_requests_measure_recall(
@@ -257,7 +263,7 @@ def test_without_sample_users_the_golden_requests_measure_recall(
     del manifest["files"]["users.safetensors"], manifest["files"]["user_ids.json"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     reseal(copy)
-    assert update(copy, tmp_path / "new", retire=(ids[0],)).index.recall == 1.0
+    assert index_of(update(copy, tmp_path / "new", retire=(ids[0],))).recall == 1.0
 
 
 def test_a_bundle_of_an_older_version_is_updated(tmp_path: Path) -> None:
@@ -305,7 +311,7 @@ def test_spaces_of_an_id_are_part_of_it(bundle: Path, tmp_path: Path) -> None:
 
 def test_all_items_can_be_replaced_by_one(bundle: Path, ids: list[str], tmp_path: Path) -> None:
     report = update(bundle, tmp_path / "new", (new("only"),), tuple(ids))
-    assert (report.items_after, report.index.count, report.way) == (1, 1, "rebuilt")
+    assert (report.items_after, index_of(report).count, report.way) == (1, 1, "rebuilt")
     slate = Recommender.load(tmp_path / "new").recommend([{"item": ids[0], "actions": []}], 1)
     assert [item.item for item in slate.items] == ["only"]
 
