@@ -54,9 +54,9 @@ class VerifyReport:
     """All checks of a bundle.
 
     `golden` checks a device that computes in fp32, `agreement` a device that rounds; the other is empty or None. If
-    damage keeps the graphs from running, both are, and `device` and `retrieval` are None. `retrieval` names the index or
-    the scan that finds the candidates here, and why. `sample` is None if the bundle has no users, `cache` if the bundle
-    states no type of the cache, or the device rounds more than a cache does.
+    damage keeps the graphs from running, both are, and `device` and `retrieval` are None. `retrieval` says what
+    finds the candidates here, index or scan, and why. `sample` is None if the bundle has no users, `cache` if the
+    bundle states no type of the cache, or the device rounds more than a cache does.
     """
 
     bundle: str

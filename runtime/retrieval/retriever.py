@@ -111,7 +111,7 @@ class Retriever:
     def way(self) -> str:
         """What finds the candidates of a request without filters, and why it is not the index."""
         if self.index is not None:
-            return "hnswlib"
+            return "hnswlib, or a scan where that is faster"
         return f"each request scans {len(self.item_vectors)} items in {self.scan.products.dtype}: {self.unused}"
 
     @classmethod

@@ -82,9 +82,9 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_named_before_its_new_fields_are(copy: Path, reseal: Reseal) -> None:
-    reseal(copy, format_version=3, invention="new")
+    reseal(copy, format_version=4, invention="new")
     with pytest.raises(
-        BundleVersionError, match="bundle format 3, this version reads 1 to 2; use the unipinrec that wrote"
+        BundleVersionError, match="bundle format 4, this version reads 1 to 3; use the unipinrec that wrote"
     ):
         Bundle.open(copy)
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import hnswlib
 import numpy as np
 import pytest
-from answers import retrieved
+from answers import STORED, retrieved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ def unit(rng: np.random.Generator, rows: int) -> NDArray[np.float32]:
 def build(path: str, retired: NDArray[np.int64]) -> Retriever:
     vectors = unit(np.random.default_rng(2), ITEMS)
     vectors[1::50] = vectors[0]  # equal items, to see the order of ties
+    hnswlib = pytest.importorskip("hnswlib", reason="hnswlib is not installed")
+
     index = hnswlib.Index(space="ip", dim=DIM)
     index.init_index(ITEMS, M=16, ef_construction=200, random_seed=1)
     index.add_items(vectors, np.arange(ITEMS), num_threads=1)
@@ -195,6 +197,34 @@ def test_without_an_index_all_items_are_scanned(retriever: Retriever) -> None:
     found = retrieved(replace(retriever, index=None, unused="the index finds too few"), query, 10, NONE)
     assert found.exact == "the index finds too few"
     assert found.rows.tolist() == best(retriever, query, NONE)[:10]
+
+
+def test_a_stored_bundle_is_searched_as_its_manifest_says(caplog: pytest.LogCaptureFixture) -> None:
+    opened = Retriever.open(Bundle.open(STORED.with_name("bundle_v3")))
+    assert (opened.index, opened.unused) == (None, "the bundle has no index")
+    assert opened.way == "each request scans 24 items in fp32: the bundle has no index"
+    assert caplog.text == ""
+
+
+@pytest.mark.hnswlib
+def test_an_index_is_loaded() -> None:
+    opened = Retriever.open(Bundle.open(STORED))
+    assert opened.index is not None
+    assert opened.way == "hnswlib, or a scan where that is faster"
+
+
+def test_where_hnswlib_is_missing_a_bundle_with_an_index_is_scanned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    opened = Retriever.open(Bundle.open(STORED))
+    (warning,) = caplog.messages
+    assert warning == opened.way
+    assert warning.startswith("each request scans 24 items in fp32: hnswlib is not installed (")
+    assert warning.endswith("pip install 'unipinrec[hnsw]' compiles it")
+    (found,) = opened.retrieve([Search(queries=opened.item_vectors[5:6], k=3)])
+    assert found.rows[0] == 5
+    assert found.exact == opened.unused
 
 
 def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
