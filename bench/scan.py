@@ -1,4 +1,4 @@
-"""Ways to find the best items without a compiler, against the index: docs/decisions/0021-retrieval-without-a-compiler.md.
+"""Ways to find the best items without a compiler, against the index (docs/decisions/0021).
 
     python bench/scan.py --items 100000 --dim 64 [--rounds 15] [--threads 2] [--other DIR]
 
@@ -10,8 +10,9 @@ has such a call. `same` is the share of the best items that are those of the fir
     int8         `ExactIndex` on a copy in int8; `int8_1` on one thread
     blas         `vectors @ queries.T` and `argpartition`, with the threads of BLAS
     ort          MatMul and TopK in ONNX Runtime, fp32
-    hnsw         the bundle's index: hnswlib, one thread, M and ef for a recall of 0.99
-    faiss_flat, faiss_hnsw, usearch_exact, usearch_hnsw   of packages that ship wheels, from `--other` (pip --target)
+    hnsw         hnswlib with M=16, searched on one thread, with ef for a recall of 0.99
+    faiss_flat, faiss_hnsw, usearch_exact, usearch_hnsw   of packages that ship wheels, from `--other` (pip --target);
+                 their graphs up to 200,000 items, with M=16 and ef=200
 
 `gather_cost` is the time of a gathered row over that of a row of a scan in passing, for both kinds of scan.
 """
@@ -21,11 +22,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,8 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.graphs.ort_cpu import PROVIDER, import_onnxruntime, session_options
-from unipinrec.runtime.retrieval.index import HnswIndex, best
-from unipinrec.runtime.retrieval.index_build import IndexTask, build_index
+from unipinrec.runtime.retrieval.index import best, import_hnswlib, recall
+from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, choose_ef
 from unipinrec.runtime.retrieval.scan import BLOCK_ROWS, ExactIndex, Fp32Products, Int8Products
 
 SPREAD, BATCHES, WANTED = 0.75, (1, 8, 32), (200, 100)
@@ -94,11 +93,24 @@ def ort_way(vectors: Floats, threads: int) -> Way:
     return search
 
 
-def other_ways(vectors: Floats, threads: int, folder: str) -> tuple[dict[str, Way], dict[str, Any]]:
-    """Packages that ship wheels, the seconds that their indexes take to build, and their versions."""
-    sys.path.insert(0, folder)
-    faiss, usearch = importlib.import_module("faiss"), importlib.import_module("usearch.index")
-    faiss.omp_set_num_threads(threads)
+def rows_of(found: Any, queries: Floats) -> NDArray[np.int64]:
+    return np.asarray(found.keys, np.int64).reshape(len(queries), -1)
+
+
+def flat_ways(vectors: Floats, threads: int, faiss: Any, usearch: Any) -> dict[str, Way]:
+    """Scans of packages that ship wheels."""
+
+    def flat(queries: Floats, k: int) -> NDArray[np.int64]:
+        return np.asarray(faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1])
+
+    def exact(queries: Floats, k: int) -> NDArray[np.int64]:
+        return rows_of(usearch.search(vectors, queries, k, metric="ip", exact=True, threads=threads), queries)
+
+    return {"faiss_flat": flat, "usearch_exact": exact}
+
+
+def graph_ways(vectors: Floats, threads: int, faiss: Any, usearch: Any) -> tuple[dict[str, Way], dict[str, float]]:
+    """Indexes of packages that ship wheels, and the seconds that they take to build."""
     began = time.perf_counter()
     flat_graph = faiss.IndexHNSWFlat(vectors.shape[1], 16, faiss.METRIC_INNER_PRODUCT)
     flat_graph.hnsw.efConstruction, flat_graph.hnsw.efSearch = 200, 200
@@ -108,24 +120,29 @@ def other_ways(vectors: Floats, threads: int, folder: str) -> tuple[dict[str, Wa
     graph.expansion_search = 200
     graph.add(np.arange(len(vectors)), vectors, threads=threads)
     seconds = {"faiss_hnsw": faiss_built - began, "usearch_hnsw": time.perf_counter() - faiss_built}
-
-    def rows(found: Any, queries: Floats) -> NDArray[np.int64]:
-        return np.asarray(found.keys, np.int64).reshape(len(queries), -1)
-
-    def flat(queries: Floats, k: int) -> NDArray[np.int64]:
-        return np.asarray(faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1])
-
-    def exact(queries: Floats, k: int) -> NDArray[np.int64]:
-        return rows(usearch.search(vectors, queries, k, metric="ip", exact=True, threads=threads), queries)
-
     ways: dict[str, Way] = {
-        "faiss_flat": flat,
         "faiss_hnsw": lambda queries, k: np.asarray(flat_graph.search(queries, k)[1]),
-        "usearch_exact": exact,
-        "usearch_hnsw": lambda queries, k: rows(graph.search(queries, k, threads=threads), queries),
+        "usearch_hnsw": lambda queries, k: rows_of(graph.search(queries, k, threads=threads), queries),
     }
-    versions = {"faiss": faiss.__version__, "usearch": importlib.import_module("usearch").__version__}
-    return ways, {"build_s": {name: round(value, 1) for name, value in seconds.items()}, "others": versions}
+    return ways, {name: round(value, 1) for name, value in seconds.items()}
+
+
+def hnsw_way(catalogue: Catalogue, threads: int) -> tuple[Way, dict[str, Any]]:
+    """hnswlib, built on several threads."""
+    vectors, index = catalogue.vectors, import_hnswlib().Index(space="ip", dim=catalogue.vectors.shape[1])
+    began = time.perf_counter()
+    index.init_index(len(vectors), M=16, ef_construction=200, random_seed=0)
+    index.add_items(vectors, np.arange(len(vectors)), num_threads=threads)
+    built, queries = time.perf_counter() - began, catalogue.queries(200)
+    index.set_num_threads(1)
+    _, exact = ExactIndex.fastest(vectors).search(queries, 100)
+
+    def found(made: Any) -> float:
+        return recall(1 - made.knn_query(queries, k=100)[1], exact)
+
+    ef, reached = choose_ef(index, found, RECALL_TARGET)
+    described = {"m": 16, "ef": ef, "recall": round(reached, 4), "build_s": round(built, 1)}
+    return lambda queries, k: np.asarray(index.knn_query(queries, k=k)[0], np.int64), described
 
 
 def same(vectors: Floats, queries: Floats, found: NDArray[np.int64], exact: NDArray[np.int64]) -> float:
@@ -180,23 +197,23 @@ def main() -> None:
     ways: dict[str, Way] = {name: partial(scanned, scan) for name, scan in scans.items()}
     ways["int8_1"] = partial(scanned, ExactIndex(vectors, Int8Products(vectors, 1)))
     ways |= {"blas": partial(by_blas, vectors), "ort": ort_way(vectors, threads)}
-    more: dict[str, Any] = {"open_s": round(opened, 2), "build_s": {}}
+    more: dict[str, Any] = {"open_s": round(opened, 2)}
     if options.other:
-        others, more = other_ways(vectors, threads, options.other)
-        ways |= others
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        spec = build_index(IndexTask(vectors=vectors, queries=catalogue.queries(200)), Path(folder, "index.hnsw"))
-        more["build_s"]["hnsw"] = round(time.perf_counter() - began, 1)
-        index = HnswIndex(Path(folder, "index.hnsw"), spec, vectors)
-    ways["hnsw"] = lambda queries, k: index.search(queries, k)[0]
+        sys.path.insert(0, options.other)
+        faiss, usearch = importlib.import_module("faiss"), importlib.import_module("usearch.index")
+        faiss.omp_set_num_threads(threads)
+        ways |= flat_ways(vectors, threads, faiss, usearch)
+        more["others"] = {"faiss": faiss.__version__, "usearch": importlib.import_module("usearch").__version__}
+        if len(vectors) <= 200_000:
+            graphs, more["build_s"] = graph_ways(vectors, threads, faiss, usearch)
+            ways |= graphs
+    ways["hnsw"], more["hnsw"] = hnsw_way(catalogue, threads)
     sizes = [(batch, k) for k in WANTED for batch in BATCHES]
     rows = [measured(catalogue, ways, batch, k, options.rounds) for batch, k in sizes]
-    found = {"m": spec.m, "ef": spec.ef_search, "recall": round(spec.recall, 4)}
     given = {"items": options.items, "dim": options.dim, "threads": threads, "rounds": options.rounds}
     costs = gather_cost(catalogue, scans, options.rounds)
     name = f"scan_{options.items}x{options.dim}"
-    finish({**card("scan"), **given, **more, "index": found, "gather_cost": costs, "rows": rows}, name)
+    finish({**card("scan"), **given, **more, "gather_cost": costs, "rows": rows}, name)
 
 
 if __name__ == "__main__":
