@@ -38,7 +38,7 @@ GRAPH = (
 Scores = NDArray[np.int32] | NDArray[np.float32]
 
 
-class Products(Protocol):
+class RoughProducts(Protocol):
     """Rough inner products of all items with queries."""
 
     dtype: str
@@ -55,7 +55,7 @@ class Products(Protocol):
 
 
 class Fp32Products:
-    """Products in numpy, on one thread."""
+    """RoughProducts in numpy, on one thread."""
 
     dtype = "fp32"
 
@@ -63,7 +63,7 @@ class Fp32Products:
         self._vectors, self.gather_cost = vectors, gather_cost
 
     def blocks(self, queries: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any], Iterator[tuple[int, Scores]]]:
-        """See `Products.blocks`. The error is far below the margin of `ExactIndex`."""
+        """See `RoughProducts.blocks`. The error is far below the margin of `ExactIndex`."""
         # Not `@`: the threads of BLAS spin and compete if several requests scan at once.
         scores = (
             (start, np.einsum("se,ne->sn", queries, self._vectors[start : start + BLOCK_ROWS]))
@@ -73,7 +73,7 @@ class Fp32Products:
 
 
 class Int8Products:
-    """Products of a copy in int8, a quarter of the size, in ONNX Runtime."""
+    """RoughProducts of a copy in int8, a quarter of the size, in ONNX Runtime."""
 
     dtype = "int8"
     gather_cost: float = INT8_GATHER_COST
@@ -113,7 +113,7 @@ class Int8Products:
         return unit
 
     def blocks(self, queries: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any], Iterator[tuple[int, Scores]]]:
-        """See `Products.blocks`."""
+        """See `RoughProducts.blocks`."""
         wide = queries.astype(np.float64)
         steps = np.maximum(np.abs(wide).max(axis=1), SHORTEST**2) / QUERY_LEVELS
         levels = np.rint(wide / steps[:, None])
@@ -139,7 +139,7 @@ class Int8Products:
 class ExactIndex:
     """Scans item vectors; its result depends only on the query, the eligible rows and their vectors."""
 
-    def __init__(self, item_vectors: NDArray[np.float32], products: Products | None = None) -> None:
+    def __init__(self, item_vectors: NDArray[np.float32], products: RoughProducts | None = None) -> None:
         """Scan item vectors [N, E]; `products` = in fp32, without a copy of them."""
         self._vectors, self.products = item_vectors, products or Fp32Products(item_vectors)
         # Four times the bound on the rounding error of an inner product with a query of length 1.
