@@ -65,8 +65,8 @@ class ExportOptions:
 
     Attributes:
         users: Number of histories, from the first, that go into the bundle for `recommend --user`.
-        index: Whether to build an index; without it, and where hnswlib is missing, requests scan all items.
         recall: Target recall@100 of the index. If the index misses it, the manifest holds the recall that it reaches.
+            None, or where hnswlib is missing: there is no index, and requests scan all items.
         accept_loss: Whether a precision may recommend other items than fp32, as fp8 often does.
         data: Prepared data, to choose the order of slates and to measure the lists of the bundle. None skips both.
         evaluated: Number of test requests to measure on; 0 skips the measurement.
@@ -76,8 +76,7 @@ class ExportOptions:
     """
 
     users: int = 1000
-    index: bool = True
-    recall: float = RECALL_TARGET
+    recall: float | None = RECALL_TARGET
     accept_loss: bool = False
     data: Path | None = None
     evaluated: int = 0
@@ -132,8 +131,7 @@ def export_bundle(
         if histories is not None:
             _write_users(histories, options.users, folder)
         progress("index")
-        task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
-        index = build_index(task, folder / INDEX) if options.index and can_index() else None
+        index = _index(source, sample, vectors, options.recall, folder)
         progress("manifest")
         manifest = _manifest(source, folder, graphs, parity, index, options)
         seal(folder, manifest)
@@ -265,6 +263,15 @@ def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.flo
         events = as_events(pad_histories([history.part(-source.model.max_history)]), table)
         queries.append(source.servable.retrieve(source.servable.encode(events)[1], outcomes)[0])
     return torch.cat(queries).numpy()
+
+
+def _index(
+    source: ExportSource, histories: Histories, vectors: NDArray[np.float32], recall: float | None, folder: Path
+) -> IndexSpec | None:
+    if recall is None or not can_index():
+        return None
+    task = IndexTask(vectors=vectors, queries=_queries(source, histories, vectors), target=recall)
+    return build_index(task, folder / INDEX)
 
 
 def _write_users(histories: Histories, users: int, folder: Path) -> None:

@@ -75,13 +75,15 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
 class _Update:
     """A checked update.
 
-    `table` [N + A, E] holds the old vectors, then those of the A items to add; `retired` holds all retired rows.
+    `table` [N + A, E] holds the old vectors, then those of the A items to add; `retired` holds all retired rows;
+    `indexed` says whether the new bundle gets an index.
     """
 
     parent: Bundle
     added: ItemRows
     table: NDArray[np.float32]
     retired: NDArray[np.int64]
+    indexed: bool
 
 
 def update_bundle(
@@ -113,10 +115,7 @@ def update_bundle(
     with written_whole(out) as folder:
         progress("old bundle")
         parent = Bundle.open(bundle)
-        old = parent.manifest.index
-        indexed = (old is not None or recall is not None) and can_index()
-        if indexed and old is not None:
-            HnswIndex.open(parent, old)
+        indexed = _indexed(parent, recall)
         retired, repeated = _retired_rows(parent, retire)
         gone = set(retired.tolist())
         taken = {item for item, row in parent.rows.items() if row not in gone}
@@ -125,12 +124,9 @@ def update_bundle(
             raise DataError(f"all {parent.catalogue.num_live} items would be retired; keep at least one")
         progress("item vectors")
         table = np.concatenate([parent.item_vectors, embed_items(added, parent)])
-        update = _Update(parent=parent, added=added, table=table, retired=retired)
+        update = _Update(parent=parent, added=added, table=table, retired=retired, indexed=indexed)
         progress("index")
-        index: IndexSpec | None = None
-        way: Way = "none"
-        if indexed:
-            index, way = _write_index(update, recall, folder)
+        index, way = _write_index(update, recall, folder)
         progress("files")
         manifest = _write(update, index, folder)
         with Recommender.load(folder, "cpu") as recommender:
@@ -163,7 +159,18 @@ def _retired_rows(parent: Bundle, retire: Mapping[str, str]) -> tuple[NDArray[np
     return np.array(sorted(rows), np.int64), repeated
 
 
-def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[IndexSpec, Way]:
+def _indexed(parent: Bundle, recall: float | None) -> bool:
+    """Whether the new bundle gets an index; the old one is checked."""
+    old = parent.manifest.index
+    indexed = (old is not None or recall is not None) and can_index()
+    if indexed and old is not None:
+        HnswIndex.open(parent, old)
+    return indexed
+
+
+def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[IndexSpec | None, Way]:
+    if not update.indexed:
+        return None, "none"
     parent = update.parent
     old, path = parent.manifest.index, folder / INDEX
     target = old.recall_target if old is not None and recall is None else recall

@@ -49,6 +49,7 @@ def manifest(bundle: Path) -> Manifest:
     return msgspec.json.decode((bundle / "manifest.json").read_bytes(), type=Manifest)
 
 
+@pytest.mark.hnswlib
 def test_the_files_of_the_format_are_there(bundle: Path, manifest: Manifest) -> None:
     expected = {f"{name}.onnx" for name in GRAPHS} | {
         "golden.safetensors",
@@ -138,6 +139,7 @@ def test_the_category_codes_are_those_of_the_catalogue(bundle: Path, checkpoint:
     assert codes.max(axis=0).tolist() == [len(words) for words in manifest.categories.values()]
 
 
+@pytest.mark.hnswlib
 def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
     assert manifest.index is not None
     assert manifest.index.count == 300
@@ -145,6 +147,7 @@ def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
     assert manifest.index.recall >= 0.99
 
 
+@pytest.mark.hnswlib
 def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_chosen(
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +179,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
         assert (bundle / name).read_bytes() == (again / name).read_bytes(), name
 
 
+@pytest.mark.hnswlib
 def test_another_process_with_other_threads_writes_the_same_bytes_and_as_few_users_as_wanted(
     checkpoint: Path, dataset: Path, bundle: Path, tmp_path: Path
 ) -> None:

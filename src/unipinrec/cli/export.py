@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unipinrec.runtime.bundle.manifest import Manifest
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+REPORTED = ("parity", "precisions", "index", "order", "evaluation", "cache", "files")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
 
 
@@ -126,8 +127,7 @@ def export(
             precisions=[name for name in PRECISIONS[1:] if name in precisions],
             options=ExportOptions(
                 users=users,
-                index=index,
-                recall=RECALL_TARGET if recall is None else recall,
+                recall=(recall or RECALL_TARGET) if index else None,
                 accept_loss=accept_loss,
                 data=data,
                 evaluated=2000 if evaluated is None else evaluated,
@@ -137,9 +137,7 @@ def export(
         )
     warn_of_low_recall(manifest.index)
     if as_json:
-        names = ("parity", "precisions", "index", "order", "evaluation", "cache", "files")
-        reported = {name: getattr(manifest, name) for name in names}
-        print_json({"bundle": str(bundle), **reported})
+        print_json({"bundle": str(bundle), **{name: getattr(manifest, name) for name in REPORTED}})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
 

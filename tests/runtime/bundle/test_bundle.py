@@ -48,6 +48,7 @@ def test_an_opened_bundle(bundle: Path) -> None:
     np.testing.assert_array_equal(opened.item_vectors, expected)
 
 
+@pytest.mark.hnswlib
 @pytest.mark.parametrize("name", FILES)
 def test_one_flipped_bit_is_found(copy: Path, name: str) -> None:
     flip_byte(copy / name)
@@ -69,6 +70,7 @@ def test_a_truncated_file_is_found(copy: Path) -> None:
         Bundle.open(copy)
 
 
+@pytest.mark.hnswlib
 @pytest.mark.parametrize("name", ["index.hnsw", "extend.onnx"])
 def test_a_missing_file_is_found(copy: Path, name: str) -> None:
     (copy / name).unlink()
@@ -107,6 +109,7 @@ def test_file_names_stay_inside_the_folder(copy: Path, reseal: Reseal, name: str
         Bundle.open(copy)
 
 
+@pytest.mark.hnswlib
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -124,6 +127,7 @@ def test_a_manifest_that_contradicts_itself(copy: Path, reseal: Reseal, changes:
         Bundle.open(copy)
 
 
+@pytest.mark.hnswlib
 def test_a_manifest_that_lacks_what_serving_needs(copy: Path, reseal: Reseal) -> None:
     manifest = json.loads((copy / "manifest.json").read_bytes())
     del manifest["files"]["index.hnsw"], manifest["files"]["weights.bin"]

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.retrieval import scan as scan_module
-from unipinrec.runtime.retrieval.index import best
+from unipinrec.runtime.retrieval.index import best, recall
+from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, choose_ef
 from unipinrec.runtime.retrieval.scan import GRAPH, INT8_ROWS, ExactIndex, Fp32Products, Int8Products
 
 
@@ -200,3 +201,37 @@ def test_only_a_large_catalogue_is_copied(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(scan_module, "import_onnxruntime", missing)
     assert ExactIndex.fastest(vectors).products.dtype == "fp32"
+
+
+@pytest.mark.slow
+@pytest.mark.hnswlib
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("items", [100_000, 1_000_000])
+def test_the_index_finds_what_the_scan_finds(items: int) -> None:
+    """Within the target of the index; `bench/scan.py` measures their times."""
+    import hnswlib
+
+    rng = np.random.default_rng(0)
+    centres = unit(rng, items // 200, 64)
+    vectors = np.empty((items, 64), np.float32)
+    for start in range(0, items, 50_000):
+        noise = rng.normal(scale=0.75 / 8, size=(50_000, 64))
+        near = centres[rng.integers(0, len(centres), 50_000)] + noise
+        vectors[start : start + 50_000] = near / np.linalg.norm(near, axis=1, keepdims=True)
+    queries = np.asarray(vectors[:100] + rng.normal(scale=0.5 / 8, size=(100, 64)), np.float32)
+    scan = ExactIndex.fastest(vectors)
+    assert scan.products.dtype == "int8"
+    rows, similarity = scan.search(queries, 100)
+    in_fp32 = ExactIndex(vectors).search(queries[:5], 100)
+    np.testing.assert_array_equal(rows[:5], in_fp32[0])
+    np.testing.assert_array_equal(similarity[:5], in_fp32[1])
+    index = hnswlib.Index(space="ip", dim=64)
+    index.init_index(items, M=16, ef_construction=200, random_seed=0)
+    index.add_items(vectors, np.arange(items))
+
+    def measure(made: Any) -> float:
+        found = best(vectors, queries[:, None], list(made.knn_query(queries, k=100)[0].astype(np.int64)), [100] * 100)
+        return recall(np.stack([values for _, values in found]), similarity)
+
+    _, reached = choose_ef(index, measure, RECALL_TARGET)
+    assert reached >= RECALL_TARGET
