@@ -23,12 +23,13 @@ def import_hnswlib() -> Any:
     """Import hnswlib, an extra that is compiled on installation.
 
     Raises:
-        BackendError: It is missing.
+        BackendError: It is missing, or does not load.
     """
     try:
         import hnswlib  # noqa: PLC0415 - bundles are scanned without it
     except ImportError as error:
-        raise BackendError(f"hnswlib is not installed ({error}); pip install 'unipinrec[hnsw]' compiles it") from error
+        problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load: {error}"
+        raise BackendError(f"hnswlib {problem}; pip install 'unipinrec[hnsw]' compiles it") from error
     return hnswlib
 
 

@@ -19,7 +19,7 @@ from unipinrec.runtime.machine import thread_count
 from unipinrec.runtime.retrieval.index import Matches, best, check_finite
 
 # Gathering a row costs as much as reading this many in order: bench/retrieval_filters.py, bench/scan.py.
-GATHER_COST, INT8_GATHER_COST = 4, 16
+GATHER_COST, INT8_GATHER_COST = 4, 6
 BLOCK_ROWS = 65_536
 QUERIES_AT_ONCE = 32
 INT8_ROWS = 16_384  # with fewer items a copy in int8 saves no time
