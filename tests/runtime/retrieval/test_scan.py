@@ -140,8 +140,8 @@ def test_a_scan_in_int8_finds_the_same(kind: str, seed: int, searches: int, k: i
     queries = np.float32(rng.lognormal(0, 3)) * unit(rng, searches, 24)
     masks = [None, rng.random(len(vectors)) < 0.5, rng.random(len(vectors)) < 0.1]
     eligible = [
-        Eligible(allowed=masks[rng.integers(3)], excluded=rng.choice(len(vectors), 30, replace=False))
-        for _ in range(searches)
+        Eligible(allowed=masks[rng.integers(3)], excluded=rng.permutation(np.argsort(-(vectors @ query))[:30:2]))
+        for query in queries
     ]
     with pytest.MonkeyPatch.context() as small:
         small.setattr(scan_module, "BLOCK_ROWS", int(rng.choice([170, 700, 3_000])))
