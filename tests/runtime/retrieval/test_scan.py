@@ -134,7 +134,7 @@ def catalogue(kind: str, rng: np.random.Generator, items: int = 3_000) -> NDArra
 @pytest.mark.parametrize("kind", ["unit", "long", "near", "empty"])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 999), searches=st.integers(1, 5), k=st.sampled_from([1, 20, 150]))
-def test_a_scan_in_int8_finds_the_same(kind: str, seed: int, searches: int, k: int) -> None:
+def test_scans_find_exactly_the_best_eligible_items(kind: str, seed: int, searches: int, k: int) -> None:
     rng = np.random.default_rng(seed)
     vectors = catalogue(kind, rng)
     queries = np.float32(rng.lognormal(0, 3)) * unit(rng, searches, 24)
@@ -148,10 +148,12 @@ def test_a_scan_in_int8_finds_the_same(kind: str, seed: int, searches: int, k: i
         small.setattr(scan_module, "QUERIES_AT_ONCE", int(rng.choice([1, 2, 32])))
         scans = ExactIndex(vectors, Int8Products(vectors, threads=2)), ExactIndex(vectors)
         near = [scan.near(queries, k, eligible) for scan in scans]
-    found, expected = (best(vectors, queries[:, None], rows, [k] * searches) for rows in near)
-    for (rows, similarity), (known, exact) in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(rows, known)
-        np.testing.assert_array_equal(similarity, exact)
+    every = [each.keep(np.arange(len(vectors))) for each in eligible]
+    in_int8, in_fp32, expected = (best(vectors, queries[:, None], rows, [k] * searches) for rows in (*near, every))
+    for found in (in_int8, in_fp32):
+        for (rows, similarity), (known, exact) in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(rows, known)
+            np.testing.assert_array_equal(similarity, exact)
 
 
 @pytest.mark.parametrize("kind", ["unit", "long", "near", "empty"])
