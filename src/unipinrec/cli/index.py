@@ -89,11 +89,11 @@ def _document(report: UpdateReport) -> dict[str, object]:
     return {**document, **{name: getattr(index, field, None) for name, field in names.items()}}
 
 
-def describe(index: IndexSpec | None) -> str:
-    """The index in words."""
+def describe(index: IndexSpec | None, way: str = "") -> str:
+    """The index in words, with the way that it was made, such as "rebuilt, "."""
     if index is None:
         return "no index: requests scan all items"
-    return f"index recall@{index.recall_k} {index.recall:.4f} at ef={index.ef_search}"
+    return f"index {way}recall@{index.recall_k} {index.recall:.4f} at ef={index.ef_search}"
 
 
 def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
@@ -103,7 +103,7 @@ def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
         )
     common.say(
         f"{out}: {report.items_before} items before, {report.added} added, {report.retired} retired "
-        f"({report.already_retired} were already), {report.items_after} now; {describe(report.index)}"
-        f"{f', {report.way}' if report.index else ''}, {seconds:.0f} s; "
+        f"({report.already_retired} were already), {report.items_after} now; {describe(report.index, f'{report.way}, ')}, "
+        f"{seconds:.0f} s; "
         f"bundle {report.bundle[: common.SHORT]} from {report.parent[: common.SHORT]}"
     )
