@@ -101,9 +101,9 @@ def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
         common.warn(
             f"{count} of {report.added} added items have a {feature} that the model does not know; it counts as unknown"
         )
+    made = describe(report.index, f"{report.way}, ")
     common.say(
         f"{out}: {report.items_before} items before, {report.added} added, {report.retired} retired "
-        f"({report.already_retired} were already), {report.items_after} now; {describe(report.index, f'{report.way}, ')}, "
-        f"{seconds:.0f} s; "
+        f"({report.already_retired} were already), {report.items_after} now; {made}, {seconds:.0f} s; "
         f"bundle {report.bundle[: common.SHORT]} from {report.parent[: common.SHORT]}"
     )
