@@ -1,4 +1,5 @@
-# Everything a newcomer and CI run. Needs Python 3.11 or newer, git and a C++ compiler; all else goes into .venv.
+# Everything a newcomer and CI run. Needs Python 3.11 or newer and git; all else goes into .venv. With a C++ compiler
+# that includes hnswlib, the vector index, which ships no wheels.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -30,10 +31,11 @@ release: install  ## sdist, wheel, notes and checksums in dist/
 
 install: $(VENV)/installed  ## a virtual environment with everything
 
-$(VENV)/installed: pyproject.toml | compiler
+$(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[cpu,train,serve,dev]'
+	if $(MAKE) --silent --no-print-directory compiler; then $(BIN)/pip install --quiet --editable '.[hnsw]'; fi
 	for bindings in $(BINDINGS); do \
 	  $(BIN)/pip install --quiet --no-deps --upgrade --target "$(VENV)/tensorrt-bindings/$$bindings" "$$bindings" || \
 	    echo "no $$bindings for this Python or system: the test against it will be skipped"; done
@@ -41,11 +43,15 @@ $(VENV)/installed: pyproject.toml | compiler
 
 compiler:
 	@command -v $${CXX:-c++} > /dev/null || { \
-	  echo "hnswlib, the vector index, is compiled on installation, and no C++ compiler was found."; \
-	  echo "Debian/Ubuntu: apt-get install g++ python3-dev    Fedora: dnf install gcc-c++ python3-devel"; exit 1; }
+	  echo "WITHOUT hnswlib, the vector index: it is compiled on installation, and no C++ compiler was found."; \
+	  echo "All items are scanned instead: the same results, more slowly if there are hundreds of thousands of items."; \
+	  echo "Debian/Ubuntu: apt-get install g++ python3-dev    Fedora: dnf install gcc-c++ python3-devel"; \
+	  echo "Then: $(BIN)/pip install --editable '.[hnsw]'"; exit 1; }
 	@$(PYTHON) -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('include'), 'Python.h').stat()" 2> /dev/null || { \
-	  echo "hnswlib is compiled on installation and needs the headers of $(PYTHON), which were not found."; \
-	  echo "Debian/Ubuntu: apt-get install python3-dev    Fedora: dnf install python3-devel"; exit 1; }
+	  echo "WITHOUT hnswlib, the vector index: to be compiled it needs the headers of $(PYTHON), which were not found."; \
+	  echo "All items are scanned instead: the same results, more slowly if there are hundreds of thousands of items."; \
+	  echo "Debian/Ubuntu: apt-get install python3-dev    Fedora: dnf install python3-devel"; \
+	  echo "Then: $(BIN)/pip install --editable '.[hnsw]'"; exit 1; }
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

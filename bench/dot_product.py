@@ -20,9 +20,10 @@ from common import card, finish
 from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, recall
+from unipinrec.runtime.retrieval.index import HnswIndex, recall
 from unipinrec.runtime.retrieval.index_build import IndexTask, build_index
 from unipinrec.runtime.retrieval.retriever import Retriever, Search
+from unipinrec.runtime.retrieval.scan import ExactIndex
 
 DIM, CENTRES, QUERIES, K = 64, 500, 500, 100
 Floats = NDArray[np.float32]

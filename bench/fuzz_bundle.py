@@ -128,6 +128,7 @@ def _read(bundle: Bundle) -> None:
     query = bundle.item_vectors[:1]
     with contextlib.suppress(BackendError):
         assert retriever.index is not None
+        assert bundle.manifest.index is not None
         rows, similarity = retriever.index.search(query, min(3, bundle.manifest.index.count))
         assert np.isfinite(similarity).all()
         assert [bundle.item_ids[row] for row in rows[0]]

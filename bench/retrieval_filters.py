@@ -33,9 +33,10 @@ import numpy as np
 from common import card, finish
 from numpy.typing import NDArray
 
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex
+from unipinrec.runtime.retrieval.index import HnswIndex
 from unipinrec.runtime.retrieval.index_build import IndexTask, build_index
 from unipinrec.runtime.retrieval.retriever import Retriever, Search
+from unipinrec.runtime.retrieval.scan import ExactIndex, Fp32Products
 
 DIM, CENTRES, SPREAD = 64, 500, 0.75
 SHARES = (1.0, 0.5, 0.1, 0.01, 0.001)
@@ -73,7 +74,9 @@ class Catalogue:
     def ways(self) -> dict[str, tuple[Retriever, bool]]:
         """Retrievers that are bound to one way, and whether they are to scan."""
         usual = Retriever(index=self.index, scan=ExactIndex(self.vectors), item_vectors=self.vectors)
-        masked, gathered = ExactIndex(self.vectors, len(self.vectors)), ExactIndex(self.vectors, 0)
+        masked, gathered = (
+            ExactIndex(self.vectors, Fp32Products(self.vectors, cost)) for cost in (len(self.vectors), 0)
+        )
         return {
             "index": (replace(usual, visit_cost=0), False),
             "masked": (replace(usual, scan=masked), True),
@@ -117,7 +120,7 @@ def one_share(catalogue: Catalogue, kind: str, share: float, wanted: int, rounds
 def constants(catalogue: Catalogue, rounds: int) -> dict[str, Any]:
     """Times of unfiltered searches and of scans, and the two ratios."""
     tenth, items = catalogue.mask("random", 0.1), len(catalogue.vectors)
-    scan, gathering = ExactIndex(catalogue.vectors), ExactIndex(catalogue.vectors, 0)
+    scan, gathering = ExactIndex(catalogue.vectors), ExactIndex(catalogue.vectors, Fp32Products(catalogue.vectors, 0))
     times: dict[str, list[float]] = {name: [] for name in ("scan", "gather", *map(str, WIDTHS))}
     for query in catalogue.queries(rounds + WARM_UP)[:, None]:
         times["scan"].append(milliseconds(partial(scan.search, query, 100)))

@@ -144,6 +144,7 @@ def main() -> None:
         rows = [row(plain, cached, candidates, options.rounds) for candidates in CANDIDATES]
         index = plain.bundle.manifest.index
     document = {**card("serving"), "events": EVENTS, "new_events": NEW, "items": options.items, "batch": 1}
+    assert index is not None
     found = {"ef_search": index.ef_search, "recall_at_100": index.recall}
     finish({**document, "index": found, "threads": options.threads, "rounds": options.rounds, "rows": rows}, "serving")
 

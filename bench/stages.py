@@ -29,11 +29,12 @@ from synthetic import ACTIONS, NOW_MS, random_source
 
 from unipinrec.export.bundle_writer import export_bundle
 from unipinrec.models.config import SMALL, AttentionForm
-from unipinrec.runtime.bundle.bundle import INDEX, Bundle
+from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.graphs.engine import Encoded, Engine, HistoryBatch
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex
+from unipinrec.runtime.retrieval.index import HnswIndex
 from unipinrec.runtime.retrieval.retriever import Retriever, Search
+from unipinrec.runtime.retrieval.scan import ExactIndex
 
 HISTORIES, CANDIDATES = (256, 512, 992), (128, 656)
 FORMS: tuple[AttentionForm, ...] = ("sink", "self")
@@ -98,7 +99,8 @@ def open_engine(form: AttentionForm, items: int, threads: int, folder: Path) -> 
     export_bundle(random_source(form, items), folder)
     bundle = Bundle.open(folder)
     engine = Engine(OrtBackend(bundle.graph_files(), threads), bundle.manifest.model, bundle.item_vectors)
-    index = HnswIndex(folder / INDEX, bundle.manifest.index, bundle.item_vectors)
+    assert bundle.manifest.index is not None
+    index = HnswIndex.open(bundle, bundle.manifest.index)
     return engine, Retriever(index=index, scan=ExactIndex(bundle.item_vectors), item_vectors=bundle.item_vectors)
 
 

@@ -53,12 +53,12 @@ from unipinrec.runtime.bundle.quality import Evaluation
 from unipinrec.runtime.graphs.engine import pad_histories
 from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.recommender import Recommender
-from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index
+from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, IndexTask, build_index, can_index
 from unipinrec.runtime.sample import chosen_cache, sample_quality
 
 EMBED_CHUNK = 65_536
 log = logging.getLogger(__name__)
-TOOLS = ("torch", "onnx", "onnxscript", "hnswlib", "numpy")
+TOOLS = ("torch", "onnx", "onnxscript", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class ExportOptions:
     Attributes:
         users: Number of histories, from the first, that go into the bundle for `recommend --user`.
         recall: Target recall@100 of the index. If the index misses it, the manifest holds the recall that it reaches.
+            None, or where hnswlib is missing: there is no index, and requests scan all items.
         accept_loss: Whether a precision may recommend other items than fp32, as fp8 often does.
         data: Prepared data, to choose the order of slates and to measure the lists of the bundle. None skips both.
         evaluated: Number of test requests to measure on; 0 skips the measurement.
@@ -77,7 +78,7 @@ class ExportOptions:
     """
 
     users: int = 1000
-    recall: float = RECALL_TARGET
+    recall: float | None = RECALL_TARGET
     accept_loss: bool = False
     data: Path | None = None
     evaluated: int = 0
@@ -132,8 +133,7 @@ def export_bundle(
         if histories is not None:
             _write_users(histories, options.users, folder)
         progress("index")
-        task = IndexTask(vectors=vectors, queries=_queries(source, sample, vectors), target=options.recall)
-        index = build_index(task, folder / INDEX)
+        index = _index(source, sample, vectors, options.recall, folder)
         progress("manifest")
         manifest = _manifest(source, folder, graphs, parity, index, options)
         seal(folder, manifest)
@@ -273,6 +273,15 @@ def _queries(source: ExportSource, histories: Histories, vectors: NDArray[np.flo
     return torch.cat(queries).numpy()
 
 
+def _index(
+    source: ExportSource, histories: Histories, vectors: NDArray[np.float32], recall: float | None, folder: Path
+) -> IndexSpec | None:
+    if recall is None or not can_index():
+        return None
+    task = IndexTask(vectors=vectors, queries=_queries(source, histories, vectors), target=recall)
+    return build_index(task, folder / INDEX)
+
+
 def _write_users(histories: Histories, users: int, folder: Path) -> None:
     """Write the popularity of items, and the first users, if any."""
     if histories.popularity is not None:
@@ -292,12 +301,13 @@ def _manifest(
     folder: Path,
     graphs: dict[str, GraphSpec],
     parity: ParityReport,
-    index: IndexSpec,
+    index: IndexSpec | None,
     options: ExportOptions,
 ) -> Manifest:
-    versions = {name: importlib.metadata.version(name) for name in TOOLS}
+    tools = TOOLS if index is None else (*TOOLS, "hnswlib")
+    versions = {name: importlib.metadata.version(name) for name in tools}
     return Manifest(
-        format_version=source.model.format_version,
+        format_version=source.model.format_version(indexed=index is not None),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=source.model,
         config=source.config,

@@ -129,7 +129,7 @@ class Recommender:
             recommender = cls(
                 bundle=bundle,
                 engine=engine,
-                retriever=Retriever.open(bundle),
+                retriever=Retriever.open(bundle, rules.get("threads")),
                 encoder=HistoryEncoder(engine, kept, namespace, bundle.kv_item_keys),
                 window_slack=window_slack,
                 popular=PopularItems.open(bundle, cold_start, engine.device.name),

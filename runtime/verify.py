@@ -55,13 +55,15 @@ class VerifyReport:
     """All checks of a bundle.
 
     `golden` checks a device that computes in fp32, `agreement` a device that rounds; the other is empty or None. If
-    damage keeps the graphs from running, both are, and `device` is None. `sample` is None if the bundle has no users,
-    `cache` if the bundle states no type of the cache, or the device rounds more than a cache does.
+    damage keeps the graphs from running, both are, and `device` and `retrieval` are None. `retrieval` says what
+    finds the candidates here, index or scan, and why. `sample` is None if the bundle has no users, `cache` if the
+    bundle states no type of the cache, or the device rounds more than a cache does.
     """
 
     bundle: str
     hash: str | None
     device: Device | None
+    retrieval: str | None
     tolerance: float
     files: tuple[FileCheck, ...]
     golden: tuple[GoldenCheck, ...]
@@ -87,11 +89,11 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
     folder = local_folder(path)
     files, digest = _check_files(folder)
     golden: tuple[GoldenCheck, ...] = ()
-    agreement = running = sample = cache = None
+    agreement = running = retrieval = sample = cache = None
     if not any(check.problem for check in files):
         try:
             with Recommender.load(folder, device, verify=False, **rules) as recommender:
-                running = recommender.device
+                running, retrieval = recommender.device, recommender.retriever.way
                 golden, agreement = check_outputs(recommender.engine, recommender.bundle)
                 sample, cache = _check_sample(recommender), _check_cache(recommender)
         except BundleError as error:
@@ -101,6 +103,7 @@ def verify_bundle(path: Path | str, device: str = "auto", **rules: Unpack[Device
         bundle=str(folder),
         hash=digest,
         device=running,
+        retrieval=retrieval,
         tolerance=TOLERANCE,
         files=files,
         golden=golden,

@@ -8,6 +8,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests share their cores
 NO_REDIS = "redis-server is not installed (Debian: apt-get install redis-server)"
+NO_HNSWLIB = "hnswlib is not installed (pip install 'unipinrec[hnsw]'), or left out by --without-hnswlib"
 DATA_ROOT = Path(os.environ.get("UNIPINREC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
@@ -29,6 +31,21 @@ def own_logs() -> Iterator[None]:
     for one, level, handlers, propagate, disabled in before:
         one.setLevel(level)
         one.handlers, one.propagate, one.disabled = handlers, propagate, disabled
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-hnswlib", action="store_true", help="test as if hnswlib were not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-hnswlib"):
+        sys.modules["hnswlib"] = None  # type: ignore[assignment]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("hnswlib") and find_spec("hnswlib") is None:
+        pytest.skip(NO_HNSWLIB)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ ITEM_METADATA = "item_metadata.json"
 INDEX, GOLDEN, WEIGHTS = "index.hnsw", "golden.safetensors", "weights.bin"
 POPULAR, SHARE = "popular.safetensors", "share"
 USERS, USER_IDS = "users.safetensors", "user_ids.json"
-REQUIRED_FILES = (ITEMS, ITEM_IDS, INDEX, GOLDEN, WEIGHTS)
+REQUIRED_FILES = (ITEMS, ITEM_IDS, GOLDEN, WEIGHTS)
 READ_WHILE_SERVING = (ITEMS, GOLDEN, USERS, USER_IDS)
 ITEM_VECTORS, CATEGORIES = "item_vectors", "categories"
 CHECK_ROWS = 65_536
@@ -260,6 +260,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     needed |= {f"weights_{precision}.bin" for precision in manifest.precisions}
     needed |= {engine.file for engine in manifest.engines}
     needed |= {RETIRED} if manifest.num_retired else set()
+    needed |= {INDEX} if manifest.index else set()
     unlisted = sorted(needed - set(manifest.files))
     if unlisted:
         return f"does not list {', '.join(unlisted)}"
@@ -274,6 +275,8 @@ def _index_contradiction(manifest: Manifest) -> str | None:
     index, count, retired = manifest.index, manifest.num_items, manifest.num_retired
     if not 0 <= retired < count:
         return f"{retired} of {count} items are retired"
+    if index is None:
+        return None
     if not 0 < index.ef_search < 1 << 31:
         return f"ef_search={index.ef_search} of the index is not from 1 to {(1 << 31) - 1}"
     expected = ("ip", manifest.model.item_dim, count)

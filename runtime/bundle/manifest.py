@@ -18,7 +18,7 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.quality import DEFAULT_KV_DTYPE, CacheSpec, Evaluation, KvDtype, SampleQuality
 from unipinrec.runtime.requests import Order
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GRAPHS = ("encoder", "extend", "retrieval", "ranker", "item_embedder")
 Similarity = Literal["cosine", "dot"]
 Caching = Literal["prefix", "none"]
@@ -90,9 +90,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         extend, ranker = ["extend"] * (self.cache == "prefix"), ["ranker"] * (self.ranker is not None)
         return ("encoder", *extend, "retrieval", *ranker)
 
-    @property
-    def format_version(self) -> int:
-        """The lowest version of the format that can describe the model."""
+    def format_version(self, *, indexed: bool) -> int:
+        """The lowest version of the format that can describe the model, with an index or without."""
+        if not indexed:
+            return 3
         new = (self.similarity, self.item_bias, self.cache, self.ranker)
         return 1 if new == ("cosine", False, "prefix", "past") else 2
 
@@ -235,7 +236,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         precision: Type of the weights of `graphs`.
         graphs: The graphs by name; without `item_embedder` if the model declares no content features.
         files: Every other file of the bundle.
-        index: The nearest-neighbour index.
+        index: The nearest-neighbour index; None, there is none, and requests scan all items (new in format 3).
         parity: Comparison of the graphs with PyTorch.
         metrics: Offline metrics of the checkpoint, if it has any.
         data_fingerprint: sha256 of the catalogue's ids and features, and of the data's declarations.
@@ -269,7 +270,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     precision: str
     graphs: dict[str, GraphSpec]
     files: dict[str, FileSpec]
-    index: IndexSpec
+    index: IndexSpec | None
     parity: ParityReport
     metrics: dict[str, Any] | None
     data_fingerprint: str

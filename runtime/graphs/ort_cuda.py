@@ -12,10 +12,9 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from numpy.typing import NDArray
 
@@ -25,6 +24,9 @@ from unipinrec.runtime.bundle.sealed import GraphFile
 from unipinrec.runtime.graphs.backend import Graphs
 from unipinrec.runtime.graphs.ort_cpu import OrtTensor, import_onnxruntime, load_session, ort_value, session_options
 from unipinrec.runtime.machine import driver_problem
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 CUDA = "CUDAExecutionProvider"
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
@@ -148,6 +150,8 @@ def overwritten() -> str | None:
 
 
 def _wheels() -> list[Distribution]:
+    from importlib.metadata import PackageNotFoundError, distribution  # noqa: PLC0415 - it loads email and zipfile
+
     wheels = []
     for name in WHEELS:
         with contextlib.suppress(PackageNotFoundError):

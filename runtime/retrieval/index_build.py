@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unipinrec.errors import ExportError
+from unipinrec.errors import BackendError, ExportError
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import ExactIndex, best, load_index, recall
+from unipinrec.runtime.retrieval.index import best, import_hnswlib, load_index, recall
+from unipinrec.runtime.retrieval.scan import ExactIndex
 
 M_CHOICES = (16, 32, 48)
 EF_CONSTRUCTION = 200
@@ -45,16 +46,26 @@ class IndexTask:
     seed: int = 0
 
 
+def can_index() -> bool:
+    """Whether hnswlib is installed; if it is not, the log says that a new bundle will have no index."""
+    try:
+        import_hnswlib()
+    except BackendError as error:
+        log.warning("the new bundle has no index, and requests will scan all items: %s", error)
+        return False
+    return True
+
+
 def build_index(task: IndexTask, path: Path) -> IndexSpec:
     """Write an index with the smallest M and ef that reach the target, else with those of the best recall.
 
     A missed target is logged as a warning. Then `scan` says that requests scan all items.
 
     Raises:
+        BackendError: hnswlib is missing.
         ExportError: The written file does not read back as the index that was built.
     """
-    import hnswlib  # noqa: PLC0415 - what else this module's importers do needs none of it
-
+    hnswlib = import_hnswlib()
     rows = np.flatnonzero(mask_without(len(task.vectors), task.retired))
     measure = _recall_meter(task)
     chosen: Any = None
@@ -88,6 +99,7 @@ def grow_index(
         None if it misses the target or would hold more retired than live items: build a new index then.
 
     Raises:
+        BackendError: hnswlib is missing.
         BundleError: The old file is not the index that `spec` describes.
         ExportError: The written file does not read back as the index that was made.
     """
@@ -121,7 +133,7 @@ def _recall_meter(task: IndexTask) -> Callable[[Any], float]:
     queries = task.queries[:MAX_QUERIES]
     live = mask_without(len(task.vectors), task.retired)
     k = min(RECALL_K, int(live.sum()))
-    _, exact = ExactIndex(task.vectors).search(queries, k, live)
+    _, exact = ExactIndex.fastest(task.vectors).search(queries, k, live)
 
     def measure(index: Any) -> float:
         rows = index.knn_query(queries, k=k)[0].astype(np.int64)  # its distances, 1 - product, round small products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,15 +17,17 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible
 from unipinrec.runtime.requests import Pool, Spread
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, VectorIndex, best, check_finite
+from unipinrec.runtime.retrieval.index import HnswIndex, VectorIndex, best, check_finite
+from unipinrec.runtime.retrieval.scan import SHORTEST, ExactIndex
 
 # Measured by bench/retrieval_filters.py.
 VISIT_COST = 50  # rows that a scan reads while the index takes one step
 FILTER_RISK = 5  # if a filter correlates with the vectors, most searches find too few items and need a scan as well
 WIDER = 4  # a search that finds too few words finds so many times the items next
 FOUND, NAMED = 1, 2
-SHORTEST = 1e-15  # Vectors that are shorter have no direction: the square of fp32 numbers soon becomes 0.
 NO_COSINES = "the index compares by dot product, similar items by cosine"
+NO_INDEX = "the bundle has no index"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,20 +97,39 @@ class Retriever:
     unused: str = "there is no index"
 
     @classmethod
-    def open(cls, bundle: Bundle) -> Retriever:
-        """Load the index of a bundle, unless the bundle is to be scanned.
+    def open(cls, bundle: Bundle, threads: int | None = None) -> Retriever:
+        """Load the index of a bundle. If there is none to use, prepare to scan; the log says why.
+
+        Args:
+            bundle: The bundle.
+            threads: Threads of a scan; None = all that this process may use.
 
         Raises:
             BundleError: It is not an index of the bundle's items.
         """
         vectors, live, spec = bundle.item_vectors, bundle.catalogue.live, bundle.manifest.index
-        return cls(
-            index=None if spec.scan else HnswIndex.open(bundle),
-            scan=ExactIndex(vectors),
-            item_vectors=vectors,
-            live=live,
-            unused=f"the index finds {spec.recall:.3f} of the best {spec.recall_k} items, not {spec.recall_target}",
+        index, unused = None, NO_INDEX
+        if spec is not None and spec.scan:
+            unused = f"the index finds {spec.recall:.3f} of the best {spec.recall_k} items, not {spec.recall_target}"
+        elif spec is not None:
+            try:
+                index = HnswIndex.open(bundle, spec)
+            except BackendError as error:
+                unused = str(error)
+        if index is not None:
+            return cls(index=index, scan=ExactIndex(vectors), item_vectors=vectors, live=live)
+        opened = cls(
+            index=None, scan=ExactIndex.fastest(vectors, threads), item_vectors=vectors, live=live, unused=unused
         )
+        log.log(logging.INFO if spec is None else logging.WARNING, "%s", opened.way)
+        return opened
+
+    @property
+    def way(self) -> str:
+        """What finds the candidates of a request without filters, and why it is not the index."""
+        if self.index is not None:
+            return "hnswlib, or a scan where that is faster"
+        return f"each request scans {len(self.item_vectors)} items in {self.scan.products.dtype}: {self.unused}"
 
     @classmethod
     def of_items(cls, bundle: Bundle) -> Retriever:
@@ -215,7 +237,7 @@ class Retriever:
             expected += 3 * math.sqrt(expected)  # the number that passes the filter varies
         fetch = math.ceil(expected * live / count)
         searching = max(ef, fetch) * self.visit_cost * (FILTER_RISK if filtered else 1)
-        gathering = self.scan.gather_cost * left
+        gathering = self.scan.products.gather_cost * left
         read, cost = (left, gathering) if gathering < items else (items, items)
         if searching <= cost:
             return fetch, None

@@ -91,15 +91,17 @@ class EngineReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The device that "auto" chooses.
+    """The device that "auto" chooses, and what finds the candidates.
 
     Attributes:
         device: None if no device works. Without a bundle, its engines are not checked.
         problem: Why "auto" fails; `device` then works if it is requested by name.
+        retrieval: The index or the scan, and why; None without a bundle.
     """
 
     device: Device | None
     problem: str | None
+    retrieval: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ class Diagnosis:
     onnxruntime: OnnxRuntime
     tensorrt: tuple[Library, ...]
     openvino: Library
+    hnswlib: Library
     cache: EngineCache
     devices: dict[str, str | None]
     bundle: str | None

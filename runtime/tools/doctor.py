@@ -23,6 +23,7 @@ from unipinrec.runtime.graphs.ort_cpu import import_onnxruntime
 from unipinrec.runtime.graphs.ort_cuda import CUDA, installed_wheels, overwritten, preload, provider_problem
 from unipinrec.runtime.machine import has_bf16, this_cpu, this_memory
 from unipinrec.runtime.recommender import Recommender
+from unipinrec.runtime.retrieval.index import import_hnswlib
 from unipinrec.runtime.tools.diagnosis import Choice, Diagnosis, EngineCache, EngineReport, Gpu, Library, OnnxRuntime
 from unipinrec.runtime.tools.engines import ListedEngine, list_engines
 from unipinrec.runtime.trt.cuda import GpuInfo
@@ -62,6 +63,7 @@ def examine(bundle: Path | None = None, machine: Machine = THIS_MACHINE) -> Diag
         onnxruntime=ort,
         tensorrt=tensorrt,
         openvino=openvino,
+        hnswlib=_library("hnswlib", _probed(_hnswlib)),
         cache=_cache(store),
         devices=devices,
         bundle=None if bundle is None else str(bundle),
@@ -103,6 +105,11 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _hnswlib() -> str:
+    import_hnswlib()  # it does not know its version
+    return version("hnswlib")
 
 
 def _onnxruntime() -> OnnxRuntime:
@@ -202,6 +209,7 @@ def _tried(bundle: Path, machine: Machine) -> Choice:
         loaded = _probed(partial(Recommender.load, bundle, device, machine=machine))
         if not isinstance(loaded, Reason):
             loaded.close()
-            return Choice(device=loaded.device, problem="; ".join(problems) or None)
+            problem = "; ".join(problems) or None
+            return Choice(device=loaded.device, problem=problem, retrieval=loaded.retriever.way)
         problems.append(str(loaded))
     return Choice(device=None, problem="; ".join(dict.fromkeys(problems)))

@@ -39,13 +39,13 @@ from unipinrec.runtime.bundle.metadata import ItemMetadata, extended
 from unipinrec.runtime.graphs.engine import Engine, pad_histories
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.retrieval.index import HnswIndex
-from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
+from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, can_index, grow_index
 from unipinrec.runtime.sample import chosen_cache, sample_quality
 from unipinrec.runtime.tools.item_input import ItemRows, NewItem, check_items, embed_items
 
 QUERY_USERS = 100
 BATCH = 16
-Way = Literal["incremental", "rebuilt"]
+Way = Literal["incremental", "rebuilt", "none"]
 log = logging.getLogger(__name__)
 
 
@@ -58,8 +58,8 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
         added, retired: Numbers of items.
         already_retired: Number of ids to retire that were retired before, or occur twice.
         unknown_words: Number of words of added items that the model does not know, by feature.
-        index: The new index, with its measured recall.
-        way: Whether the update extended the old index or built a new one.
+        index: The new index, with its measured recall; None if the new bundle has none.
+        way: Whether the update extended the old index, built a new one, or none.
     """
 
     bundle: str
@@ -70,7 +70,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     retired: int
     already_retired: int
     unknown_words: dict[str, int]
-    index: IndexSpec
+    index: IndexSpec | None
     way: Way
 
 
@@ -79,7 +79,7 @@ class _Update:
     """A checked update.
 
     `table` [N + A, E] holds the old vectors, then those of the A items to add, and so does `metadata`; `retired` holds
-    all retired rows.
+    all retired rows; `indexed` says whether the new bundle gets an index.
     """
 
     parent: Bundle
@@ -87,6 +87,7 @@ class _Update:
     table: NDArray[np.float32]
     retired: NDArray[np.int64]
     metadata: ItemMetadata | None
+    indexed: bool
 
 
 def update_bundle(
@@ -106,7 +107,7 @@ def update_bundle(
         add: Items by their place in the input, as `parse_items` returns them.
         retire: External ids by their place in the input, as `parse_ids` returns them. Retiring comes first, so that one
             update can replace an item.
-        recall: Target recall@100 of the index; None = that of the old index.
+        recall: Target recall@100 of the index; None = that of the old index. Without an old index, a target builds one.
         progress: Called with the name of each stage as it begins.
 
     Raises:
@@ -118,7 +119,7 @@ def update_bundle(
     with written_whole(out) as folder:
         progress("old bundle")
         parent = Bundle.open(bundle)
-        HnswIndex.open(parent)
+        indexed = _indexed(parent, recall)
         retired, repeated = _retired_rows(parent, retire)
         gone = set(retired.tolist())
         taken = {item for item, row in parent.rows.items() if row not in gone}
@@ -128,7 +129,7 @@ def update_bundle(
         metadata = extended(parent.catalogue.metadata, added.metadata, len(parent.item_ids))
         progress("item vectors")
         table = np.concatenate([parent.item_vectors, embed_items(added, parent)])
-        update = _Update(parent=parent, added=added, table=table, retired=retired, metadata=metadata)
+        update = _Update(parent=parent, added=added, table=table, retired=retired, metadata=metadata, indexed=indexed)
         progress("index")
         index, way = _write_index(update, recall, folder)
         progress("files")
@@ -163,15 +164,28 @@ def _retired_rows(parent: Bundle, retire: Mapping[str, str]) -> tuple[NDArray[np
     return np.array(sorted(rows), np.int64), repeated
 
 
-def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[IndexSpec, Way]:
+def _indexed(parent: Bundle, recall: float | None) -> bool:
+    """Whether the new bundle gets an index; the old one is checked."""
+    old = parent.manifest.index
+    indexed = (old is not None or recall is not None) and can_index()
+    if indexed and old is not None:
+        HnswIndex.open(parent, old)
+    return indexed
+
+
+def _write_index(update: _Update, recall: float | None, folder: Path) -> tuple[IndexSpec | None, Way]:
+    if not update.indexed:
+        return None, "none"
     parent = update.parent
     old, path = parent.manifest.index, folder / INDEX
-    target = old.recall_target if recall is None else recall
+    target = old.recall_target if old is not None and recall is None else recall
+    assert target is not None
     task = IndexTask(vectors=update.table, queries=_queries(parent), target=target, retired=update.retired)
-    grown = grow_index(task, parent.files[INDEX], old, parent.catalogue.retired, path)
-    if grown is not None:
-        return grown, "incremental"
-    log.info("the extended index misses a recall of %s, or holds mostly retired items; building a new one", target)
+    if old is not None:
+        grown = grow_index(task, parent.files[INDEX], old, parent.catalogue.retired, path)
+        if grown is not None:
+            return grown, "incremental"
+        log.info("the extended index misses a recall of %s, or holds mostly retired items; building a new one", target)
     return build_index(task, path), "rebuilt"
 
 
@@ -191,7 +205,7 @@ def _queries(parent: Bundle) -> NDArray[np.float32]:
     return np.concatenate(queries).reshape(-1, manifest.model.item_dim)
 
 
-def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
+def _write(update: _Update, index: IndexSpec | None, folder: Path) -> Manifest:
     """Write the changed files beside the index, copy the others, and seal the bundle."""
     parent, added = update.parent, update.added
     if added.ids:
@@ -209,8 +223,15 @@ def _write(update: _Update, index: IndexSpec, folder: Path) -> Manifest:
             write_arrays(folder / POPULAR, {SHARE: _with_added(parent.popularity, len(added.ids))})
     if len(update.retired):
         (folder / RETIRED).write_bytes(msgspec.json.encode(update.retired.tolist()))
-    num_items, num_retired = len(update.table), len(update.retired)
-    return seal_derived(folder, parent, num_items=num_items, num_retired=num_retired, index=index)
+    return seal_derived(
+        folder,
+        parent,
+        dropped=(INDEX,),
+        format_version=parent.manifest.model.format_version(indexed=index is not None),
+        num_items=len(update.table),
+        num_retired=len(update.retired),
+        index=index,
+    )
 
 
 def _with_added(shares: NDArray[np.float32], count: int) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ def test_json_is_one_document() -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 0
     assert list(document) == [
-        *("unipinrec", "python", "system", "cpu", "memory", "gpu", "onnxruntime", "tensorrt", "openvino", "cache"),
-        *("devices", "bundle", "engines", "engines_problem", "auto"),
+        *("unipinrec", "python", "system", "cpu", "memory", "gpu", "onnxruntime", "tensorrt", "openvino"),
+        *("hnswlib", "cache", "devices", "bundle", "engines", "engines_problem", "auto"),
     ]
     assert list(document["auto"]["device"]) == ["name", "reason", "precision", "refused", "fell_back"]
     assert list(document["devices"]) == ["tensorrt", "cuda", "cpu", "openvino", "openvino-bf16"]
@@ -84,3 +85,18 @@ def test_engines_and_what_auto_chooses() -> None:
 
 def test_help_shows_an_example() -> None:
     assert "unipinrec doctor bundle/ --json" in run("--help").stdout
+
+
+def test_it_says_what_finds_the_candidates() -> None:
+    result = run(STORED.with_name("bundle_v3"))
+    told = " ".join(result.stdout.split())
+    assert "retrieval each request scans 24 items in fp32: the bundle has no index" in told
+    assert "retrieval" not in run().stdout
+
+
+def test_a_missing_index_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    document = json.loads(run(STORED, "--json").stdout)
+    assert document["hnswlib"]["version"] is None
+    assert "pip install 'unipinrec[hnsw]' compiles it" in document["hnswlib"]["problem"]
+    assert document["auto"]["retrieval"].startswith("each request scans 24 items in fp32: hnswlib is not installed")

@@ -88,6 +88,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
+@pytest.mark.hnswlib
 def test_a_model_of_ones_own_becomes_a_bundle(here: Path) -> None:
     words = ("--source", "shop.own:both", "--users", "2", "--recall", "0.9", "--precision", "bf16", "--json")
     result = run(*words, "bundle")
@@ -101,6 +102,25 @@ def test_a_model_of_ones_own_becomes_a_bundle(here: Path) -> None:
     with Recommender.load(here / "bundle", "cpu") as recommender:
         slate = recommender.recommend([{"item": "3", "actions": ["click"]}], k=19)
     assert {item.item for item in slate.items} == {str(row) for row in range(20)} - {"3"}
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_bundle_needs_no_index(here: Path, monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
+    if missing:
+        monkeypatch.setitem(sys.modules, "hnswlib", None)
+    result = run("--source", "shop.own:both", "--users", "2", *(() if missing else ("--no-index",)), "bundle")
+    assert result.exit_code == 0, result.stderr
+    assert "20 items" in result.stdout
+    assert "no index: requests scan all items" in result.stdout
+    manifest = json.loads((here / "bundle/manifest.json").read_bytes())
+    assert (manifest["format_version"], manifest["index"], "hnswlib" in manifest["tools"]) == (3, None, False)
+    assert not (here / "bundle/index.hnsw").exists()
+
+
+def test_a_target_of_no_index_is_wrong_use() -> None:
+    result = run("checkpoint", "bundle", "--no-index", "--recall", "0.9")
+    assert result.exit_code == 2
+    assert "--recall is the target of an index, and --no-index builds none; pass one of them" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from answers import STORED
 from click.testing import CliRunner, Result
 
 from unipinrec.cli import main
@@ -30,6 +31,7 @@ def gone(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.hnswlib
 def test_items_are_added_and_retired(bundle: Path, items: Path, gone: Path, tmp_path: Path) -> None:
     out = tmp_path / "new[v2]" / "[/bundle]"  # no markup
     result = run("index", bundle, "--out", out, "--add", items, "--retire", gone)
@@ -39,10 +41,12 @@ def test_items_are_added_and_retired(bundle: Path, items: Path, gone: Path, tmp_
     assert run("verify", out).exit_code == 0
 
 
+@pytest.mark.hnswlib
 def test_the_documented_json(bundle: Path, items: Path, tmp_path: Path) -> None:
     result = run("index", bundle, "--out", tmp_path / "new", "--add", items, "--recall", "0.95", "--json")
     document = json.loads(result.stdout)
     new = Bundle.open(tmp_path / "new")
+    assert new.manifest.index is not None
     assert document == {
         "bundle": new.hash,
         "parent": Bundle.open(bundle).hash,
@@ -60,6 +64,7 @@ def test_the_documented_json(bundle: Path, items: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.hnswlib
 def test_a_low_recall_is_warned_of(bundle: Path, gone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from unipinrec.runtime.retrieval import index_build
 
@@ -106,3 +111,11 @@ def test_a_recall_that_cannot_be_is_wrong_use(
 
 def test_help_shows_an_example() -> None:
     assert "unipinrec index bundle/ --out bundle-2/" in run("index", "--help").stdout
+
+
+def test_a_bundle_without_an_index_says_so(tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").write_text("item-3\n")
+    words = ("index", STORED.with_name("bundle_v3"), "--retire", tmp_path / "gone.txt", "--out")
+    assert "23 now; no index: requests scan all items, " in run(*words, tmp_path / "said").stdout
+    document = json.loads(run(*words, tmp_path / "new", "--json").stdout)
+    assert (document["way"], document["recall"], document["ef"]) == ("none", None, None)

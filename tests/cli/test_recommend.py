@@ -36,6 +36,7 @@ def events(bundle: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.hnswlib
 def test_verify_prints_every_check(bundle: Path) -> None:
     result = run("verify", bundle)
     assert result.exit_code == 0
@@ -88,6 +89,7 @@ def test_verify_of_a_device_that_rounds(bundle: Path) -> None:
     assert document["agreement"]["ranked_overlap"] >= 0.99
 
 
+@pytest.mark.hnswlib
 def test_verify_of_a_damaged_bundle_fails_with_the_reason(bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "ranker.onnx").unlink()

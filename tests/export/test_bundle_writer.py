@@ -49,6 +49,7 @@ def manifest(bundle: Path) -> Manifest:
     return msgspec.json.decode((bundle / "manifest.json").read_bytes(), type=Manifest)
 
 
+@pytest.mark.hnswlib
 def test_the_files_of_the_format_are_there(bundle: Path, manifest: Manifest) -> None:
     expected = {f"{name}.onnx" for name in GRAPHS} | {
         "golden.safetensors",
@@ -138,12 +139,15 @@ def test_the_category_codes_are_those_of_the_catalogue(bundle: Path, checkpoint:
     assert codes.max(axis=0).tolist() == [len(words) for words in manifest.categories.values()]
 
 
+@pytest.mark.hnswlib
 def test_recall_of_the_index_is_measured(manifest: Manifest) -> None:
+    assert manifest.index is not None
     assert manifest.index.count == 300
     assert manifest.index.recall_k == 100
     assert manifest.index.recall >= 0.99
 
 
+@pytest.mark.hnswlib
 def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_chosen(
     bundle: Path, checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +170,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
         assert (threads, torch.get_num_threads()) == ({1}, 2)
     finally:
         torch.set_num_threads(before)
+    assert manifest.index is not None
     assert (manifest.index.recall_target, manifest.index.ef_search) == (0.5, 100)
     assert manifest.window_slack == 4
     names = {path.name for path in again.iterdir()}
@@ -174,6 +179,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_users_and_recall_can_be_ch
         assert (bundle / name).read_bytes() == (again / name).read_bytes(), name
 
 
+@pytest.mark.hnswlib
 def test_another_process_with_other_threads_writes_the_same_bytes_and_as_few_users_as_wanted(
     checkpoint: Path, dataset: Path, bundle: Path, tmp_path: Path
 ) -> None:

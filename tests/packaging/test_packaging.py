@@ -42,7 +42,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     assert len(expected) > 150
     assert names == expected
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
-    assert sorted(required) == ["click", "hnswlib", "ml_dtypes", "msgspec", "numpy", "rich", "safetensors"]
+    assert sorted(required) == ["click", "ml_dtypes", "msgspec", "numpy", "rich", "safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,27 @@ def test_an_install_says_what_is_missing(variable: str, value: str, message: str
     assert done.returncode != 0
     assert message in done.stdout
     assert "apt-get install" in done.stdout
+
+
+FAKE_PYTHON = """#!/bin/sh
+[ "$2" = venv ] || exit 0
+mkdir -p "$3/bin"
+printf '#!/bin/sh\necho "$@" >> "%s/arguments"\n' "$3" > "$3/bin/pip"
+chmod +x "$3/bin/pip"
+"""
+
+
+@pytest.mark.parametrize(("compiler", "indexed"), [("true", True), ("no-such-compiler", False)])
+def test_an_install_without_a_compiler_leaves_only_the_index_out(tmp_path: Path, compiler: str, indexed: bool) -> None:
+    python, venv = tmp_path / "python", tmp_path / "venv"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    command = ["make", "--silent", "install", f"PYTHON={python}", f"VENV={venv}"]
+    environment = {**os.environ, "CXX": compiler}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    arguments = (venv / "arguments").read_text()
+    assert ".[cpu,train,serve,dev]" in arguments
+    assert (".[hnsw]" in arguments, "WITHOUT hnswlib" in done.stdout) == (indexed, not indexed)
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:

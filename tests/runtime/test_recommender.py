@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hnswlib
 import msgspec
 import numpy as np
 import pytest
@@ -104,6 +103,7 @@ def test_weights_decide_the_order(recommender: Recommender) -> None:
     assert names(slate) != names(recommender.recommend(events, 297, NOW))
 
 
+@pytest.mark.hnswlib
 def test_the_index_and_the_scan_agree(recommender: Recommender) -> None:
     events = history(recommender, 3, 1, 4)
     asked = replace(recommender, retriever=replace(recommender.retriever, visit_cost=0))
@@ -243,7 +243,10 @@ def test_a_damaged_bundle_is_not_served(copy: Path) -> None:
         Recommender.load(copy, verify=False)
 
 
+@pytest.mark.hnswlib
 def test_an_index_of_fewer_items_is_not_served(copy: Path, reseal: Reseal) -> None:
+    import hnswlib
+
     vectors = load_file(copy / "items.safetensors")["item_vectors"]
     index = hnswlib.Index(space="ip", dim=64)
     index.init_index(299, M=16, ef_construction=100, random_seed=1)

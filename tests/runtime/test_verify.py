@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import STORED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,7 @@ from unipinrec.runtime.machine import driver_problem
 Reseal = Callable[..., None]
 
 
+@pytest.mark.hnswlib
 def test_a_whole_bundle(bundle: Path) -> None:
     report = verify_bundle(bundle)
     assert report.ok
@@ -33,6 +35,7 @@ def test_a_whole_bundle(bundle: Path) -> None:
     assert (report.device.name, report.tolerance) == ("cpu", 1e-4)
 
 
+@pytest.mark.hnswlib
 def test_damaged_files_are_all_reported(copy: Path) -> None:
     (copy / "ranker.onnx").unlink()
     (copy / "index.hnsw").write_bytes(b"")
@@ -162,3 +165,9 @@ def test_a_cache_that_changes_the_ten_best_is_reported(outlying: Path, tmp_path:
         f"with a cache in int8, {report.cache.here.overlap:.4f} of the ten best items are those without a cache; "
         "at least 0.9985 is needed"
     )
+
+
+def test_a_bundle_without_an_index_is_whole() -> None:
+    report = verify_bundle(STORED.with_name("bundle_v3"))
+    assert report.ok
+    assert report.retrieval == "each request scans 24 items in fp32: the bundle has no index"

@@ -88,7 +88,7 @@ def _print_report(report: VerifyReport) -> None:
     if report.device is None:
         say("golden outputs were not compared: the bundle is damaged")
     else:
-        say(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}")
+        say(f"on {report.device.name} ({report.device.reason}), {report.retrieval}; bundle {report.hash}")
 
 
 def _print_golden(report: VerifyReport) -> None:
@@ -173,6 +173,8 @@ def _print(diagnosis: Diagnosis) -> None:
         if diagnosis.engines_problem or not diagnosis.engines:
             table.add_row("engines", Text(diagnosis.engines_problem or f"none for {diagnosis.bundle}"))
     table.add_row("device=auto", _choice(diagnosis))
+    if diagnosis.auto.retrieval:
+        table.add_row("retrieval", Text(diagnosis.auto.retrieval))
     stdout.print(table)
 
 
@@ -194,7 +196,10 @@ def _machine(diagnosis: Diagnosis) -> list[tuple[str, Text]]:
         ("GPU", _gpu(gpu)),
         ("CUDA", Text(", ".join(f"{name} {version}" for name, version in gpu.packages.items()) or "no packages")),
         ("ONNX Runtime", _library(onnxruntime, f" ({wheels}): {providers}")),
-        *((library.name, _library(library)) for library in (*diagnosis.tensorrt, diagnosis.openvino)),
+        *(
+            (library.name, _library(library))
+            for library in (*diagnosis.tensorrt, diagnosis.openvino, diagnosis.hnswlib)
+        ),
         ("engine cache", Text(": ".join(filter(None, (cache.path, state))))),
     ]
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from unipinrec.cli.common import SHORT, any_path, bundle_argument, json_command, print_json, say, stderr, stdout
 from unipinrec.cli.evaluate import print_evaluation
-from unipinrec.cli.index import recall_option, warn_of_low_recall
+from unipinrec.cli.index import describe, recall_option, warn_of_low_recall
 from unipinrec.errors import ExportError, UnipinrecError, listed, reason
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unipinrec.runtime.bundle.manifest import Manifest
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+REPORTED = ("parity", "precisions", "index", "order", "evaluation", "cache", "files")
 SAMPLED_USERS = 100  # enough for golden requests and for the recall of the index
 
 
@@ -73,6 +74,11 @@ SAMPLED_USERS = 100  # enough for golden requests and for the recall of the inde
     help="Events by which the window over a long history moves at a time; 1 = always the newest events.  "
     "[default: an eighth of the model's limit]",
 )
+@click.option(
+    "--index/--no-index",
+    default=True,
+    help="Build an index, or let requests scan all items. An index needs hnswlib, an extra.",
+)
 @recall_option
 @json_command
 def export(
@@ -85,6 +91,7 @@ def export(
     accept_loss: bool,
     evaluated: int | None,
     window_slack: int | None,
+    index: bool,
     recall: float | None,
     as_json: bool,
 ) -> None:
@@ -97,6 +104,8 @@ def export(
         raise click.UsageError(f"{len(paths)} argument{'s' * (len(paths) != 1)}; pass {wanted}")
     if evaluated and data is None:
         raise click.UsageError("--evaluate measures on prepared data; pass --data too")
+    if recall is not None and not index:
+        raise click.UsageError("--recall is the target of an index, and --no-index builds none; pass one of them")
     bundle = paths[-1]
     with stderr.status("loading"):
         from unipinrec.export.bundle_writer import ExportOptions, export_bundle
@@ -118,7 +127,7 @@ def export(
             precisions=[name for name in PRECISIONS[1:] if name in precisions],
             options=ExportOptions(
                 users=users,
-                recall=RECALL_TARGET if recall is None else recall,
+                recall=(recall or RECALL_TARGET) if index else None,
                 accept_loss=accept_loss,
                 data=data,
                 evaluated=2000 if evaluated is None else evaluated,
@@ -128,9 +137,7 @@ def export(
         )
     warn_of_low_recall(manifest.index)
     if as_json:
-        names = ("parity", "precisions", "index", "order", "evaluation", "cache", "files")
-        reported = {name: getattr(manifest, name) for name in names}
-        print_json({"bundle": str(bundle), **reported})
+        print_json({"bundle": str(bundle), **{name: getattr(manifest, name) for name in REPORTED}})
     else:
         _print_report(bundle, manifest, time.monotonic() - began)
 
@@ -224,11 +231,7 @@ def _print_report(bundle: Path, manifest: Manifest, seconds: float) -> None:
         if spec.agreement.problem:
             say(f"{name} does not recommend what fp32 recommends: {spec.agreement.problem} (--accept-loss)")
     size = sum(file.size_bytes for file in manifest.files.values()) / 2**20
-    index = manifest.index
-    say(
-        f"{bundle}: {manifest.num_items} items, {size:.1f} MiB, index recall@{index.recall_k} {index.recall:.4f} "
-        f"at ef={index.ef_search}, {seconds:.0f} s"
-    )
+    say(f"{bundle}: {manifest.num_items} items, {size:.1f} MiB, {describe(manifest.index)}, {seconds:.0f} s")
 
 
 def _precision_table(manifest: Manifest) -> Table:

@@ -23,7 +23,8 @@ Examples:
 recall_option = click.option(
     "--recall",
     type=common.FiniteRange(0.0, 1.0, min_open=True),
-    help="Share of the 100 nearest items that the index must find.  [default: 0.99; in an update, the bundle's own]",
+    help="Share of the 100 nearest items that the index must find.  [default: 0.99; in an update, the bundle's own; an "
+    "update of a bundle without an index builds one only with this option]",
 )
 
 
@@ -70,9 +71,9 @@ def index(bundle: Path, out: Path, add: Path | None, retire: Path | None, recall
         _print_report(out, report, time.monotonic() - began)
 
 
-def warn_of_low_recall(index: IndexSpec) -> None:
+def warn_of_low_recall(index: IndexSpec | None) -> None:
     """Warn if an index misses its target."""
-    if index.scan:
+    if index is not None and index.scan:
         common.warn(
             f"the index finds {index.recall:.4f} of the nearest {index.recall_k} items, not "
             f"{index.recall_target:g}, even with M={index.m} and ef={index.ef_search}; "
@@ -83,20 +84,26 @@ def warn_of_low_recall(index: IndexSpec) -> None:
 def _document(report: UpdateReport) -> dict[str, object]:
     """The documented JSON form."""
     document = msgspec.structs.asdict(report)
+    names = {"recall": "recall", "recall_target": "recall_target", "ef": "ef_search", "m": "m"}
     index = document.pop("index")
-    measured = {"recall": index.recall, "recall_target": index.recall_target, "ef": index.ef_search, "m": index.m}
-    return {**document, **measured}
+    return {**document, **{name: getattr(index, field, None) for name, field in names.items()}}
+
+
+def describe(index: IndexSpec | None, way: str = "") -> str:
+    """The index in words, with the way that it was made, such as "rebuilt, "."""
+    if index is None:
+        return "no index: requests scan all items"
+    return f"index {way}recall@{index.recall_k} {index.recall:.4f} at ef={index.ef_search}"
 
 
 def _print_report(out: Path, report: UpdateReport, seconds: float) -> None:
-    index = report.index
     for feature, count in report.unknown_words.items():
         common.warn(
             f"{count} of {report.added} added items have a {feature} that the model does not know; it counts as unknown"
         )
+    made = describe(report.index, f"{report.way}, ")
     common.say(
         f"{out}: {report.items_before} items before, {report.added} added, {report.retired} retired "
-        f"({report.already_retired} were already), {report.items_after} now; index {report.way}, "
-        f"recall@{index.recall_k} {index.recall:.4f} at ef={index.ef_search}, {seconds:.0f} s; "
+        f"({report.already_retired} were already), {report.items_after} now; {made}, {seconds:.0f} s; "
         f"bundle {report.bundle[: common.SHORT]} from {report.parent[: common.SHORT]}"
     )

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import hnswlib
 import msgspec
 import numpy as np
 import pytest
@@ -13,7 +10,8 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import BackendError, BundleError
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, recall
+from unipinrec.runtime.retrieval.index import HnswIndex, recall
+from unipinrec.runtime.retrieval.scan import ExactIndex
 
 SPEC = IndexSpec(space="ip", dim=8, count=500, m=16, ef_construction=100, ef_search=50, seed=1, recall=1.0, recall_k=10)
 
@@ -24,6 +22,8 @@ def unit(rng: np.random.Generator, rows: int, dim: int = 8) -> NDArray[np.float3
 
 
 def write_index(path: Path, vectors: NDArray[np.float32]) -> Path:
+    hnswlib = pytest.importorskip("hnswlib", reason="hnswlib is not installed")
+
     index: Any = hnswlib.Index(space="ip", dim=vectors.shape[1])
     index.init_index(len(vectors), M=16, ef_construction=100, random_seed=1)
     index.add_items(vectors, np.arange(len(vectors)), num_threads=1)
@@ -59,65 +59,6 @@ def test_more_neighbours_than_ef_are_found_in_full(path: Path, vectors: NDArray[
     assert len(np.intersect1d(rows, expected)) > 395
 
 
-def test_the_scan_leaves_out_excluded_rows_and_orders_ties_by_row() -> None:
-    table = np.array([[1, 0], [0, 1], [1, 0], [0.6, 0.8]], np.float32)
-    rows, similarity = ExactIndex(table).search(np.array([[1, 0]], np.float32), 3)
-    assert rows.tolist() == [[0, 2, 3]]
-    np.testing.assert_allclose(similarity, [[1, 1, 0.6]])
-    rows, _ = ExactIndex(table).search(np.array([[1, 0]], np.float32), 2, np.array([False, True, True, False]))
-    assert rows.tolist() == [[2, 1]]
-
-
-@pytest.mark.parametrize("share", [1.0, 0.9, 0.2, 0.02])
-def test_a_scan_finds_the_same_by_mask_and_by_gathering(vectors: NDArray[np.float32], share: float) -> None:
-    rng = np.random.default_rng(11)
-    table = np.concatenate([vectors, vectors[::-1]])  # every item twice, at places that the product rounds differently
-    eligible = rng.random(len(table)) < share
-    eligible[:3] = True
-    queries = unit(rng, 30)
-    rows, similarity = ExactIndex(table).search(queries, 3, eligible)
-    for query, found, values in zip(queries, rows, similarity, strict=True):
-        alone = np.array([np.einsum("e,e", row, query) for row in table])
-        alone[~eligible] = -np.inf
-        expected = np.lexsort((np.arange(len(table)), -alone))[:3]
-        assert found.tolist() == expected.tolist()
-        np.testing.assert_array_equal(values, alone[expected])
-
-
-def test_no_near_tie_is_lost_to_the_rounding_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, einsum, reversed_at = np.random.default_rng(2), np.einsum, []
-    table = np.repeat(unit(rng, 1, 64), 400, axis=0) + rng.normal(scale=1e-8, size=(400, 64)).astype(np.float32)
-    queries, eligible = unit(rng, 20, 64), np.arange(400) % 2 == 0
-
-    def summed_backwards(how: str, left: Any, right: Any) -> Any:
-        if how == "me,me->m":
-            return einsum(how, left, right)
-        reversed_at.append(how)
-        return einsum(how, left[..., ::-1].copy(), right[:, ::-1].copy())
-
-    expected = ExactIndex(table).search(queries, 3, eligible)
-    similarity = np.array([[np.einsum("e,e", row, query) for row in table] for query in queries])
-    similarity[:, ~eligible] = -np.inf
-    np.testing.assert_array_equal(expected[0], np.argsort(-similarity, axis=1, kind="stable")[:, :3])
-    monkeypatch.setattr(np, "einsum", summed_backwards)
-    for cost in (4.0, 0.0):  # by mask, by gathering
-        for given, found in zip(ExactIndex(table, cost).search(queries, 3, eligible), expected, strict=True):
-            np.testing.assert_array_equal(given, found)
-    assert set(reversed_at) == {"se,ne->sn", "e,ne->n", "ne,ne->n"}
-
-
-def test_no_near_tie_of_long_vectors_is_lost() -> None:
-    """The margin grows with the lengths of items and query, and no inner product is too low to be pushed out."""
-    rng = np.random.default_rng(2)
-    table = 1e4 * (np.repeat(unit(rng, 1, 64), 400, axis=0) + rng.normal(scale=1e-7, size=(400, 64))).astype(np.float32)
-    queries, eligible = -300 * unit(rng, 20, 64), np.arange(400) % 2 == 0
-    similarity = np.array([[np.einsum("e,e", row, query) for row in table] for query in queries])
-    similarity[:, ~eligible] = -np.inf
-    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :3]
-    for cost in (4.0, 0.0):
-        np.testing.assert_array_equal(ExactIndex(table, cost).search(queries, 3, eligible)[0], expected)
-
-
 def test_recall_counts_what_is_as_near_as_the_last() -> None:
     true = np.array([[0.9, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32)
     assert recall(np.array([[0.5, 0.5, 0.5], [0.9, 0.8, 0.7]], np.float32), true) == 1.0
@@ -128,6 +69,8 @@ def test_recall_counts_what_is_as_near_as_the_last() -> None:
 def test_retired_items_are_marked_or_absent(vectors: NDArray[np.float32], tmp_path: Path) -> None:
     retired = np.array([0, 17, 499])
     kept = np.setdiff1d(np.arange(500), retired)
+    hnswlib = pytest.importorskip("hnswlib", reason="hnswlib is not installed")
+
     index: Any = hnswlib.Index(space="ip", dim=8)
     index.init_index(497, M=16, ef_construction=100, random_seed=1)
     index.add_items(vectors[kept], kept, num_threads=1)
@@ -169,26 +112,3 @@ def test_what_is_no_index_is_not_loaded(path: Path, vectors: NDArray[np.float32]
     (tmp_path / "part.hnsw").write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BundleError, match=r"part\.hnsw: .*export the bundle again"):
         HnswIndex(tmp_path / "part.hnsw", SPEC, vectors)
-
-
-def test_scans_of_concurrent_threads_do_not_fight() -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((10_000, 64)).astype(np.float32)
-    scan, query = ExactIndex(vectors), vectors[:1]
-
-    def scans(count: int) -> None:
-        for _ in range(count):
-            scan.search(query, 100)
-
-    def seconds(threads: int, count: int) -> float:
-        workers = [threading.Thread(target=scans, args=(count,)) for _ in range(threads)]
-        began = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return time.perf_counter() - began
-
-    scans(50)
-    # With the threads of BLAS it was thirty times as long.
-    assert min(seconds(16, 50) for _ in range(3)) < 5 * min(seconds(1, 800) for _ in range(3))

@@ -13,6 +13,7 @@ from unipinrec.runtime.retrieval import index_build
 from unipinrec.runtime.retrieval.index import HnswIndex
 from unipinrec.runtime.retrieval.index_build import IndexTask, build_index, grow_index
 
+pytestmark = pytest.mark.hnswlib
 ITEMS, DIM = 600, 16
 NONE = np.array([], np.int64)
 

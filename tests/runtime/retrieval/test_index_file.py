@@ -9,7 +9,6 @@ from pathlib import Path
 from subprocess import run
 from typing import Any
 
-import hnswlib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -34,6 +33,7 @@ def vectors() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def whole(vectors: NDArray[np.float32], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hnswlib = pytest.importorskip("hnswlib", reason="hnswlib is not installed")
     index: Any = hnswlib.Index(space="ip", dim=DIM)
     index.init_index(COUNT, M=M, ef_construction=20, random_seed=1)
     index.add_items(vectors, np.arange(COUNT)[::-1].copy(), num_threads=1)

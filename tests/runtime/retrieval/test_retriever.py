@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import hnswlib
 import numpy as np
 import pytest
-from answers import retrieved
+from answers import STORED, retrieved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,8 +15,9 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import ExactIndex, HnswIndex, Matches, VectorIndex, recall
+from unipinrec.runtime.retrieval.index import HnswIndex, Matches, VectorIndex, recall
 from unipinrec.runtime.retrieval.retriever import Retriever, Search
+from unipinrec.runtime.retrieval.scan import ExactIndex
 
 ITEMS, DIM, RETIRED = 400, 8, np.arange(7, 400, 40)
 NONE = np.array([], np.int64)
@@ -30,6 +31,8 @@ def unit(rng: np.random.Generator, rows: int) -> NDArray[np.float32]:
 def build(path: str, retired: NDArray[np.int64]) -> Retriever:
     vectors = unit(np.random.default_rng(2), ITEMS)
     vectors[1::50] = vectors[0]  # equal items, to see the order of ties
+    hnswlib = pytest.importorskip("hnswlib", reason="hnswlib is not installed")
+
     index = hnswlib.Index(space="ip", dim=DIM)
     index.init_index(ITEMS, M=16, ef_construction=200, random_seed=1)
     index.add_items(vectors, np.arange(ITEMS), num_threads=1)
@@ -196,6 +199,35 @@ def test_without_an_index_all_items_are_scanned(retriever: Retriever) -> None:
     assert found.rows.tolist() == best(retriever, query, NONE)[:10]
 
 
+def test_a_stored_bundle_is_searched_as_its_manifest_says(caplog: pytest.LogCaptureFixture) -> None:
+    opened = Retriever.open(Bundle.open(STORED.with_name("bundle_v3")))
+    assert (opened.index, opened.unused) == (None, "the bundle has no index")
+    assert opened.way == "each request scans 24 items in fp32: the bundle has no index"
+    assert caplog.text == ""
+
+
+@pytest.mark.hnswlib
+def test_an_index_is_loaded() -> None:
+    opened = Retriever.open(Bundle.open(STORED))
+    assert opened.index is not None
+    assert opened.way == "hnswlib, or a scan where that is faster"
+
+
+def test_where_hnswlib_is_missing_a_bundle_with_an_index_is_scanned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    opened = Retriever.open(Bundle.open(STORED))
+    (warning,) = caplog.messages
+    assert warning == (
+        "each request scans 24 items in fp32: hnswlib is not installed; pip install 'unipinrec[hnsw]' compiles it"
+    )
+    (found,) = opened.retrieve([Search(queries=opened.item_vectors[5:6], k=3)])
+    assert found.rows[0] == 5
+    assert found.exact == opened.unused
+    assert opened.way == warning
+
+
 def test_recall_is_sampled(retriever: Retriever, updated: Retriever) -> None:
     queries = unit(np.random.default_rng(8), 20)
     assert sampled_recall(retriever, queries) == 1.0
@@ -268,7 +300,8 @@ def test_searches_find_together_what_they_find_alone(
 def test_a_scan_that_does_not_fit_at_once_finds_the_same(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Search(queries=unit(np.random.default_rng(seed), 2), k=20, exact=True) for seed in range(5)]
     expected = retriever.retrieve(asked)
-    monkeypatch.setattr("unipinrec.runtime.retrieval.index.SCORES_AT_ONCE", 3 * ITEMS)
+    monkeypatch.setattr("unipinrec.runtime.retrieval.scan.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("unipinrec.runtime.retrieval.scan.BLOCK_ROWS", 30)
     for found, known in zip(retriever.retrieve(asked), expected, strict=True):
         np.testing.assert_array_equal(found.rows, known.rows)
         np.testing.assert_array_equal(found.similarity, known.similarity)

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from unipinrec.errors import BundleCorruptError, BundleError, DataError, ExportError, RequestError
 from unipinrec.runtime import Bundle, CacheOptions, Recommender, RecommendOptions, verify_bundle
+from unipinrec.runtime.bundle.manifest import IndexSpec
 from unipinrec.runtime.tools.item_input import NewItem
 from unipinrec.runtime.tools.update_bundle import UpdateReport, update_bundle
 
@@ -56,6 +57,11 @@ def update(bundle: Path, out: Path, add: tuple[NewItem, ...] = (), retire: tuple
     )
 
 
+def index_of(report: UpdateReport) -> IndexSpec:
+    assert report.index is not None
+    return report.index
+
+
 def state(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -75,6 +81,7 @@ def updated(bundle: Path, ids: list[str], tmp_path_factory: pytest.TempPathFacto
     return out, update(bundle, out, add, (ids[5], ids[17], ids[299]))
 
 
+@pytest.mark.hnswlib
 def test_the_report_counts(bundle: Path, updated: tuple[Path, UpdateReport]) -> None:
     out, report = updated
     old, new = Bundle.open(bundle), Bundle.open(out)
@@ -82,10 +89,11 @@ def test_the_report_counts(bundle: Path, updated: tuple[Path, UpdateReport]) -> 
     assert (report.already_retired, report.unknown_words, report.way) == (0, {"topic": 1}, "incremental")
     assert (report.bundle, report.parent) == (new.hash, old.hash)
     assert report.index == new.manifest.index
-    assert report.index.recall >= 0.99
-    assert report.index.count == 303
+    assert index_of(report).recall >= 0.99
+    assert index_of(report).count == 303
 
 
+@pytest.mark.hnswlib
 def test_a_new_bundle_is_whole_and_computes_as_before(bundle: Path, updated: tuple[Path, UpdateReport]) -> None:
     out, _ = updated
     report = verify_bundle(out)
@@ -227,29 +235,32 @@ def test_updates_follow_each_other(ids: list[str], updated: tuple[Path, UpdateRe
         update(tmp_path / "3", tmp_path / "4", (new("new-2"),))
 
 
+@pytest.mark.hnswlib
 def test_an_index_that_misses_the_target_is_built_anew(
     bundle: Path, ids: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = update(bundle, tmp_path / "half", retire=tuple(ids[:160]))
-    assert (report.way, report.index.count, report.items_after) == ("rebuilt", 140, 140)
+    assert (report.way, index_of(report).count, report.items_after) == ("rebuilt", 140, 140)
     report = update(tmp_path / "half", tmp_path / "more", (new("new-1"),), retire=(ids[200],))
-    assert (report.way, report.index.count, report.items_after) == ("incremental", 141, 140)
+    assert (report.way, index_of(report).count, report.items_after) == ("incremental", 141, 140)
     assert verify_bundle(tmp_path / "more").ok
     monkeypatch.setattr("unipinrec.runtime.tools.update_bundle.grow_index", lambda *_: None)
     report = update(tmp_path / "more", tmp_path / "anew", retire=(ids[201],))
-    assert (report.way, report.index.count, report.items_after) == ("rebuilt", 139, 139)
+    assert (report.way, index_of(report).count, report.items_after) == ("rebuilt", 139, 139)
     slate = Recommender.load(tmp_path / "anew").recommend(
         [{"item": ids[0], "actions": ["click"]}], 139, RecommendOptions()
     )
     assert len(slate.items) == 139
 
 
+@pytest.mark.hnswlib
 def test_the_target_is_that_of_the_bundle_unless_another_is_given(bundle: Path, ids: list[str], tmp_path: Path) -> None:
     given = update_bundle(bundle, tmp_path / "a", add={}, retire={"x": ids[0]}, recall=0.9)
-    assert given.index.recall_target == 0.9
-    assert update(tmp_path / "a", tmp_path / "b", retire=(ids[1],)).index.recall_target == 0.9
+    assert index_of(given).recall_target == 0.9
+    assert index_of(update(tmp_path / "a", tmp_path / "b", retire=(ids[1],))).recall_target == 0.9
 
 
+@pytest.mark.hnswlib
 def test_without_sample_users_the_golden_requests_measure_recall(
     copy: Path, reseal: Reseal, ids: list[str], tmp_path: Path
 ) -> None:
@@ -257,7 +268,7 @@ def test_without_sample_users_the_golden_requests_measure_recall(
     del manifest["files"]["users.safetensors"], manifest["files"]["user_ids.json"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     reseal(copy)
-    assert update(copy, tmp_path / "new", retire=(ids[0],)).index.recall == 1.0
+    assert index_of(update(copy, tmp_path / "new", retire=(ids[0],))).recall == 1.0
 
 
 def test_a_bundle_of_an_older_version_is_updated(tmp_path: Path) -> None:
@@ -303,9 +314,10 @@ def test_spaces_of_an_id_are_part_of_it(bundle: Path, tmp_path: Path) -> None:
     assert report.retired == 2
 
 
+@pytest.mark.hnswlib
 def test_all_items_can_be_replaced_by_one(bundle: Path, ids: list[str], tmp_path: Path) -> None:
     report = update(bundle, tmp_path / "new", (new("only"),), tuple(ids))
-    assert (report.items_after, report.index.count, report.way) == (1, 1, "rebuilt")
+    assert (report.items_after, index_of(report).count, report.way) == (1, 1, "rebuilt")
     slate = Recommender.load(tmp_path / "new").recommend([{"item": ids[0], "actions": []}], 1)
     assert [item.item for item in slate.items] == ["only"]
 
@@ -389,6 +401,7 @@ def test_retired_rows_that_do_not_fit(
         Bundle.open(damaged)
 
 
+@pytest.mark.hnswlib
 def test_a_manifest_whose_counts_do_not_fit(updated: tuple[Path, UpdateReport], tmp_path: Path, reseal: Reseal) -> None:
     damaged = Path(shutil.copytree(updated[0], tmp_path / "damaged"))
     reseal(damaged, index={"count": 299})
@@ -439,3 +452,43 @@ def test_popularity_of_a_bundle_that_only_retires(bundle: Path, tmp_path: Path) 
     assert (tmp_path / "out/popular.safetensors").read_bytes() == (bundle / "popular.safetensors").read_bytes()
     after = Recommender.load(tmp_path / "out").recommend([], 299)
     assert best not in [item.item for item in after.items]
+
+
+def small(item: str) -> NewItem:
+    return NewItem(item=item, dense={"size": (0.5,)}, categories={"kind": "a"})
+
+
+def test_a_bundle_without_an_index_gets_one_only_for_a_target(tmp_path: Path) -> None:
+    report = update(FIXTURE.with_name("bundle_v3"), tmp_path / "new", (small("new"),), ("item-3",))
+    new = Bundle.open(tmp_path / "new")
+    assert (report.index, report.way, report.items_after) == (None, "none", 24)
+    assert (new.manifest.index, new.manifest.format_version) == (None, 3)
+    assert "index.hnsw" not in new.manifest.files
+    assert verify_bundle(tmp_path / "new").ok
+
+
+@pytest.mark.hnswlib
+def test_a_target_builds_an_index(tmp_path: Path) -> None:
+    report = update_bundle(
+        FIXTURE.with_name("bundle_v3"), tmp_path / "new", add={"x": small("new")}, retire={}, recall=0.9
+    )
+    new = Bundle.open(tmp_path / "new")
+    assert (report.way, index_of(report).count, index_of(report).recall_target) == ("rebuilt", 25, 0.9)
+    assert (new.manifest.index, new.manifest.format_version) == (report.index, 1)
+    assert verify_bundle(tmp_path / "new").ok
+
+
+def test_without_hnswlib_an_update_drops_the_index_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    report = update(FIXTURE, tmp_path / "new", (small("new"),), ("item-3",))
+    assert (report.index, report.way) == (None, "none")
+    new = Bundle.open(tmp_path / "new")
+    assert (new.manifest.index, new.manifest.format_version) == (None, 3)
+    assert not (tmp_path / "new/index.hnsw").exists()
+    (warning,) = [text for text in caplog.messages if "index" in text]
+    assert warning.startswith("the new bundle has no index, and requests will scan all items: hnswlib is not installed")
+    slate = Recommender.load(tmp_path / "new").recommend([{"item": "item-4", "actions": ["click"]}], 23)
+    assert slate.exact == "the bundle has no index"
+    assert {item.item for item in slate.items} == {*new.item_ids} - {"item-3", "item-4"}
