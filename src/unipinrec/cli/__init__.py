@@ -3,7 +3,7 @@
 common.py          shared by all subcommands
 compile.py         `unipinrec compile`
 demo.py            `unipinrec demo`
-doctor.py          `unipinrec doctor`
+doctor.py          `unipinrec doctor` and `unipinrec verify`
 evaluate.py        `unipinrec evaluate`, the printed form of an evaluation, and `unipinrec recommend-all`
 export.py          `unipinrec export`
 index.py           `unipinrec index`
@@ -11,7 +11,7 @@ plan.py            `unipinrec plan`
 plan_report.py     the report of `unipinrec plan`
 prepare.py         `unipinrec prepare`
 prepare_report.py  the report of `unipinrec prepare`
-recommend.py       `unipinrec verify` and `unipinrec recommend`
+recommend.py       `unipinrec recommend`, and the options of a request and of a device
 serve.py           `unipinrec serve` and `unipinrec state`
 train.py           `unipinrec train`
 """
@@ -25,13 +25,13 @@ import click
 from unipinrec import __version__
 from unipinrec.cli.compile import compile_engines
 from unipinrec.cli.demo import demo
-from unipinrec.cli.doctor import doctor
+from unipinrec.cli.doctor import doctor, verify
 from unipinrec.cli.evaluate import evaluate, recommend_all
 from unipinrec.cli.export import export
 from unipinrec.cli.index import index
 from unipinrec.cli.plan import plan
 from unipinrec.cli.prepare import prepare
-from unipinrec.cli.recommend import recommend, verify
+from unipinrec.cli.recommend import recommend
 from unipinrec.cli.serve import serve, state
 from unipinrec.cli.train import train
 

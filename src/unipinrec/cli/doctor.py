@@ -1,4 +1,4 @@
-"""`unipinrec doctor`."""
+"""`unipinrec doctor` and `unipinrec verify`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,30 @@ from typing import TYPE_CHECKING
 
 import click
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unipinrec.cli.common import SHORT, any_path, gpu_option, json_command, machine, print_json, stderr, stdout
-from unipinrec.errors import BackendError
+from unipinrec.cli.common import (
+    SHORT,
+    any_path,
+    bundle_argument,
+    gpu_option,
+    json_command,
+    machine,
+    print_json,
+    say,
+    stderr,
+    stdout,
+)
+from unipinrec.cli.recommend import device_option, engines_option, strict_option
+from unipinrec.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
+    from unipinrec.runtime.bundle.manifest import Agreement
+    from unipinrec.runtime.golden_check import GoldenCheck
     from unipinrec.runtime.tools.diagnosis import Diagnosis, EngineReport, Gpu, Library
+    from unipinrec.runtime.verify import VerifyReport
 
 GIB, MIB = 2**30, 2**20
 
@@ -130,3 +146,87 @@ def _choice(diagnosis: Diagnosis) -> Text:
     refused = "".join(f"\nnot {reason}" for reason in auto.device.refused if not reason.endswith(known))
     problem = f"\n{auto.problem}" if auto.problem else ""
     return Text(f"{auto.device.name} ({auto.device.reason}){refused}{problem}", style="red" if problem else "")
+
+
+@click.command(short_help="Check a bundle on this machine.", epilog="Example: unipinrec verify bundle/")
+@bundle_argument
+@device_option
+@strict_option
+@engines_option
+@gpu_option
+@json_command
+def verify(bundle: Path, device: str, as_json: bool, gpu: int, **rules: bool) -> None:
+    """Check that a bundle is complete and computes the same on this machine as PyTorch did at export."""
+    with stderr.status("verifying"):
+        from unipinrec.runtime.verify import verify_bundle
+
+        report = verify_bundle(bundle, device, machine=machine(gpu), **rules)
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+    if not report.ok:
+        computed = (report.agreement,) if report.agreement else report.golden
+        checks = [check for check in (*report.files, *computed, report.sample, report.cache) if check]
+        failed = sum(check.problem is not None for check in checks)
+        raise BundleError(f"{bundle}: {failed} of {len(checks)} checks failed; copy or export the bundle again")
+
+
+def _print_report(report: VerifyReport) -> None:
+    files = Table("file", "", title=f"files of {escape(report.bundle)}")
+    for check in report.files:
+        files.add_row(Text(check.file), _state(check.problem))
+    stdout.print(files)
+    if report.agreement:
+        _print_agreement(report.agreement)
+    elif report.golden:
+        _print_golden(report)
+    if report.sample:
+        here = report.sample.here
+        measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users"
+        state = _state(report.sample.problem, "as at export")
+        stdout.print(f"last item among the best ten: {measured}:", state, highlight=False, soft_wrap=True)
+    if report.cache:
+        cache = report.cache
+        measured = f"{cache.here.overlap:.4f}, {cache.exported.overlap:.4f} at export"
+        stdout.print(
+            f"ten best items with a cache in {cache.dtype} as without: {measured}:",
+            _state(cache.problem),
+            highlight=False,
+            soft_wrap=True,
+        )
+    if report.device is None:
+        say("golden outputs were not compared: the bundle is damaged")
+    else:
+        say(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}")
+
+
+def _print_golden(report: VerifyReport) -> None:
+    golden = Table("output", "largest difference", "", title=f"golden outputs, allowed {report.tolerance:g}")
+    groups: dict[str, list[GoldenCheck]] = {}
+    for check in report.golden:  # one row for all keys and values of a graph
+        graph, _, name = check.output.partition(".")
+        groups.setdefault(f"{graph}.present.*" if name.startswith("present.") else check.output, []).append(check)
+    for name, checks in groups.items():
+        differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
+        problems = [f"{check.output} {check.problem}" for check in checks if check.problem]
+        largest = f"{max(differences):.1e}" if differences else "-"
+        golden.add_row(name, largest, _state("; ".join(problems) or None))
+    stdout.print(golden)
+
+
+def _print_agreement(agreement: Agreement) -> None:
+    from unipinrec.runtime.agreement import MAX_LOGIT_DIFF, MIN_COSINE, MIN_OVERLAP, TOP
+
+    table = Table("", "measured", "required", title=f"agreement with fp32 on {agreement.requests} requests")
+    for stage in ("ranked", "retrieved"):
+        overlap, strict = getattr(agreement, f"{stage}_overlap"), getattr(agreement, f"{stage}_overlap_strict")
+        measured = f"{overlap:.4f} ({strict:.4f} without ties)"
+        table.add_row(f"overlap of {TOP} {stage}", measured, f"at least {MIN_OVERLAP:g}")
+    table.add_row("cosine of queries", f"{agreement.min_query_cosine:.6f}", f"at least {MIN_COSINE:g}")
+    table.add_row("difference of logits, 1/64 aside", f"{agreement.max_logit_diff:.2g}", f"at most {MAX_LOGIT_DIFF:g}")
+    stdout.print(table, _state(agreement.problem))
+
+
+def _state(problem: str | None, passed: str = "ok") -> Text:
+    return Text(problem, style="red") if problem else Text(passed, style="green")

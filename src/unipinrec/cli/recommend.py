@@ -1,4 +1,4 @@
-"""`unipinrec verify` and `unipinrec recommend`."""
+"""`unipinrec recommend`, and the options of a request and of a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -25,22 +26,21 @@ from unipinrec.cli.common import (
     stdout,
     warn,
 )
-from unipinrec.errors import BackendError, BundleError, RequestError
+from unipinrec.errors import BackendError, RequestError, listed
 
 if TYPE_CHECKING:
     from unipinrec.runtime import Bundle, Recommender, RecommendOptions
-    from unipinrec.runtime.bundle.manifest import Agreement
-    from unipinrec.runtime.golden_check import GoldenCheck
     from unipinrec.runtime.requests import Event, Slate
-    from unipinrec.runtime.verify import VerifyReport
 
 EXAMPLES = """\b
 Examples:
   unipinrec recommend bundle/ --user user-17 -k 10
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json
-  unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
+  unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt
+  unipinrec recommend bundle/ --user user-17 --rank item-7 --rank item-9"""
 
 TITLE_WIDTH = 12
+SEARCH = ("k", "candidates", "allow", "deny", "categories", "exclude_seen", "exact")  # options that --rank excludes
 LOAD_RULES = ("strict", "allow_bundle_engines", "cold_start")
 
 
@@ -80,90 +80,6 @@ engines_option = click.option(
     help="Run TensorRT engines that are part of the bundle. They are executable code: allow them only if you trust "
     "their source.",
 )
-
-
-@click.command(short_help="Check a bundle on this machine.", epilog="Example: unipinrec verify bundle/")
-@bundle_argument
-@device_option
-@strict_option
-@engines_option
-@gpu_option
-@json_command
-def verify(bundle: Path, device: str, as_json: bool, gpu: int, **rules: bool) -> None:
-    """Check that a bundle is complete and computes the same on this machine as PyTorch did at export."""
-    with stderr.status("verifying"):
-        from unipinrec.runtime.verify import verify_bundle
-
-        report = verify_bundle(bundle, device, machine=machine(gpu), **rules)
-    if as_json:
-        print_json(report)
-    else:
-        _print_report(report)
-    if not report.ok:
-        computed = (report.agreement,) if report.agreement else report.golden
-        checks = [check for check in (*report.files, *computed, report.sample, report.cache) if check]
-        failed = sum(check.problem is not None for check in checks)
-        raise BundleError(f"{bundle}: {failed} of {len(checks)} checks failed; copy or export the bundle again")
-
-
-def _print_report(report: VerifyReport) -> None:
-    files = Table("file", "", title=f"files of {escape(report.bundle)}")
-    for check in report.files:
-        files.add_row(Text(check.file), _state(check.problem))
-    stdout.print(files)
-    if report.agreement:
-        _print_agreement(report.agreement)
-    elif report.golden:
-        _print_golden(report)
-    if report.sample:
-        here = report.sample.here
-        measured = f"{here.served} served, {here.retrieved} by retrieval alone, of {here.users} sample users"
-        state = _state(report.sample.problem, "as at export")
-        stdout.print(f"last item among the best ten: {measured}:", state, highlight=False, soft_wrap=True)
-    if report.cache:
-        cache = report.cache
-        measured = f"{cache.here.overlap:.4f}, {cache.exported.overlap:.4f} at export"
-        stdout.print(
-            f"ten best items with a cache in {cache.dtype} as without: {measured}:",
-            _state(cache.problem),
-            highlight=False,
-            soft_wrap=True,
-        )
-    if report.device is None:
-        say("golden outputs were not compared: the bundle is damaged")
-    else:
-        say(f"on {report.device.name} ({report.device.reason}), bundle {report.hash}")
-
-
-def _print_golden(report: VerifyReport) -> None:
-    golden = Table("output", "largest difference", "", title=f"golden outputs, allowed {report.tolerance:g}")
-    groups: dict[str, list[GoldenCheck]] = {}
-    for check in report.golden:  # one row for all keys and values of a graph
-        graph, _, name = check.output.partition(".")
-        groups.setdefault(f"{graph}.present.*" if name.startswith("present.") else check.output, []).append(check)
-    for name, checks in groups.items():
-        differences = [check.max_abs_diff for check in checks if check.max_abs_diff is not None]
-        problems = [f"{check.output} {check.problem}" for check in checks if check.problem]
-        largest = f"{max(differences):.1e}" if differences else "-"
-        golden.add_row(name, largest, _state("; ".join(problems) or None))
-    stdout.print(golden)
-
-
-def _print_agreement(agreement: Agreement) -> None:
-    from unipinrec.runtime.agreement import MAX_LOGIT_DIFF, MIN_COSINE, MIN_OVERLAP, TOP
-
-    table = Table("", "measured", "required", title=f"agreement with fp32 on {agreement.requests} requests")
-    for stage in ("ranked", "retrieved"):
-        overlap, strict = getattr(agreement, f"{stage}_overlap"), getattr(agreement, f"{stage}_overlap_strict")
-        measured = f"{overlap:.4f} ({strict:.4f} without ties)"
-        table.add_row(f"overlap of {TOP} {stage}", measured, f"at least {MIN_OVERLAP:g}")
-    table.add_row("cosine of queries", f"{agreement.min_query_cosine:.6f}", f"at least {MIN_COSINE:g}")
-    table.add_row("difference of logits, 1/64 aside", f"{agreement.max_logit_diff:.2g}", f"at most {MAX_LOGIT_DIFF:g}")
-    stdout.print(table, _state(agreement.problem))
-
-
-def _state(problem: str | None, passed: str = "ok") -> Text:
-    return Text(problem, style="red") if problem else Text(passed, style="green")
 
 
 def _weights(_ctx: click.Context, _param: click.Parameter, text: str | None) -> dict[str, float] | None:
@@ -284,6 +200,15 @@ def options_of(opened: Bundle, options: dict[str, Any]) -> RecommendOptions:
     metavar="EVENTS.json",
     help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first. An empty list gets popular items.',
 )
+@click.option(
+    "--rank",
+    "named",
+    metavar="ID",
+    multiple=True,
+    help="Rank this item, and others that are named so, instead of a search; repeatable.",
+)
+@click.option("--rank-file", type=input_file, metavar="IDS.txt", help="Rank the items of this file, one id per line.")
+@click.option("--skip-unknown", is_flag=True, help="Leave out items to rank that the bundle lacks or has retired.")
 @request_options
 @json_command
 def recommend(
@@ -295,11 +220,17 @@ def recommend(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Recommend items to a user: encode the history once, then use it to retrieve candidates and to rank them."""
+    """Recommend items to a user: encode the history once, then use it to retrieve candidates and to rank them.
+
+    With --rank or --rank-file, rank these items and no others, without retrieval and filters.
+    """
     if (user is None) == (history is None):
         raise click.UsageError("give exactly one of --user and --history")
+    named, rank_file = options.pop("named"), options.pop("rank_file")
+    ranks = bool(named or rank_file)
+    _refuse(SEARCH if ranks else ("skip_unknown",), f"with{'' if ranks else 'out'} --rank or --rank-file")
     with stderr.status("loading"):
-        from unipinrec.runtime import Recommender
+        from unipinrec.runtime import RankOptions, Recommender
 
         rules = {name: options.pop(name) for name in LOAD_RULES}
         recommender = Recommender.load(bundle, device, machine=machine(options.pop("gpu")), **rules)
@@ -307,15 +238,32 @@ def recommend(
         events = _events(recommender, user, history)
         if user is not None and events and options["now_ms"] is None:
             options["now_ms"] = _soon_after(events[-1])
-        slate = recommender.recommend(events, k, options_of(recommender.bundle, options))
+        wanted = options_of(recommender.bundle, options)
+        if ranks:
+            how = RankOptions(**{name: getattr(wanted, name) for name in RankOptions.__struct_fields__})
+            slate = recommender.rank(events, [*named, *(_ids(rank_file, recommender.bundle) or ())], how)
+        else:
+            slate = recommender.recommend(events, k, wanted)
     running = recommender.device
     if slate.source == "popular":
-        unknown = f"user {user!r} is not among the sample users of this bundle"
-        warn(f"{f'{history} holds no events' if user is None else unknown}: popular items", "note")
+        why = f"user {user!r} is not among the sample users of this bundle"
+        why = f"{history} holds no events" if user is None else why
+        warn(f"{why}: {'items by popularity' if ranks else 'popular items'}", "note")
+    if slate.unknown:
+        warn(f"{bundle} lacks or has retired {listed(slate.unknown)}; they are left out", "note")
     if as_json:
         print_json({**slate.to_json(), "device_reason": running.reason, "device_refused": running.refused})
     else:
         _print_slate(slate, running.reason)
+
+
+def _refuse(names: tuple[str, ...], where: str) -> None:
+    """Refuse the options of these parameters that the command line has."""
+    context = click.get_current_context()
+    given = {name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    wrong = ["/".join([*one.opts, *one.secondary_opts]) for one in context.command.params if one.name in given]
+    if wrong:
+        raise click.UsageError(f"{', '.join(wrong)} cannot be used {where}; leave it out")
 
 
 def _events(recommender: Recommender, user: str | None, history: Path | None) -> tuple[Event, ...]:
@@ -359,14 +307,15 @@ def _print_slate(slate: Slate, reason: str) -> None:
     stdout.print(table)
     if hidden:
         say(f"not shown for lack of width: {', '.join(hidden)} (--json has all)")
-    times = slate.stages_ms
+    times, search = slate.stages_ms, f"exact scan: {slate.exact}" if slate.exact else "hnswlib"
+    found = "items as named" if slate.items[0].source == "request" else search
     if popular:
         say(f"popular items; {times.total:.1f} ms; bundle {slate.bundle[:SHORT]}")
         return
     say(
         f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
         f"total {times.total:.1f} ms; history {slate.kv} ({slate.kv_reason}); "
-        f"{'exact scan: ' + slate.exact if slate.exact else 'hnswlib'}; ordered by {slate.order}; "
+        f"{found}; ordered by {slate.order}; "
         f"{slate.device} ({reason}); bundle {slate.bundle[:SHORT]}"
     )
 
