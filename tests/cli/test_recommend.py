@@ -18,7 +18,7 @@ from unipinrec.cli.recommend import _words
 from unipinrec.runtime.machine import driver_problem, has_bf16
 
 
-def run(*words: str | Path) -> Result:
+def run(*words: str | Path | int) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
@@ -266,6 +266,57 @@ def test_a_history_file_that_is_malformed(bundle: Path, tmp_path: Path) -> None:
     result = run("recommend", bundle, "--history", tmp_path / "events.json")
     assert result.exit_code == 1
     assert "unknown field `colour`" in result.stderr
+
+
+def test_named_items_are_ranked_with_the_scores_of_recommend(bundle: Path, events: Path, tmp_path: Path) -> None:
+    words = ("recommend", bundle, "--history", events, "--now", 10**12, "--weights", "save=2")
+    best = json.loads(run(*words, "-k", 200, "--include-seen", "--exact", "--json").stdout)["items"]
+    expected = [best[place] for place in (3, 90, 170)]
+    (tmp_path / "ids.txt").write_text(f"{expected[2]['item']} \n\n{expected[1]['item']}\n")
+    named = ("--rank", expected[1]["item"], "--rank", expected[0]["item"], "--rank-file", tmp_path / "ids.txt")
+    document = json.loads(run(*words, *named, "--json").stdout)
+    assert [item["item"] for item in document["items"]] == [item["item"] for item in expected]
+    assert {item["source"] for item in document["items"]} == {"request"}
+    for name in ("score", "value", "retrieval_score"):
+        assert [item[name] for item in document["items"]] == pytest.approx([item[name] for item in expected], abs=1e-6)
+    table = run(*words, *named)
+    assert [line.split()[1] for line in table.stdout.splitlines()[3:6]] == [item["item"] for item in expected]
+    assert "(no cache); items as named; ordered by" in table.stdout
+
+
+def test_unknown_items_to_rank_are_refused_or_left_out(bundle: Path, user: str, tmp_path: Path) -> None:
+    known = json.loads((bundle / "item_ids.json").read_bytes())[7]
+    words = ("recommend", bundle, "--user", user, "--rank", "gone", "--rank", known)
+    refused = run(*words)
+    assert refused.exit_code == 1
+    assert "lacks or has retired ['gone']" in refused.stderr
+    result = run(*words, "--skip-unknown", "--json")
+    assert f"{bundle} lacks or has retired ['gone']; they are left out" in result.stderr
+    document = json.loads(result.stdout)
+    assert ([item["item"] for item in document["items"]], document["unknown"]) == ([known], ["gone"])
+    popular = run("recommend", bundle, "--user", "nobody", "--rank", known)
+    assert "of this bundle: items by popularity" in popular.stderr
+    assert popular.stdout.splitlines()[-1].startswith("popular items; ")
+    (tmp_path / "none.txt").write_text("\n")
+    assert (
+        "there is nothing to rank"
+        in run("recommend", bundle, "--user", user, "--rank-file", tmp_path / "none.txt").stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rank", "a", "-k", "3"), "-k cannot be used with --rank or --rank-file; leave it out"),
+        (("--rank", "a", "--include-seen", "--exact"), "--exclude-seen/--include-seen, --exact cannot be used with"),
+        (("--rank", "a", "--category", "genre=Drama"), "--category cannot be used with --rank"),
+        (("--skip-unknown",), "--skip-unknown cannot be used without --rank or --rank-file; leave it out"),
+    ],
+)
+def test_a_search_has_other_options_than_named_items(bundle: Path, words: tuple[str, ...], message: str) -> None:
+    result = run("recommend", bundle, "--user", "u", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["verify", "recommend"])

@@ -16,7 +16,9 @@ from unipinrec.cli import main
 from unipinrec.export.lists import all_users
 from unipinrec.export.lists.all_users import COLUMNS
 from unipinrec.export.lists.prepared import PreparedHistories
-from unipinrec.models.data.schema import read_dataset
+from unipinrec.models.data.schema import read_dataset, write_dataset
+from unipinrec.models.simulator.simulator import simulate
+from unipinrec.models.simulator.world import SimulatorConfig
 from unipinrec.runtime import Recommender, RecommendOptions
 from unipinrec.runtime.requests import SOON_MS, Event
 
@@ -31,6 +33,22 @@ def lists(path: Path) -> dict[str, pl.DataFrame]:
     frame = pl.read_parquet(path)
     assert dict(frame.schema) == COLUMNS
     return {user: rows for (user,), rows in frame.group_by("user", maintain_order=True)}
+
+
+def assert_as_recommended(
+    written: dict[str, pl.DataFrame], bundle: Path, histories: dict[str, tuple[Event, ...]]
+) -> None:
+    """The lists of seven at home are those of one call each."""
+    assert list(written) == list(histories)
+    with Recommender.load(bundle, "cpu") as recommender:
+        for user, events in histories.items():
+            assert events[-1].timestamp_ms is not None
+            options = RecommendOptions(surface="home", now_ms=events[-1].timestamp_ms + SOON_MS)
+            slate, rows = recommender.recommend(events, 7, options), written[user]
+            assert rows["position"].to_list() == list(range(7))
+            assert rows["item"].to_list() == [item.item for item in slate.items]
+            assert rows["score"].to_list() == pytest.approx([item.score for item in slate.items], abs=1e-5)
+            assert rows["source"].unique().to_list() == ["model"]
 
 
 @pytest.fixture
@@ -78,18 +96,18 @@ def test_the_lists_are_those_of_recommend(
     document = json.loads(run(lively, dataset, "--out", out, "-k", "7", "--surface", "home", "--json").stdout)
     assert (document["users"], document["lists"], document["resumed"]) == (len(histories), len(histories), 0)
     assert document["users_per_s"] > 0
-    written = lists(out)
-    assert list(written) == list(histories)
-    with Recommender.load(lively, "cpu") as recommender:
-        for user, events in histories.items():
-            assert events[-1].timestamp_ms is not None
-            options = RecommendOptions(surface="home", now_ms=events[-1].timestamp_ms + SOON_MS)
-            slate, rows = recommender.recommend(events, 7, options), written[user]
-            assert rows["position"].to_list() == list(range(7))
-            assert rows["item"].to_list() == [item.item for item in slate.items]
-            assert rows["score"].to_list() == pytest.approx([item.score for item in slate.items], abs=1e-5)
-            assert rows["source"].unique().to_list() == ["model"]
+    assert_as_recommended(lists(out), lively, histories)
     assert os.listdir(tmp_path) == ["lists.parquet"]  # noqa: PTH208
+
+
+@pytest.mark.slow
+def test_the_lists_of_1000_users_are_those_of_recommend(lively: Path, tmp_path: Path) -> None:
+    data, _ = simulate(SimulatorConfig(users=1_000, items=300, categories=6, seed=12))
+    write_dataset(data, tmp_path / "data")
+    histories = dict(PreparedHistories.open(tmp_path / "data").read(range(1_000)))
+    assert len(histories) == 1_000
+    run(lively, tmp_path / "data", "--out", tmp_path / "lists.parquet", "-k", "7", "--surface", "home")
+    assert_as_recommended(lists(tmp_path / "lists.parquet"), lively, histories)
 
 
 def test_filters_and_time_are_those_of_recommend(lively: Path, dataset: Path, tmp_path: Path) -> None:

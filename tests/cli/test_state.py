@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import subprocess
+import sys
 from dataclasses import replace
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import msgspec
 import polars as pl
 import pytest
 from click.testing import CliRunner, Result
-from live_server import SMALL, listening, served
+from served_process import Running, started
 
 from unipinrec.cli import main
+from unipinrec.export import warm_state
 from unipinrec.export.lists.prepared import PreparedHistories
 from unipinrec.models.data.schema import read_dataset, write_dataset
 from unipinrec.runtime.requests import SOON_MS, Event
+from unipinrec.runtime.serve import open_store
+from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
 
 
 def run(*words: str | Path, code: int = 0) -> Result:
@@ -48,20 +51,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return shared
 
 
-@contextmanager
-def answering(bundle: Path, url: str) -> Iterator[HTTPConnection]:
-    with served(bundle, replace(SMALL, state=url)) as app, listening(app) as port:
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
-        yield connection
-        connection.close()
-
-
-def post(connection: HTTPConnection, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    connection.request("POST", "/v1/recommend", json.dumps(bodies))
-    response = connection.getresponse()
-    answers: list[dict[str, Any]] = json.loads(response.read())
-    assert response.status == 200, answers
-    return answers
+def post(server: Running, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    status, answers = server.ask("POST", "/v1/recommend", bodies)
+    assert status == 200, answers
+    return list(answers)
 
 
 def test_a_server_answers_every_user_as_if_the_history_was_sent(
@@ -74,23 +67,28 @@ def test_a_server_answers_every_user_as_if_the_history_was_sent(
     assert (document["left_out"], document["unknown"]) == (0, {})
     assert document["events_per_s"] > 0
     users = sorted(histories)
-    with answering(lively, url) as connection:
-        for begin in range(0, len(users), 50):
-            some = users[begin : begin + 50]
-            common = [{"k": 5, "now_ms": _soon_after(histories[user])} for user in some]
-            sent = [
-                {"history": [_as_json(event) for event in histories[user]], **rest}
-                for user, rest in zip(some, common, strict=True)
-            ]
-            with_history = post(connection, sent)
-            warm = post(connection, [{"user": user, **rest} for user, rest in zip(some, common, strict=True)])
-            for user, answer, expected in zip(some, warm, with_history, strict=True):
-                assert answer["source"] == "model"
-                assert answer["events"] == len(histories[user])
-                assert [item["item"] for item in answer["items"]] == [item["item"] for item in expected["items"]]
-                assert [item["score"] for item in answer["items"]] == pytest.approx(
-                    [item["score"] for item in expected["items"]], abs=1e-2
-                )  # the cache of known users rounds to int8
+    first: dict[str, list[str]] = {}
+    for _ in range(2):  # the second process starts where the first one was killed
+        with started("--state", url, "--cache-mib", "8", bundle=lively) as server:
+            server.ready()
+            for begin in range(0, len(users), 50):
+                some = users[begin : begin + 50]
+                common = [{"k": 5, "now_ms": _soon_after(histories[user])} for user in some]
+                sent = [
+                    {"history": [_as_json(event) for event in histories[user]], **rest}
+                    for user, rest in zip(some, common, strict=True)
+                ]
+                with_history = post(server, sent)
+                warm = post(server, [{"user": user, **rest} for user, rest in zip(some, common, strict=True)])
+                for user, answer, expected in zip(some, warm, with_history, strict=True):
+                    assert answer["source"] == "model"
+                    assert answer["events"] == len(histories[user])
+                    names = [item["item"] for item in answer["items"]]
+                    assert names == [item["item"] for item in expected["items"]] == first.setdefault(user, names)
+                    assert [item["score"] for item in answer["items"]] == pytest.approx(
+                        [item["score"] for item in expected["items"]], abs=1e-2
+                    )  # the cache of known users rounds to int8
+    assert len({tuple(names) for names in first.values()}) > len(users) / 2
 
 
 def _soon_after(events: tuple[Event, ...]) -> int:
@@ -111,6 +109,50 @@ def test_to_load_twice_changes_nothing(dataset: Path, url: str) -> None:
     assert run("export", "--state", url).stdout == before
 
 
+KILLED = """
+import os, signal, sys
+from unipinrec.cli import main
+from unipinrec.export import warm_state
+from unipinrec.export import warm_state
+warm_state.USERS, load = 8, warm_state.load_histories
+def killed(histories, store, kept, on_part):
+    def part(events):
+        on_part(events)
+        if events > histories.starts[-1] // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return load(histories, store, kept, part)
+warm_state.load_histories = killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_load_that_was_killed_goes_on(dataset: Path, url: str, tmp_path: Path) -> None:
+    words = ["state", "load", str(dataset), "--state", url]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    half = run("export", "--state", url).stdout.splitlines()
+    expected = loaded(dataset, "--state", tmp_path / "expected")
+    document = loaded(dataset, "--state", url)
+    assert document["known"] == sum(len(json.loads(line)["events"]) for line in half)
+    assert document["known"] > expected["events"] / 4
+    assert document["appended"] == expected["appended"] - document["known"] > 0
+    assert (document["left_out"], document["dropped"]) == (0, 0)
+    assert run("export", "--state", url).stdout == run("export", "--state", tmp_path / "expected").stdout
+
+
+def test_progress_counts_the_events(
+    dataset: Path, histories: dict[str, tuple[Event, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_state, "USERS", 40)
+    events, parts = sum(map(len, histories.values())), list[int]()
+    store = open_store(str(tmp_path / "state"), StoreLimits(events=1_000))
+    warm_state.load_histories(PreparedHistories.open(dataset), store, 1_000, parts.append)
+    store.close()
+    assert (len(parts), parts) == (-(-len(histories) // 40), sorted(set(parts)))
+    assert parts[-1] == events
+    assert f"{events}/{events}" in run("load", dataset, "--state", tmp_path / "again").stderr
+
+
 def test_the_newest_events_are_kept_and_told(
     dataset: Path, histories: dict[str, tuple[Event, ...]], tmp_path: Path
 ) -> None:
@@ -127,9 +169,6 @@ def test_the_newest_events_are_kept_and_told(
 
 
 def test_events_that_went_for_newer_ones_do_not_come_back(dataset: Path, tmp_path: Path) -> None:
-    from unipinrec.runtime.serve import open_store
-    from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
-
     state = tmp_path / "state"
     loaded(dataset, "--state", state, "--kept-events", "8")
     user = PreparedHistories.open(dataset).users[0]

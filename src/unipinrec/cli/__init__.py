@@ -11,7 +11,7 @@ plan.py            `unipinrec plan`
 plan_report.py     the report of `unipinrec plan`
 prepare.py         `unipinrec prepare`
 prepare_report.py  the report of `unipinrec prepare`
-recommend.py       `unipinrec recommend`
+recommend.py       `unipinrec recommend`, and the options of a request and of a device
 serve.py           `unipinrec serve` and `unipinrec state`
 train.py           `unipinrec train`
 """

@@ -1,4 +1,4 @@
-"""`unipinrec recommend`."""
+"""`unipinrec recommend`, and the options of a request and of a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -25,7 +26,7 @@ from unipinrec.cli.common import (
     stdout,
     warn,
 )
-from unipinrec.errors import BackendError, RequestError
+from unipinrec.errors import BackendError, RequestError, listed
 
 if TYPE_CHECKING:
     from unipinrec.runtime import Bundle, Recommender, RecommendOptions
@@ -35,9 +36,21 @@ EXAMPLES = """\b
 Examples:
   unipinrec recommend bundle/ --user user-17 -k 10
   unipinrec recommend bundle/ --history events.json --weights click=1,save=2 --json
-  unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt"""
+  unipinrec recommend bundle/ --user user-17 --category genre=Drama,Comedy --deny sold-out.txt
+  unipinrec recommend bundle/ --user user-17 --rank item-7 --rank item-9"""
 
 TITLE_WIDTH, FACT_WIDTH = 12, 12
+SEARCH = (
+    "k",
+    "candidates",
+    "allow",
+    "deny",
+    "categories",
+    "ranges",
+    "max_per_category",
+    "exclude_seen",
+    "exact",
+)  # options that --rank excludes
 LOAD_RULES = ("strict", "allow_bundle_engines", "cold_start")
 
 
@@ -236,6 +249,15 @@ def options_of(opened: Bundle, options: dict[str, Any]) -> RecommendOptions:
     metavar="EVENTS.json",
     help='A list of {"item", "actions", "surface", "timestamp_ms"}, oldest first. An empty list gets popular items.',
 )
+@click.option(
+    "--rank",
+    "named",
+    metavar="ID",
+    multiple=True,
+    help="Rank this item, and others that are named so, instead of a search; repeatable.",
+)
+@click.option("--rank-file", type=input_file, metavar="IDS.txt", help="Rank the items of this file, one id per line.")
+@click.option("--skip-unknown", is_flag=True, help="Leave out items to rank that the bundle lacks or has retired.")
 @request_options
 @json_command
 def recommend(
@@ -247,11 +269,17 @@ def recommend(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Recommend items to a user: encode the history once, then use it to retrieve candidates and to rank them."""
+    """Recommend items to a user: encode the history once, then use it to retrieve candidates and to rank them.
+
+    With --rank or --rank-file, rank these items and no others, without retrieval and filters.
+    """
     if (user is None) == (history is None):
         raise click.UsageError("give exactly one of --user and --history")
+    named, rank_file = options.pop("named"), options.pop("rank_file")
+    ranks = bool(named or rank_file)
+    _refuse(SEARCH if ranks else ("skip_unknown",), f"with{'' if ranks else 'out'} --rank or --rank-file")
     with stderr.status("loading"):
-        from unipinrec.runtime import Recommender
+        from unipinrec.runtime import RankOptions, Recommender
 
         rules = {name: options.pop(name) for name in LOAD_RULES}
         recommender = Recommender.load(bundle, device, machine=machine(options.pop("gpu")), **rules)
@@ -259,15 +287,32 @@ def recommend(
         events = _events(recommender, user, history)
         if user is not None and events and options["now_ms"] is None:
             options["now_ms"] = _soon_after(events[-1])
-        slate = recommender.recommend(events, k, options_of(recommender.bundle, options))
+        wanted = options_of(recommender.bundle, options)
+        if ranks:
+            how = RankOptions(**{name: getattr(wanted, name) for name in RankOptions.__struct_fields__})
+            slate = recommender.rank(events, [*named, *(_ids(rank_file, recommender.bundle) or ())], how)
+        else:
+            slate = recommender.recommend(events, k, wanted)
     running = recommender.device
     if slate.source == "popular":
-        unknown = f"user {user!r} is not among the sample users of this bundle"
-        warn(f"{f'{history} holds no events' if user is None else unknown}: popular items", "note")
+        why = f"user {user!r} is not among the sample users of this bundle"
+        why = f"{history} holds no events" if user is None else why
+        warn(f"{why}: {'items by popularity' if ranks else 'popular items'}", "note")
+    if slate.unknown:
+        warn(f"{bundle} lacks or has retired {listed(slate.unknown)}; they are left out", "note")
     if as_json:
         print_json({**slate.to_json(), "device_reason": running.reason, "device_refused": running.refused})
     else:
         _print_slate(slate, running.reason)
+
+
+def _refuse(names: tuple[str, ...], where: str) -> None:
+    """Refuse the options of these parameters that the command line has."""
+    context = click.get_current_context()
+    given = {name for name in names if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    wrong = ["/".join([*one.opts, *one.secondary_opts]) for one in context.command.params if one.name in given]
+    if wrong:
+        raise click.UsageError(f"{', '.join(wrong)} cannot be used {where}; leave it out")
 
 
 def _events(recommender: Recommender, user: str | None, history: Path | None) -> tuple[Event, ...]:
@@ -318,14 +363,15 @@ def _print_slate(slate: Slate, reason: str) -> None:
     stdout.print(table)
     if hidden:
         say(f"not shown for lack of width: {', '.join(hidden)} (--json has all)")
-    times = slate.stages_ms
+    times, search = slate.stages_ms, f"exact scan: {slate.exact}" if slate.exact else "hnswlib"
+    found = "items as named" if slate.items[0].source == "request" else search
     if popular:
         say(f"popular items; {times.total:.1f} ms; bundle {slate.bundle[:SHORT]}")
         return
     say(
         f"encode {times.encode:.1f} ms, retrieve {times.retrieve:.1f} ms, rank {times.rank:.1f} ms, "
         f"total {times.total:.1f} ms; history {slate.kv} ({slate.kv_reason}); "
-        f"{'exact scan: ' + slate.exact if slate.exact else 'hnswlib'}; ordered by {slate.order}; "
+        f"{found}; ordered by {slate.order}; "
         f"{slate.device} ({reason}); bundle {slate.bundle[:SHORT]}"
     )
 

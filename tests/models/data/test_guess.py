@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,16 @@ from typing import Any
 
 import polars as pl
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_server import SMALL, served
+from starlette.testclient import TestClient
 
+from unipinrec.cli import main
 from unipinrec.errors import DataError
 from unipinrec.models.data.guess import inspect_source
-from unipinrec.models.data.schema import Dataset
+from unipinrec.models.data.schema import Dataset, read_dataset
 from unipinrec.models.data.table import read_column_map, read_mapped
 from unipinrec.models.data.validate import build_dataset
 
@@ -160,6 +164,38 @@ def test_shapes_need_no_edit(
         assert made.events.select("user_id", "item_id", "timestamp_ms").row(0) == first
 
 
+SHAPES = (semicolons, no_header, impressions, play_counts, constant, purchases, json_lines, parquet)
+
+
+def run(*words: str | Path) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_a_file_becomes_served_lists_with_no_edited_line(tmp_path: Path, shape: Callable[[Path], Path]) -> None:
+    (tmp_path / "files").mkdir()
+    source = shape(tmp_path / "files")
+    columns, data, checkpoint, bundle = (tmp_path / name for name in ("columns.toml", "data", "checkpoint", "bundle"))
+    run("prepare", "inspect", source, "--out", columns)
+    run("prepare", "table", source, "--columns", columns, "--out", data)
+    run("train", "--data", data, "--out", checkpoint, "--epochs", "1")
+    run("export", checkpoint, bundle, "--data", data)
+    run("recommend-all", bundle, data, "--out", tmp_path / "lists.parquet", "-k", "3", "--include-seen")
+    users = read_dataset(data).events["user_id"].unique()
+    lists = pl.read_parquet(tmp_path / "lists.parquet")
+    assert lists.group_by("user").len().rows_by_key("user") == {user: [(3,)] for user in users}
+    assert set(lists["source"]) == {"model"}
+    user = sorted(users)[0]
+    alone = json.loads(run("recommend", bundle, "--user", user, "-k", "3", "--include-seen", "--json").stdout)
+    run("state", "load", data, "--state", tmp_path / "state", "--bundle", bundle)
+    with served(bundle, replace(SMALL, state=str(tmp_path / "state"))) as app, TestClient(app) as client:
+        answer = client.post("/v1/recommend", json={"user": user, "k": 3, "exclude_seen": False}).json()
+    assert (alone["source"], answer["source"], len(alone["items"]), len(answer["items"])) == ("model", "model", 3, 3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
     """How a log of user, item, time and perhaps an action is written."""
@@ -297,6 +333,7 @@ def test_of_300_dialects_95_in_100_need_no_edit() -> None:
         counts[outcome(dialect).partition(":")[0]] += 1
 
     count()
+    print(f"{counts['same']} of {counts.total()} dialects need no edit: {dict(counts)}")  # shown by pytest -rP
     assert counts["same"] >= 0.95 * counts.total(), counts
 
 

@@ -8,15 +8,19 @@ import sqlite3
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from answers import STORED
-from live_server import deployed
+from live_server import SMALL, deployed, served
 from starlette.testclient import TestClient
 
+from unipinrec.runtime.bundle.quality import KvDtype
+from unipinrec.runtime.ranking import sigmoid
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import Event, RankOptions, RecommendOptions
 from unipinrec.runtime.server.app import make_app, make_server
@@ -555,6 +559,26 @@ def test_items_are_ranked_as_by_the_library(client: TestClient, recommender: Rec
     assert answer["items"] == list(expected["items"])
     assert (list(answer), answer["events"]) == ([*expected, "events", "skipped_events"], 3)
     assert {item["source"] for item in answer["items"]} == {"request"}
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 0.0), ("int8", 1e-3)])
+def test_a_ranked_item_has_the_logits_of_score_and_the_score_of_a_recommendation(
+    dtype: KvDtype, rounding: float
+) -> None:
+    chosen = [f"item-{row}" for row in (0, 2, 9, 17, 22)]
+    body = {"history": HISTORY, "now_ms": AT + 9, "order": "value"}
+    with served(STORED, replace(SMALL, cache_dtype=dtype)) as app, TestClient(app) as client:
+        ranked = {item["item"]: item for item in post(client, "/v1/rank", {**body, "items": chosen})["items"]}
+        everything = {**body, "k": 24, "exclude_seen": False}
+        whole = {item["item"]: item for item in post(client, "/v1/recommend", everything)["items"]}
+    with Recommender.load(STORED, "cpu") as alone:
+        expected = sigmoid(alone.score(EVENTS, chosen, RankOptions(now_ms=AT + 9)))
+    actions = np.array([list(ranked[name]["actions"].values()) for name in chosen])
+    np.testing.assert_allclose(actions, expected, atol=rounding, rtol=0)
+    assert np.ptp(actions, axis=0).min() > 1e-3
+    for name in ("score", "value", "retrieval_score"):
+        scores = [whole[item][name] for item in chosen]
+        assert [ranked[item][name] for item in chosen] == pytest.approx(scores, abs=1e-6)
 
 
 def test_items_are_ranked_after_stored_events_and_with_the_cache(client: TestClient) -> None:
