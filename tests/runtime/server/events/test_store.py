@@ -47,7 +47,7 @@ def items(events: tuple[StoredEvent, ...]) -> str:
 
 
 def merge(known: tuple[StoredEvent, ...], *new: StoredEvent, limit: int = 8) -> tuple[str, Receipt]:
-    events, receipt = merged(known, append("u", *new), limit, NOW)
+    events, receipt, _ = merged(known, append("u", *new), limit, NOW)
     return items(events), receipt
 
 
@@ -73,11 +73,11 @@ def test_events_without_an_id_are_never_duplicates() -> None:
 
 
 def test_an_event_without_a_time_comes_last_and_gets_one_where_others_have_one() -> None:
-    untimed, _ = merged((), append("u", event("a"), event("b")), 8, NOW)
+    untimed, _, _ = merged((), append("u", event("a"), event("b")), 8, NOW)
     assert [one.timestamp_ms for one in untimed] == [None, None]
-    timed, _ = merged(untimed, append("u", event("c", 10), event("d")), 8, NOW)
+    timed, _, _ = merged(untimed, append("u", event("c", 10), event("d")), 8, NOW)
     assert [(one.item, one.timestamp_ms) for one in timed] == [("a", None), ("b", None), ("c", 10), ("d", NOW)]
-    ahead, _ = merged(timed, append("u", event("e", NOW + 5), event("f")), 8, NOW)
+    ahead, _, _ = merged(timed, append("u", event("e", NOW + 5), event("f")), 8, NOW)
     assert [(one.item, one.timestamp_ms) for one in ahead[-2:]] == [("e", NOW + 5), ("f", NOW + 5)]
 
 
@@ -99,10 +99,10 @@ def test_a_history_is_in_order_and_does_not_depend_on_how_it_was_sent(
     sent: list[tuple[int, str | None]], cuts: list[int]
 ) -> None:
     events = [event(str(index), at, name) for index, (at, name) in enumerate(sent)]
-    whole, _ = merged((), append("u", *events), 100, NOW)
+    whole, _, _ = merged((), append("u", *events), 100, NOW)
     parts: tuple[StoredEvent, ...] = ()
     for cut in (*cuts, len(events)):
-        parts, _ = merged(parts, append("u", *events[:cut]), 100, NOW)
+        parts, _, _ = merged(parts, append("u", *events[:cut]), 100, NOW)
         events = events[cut:]
     assert parts == whole
     times = [one.timestamp_ms or 0 for one in whole]
