@@ -39,7 +39,6 @@ ATTEMPTS = 20
 RECONNECTS = 3  # other threads may put connections to a replaced server back meanwhile
 RECONNECT_S = 0.05
 SCANNED = 1_000  # keys at a time
-REPLACED = ("READONLY", "MASTERDOWN", "LOADING")  # of an error of the server, which did nothing
 # All or nothing, in any version of the server. Not MULTI: after a lost connection its client reports a conflict, and
 # events that were stored would be stored again.
 WRITE = """
@@ -79,6 +78,8 @@ class RedisEventStore:
             raise BackendError("--state redis://... needs redis; run pip install 'unipinrec[redis]'") from error
         self.description = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"  # no password
         self._failures, self._lost = (redis.RedisError, OSError, msgspec.DecodeError), redis.ConnectionError
+        # By these the server says that it did nothing.
+        self._replaced = (redis.ReadOnlyError, redis.exceptions.MasterDownError, redis.BusyLoadingError)
         self._limits = limits
         self._threads = ThreadPoolExecutor(CONNECTIONS, "unipinrec-events")
         try:
@@ -151,7 +152,8 @@ class RedisEventStore:
                 return work()
             except self._failures as error:
                 self._server.connection_pool.disconnect(inuse_connections=False)
-                if not (read and isinstance(error, self._lost)) and not any(word in str(error) for word in REPLACED):
+                old = "READONLY" in str(error)  # in a script, before version 7
+                if not isinstance(error, (*self._replaced, self._lost) if read else self._replaced) and not old:
                     raise
                 time.sleep(RECONNECT_S)
         return work()
