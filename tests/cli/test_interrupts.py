@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 SECONDS = 2.0
 SLACK = 3.0  # of a busy machine
-Words = Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +24,18 @@ def words(
     """Each long command on small inputs; `OUT` is what it writes."""
     folder = tmp_path_factory.mktemp("input")
     manifest = json.loads((bundle / "manifest.json").read_text())
+    draw = random.Random(1)
+    rows = [
+        {
+            "item": f"new-{at}",
+            "dense": {name: [draw.gauss(0, 1) for _ in range(width)] for name, width in manifest["dense"].items()},
+        }
+        for at in range(20_000)
+    ]
     new = folder / "items.jsonl"
-    names = manifest["items"]["dense"] if "items" in manifest else []
-    new.write_text("\n".join(json.dumps({"item": f"new-{at}", "title": f"{at}"}) for at in range(3000)))
-    assert names is not None
+    new.write_text("\n".join(map(json.dumps, rows)))
     return {
-        "train": ["train", "--data", str(dataset), "--out", "OUT", "--epochs", "50"],
+        "train": ["train", "--data", str(dataset), "--out", "OUT", "--epochs", "4"],
         "export": ["export", str(checkpoint), "--data", str(dataset), "--out", "OUT"],
         "index": ["index", str(bundle), "--add", str(new), "--out", "OUT"],
         "prepare": ["prepare", "simulate", "--out", "OUT", "--users", "3000", "--items", "3000"],
@@ -47,6 +51,7 @@ def start(words: list[str], out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["train", "export", "index", "prepare", "evaluate", "recommend-all", "state load"])
 def test_a_signal_at_any_time_ends_a_command(name: str, words: dict[str, list[str]], tmp_path: Path) -> None:
     out, began = tmp_path / "whole", time.monotonic()
@@ -66,14 +71,16 @@ def test_a_signal_at_any_time_ends_a_command(name: str, words: dict[str, list[st
         case = f"{name}, {number.name} after {at:.1f} of {length:.1f} s: {process.returncode}, {took:.1f} s\n{text}"
         print(case)
         assert took < SECONDS + SLACK, case
-        assert process.returncode in (0, 1, -number), case  # by the signal itself: it had not begun
+        # By the signal itself: it had not begun, or Python ends by SIGINT if code that a string held was interrupted.
+        assert process.returncode in (0, 1, -number, -signal.SIGINT), case
         if name not in ("train", "recommend-all", "state load") and process.returncode:
             assert not out.exists(), case
             assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], case
-    again = [word for word in words[name] if word != "50"] if name == "train" else words[name]
-    with start([*again, *(["3", "--resume"] if name == "train" and out.exists() else [])], out) as process:
-        text = process.communicate()[0]
-    assert process.returncode == 0 or "exists" in text, text
+    if process.returncode:
+        resume = ["--resume"] if name == "train" and out.exists() else []
+        with start([*words[name], *resume], out) as process:
+            text = process.communicate()[0]
+        assert process.returncode == 0, text
 
 
 def test_sigterm_is_as_ctrl_c(dataset: Path, tmp_path: Path) -> None:
