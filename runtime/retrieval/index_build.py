@@ -146,7 +146,7 @@ def _recall_meter(task: IndexTask) -> Callable[[Any], float]:
         parts = np.split(queries, range(QUERIES_AT_ONCE, len(queries), QUERIES_AT_ONCE))
         # Not its distances: 1 - product rounds small products.
         rows = np.concatenate([index.knn_query(part, k=k)[0] for part in parts]).astype(np.int64)
-        found = best(task.vectors, queries[:, None], rows, [k] * len(queries))
+        found = best(task.vectors, queries[:, None], list(rows), [k] * len(queries))
         return recall(np.stack([similarity for _, similarity in found]), exact)
 
     return measure

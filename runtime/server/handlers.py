@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import repeat, zip_longest
+from itertools import zip_longest
 from typing import TypeVar
 
 import msgspec
@@ -127,8 +127,8 @@ async def _compute(
             users = [request.user for request in requests if request.history is None and request.user is not None]
             stored = await settled(call, lambda: server.store.histories(users)) if users else []
             # After the events: what is dropped meanwhile is in both, not in neither.
-            seen = await settled(call, lambda: server.store.seen(users)) if any(stored) else repeat(b"")
-            left = zip(stored, seen, strict=False)
+            seen = await settled(call, lambda: server.store.seen(users)) if any(stored) else [b""] * len(users)
+            left = zip(stored, seen, strict=True)
             for request in requests:
                 events, gone = next(left) if request.history is None else (request.history, b"")
                 asked = _without_seen(request, gone, deployment)

@@ -164,7 +164,8 @@ def test_equal_items_count_as_found_and_a_few_of_them_change_nothing(
 ) -> None:
     twice = np.repeat(vectors, 2, axis=0)  # each item has an equal one, so that ids alone would miss some
     spec = build_index(IndexTask(vectors=twice, queries=vectors[:50]), tmp_path / "index")
-    assert (spec.m, spec.scan, spec.recall) == (16, False, pytest.approx(1.0, abs=0.005))
+    assert (spec.m, spec.scan) == (16, False)
+    assert spec.recall > 0.995
     few = vectors.copy()
     few[:30] = few[0]  # fewer than an item has links at the largest M
     monkeypatch.setattr(index_build, "M_CHOICES", (2, 16))
