@@ -36,7 +36,7 @@ def words(
     new.write_text("\n".join(map(json.dumps, rows)))
     return {
         "train": ["train", "--data", str(dataset), "--out", "OUT", "--epochs", "4"],
-        "export": ["export", str(checkpoint), "--data", str(dataset), "--out", "OUT"],
+        "export": ["export", str(checkpoint), "OUT", "--data", str(dataset)],
         "index": ["index", str(bundle), "--add", str(new), "--out", "OUT"],
         "prepare": ["prepare", "simulate", "--out", "OUT", "--users", "3000", "--items", "3000"],
         "evaluate": ["evaluate", str(checkpoint), "--data", str(dataset)],
