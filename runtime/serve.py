@@ -84,6 +84,7 @@ def serve_bundle(bundle: Path | str, options: ServeOptions | None = None) -> Non
 
 def serve_command(bundle: Path, options: ServeOptions) -> None:
     """`unipinrec serve`: as `serve_bundle`, but the process ends by it. The log has the error that ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until it handles signals, for which nothing needs an end
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not started by nohup
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     configure_logs(_logs(options, None))

@@ -150,6 +150,8 @@ class Trainer:
     def run(self) -> Iterator[StepReport | EpochReport]:
         """Train; yields after every step and every epoch. Set `stop_requested` to stop after the current step.
 
+        A validation ends after its current batch, and is done again when the run is resumed.
+
         Raises:
             TrainingInterrupted: `stop_requested` was set; the state is on disk.
             TrainingError: The loss, its gradient or a validation score is not finite.
@@ -163,13 +165,15 @@ class Trainer:
                 if self.log is not None:
                     self.log.step(report)
                 yield report
-                if self.stop_requested:
-                    self._save_state()
-                    raise TrainingInterrupted(
-                        f"stopped after step {self._steps_done()} of {self.total_steps}; "
-                        f"go on with --resume --out {self.out}"
-                    )
+                self._stop_if_requested()
             yield self._finish_epoch(time.monotonic() - began)
+
+    def _stop_if_requested(self) -> None:
+        if self.stop_requested:
+            self._save_state()
+            raise TrainingInterrupted(
+                f"stopped after step {self._steps_done()} of {self.total_steps}; go on with --resume --out {self.out}"
+            )
 
     def _epoch_batches(self) -> Iterator[Batch]:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -251,7 +255,11 @@ class Trainer:
         train, actions = self.config.train, self.vocabulary.actions
         limit = EVALUATION_BATCH if train.fit_validation else train.valid_requests
         requests = held_out_requests(self.data, self.positive, "valid", limit)
-        scores = gather_scores(list(model_scores(self.model, self.data, requests)))
+        parts = []
+        for part in model_scores(self.model, self.data, requests):
+            parts.append(part)
+            self._stop_if_requested()
+        scores = gather_scores(parts)
         # A target whose score is not a number ranks behind the whole catalogue.
         ranked = np.where(scores.ranks < self.data.num_items, scores.ranks, np.nan)
         for values in (scores.probabilities, ranked):

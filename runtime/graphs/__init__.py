@@ -6,4 +6,5 @@ mock.py          a backend for tests, with functions as graphs
 openvino_cpu.py  OpenVINO
 ort_cpu.py       ONNX Runtime on the CPU, and code that both of its backends share
 ort_cuda.py      ONNX Runtime on a GPU, never silently on the CPU
+work.py          how much memory a run of a graph takes at most
 """

@@ -24,6 +24,8 @@ EF_CHOICES = (100, 200, 400, 800, 1600)
 RECALL_K = 100
 RECALL_TARGET = 0.99
 MAX_QUERIES = 500
+ITEMS_AT_ONCE = 256  # Ctrl-C waits for one call of hnswlib: below a second, even at the largest M
+QUERIES_AT_ONCE = 100
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +61,8 @@ def can_index() -> bool:
 def build_index(task: IndexTask, path: Path) -> IndexSpec:
     """Write an index with the smallest M and ef that reach the target, else with those of the best recall.
 
-    A missed target is logged as a warning. Then `scan` says that requests scan all items.
+    A missed target is logged as a warning. Then `scan` says that requests scan all items. A larger M is not tried if
+    it cannot help: see `_crowded`.
 
     Raises:
         BackendError: hnswlib is missing.
@@ -74,11 +77,11 @@ def build_index(task: IndexTask, path: Path) -> IndexSpec:
         index: Any = hnswlib.Index(space="ip", dim=task.vectors.shape[1])
         index.init_index(max_elements=len(rows), ef_construction=EF_CONSTRUCTION, M=m, random_seed=task.seed)
         index.set_num_threads(1)
-        index.add_items(task.vectors[rows], rows)
+        _add(index, task.vectors, rows)
         ef, reached = choose_ef(index, measure, task.target)
         if reached > choice[-1]:
             chosen, choice = index, (m, ef, reached)
-        if reached >= task.target:
+        if reached >= task.target or _crowded(task.vectors[rows]) > 1.0 - task.target:
             break
     return _finish(task, chosen, choice, path)
 
@@ -109,12 +112,28 @@ def grow_index(
     added = np.setdiff1d(np.arange(len(task.vectors)), np.concatenate([known, task.retired]))
     if 2 * len(np.intersect1d(known, task.retired)) > len(known) + len(added):
         return None
-    if len(added):
-        index.add_items(task.vectors[added], added)
+    _add(index, task.vectors, added)
     for row in np.setdiff1d(task.retired, retired).tolist():
         index.mark_deleted(row)
     ef, reached = choose_ef(index, _recall_meter(task), task.target)
     return None if reached < task.target else _finish(task, index, (spec.m, ef, reached), path)
+
+
+def _add(index: Any, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> None:
+    """Add rows; with one thread the index does not depend on how many are added at a time."""
+    for start in range(0, len(rows), ITEMS_AT_ONCE):
+        part = rows[start : start + ITEMS_AT_ONCE]
+        index.add_items(vectors[part], part)
+
+
+def _crowded(vectors: NDArray[np.float32]) -> float:
+    """Share of the vectors [N, E] that equal more others than an item has links, at any M.
+
+    The links of such items all lead to one another, so a search that comes there never leaves.
+    """
+    whole = np.ascontiguousarray(vectors).view(np.dtype((np.void, vectors.strides[0])))
+    counts = np.unique(whole, return_counts=True)[1]
+    return float(counts[counts > 2 * M_CHOICES[-1]].sum() / len(vectors))
 
 
 def choose_ef(index: Any, measure: Callable[[Any], float], target: float) -> tuple[int, float]:
@@ -136,8 +155,10 @@ def _recall_meter(task: IndexTask) -> Callable[[Any], float]:
     _, exact = ExactIndex.fastest(task.vectors).search(queries, k, live)
 
     def measure(index: Any) -> float:
-        rows = index.knn_query(queries, k=k)[0].astype(np.int64)  # its distances, 1 - product, round small products
-        found = best(task.vectors, queries[:, None], rows, [k] * len(queries))
+        parts = np.split(queries, range(QUERIES_AT_ONCE, len(queries), QUERIES_AT_ONCE))
+        # Not its distances: 1 - product rounds small products.
+        rows = np.concatenate([index.knn_query(part, k=k)[0] for part in parts]).astype(np.int64)
+        found = best(task.vectors, queries[:, None], list(rows), [k] * len(queries))
         return recall(np.stack([similarity for _, similarity in found]), exact)
 
     return measure

@@ -19,6 +19,7 @@ from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import RecommendOptions, Request
 from unipinrec.runtime.retrieval.sampling import RecallSampler
+from unipinrec.runtime.server.events.seen import ItemsByHash
 
 WARM_UP_BATCH = 8  # more would only take time from requests
 
@@ -56,6 +57,7 @@ class Deployment:
         version: The bundle's hash.
         path: The bundle's folder.
         options: How it was opened; the next deployment is opened in the same way.
+        items_by_hash: Its items, to leave out those of a user's dropped events.
     """
 
     recommender: Recommender
@@ -63,6 +65,7 @@ class Deployment:
     version: str
     path: Path
     options: DeploymentOptions = field(default_factory=DeploymentOptions)
+    items_by_hash: ItemsByHash
 
     @classmethod
     def open(
@@ -109,7 +112,15 @@ class Deployment:
             recommender = replace(recommender, retriever=options.sampler.watch(recommender.retriever))
         batcher = Batcher(recommender, options.batching)
         version = recommender.bundle.hash
-        return cls(recommender=recommender, batcher=batcher, version=version, path=folder, options=options)
+        items = ItemsByHash(list(bundle.rows))
+        return cls(
+            recommender=recommender,
+            batcher=batcher,
+            version=version,
+            path=folder,
+            options=options,
+            items_by_hash=items,
+        )
 
     def close(self) -> None:
         """Answer queued requests, then release graphs and memory; another deployment may go on to use the cache."""

@@ -128,10 +128,13 @@ async def _compute(
         with server.acquire() as deployment:
             users = [request.user for request in requests if request.history is None and request.user is not None]
             stored = await settled(call, lambda: server.store.histories(users)) if users else []
-            left = iter(stored)
+            # After the events: what is dropped meanwhile is in both, not in neither.
+            seen = await settled(call, lambda: server.store.seen(users)) if any(stored) else [b""] * len(users)
+            left = zip(stored, seen, strict=True)
             for request in requests:
-                events = next(left) if request.history is None else request.history
-                submitted.append(_submit(deployment, request, events, server.options.limits.ahead_ms))
+                events, gone = next(left) if request.history is None else (request.history, b"")
+                asked = _without_seen(request, gone, deployment)
+                submitted.append(_submit(deployment, asked, events, server.options.limits.ahead_ms))
             await call.wait([entry.answer for entry in submitted if isinstance(entry, _Submitted)])
     finally:
         for release, entry in zip_longest(leave, submitted):
@@ -141,6 +144,14 @@ async def _compute(
             else:
                 release()
     return submitted
+
+
+def _without_seen(request: Asked, seen: bytes, deployment: Deployment) -> Asked:
+    """Leave out the items of dropped events too, the newest first, but not more than half of all items."""
+    if not seen or isinstance(request, RankBody) or not request.exclude_seen:
+        return request
+    items = deployment.items_by_hash.named(seen)[: deployment.recommender.bundle.catalogue.num_live // 2]
+    return msgspec.structs.replace(request, exclude=(*request.exclude, *items))
 
 
 def _submit(deployment: Deployment, request: Asked, events: Sequence[Event], ahead_ms: int) -> _Submitted | Exception:

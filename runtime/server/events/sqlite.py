@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from unipinrec.errors import BackendError
+from unipinrec.runtime.server.events.seen import remembered
 from unipinrec.runtime.server.events.store import (
     Append,
     Events,
@@ -31,6 +32,7 @@ from unipinrec.runtime.server.events.store import (
     merged,
 )
 
+T = TypeVar("T")
 FILE = "events.sqlite3"
 FORMAT = 2
 BUSY_S = 5.0  # how long to wait for another process, such as a backup
@@ -43,6 +45,10 @@ SCHEMA = (
     "INSERT INTO total VALUES (0)",
     "CREATE TRIGGER counted_in AFTER INSERT ON users BEGIN UPDATE total SET users = users + 1; END",
     "CREATE TRIGGER counted_out AFTER DELETE ON users BEGIN UPDATE total SET users = users - 1; END",
+)
+SEEN = (  # in every file, also of versions that knew no such table, and still use the file beside this one
+    "CREATE TABLE IF NOT EXISTS seen (user TEXT PRIMARY KEY, items BLOB NOT NULL)",
+    "CREATE TRIGGER IF NOT EXISTS seen_out AFTER DELETE ON users BEGIN DELETE FROM seen WHERE user = old.user; END",
 )
 
 
@@ -89,11 +95,18 @@ class SqliteEventStore:
 
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
         """See `EventStore.histories`."""
-        future: Future[list[Events]] = Future()
+        return self._read(_select, users)
+
+    def seen(self, users: Sequence[str]) -> Future[list[bytes]]:
+        """See `EventStore.seen`."""
+        return self._read(_select_seen, users)
+
+    def _read(self, select: Callable[[sqlite3.Connection, str], T], users: Sequence[str]) -> Future[list[T]]:
+        future: Future[list[T]] = Future()
         try:
             self._require_file()
             with self._reading:
-                future.set_result([_select(self._reader, user) for user in users])
+                future.set_result([select(self._reader, user) for user in users])
         except (OSError, sqlite3.Error, msgspec.DecodeError) as error:
             future.set_exception(self._failed(error))
         return future
@@ -156,7 +169,10 @@ class SqliteEventStore:
 
     def _append(self, append: Append, now_ms: int) -> Receipt:
         known = _select(self._writer, append.user)
-        events, receipt = merged(known, append, self._limits.events, now_ms)
+        events, receipt, gone = merged(known, append, self._limits.events, now_ms)
+        if gone:
+            seen = remembered(_select_seen(self._writer, append.user), gone, self._limits.seen)
+            self._writer.execute("INSERT OR REPLACE INTO seen VALUES (?, ?)", (append.user, seen))
         if receipt.appended:
             self._writer.execute(
                 "INSERT INTO users VALUES (?1, ?2, ?3) ON CONFLICT (user) DO UPDATE SET updated_ms = ?2, events = ?3",
@@ -210,6 +226,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         for statement in SCHEMA:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {FORMAT}")
+    for statement in SEEN if version in (0, FORMAT) else ():
+        connection.execute(statement)
     connection.execute("COMMIT")
     if version not in (0, FORMAT):
         raise BackendError(f"{path}: its format is {version}, this version reads {FORMAT}; give another --state")
@@ -231,3 +249,8 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 def _select(connection: sqlite3.Connection, user: str) -> Events:
     row = connection.execute("SELECT events FROM users WHERE user = ?", (user,)).fetchone()
     return decode_events(None if row is None else row[0])
+
+
+def _select_seen(connection: sqlite3.Connection, user: str) -> bytes:
+    row = connection.execute("SELECT items FROM seen WHERE user = ?", (user,)).fetchone()
+    return b"" if row is None else bytes(row[0])

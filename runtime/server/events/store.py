@@ -17,6 +17,7 @@ import msgspec
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.requests import Event
+from unipinrec.runtime.server.events.seen import remembered
 
 T = TypeVar("T")
 DROPPED_PART = 8
@@ -82,12 +83,16 @@ class EventStore(Protocol):
         """The events of each user, oldest first; empty for an unknown user."""
         ...
 
+    def seen(self, users: Sequence[str]) -> Future[list[bytes]]:
+        """Hashes of the items of each user's dropped events, the newest first, as in `remembered`."""
+        ...
+
     def users(self) -> Future[list[str]]:
         """All users, in no order; with writes at the same time, some of them may be missing."""
         ...
 
     def forget(self, user: str) -> Future[int]:
-        """Delete a user; returns the number of deleted events."""
+        """Delete all of a user; returns the number of deleted events."""
         ...
 
     def close(self) -> None:
@@ -95,8 +100,8 @@ class EventStore(Protocol):
         ...
 
 
-def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Events, Receipt]:
-    """A history with new events, of at most `limit`.
+def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Events, Receipt, Events]:
+    """A history with new events, of at most `limit`, and the events that it drops.
 
     An event without a time gets `now_ms`, or the time of the last event if that is later. It stays without a time where
     no event before it has one, since data without times has none anywhere.
@@ -115,7 +120,7 @@ def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Even
         ids.add(event.id)
         appended += 1
     dropped = len(events) - (limit - limit // DROPPED_PART) if len(events) > limit else 0
-    del events[:dropped]
+    gone, events = events[:dropped], events[dropped:]
     receipt = Receipt(
         user=append.user,
         appended=appended,
@@ -125,7 +130,7 @@ def merged(known: Events, append: Append, limit: int, now_ms: int) -> tuple[Even
         events=len(events),
         ahead=append.ahead,
     )
-    return tuple(events), receipt
+    return tuple(events), receipt, tuple(gone)
 
 
 def _time(event: Event) -> int:
@@ -158,11 +163,13 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         events: Most events of one user.
+        seen: Most items of dropped events that are remembered of one user; 8 bytes each.
         users: Most users; beyond it the user whose last event is the oldest is forgotten.
-        memory_bytes: Most bytes of all events, in a store in memory; beyond it the same.
+        memory_bytes: Most bytes of all events and items, in a store in memory; beyond it the same.
     """
 
     events: int
+    seen: int = 10_000
     users: int = 100_000
     memory_bytes: int = 512 << 20
 
@@ -182,18 +189,22 @@ class MemoryEventStore:
     def __init__(self, limits: StoreLimits) -> None:
         self._limits = limits
         self._users: OrderedDict[str, bytes] = OrderedDict()
+        self._seen: dict[str, bytes] = {}
         self._bytes = 0
 
     def append(self, appends: Sequence[Append], now_ms: int) -> Future[list[Receipt]]:
         """See `EventStore.append`."""
         receipts = []
         for append in appends:
-            events, receipt = merged(self._read(append.user), append, self._limits.events, now_ms)
+            user, limits = append.user, self._limits
+            events, receipt, gone = merged(self._read(user), append, limits.events, now_ms)
             receipts.append(receipt)
             if receipt.appended:
-                self._drop(append.user)
-                self._users[append.user] = encode_events(events)
-                self._bytes += len(self._users[append.user])
+                seen = self._seen.get(user, b"")
+                self._drop(user)
+                self._users[user] = encode_events(events)
+                self._seen[user] = remembered(seen, gone, limits.seen) if gone else seen
+                self._bytes += len(self._users[user]) + len(self._seen[user])
             while len(self._users) > self._limits.users or self._bytes > self._limits.memory_bytes:
                 self._drop(next(iter(self._users)))
         return done(receipts)
@@ -201,6 +212,10 @@ class MemoryEventStore:
     def histories(self, users: Sequence[str]) -> Future[list[Events]]:
         """See `EventStore.histories`."""
         return done([self._read(user) for user in users])
+
+    def seen(self, users: Sequence[str]) -> Future[list[bytes]]:
+        """See `EventStore.seen`."""
+        return done([self._seen.get(user, b"") for user in users])
 
     def users(self) -> Future[list[str]]:
         """See `EventStore.users`."""
@@ -215,9 +230,10 @@ class MemoryEventStore:
     def close(self) -> None:
         """See `EventStore.close`."""
         self._users.clear()
+        self._seen.clear()
 
     def _read(self, user: str) -> Events:
         return decode_events(self._users.get(user))
 
     def _drop(self, user: str) -> None:
-        self._bytes -= len(self._users.pop(user, b""))
+        self._bytes -= len(self._users.pop(user, b"")) + len(self._seen.pop(user, b""))

@@ -7,8 +7,11 @@ import functools
 import io
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
@@ -110,13 +113,26 @@ data_option = click.option("--data", type=any_path, required=True, help="A folde
 out_option = click.option("--out", type=any_path, required=True, help="Folder to write; it must not exist.")
 
 
+@contextmanager
+def handled(handler: Callable[..., object], *numbers: int) -> Iterator[None]:
+    """Handle signals in the block, which may run in another thread than the main one: that gets none."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors, a missing extra and Ctrl-C into a message and exit code 1, without a traceback."""
+    """Turn our errors, a missing extra, Ctrl-C and SIGTERM into a message and exit code 1, without a traceback."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with handled(signal.default_int_handler, signal.SIGTERM):
+                return function(*args, **kwargs)
         except UnipinrecError as error:
             fail(error)
         except ModuleNotFoundError as error:

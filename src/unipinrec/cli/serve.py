@@ -333,12 +333,15 @@ def load(data: Path, url: str, bundle: Path | None, kept_events: int | None, max
 @state_option
 @command
 def show(user: str, url: str) -> None:
-    """Print the stored events of a user as JSON."""
+    """Print the stored events of a user as JSON, and how many items of dropped events are still left out."""
+    from unipinrec.runtime.server.events.seen import HASH
+
     with _store(url) as store:
         (events,) = store.histories([user]).result()
+        (seen,) = store.seen([user]).result()
         if not events:
             raise BackendError(f"{store.description}: user {user!r} has no events; `state export` lists all users")
-    print_json(_as_sent(user, events))
+    print_json({**_as_sent(user, events), "seen_before": len(seen) // HASH.itemsize})
 
 
 @state.command(epilog="Example: unipinrec state forget user-17 --state /var/lib/unipinrec")

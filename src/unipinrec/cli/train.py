@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from unipinrec.cli.common import any_path, data_option, json_command, print_json, progress, stderr, stdout, warn
+from unipinrec.cli.common import (
+    any_path,
+    data_option,
+    handled,
+    json_command,
+    print_json,
+    progress,
+    stderr,
+    stdout,
+    warn,
+)
 
 if TYPE_CHECKING:
     from unipinrec.models.training.config import RunConfig
@@ -40,7 +50,7 @@ def train(
     as_json: bool,
     **overrides: Any,
 ) -> None:
-    """Train a model. Ctrl-C stops after the current step; --resume continues from there.
+    """Train a model. Ctrl-C or SIGTERM stops after the current step; --resume continues from there.
 
     The checkpoint folder holds log.csv (a row per ten steps) and metrics.json (an entry per epoch).
     For several GPUs: torchrun --nproc-per-node 4 -m unipinrec train ...
@@ -58,11 +68,8 @@ def train(
     trainer = Trainer(read_dataset(data), run_config, out, resume=resume, tensorboard=tensorboard)
     for warning in trainer.warnings if trainer.accelerator.is_main_process and not trainer.finished else []:
         warn(warning)
-    previous = signal.signal(signal.SIGINT, lambda *_: _request_stop(trainer, previous))
-    try:
+    with handled(lambda *_: _request_stop(trainer), signal.SIGINT, signal.SIGTERM):
         last = _follow(trainer)
-    finally:
-        signal.signal(signal.SIGINT, previous)
     if as_json and trainer.accelerator.is_main_process:
         print_json({"checkpoint": str(out), "epochs": trainer.reports})
     elif last is not None:
@@ -92,10 +99,11 @@ def _print_cost(data: Path, config: RunConfig, as_json: bool) -> None:
     stdout.print(table)
 
 
-def _request_stop(trainer: Trainer, previous: Any) -> None:
-    """First Ctrl-C: stop after the step. Second: the previous handler of Ctrl-C."""
+def _request_stop(trainer: Trainer) -> None:
+    """The first signal: stop after the step. The second: stop at once, without its state."""
+    if trainer.stop_requested:
+        raise KeyboardInterrupt
     trainer.stop_requested = True
-    signal.signal(signal.SIGINT, previous)
     stderr.print("stopping after this step ...")
 
 

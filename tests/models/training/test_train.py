@@ -20,7 +20,8 @@ from unipinrec.errors import CheckpointError, ConfigError, DataError, TrainingEr
 from unipinrec.models.checkpoint import load_checkpoint
 from unipinrec.models.config import TINY, ModelConfig
 from unipinrec.models.data.schema import Dataset, TimeSplit, read_dataset
-from unipinrec.models.evaluate import gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
+from unipinrec.models.evaluate import Scores, gather_scores, held_out_requests, item_vectors, metrics_of, model_scores
+from unipinrec.models.training import train
 from unipinrec.models.training.config import RunConfig, TrainConfig
 from unipinrec.models.training.log import StepReport
 from unipinrec.models.training.train import EpochReport, RunMetrics, Trainer
@@ -143,6 +144,27 @@ def test_two_threads_add_up_gradients_in_the_same_order_each_time(dataset: Path,
         torch.set_num_threads(before)
     assert len(runs[0]) >= 10
     assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_run_stops_in_a_validation_and_does_it_again(
+    noise: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config({"epochs": 2})
+    _, expected = _run(Trainer(noise, config, tmp_path / "whole"))
+    first = Trainer(noise, config, tmp_path / "parts")
+
+    def signalled(*inputs: Any) -> Iterator[Scores]:
+        first.stop_requested = True
+        yield from model_scores(*inputs)
+
+    monkeypatch.setattr(train, "model_scores", signalled)
+    with pytest.raises(TrainingInterrupted, match="stopped after step 5 of 10"):
+        list(first.run())
+    monkeypatch.undo()
+    assert first.reports == []
+    steps, epochs = _run(Trainer(noise, config, tmp_path / "parts", resume=True))
+    assert len(steps) == 5
+    assert [_timeless(epoch) for epoch in epochs] == [_timeless(epoch) for epoch in expected]
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 6, 9, 13])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,38 @@ def test_a_file_that_does_not_read_back_is_refused(
     (tmp_path / "index").symlink_to("/dev/null")
     with pytest.raises(ExportError, match=r"index: wrote 0 of \d+ bytes; no space left on the disk"):
         build_index(IndexTask(vectors=vectors, queries=queries), tmp_path / "index")
+
+
+def test_items_that_are_all_equal_end_the_search_for_a_larger_index(tmp_path: Path) -> None:
+    """Twenty thousand items, of which half are equal, took minutes: no index reaches the others past the equal ones."""
+    rng = np.random.default_rng(0)
+    vectors, queries = unit(rng, 20_000), unit(rng, 100)
+    vectors[::2] = vectors[0]
+    began = time.process_time()
+    spec = build_index(IndexTask(vectors=vectors, queries=queries), tmp_path / "index")
+    assert time.process_time() - began < 30
+    assert (spec.m, spec.scan) == (16, True)
+
+
+def test_equal_items_count_as_found_and_a_few_of_them_change_nothing(
+    vectors: NDArray[np.float32], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = np.repeat(vectors, 2, axis=0)  # each item has an equal one, so that ids alone would miss some
+    spec = build_index(IndexTask(vectors=twice, queries=vectors[:50]), tmp_path / "index")
+    assert (spec.m, spec.scan) == (16, False)
+    assert spec.recall > 0.995
+    few = vectors.copy()
+    few[:30] = few[0]  # fewer than an item has links at the largest M
+    monkeypatch.setattr(index_build, "M_CHOICES", (2, 16))
+    monkeypatch.setattr(index_build, "EF_CHOICES", (100,))
+    assert build_index(IndexTask(vectors=few, queries=vectors[:50], target=0.98), tmp_path / "few").m == 16
+
+
+def test_an_index_does_not_depend_on_how_many_items_are_added_at_a_time(
+    vectors: NDArray[np.float32], queries: NDArray[np.float32], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = IndexTask(vectors=vectors, queries=queries)
+    for name, at_once in (("whole", ITEMS), ("parts", 7)):
+        monkeypatch.setattr(index_build, "ITEMS_AT_ONCE", at_once)
+        build_index(task, tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()

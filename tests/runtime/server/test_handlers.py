@@ -27,7 +27,7 @@ from unipinrec.runtime.server.app import make_app, make_server
 from unipinrec.runtime.server.bodies import Limits
 from unipinrec.runtime.server.call import Call, Server
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
-from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
+from unipinrec.runtime.server.events.store import Append, MemoryEventStore, StoredEvent, StoreLimits
 from unipinrec.runtime.server.swap import Deployments
 from unipinrec.runtime.server.v2.routes import oip_routes
 from unipinrec.runtime.validation import usable
@@ -319,6 +319,31 @@ def test_events_that_a_later_bundle_does_not_know_are_skipped(server: Server, cl
     assert (answer["events"], answer["skipped_events"]) == (1, 1)
     error = post(client, "/v1/recommend", {"user": "v"}, 422)["error"]
     assert (error["code"], "has none of the 1 items" in error["message"]) == ("cold_start", True)
+
+
+def test_items_of_dropped_events_are_not_recommended_again(deployments: Deployments) -> None:
+    """The stored bundle has 24 items; an eighth of eight events is dropped at a time."""
+    server = make_server(store=MemoryEventStore(StoreLimits(events=8)))
+    server.open(deployments)
+    with TestClient(make_app(server)) as client:
+
+        def events(first: int, last: int) -> list[dict[str, Any]]:
+            return [{"item": f"item-{at}", "actions": ["click"], "timestamp_ms": AT + at} for at in range(first, last)]
+
+        send(client, "u", *events(0, 16))
+        answer = post(client, "/v1/recommend", {"user": "u", "k": 8, "now_ms": AT + 99})
+        assert answer["events"] == 7
+        assert {item["item"] for item in answer["items"]} == {f"item-{at}" for at in range(16, 24)}
+        again = post(client, "/v1/recommend", {"user": "u", "k": 24, "now_ms": AT + 99, "exclude_seen": False})
+        assert len(again["items"]) == 24
+        ranked = post(client, "/v1/rank", {"user": "u", "items": ["item-0"], "now_ms": AT + 99})
+        assert [item["item"] for item in ranked["items"]] == ["item-0"]
+        send(client, "u", *events(16, 24))  # the oldest of more than half of the items may come again
+        answer = post(client, "/v1/recommend", {"user": "u", "k": 5, "now_ms": AT + 99})
+        assert {item["item"] for item in answer["items"]} <= {f"item-{at}" for at in range(6)}
+        client.delete("/v1/users/u")
+        send(client, "u", *events(20, 21))
+        assert len(post(client, "/v1/recommend", {"user": "u", "k": 23, "now_ms": AT + 99})["items"]) == 23
 
 
 def test_what_is_usable(recommender: Recommender) -> None:

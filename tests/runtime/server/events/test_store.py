@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from unipinrec.errors import BackendError, ConfigError
 from unipinrec.runtime.serve import open_store
+from unipinrec.runtime.server.events.seen import ItemsByHash
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 from unipinrec.runtime.server.events.store import (
     Append,
@@ -47,7 +48,7 @@ def items(events: tuple[StoredEvent, ...]) -> str:
 
 
 def merge(known: tuple[StoredEvent, ...], *new: StoredEvent, limit: int = 8) -> tuple[str, Receipt]:
-    events, receipt = merged(known, append("u", *new), limit, NOW)
+    events, receipt, _ = merged(known, append("u", *new), limit, NOW)
     return items(events), receipt
 
 
@@ -73,11 +74,11 @@ def test_events_without_an_id_are_never_duplicates() -> None:
 
 
 def test_an_event_without_a_time_comes_last_and_gets_one_where_others_have_one() -> None:
-    untimed, _ = merged((), append("u", event("a"), event("b")), 8, NOW)
+    untimed, _, _ = merged((), append("u", event("a"), event("b")), 8, NOW)
     assert [one.timestamp_ms for one in untimed] == [None, None]
-    timed, _ = merged(untimed, append("u", event("c", 10), event("d")), 8, NOW)
+    timed, _, _ = merged(untimed, append("u", event("c", 10), event("d")), 8, NOW)
     assert [(one.item, one.timestamp_ms) for one in timed] == [("a", None), ("b", None), ("c", 10), ("d", NOW)]
-    ahead, _ = merged(timed, append("u", event("e", NOW + 5), event("f")), 8, NOW)
+    ahead, _, _ = merged(timed, append("u", event("e", NOW + 5), event("f")), 8, NOW)
     assert [(one.item, one.timestamp_ms) for one in ahead[-2:]] == [("e", NOW + 5), ("f", NOW + 5)]
 
 
@@ -99,10 +100,10 @@ def test_a_history_is_in_order_and_does_not_depend_on_how_it_was_sent(
     sent: list[tuple[int, str | None]], cuts: list[int]
 ) -> None:
     events = [event(str(index), at, name) for index, (at, name) in enumerate(sent)]
-    whole, _ = merged((), append("u", *events), 100, NOW)
+    whole, _, _ = merged((), append("u", *events), 100, NOW)
     parts: tuple[StoredEvent, ...] = ()
     for cut in (*cuts, len(events)):
-        parts, _ = merged(parts, append("u", *events[:cut]), 100, NOW)
+        parts, _, _ = merged(parts, append("u", *events[:cut]), 100, NOW)
         events = events[cut:]
     assert parts == whole
     times = [one.timestamp_ms or 0 for one in whole]
@@ -164,6 +165,65 @@ def test_events_of_a_user_are_bounded(store: EventStore) -> None:
     (events,) = store.histories(["u"]).result(10)
     assert 7 <= len(events) <= 8
     assert events[-1].timestamp_ms == 29
+
+
+def seen_items(store: EventStore, user: str = "u") -> str:
+    (seen,) = store.seen([user]).result(10)
+    return "".join(ItemsByHash("abcdefghijklmnopqrstuvwxyz").named(seen))
+
+
+def test_items_of_dropped_events_are_remembered_until_the_user_is_forgotten(state: str | None) -> None:
+    store = open_store(state, StoreLimits(events=4, seen=6, users=3))
+    for at, item in enumerate("abcdefgh"):
+        store.append([append("u", event(item, at))], NOW).result(10)
+    assert items(store.histories(["u"]).result(10)[0]) == "efgh"
+    assert seen_items(store) == "dcba"
+    store.append([append("u", event("d", 9), event("i", 10)), append("v"), append("u", event("j", 11))], NOW).result(10)
+    assert items(store.histories(["u"]).result(10)[0]) == "hdij"
+    assert seen_items(store) == "gfedcb"  # the newest six
+    assert store.seen(["v", "nobody"]).result(10) == [b"", b""]
+    for at in range(5):
+        store.append([append("u", event("d", 20 + at))], NOW).result(10)
+    assert seen_items(store) == "djihgf"  # an item that is dropped again is new again
+    store.close()
+    if state is not None:
+        store = open_store(state, StoreLimits(events=4, seen=6, users=3))
+        assert seen_items(store) == "djihgf"
+    store.forget("u").result(10)
+    assert seen_items(store) == ""
+    store.append([append("u", event("a", 1))], NOW).result(10)
+    assert seen_items(store) == ""
+
+
+@pytest.mark.parametrize("state", ["memory", "sqlite"], indirect=True)
+def test_the_items_of_a_user_go_with_the_user(state: str | None) -> None:
+    store = open_store(state, StoreLimits(events=1, users=1))
+    store.append([append("u", event("a", 1), event("b", 2))], NOW).result(10)
+    assert seen_items(store) == "a"
+    store.append([append("v", event("a", 1))], NOW + 1).result(10)
+    assert seen_items(store) == ""
+    store.close()
+
+
+def test_memory_counts_remembered_items() -> None:
+    store = MemoryEventStore(StoreLimits(events=1, memory_bytes=1000))
+    store.append([append("u", *(event(str(number), number) for number in range(100)))], NOW).result()
+    assert (len(store.histories(["u"]).result()[0]), len(store.seen(["u"]).result()[0])) == (1, 99 * 8)
+    store.append([append("u", *(event(str(number), number) for number in range(100, 200)))], NOW).result()
+    assert store.histories(["u"]).result() == [()]  # more than a thousand bytes
+
+
+def test_a_file_of_a_version_that_remembered_no_items_is_used(tmp_path: Path) -> None:
+    store = SqliteEventStore(tmp_path, StoreLimits(events=1))
+    store.append([append("u", event("a", 1))], NOW).result(10)
+    store.close()
+    with sqlite3.connect(tmp_path / "events.sqlite3") as file:
+        file.execute("DROP TRIGGER seen_out")
+        file.execute("DROP TABLE seen")
+    store = SqliteEventStore(tmp_path, StoreLimits(events=1))
+    store.append([append("u", event("b", 2))], NOW).result(10)
+    assert seen_items(store) == "a"
+    store.close()
 
 
 @pytest.mark.parametrize("state", ["memory", "sqlite"], indirect=True)
@@ -245,6 +305,7 @@ WRITE = """
 import sys
 from pathlib import Path
 from unipinrec.runtime.server.events.store import Append, StoredEvent, StoreLimits
+from unipinrec.runtime.server.events.seen import ItemsByHash
 from unipinrec.runtime.server.events.sqlite import SqliteEventStore
 
 store = SqliteEventStore(Path(sys.argv[1]), StoreLimits(events=100_000))
