@@ -118,7 +118,7 @@ def test_recommend_json_for_a_history(bundle: Path, events: Path) -> None:
     result = run(*words)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    fields = ["item", "title", "score", "value", "actions", "retrieval_score", "source"]
+    fields = ["item", "title", "score", "value", "actions", "retrieval_score", "source", "metadata"]
     assert [list(item) for item in document["items"]] == [fields] * 4
     assert (document["kv"], document["kv_reason"], document["device"]) == ("miss", "no cache", "cpu")
     assert {item["item"] for item in document["items"]}.isdisjoint(
