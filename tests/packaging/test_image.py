@@ -263,6 +263,27 @@ def test_the_image_serves_without_root_and_without_a_writable_root(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3_600)
+def test_make_demo_needs_no_compiler(debian: Path) -> None:
+    folder = debian.parent / "demo"
+    subprocess.run(["cp", "-a", "--reflink=auto", debian, folder], check=True)
+    machine, settings = Stage(folder=folder), pip_settings()
+    machine.run("apt-get", "update", settings=settings)
+    needed = ("python3", "python3-venv", "make")
+    machine.run("apt-get", "install", "--yes", "--no-install-recommends", *needed, settings=settings)
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, folder / "clone"], check=True)
+    assert not [path for name in ("cc", "gcc", "g++", "c++") for path in folder.glob(f"usr/bin/{name}*")]
+    clone = replace(machine, workdir="/clone")
+    shown = clone.run("make", "demo", settings=settings)
+    assert "WITHOUT hnswlib" in shown
+    assert "all steps:" in shown
+    assert json.loads((folder / "clone/demo/bundle/manifest.json").read_text())["index"] is None
+    verified = json.loads(clone.run(".venv/bin/unipinrec", "verify", "demo/bundle", "--json", settings={}))
+    assert verified["ok"]
+    assert "hnswlib" in verified["retrieval"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1_500)
 def test_a_plain_install_needs_no_compiler(debian: Path) -> None:
     folder = debian.parent / "plain"
