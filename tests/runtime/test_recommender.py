@@ -63,7 +63,8 @@ def test_the_documented_json(recommender: Recommender) -> None:
     fields = ["items", "source", "order", "stages_ms", "kv", "kv_reason", "device", "bundle", "exact", "unknown"]
     assert list(document) == fields
     assert list(document["stages_ms"]) == ["encode", "retrieve", "rank", "total"]
-    assert list(document["items"][0]) == ["item", "title", "score", "value", "actions", "retrieval_score", "source"]
+    item = ["item", "title", "score", "value", "actions", "retrieval_score", "source", "metadata"]
+    assert list(document["items"][0]) == item
     assert document["items"][1]["item"] == slate.items[1].item
 
 

@@ -75,7 +75,7 @@ def test_a_list_is_several_requests() -> None:
         ({"user": "u", "own_candidates": ["a"] * 251}, r"own_candidates: 251 items is more .* \(250\)"),
         ({"user": "u", "topk": 1}, "unknown field `topk`"),
         ({"user": "u", "k": "3"}, r"Expected `int`, got `str` - at `\$.k`"),
-        ({"user": 3}, r"at `\$.user`"),
+        ({"user": 3.5}, r"at `\$.user`"),
         ("text", "the body: Expected"),
         (None, "/openapi.json says what it must be"),
     ],

@@ -155,7 +155,7 @@ def test_a_list_a_history_and_what_is_wrong_are_answered_where_they_arrive(toget
         assert status == 200
         assert [len(answer.get("items", ())) for answer in answers] == [20, 20, 0]
         assert together.ask("POST", "/v1/recommend", {"history": HISTORY, "k": 2})[0] == 200
-        assert together.ask("POST", "/v1/recommend", {"user": 7})[0] == 400
+        assert together.ask("POST", "/v1/recommend", {"user": 7.5})[0] == 400
         assert together.ask("POST", "/v1/recommend", {"user": "nobody"})[0] == 422
         assert together.ask("GET", "/health/ready")[1]["status"] == "ready"
 
