@@ -313,7 +313,7 @@ def test_the_example_of_the_documentation_works(tmp_path: Path) -> None:
             "stars": [4, None, 3],
         }
     ).write_parquet(tmp_path / "events.parquet")
-    (tmp_path / "items.csv").write_text("sku,name,price,e0,e1,brand\na,Apple,1,2,3,x\nb,Pear,1,2,3,\n")
+    (tmp_path / "items.csv").write_text("sku,name,price,e0,e1,brand,url\na,Apple,1,2,3,x,a.html\nb,Pear,1,2,3,,\n")
     dataset = built(tmp_path)
     assert dataset.spec.source == "own logs of May, internal"
     assert dataset.events.select("timestamp_ms", "surface", "action_click", "action_buy", "action_like").rows() == [

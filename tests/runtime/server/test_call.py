@@ -21,7 +21,7 @@ from unipinrec.runtime.server.swap import Deployments
 ROOM = str(Path(make_app.__code__.co_filename).parents[1])
 SPARED = {"__call__", "__init__", "refusal_of", "as_json", "of", "_drop_frames", "id_of", "call", "documented"}
 SPARED |= {"_gone", "count", "one_done", "_resolve"}  # these only wait; a fault in them ends with the deadline
-SPARED |= {"_release", "leave"}  # what releases
+SPARED |= {"leave", "_free"}  # what releases
 HISTORY = [{"item": "item-1", "actions": ["click"], "timestamp_ms": 10**12, "id": "1"}]
 REQUESTS: dict[str, tuple[str, str, Any]] = {
     "recommend": ("POST", "/v1/recommend", {"user": "u", "history": HISTORY, "k": 2}),
