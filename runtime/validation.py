@@ -112,7 +112,7 @@ def _spread(limit: Mapping[str, int], k: int, left: Eligible, catalogue: Catalog
         )
     ((feature, each),) = limit.items()
     codes = catalogue.codes_of(feature, "max_per_category")
-    spread = Spread(codes=codes, each=_at_least_one(f"max_per_category: {feature}", each), k=k)
+    spread = Spread(codes=codes, each=min(_at_least_one(f"max_per_category: {feature}", each), k), k=k)
     most = spread.most(left.rows(catalogue.num_rows))
     if k > most:
         raise TooFewItemsError(

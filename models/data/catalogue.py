@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,10 @@ from unipinrec.errors import DataError, listed
 from unipinrec.models.data import schema
 from unipinrec.models.data.files import FileForm, as_numbers, as_text, joined, paths_of, read_table
 
-# Numbers in one text: with spaces, semicolons or bars between them; in brackets also with commas.
+log = logging.getLogger(__name__)
 # Numbers that survive as f64: no zeros in front, as in the code 007, and no more digits than it holds.
 NUMBER = r"^-?(0|[1-9]\d{0,14})(\.\d{1,15})?$"
+# Numbers in one text: with spaces, semicolons or bars between them; in brackets also with commas.
 VECTOR = r"^\s*(?:[\[(][^\[\]()]*[\])]|[^\[\](),]+)\s*$"
 
 
@@ -121,7 +123,19 @@ def _metadata(column: pl.Series) -> pl.Series:
         return column.cast(pl.Float64).fill_nan(None)
     text = as_text(column, "metadata").str.strip_chars().replace("", None)
     known = text.drop_nulls()
-    return text.cast(pl.Float64) if known.len() and known.str.contains(NUMBER).all() else text
+    if known.len() and known.str.contains(NUMBER).all():
+        return text.cast(pl.Float64)
+    wrong = known.filter(~known.str.contains(NUMBER))
+    if 2 * known.str.contains(r"^-?(0|[1-9]\d*)([.,]\d+)?$").sum() > known.len():
+        log.warning(
+            "metadata: column %r stays text, and no filter on numbers can use it: %s is no decimal number with a point "
+            "(%d of %d)",
+            column.name,
+            listed(wrong, 1),
+            wrong.len(),
+            known.len(),
+        )
+    return text
 
 
 def _vector(column: pl.Series) -> pl.Series:

@@ -324,7 +324,11 @@ def _item_lines(sheet: Sheet, events: Sheet, item: str) -> list[str]:
         text = sheet.texts.get(column.name)
         if numbers or column.dtype.is_float() or (text is not None and text.len() and _decimal(text)):
             dense.append(column)
-        elif column.name != title and text is not None and 1 < text.n_unique() <= min(1000, sheet.rows.height):
+        elif (
+            column.name != title
+            and text is not None
+            and 1 < text.n_unique() <= min(1000, max(20, sheet.rows.height // 2))
+        ):
             words += [] if text.str.contains("^https?://").all() else [column.name]
     pairs = {"dense": [column.name for column in dense], "categories": words}
     lines = [

@@ -347,7 +347,9 @@ class Endpoint:
         try:
             if not call.from_peer:
                 authorization = call.request.headers.get("authorization", "")
-                call.token = self.server.access.admit(self.operation.scope, authorization, call.address)
+                token = self.server.access.token(self.operation.scope, authorization)
+                call.token = token and token[0]
+                self.server.access.admit(self.operation.scope, token, call.address)
             self.server.set_deadline(call)
             response = await self.handler(self.server, call)
         except ClientDisconnect:

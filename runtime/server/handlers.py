@@ -170,6 +170,8 @@ def _submit(deployment: Deployment, request: Asked, events: Sequence[Event], ahe
         return ApiError(422, "cold_start", f"{reason}{error}")
     except RequestError as error:
         return invalid(error)
+    except Exception as error:  # a fault of ours costs the other requests of a list nothing
+        return error
     return _Submitted(answer=answer, events=len(history), skipped=len(events) - len(history))
 
 

@@ -322,3 +322,16 @@ def test_a_search_has_other_options_than_named_items(bundle: Path, words: tuple[
 @pytest.mark.parametrize("name", ["verify", "recommend"])
 def test_help_shows_an_example(name: str) -> None:
     assert f"unipinrec {name} bundle/" in run(name, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("recommend", "b", "--user", "u", "--range", "price=1:2", "--range", "price=3:"), "price is named twice"),
+        (("export", "checkpoint", "hf://org/name"), "hf://org/name is an address, and this takes a path"),
+    ],
+)
+def test_what_a_command_cannot_take_is_told_at_once(words: tuple[str, ...], message: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

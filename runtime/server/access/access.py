@@ -46,17 +46,37 @@ class Access:
         limited = self.limit is not None and scope in LIMITED
         return (401, 403) * self.guards(scope) + (429,) * limited
 
-    def admit(self, scope: Scope | None, authorization: str, address: str) -> str | None:
-        """The name of a request's token; None if it needs none.
+    def token(self, scope: Scope | None, authorization: str) -> tuple[str, Token] | None:
+        """A request's token and its name; None if it needs none.
 
         Raises:
-            ApiError: 401, its token is missing, unknown or expired, which look the same; 403, its token lacks the
-                scope; 429, the client sends too many requests.
+            ApiError: 401, its token is missing, unknown or expired, which look the same.
         """
-        name = self._checked(scope, authorization) if self.guards(scope) else None
+        if not self.guards(scope):
+            return None
+        tokens: Mapping[str, Token] = self.tokens.current if self.tokens is not None else {}
+        if self.admin is not None:
+            tokens = {**tokens, "--admin-token": self.admin}
+        scheme, _, secret = authorization.partition(" ")
+        name = name_of(secret.strip(), tokens, datetime.now(UTC))
+        if name is None or scheme.lower() != "bearer":
+            raise ApiError(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+        return name, tokens[name]
+
+    def admit(self, scope: Scope | None, token: tuple[str, Token] | None, address: str) -> None:
+        """Let a request in.
+
+        Raises:
+            ApiError: 403, its token lacks the scope; 429, the client sends too many requests.
+        """
+        name = None
+        if token is not None:
+            name, entry = token
+            if scope not in entry.scopes:
+                needed = f'Bearer error="insufficient_scope", scope="{scope}"'
+                raise ApiError(403, "forbidden", f"this token lacks the scope {scope}", {"www-authenticate": needed})
         if self.limit is not None and scope in LIMITED:
             self.limit.take(_client(name, address))
-        return name
 
     def charge(self, name: str | None, address: str, count: int) -> None:
         """Count further requests of a list that was admitted."""
@@ -82,19 +102,6 @@ class Access:
         context = certificate.current
         context.sni_callback = renew
         return context
-
-    def _checked(self, scope: Scope | None, authorization: str) -> str:
-        tokens: Mapping[str, Token] = self.tokens.current if self.tokens is not None else {}
-        if self.admin is not None:
-            tokens = {**tokens, "--admin-token": self.admin}
-        scheme, _, secret = authorization.partition(" ")
-        name = name_of(secret.strip(), tokens, datetime.now(UTC))
-        if name is None or scheme.lower() != "bearer":
-            raise ApiError(401, "unauthorized", "send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
-        if scope not in tokens[name].scopes:
-            needed = f'Bearer error="insufficient_scope", scope="{scope}"'
-            raise ApiError(403, "forbidden", f"this token lacks the scope {scope}", {"www-authenticate": needed})
-        return name
 
 
 def _client(name: str | None, address: str) -> str:

@@ -104,7 +104,17 @@ class BundlePath(click.Path):
         return folder
 
 
-any_path = click.Path(path_type=Path)
+class LocalPath(click.Path):
+    """A path on this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        if "://" in str(value):
+            self.fail(f"{value} is an address, and this takes a path; `unipinrec push` uploads bundles", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+any_path = LocalPath(path_type=Path)
 bundle_path = BundlePath(path_type=Path)
 input_file = click.Path(path_type=Path, exists=True, dir_okay=False)
 positive = FiniteRange(0, min_open=True)

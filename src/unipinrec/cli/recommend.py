@@ -136,6 +136,8 @@ def _ranges(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]
             bounds = []
         if not colon or not any(end is not None for end in bounds):
             raise click.BadParameter(f"{text!r} is not NAME=MIN:MAX, such as price=5:20, price=5: or price=:20")
+        if name in ranges:
+            raise click.BadParameter(f"{name} is named twice; write one range, such as {name}=5:20")
         ranges[name] = Range(min=bounds[0], max=bounds[1])
     return ranges or None
 

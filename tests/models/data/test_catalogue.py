@@ -46,6 +46,23 @@ def test_a_column_is_numbers_if_each_value_is_one(values: list[str], expected: l
     assert kept(tmp_path, f"id,x\n{rows}") == {"metadata_x": expected}
 
 
+@pytest.mark.parametrize(
+    ("values", "warning"),
+    [
+        (("19.90", "n/a", "3"), "'n/a'] is no decimal number with a point (1 of 3)"),
+        (("19,90", "5", "3"), "'19,90'] is no decimal number with a point (1 of 3)"),
+        (("007", "012", "n/a"), None),
+        (("red", "blue", "3"), None),
+    ],
+)
+def test_numbers_that_stay_text_are_named(
+    values: tuple[str, ...], warning: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f'{item},"{value}"\n' for item, value in zip("abc", values, strict=True))
+    assert kept(tmp_path, f"id,x\n{rows}") == {"metadata_x": list(values)}
+    assert warning in caplog.text if warning else not caplog.text
+
+
 def test_metadata_has_new_names_and_may_be_taught_too(tmp_path: Path) -> None:
     lines = (
         'file = "items.csv"\nitem = "id"\nmetadata = { cost = "price", maker = "brand" }\n'

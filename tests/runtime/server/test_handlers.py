@@ -522,6 +522,22 @@ def test_a_fault_of_ours_is_not_the_request_s(
     assert f"{fault.__name__}: ours" in caplog.text
 
 
+def test_a_fault_of_ours_costs_the_others_of_a_list_nothing(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = Recommender.resolve
+
+    def broken(recommender: Recommender, request: Any) -> Any:
+        if request.k == 7:
+            raise OverflowError("ours")
+        return resolve(recommender, request)
+
+    monkeypatch.setattr(Recommender, "resolve", broken)
+    good, bad = post(client, "/v1/recommend", [{"history": HISTORY, "k": 2}, {"history": HISTORY, "k": 7}])
+    assert (len(good["items"]), bad["error"]["code"]) == (2, "internal")
+    assert "OverflowError: ours" in caplog.text
+
+
 def test_ids_may_be_integers_everywhere(client: TestClient) -> None:
     events = [{"item": "item-3", "actions": ["click"], "id": "1"}]
     assert post(client, "/v1/events", {"user": 123, "events": events})["user"] == "123"

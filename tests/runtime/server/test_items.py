@@ -134,3 +134,11 @@ def test_the_log_of_recommendations_and_the_other_protocol_are_as_before(shop: P
         assert client.get("/v2/models/ranker").status_code == 200
     (file,) = (tmp_path / "log").glob("*.parquet")
     assert pl.read_parquet(file)["item"].to_list() == [item["item"] for item in answer["items"]]
+
+
+def test_a_limit_of_any_size_is_a_limit(client: TestClient) -> None:
+    body = {"history": [EVENT], "k": 5}
+    free = client.post("/v1/recommend", json=body).json()["items"]
+    for most in (5, 2**63, 10**30):
+        limited = client.post("/v1/recommend", json={**body, "max_per_category": {"kind": most}})
+        assert (limited.status_code, limited.json().get("items")) == (200, free)

@@ -126,13 +126,13 @@ def test_the_log_names_tokens_and_never_holds_them(client: TestClient, caplog: p
 
 def test_operators_are_not_limited() -> None:
     access = Access(limit=RateLimit(1))
-    access.admit("recommend", "", "10.0.0.1")
+    access.admit("recommend", None, "10.0.0.1")
     with pytest.raises(ApiError, match="requests a second"):
-        access.admit("events", "", "10.0.0.1")
+        access.admit("events", None, "10.0.0.1")
     for _ in range(5):
-        access.admit("metrics", "", "10.0.0.1")
-        access.admit(None, "", "10.0.0.1")
-    access.admit("recommend", "", "10.0.0.2")
+        access.admit("metrics", None, "10.0.0.1")
+        access.admit(None, None, "10.0.0.1")
+    access.admit("recommend", None, "10.0.0.2")
 
 
 def test_addresses_of_one_network_are_one_client() -> None:

@@ -103,7 +103,7 @@ def test_the_admin_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_documented_command_makes_a_token(tmp_path: Path) -> None:
-    (command,) = re.findall(r"^(secret=.*(?:\n .*)*)", SERVING.read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^(umask 077; secret=.*(?:\n .*)*)", SERVING.read_text(), re.MULTILINE)
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
     tokens = read_tokens(tmp_path / "tokens.toml")
     assert name_of(done.stdout.strip(), tokens, NOW) == "shop"
