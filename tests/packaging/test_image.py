@@ -273,14 +273,22 @@ def test_make_demo_needs_no_compiler(debian: Path) -> None:
     machine.run("apt-get", "install", "--yes", "--no-install-recommends", *needed, settings=settings)
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, folder / "clone"], check=True)
     assert not [path for name in ("cc", "gcc", "g++", "c++") for path in folder.glob(f"usr/bin/{name}*")]
+    assert not list(folder.glob("usr/include/python3*/Python.h"))
     clone = replace(machine, workdir="/clone")
     shown = clone.run("make", "demo", settings=settings)
-    assert "WITHOUT hnswlib" in shown
+    assert "WITHOUT hnswlib, the vector index" in shown
+    assert "the same results, more slowly" in shown
+    assert re.findall(r"^ +(\d+) +item-\d+ ", shown, re.MULTILINE) == [str(place) for place in range(1, 11)]
     assert "all steps:" in shown
     assert json.loads((folder / "clone/demo/bundle/manifest.json").read_text())["index"] is None
-    verified = json.loads(clone.run(".venv/bin/unipinrec", "verify", "demo/bundle", "--json", settings={}))
+    verified, diagnosis = (
+        json.loads(clone.run(".venv/bin/unipinrec", command, "demo/bundle", "--json", settings={}))
+        for command in ("verify", "doctor")
+    )
     assert verified["ok"]
-    assert "the bundle has no index" in verified["retrieval"]
+    for told in (verified["retrieval"], diagnosis["auto"]["retrieval"]):
+        assert re.fullmatch(r"each request scans \d+ items in \w+: the bundle has no index", told)
+    assert "hnswlib is not installed" in diagnosis["hnswlib"]["problem"]
 
 
 @pytest.mark.slow
