@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.device import open_engine
 from unipinrec.runtime.graphs import openvino_cpu
-from unipinrec.runtime.graphs.work import work_bytes
+from unipinrec.runtime.graphs.engine import work_bytes
 from unipinrec.runtime.machine import keep_memory_flat
 
 SHAPES = (

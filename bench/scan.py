@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.graphs.ort_cpu import PROVIDER, import_onnxruntime, session_options
-from unipinrec.runtime.retrieval.index import best, import_hnswlib, recall
+from unipinrec.runtime.retrieval.index import import_hnswlib, recall
 from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, choose_ef
-from unipinrec.runtime.retrieval.scan import BLOCK_ROWS, ExactIndex, Fp32Products, Int8Products
+from unipinrec.runtime.retrieval.scan import BLOCK_ROWS, ExactIndex, Fp32Products, Int8Products, best
 
 SPREAD, BATCHES, WANTED = 0.75, (1, 8, 32), (200, 100)
 Floats = NDArray[np.float32]

@@ -14,11 +14,10 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import Manifest
 from unipinrec.runtime.graphs.backend import Backend, Device, Precision
-from unipinrec.runtime.graphs.engine import Engine
+from unipinrec.runtime.graphs.engine import WORK_BYTES, Engine
 from unipinrec.runtime.graphs.openvino_cpu import OpenVinoBackend
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
 from unipinrec.runtime.graphs.ort_cuda import OrtCudaBackend
-from unipinrec.runtime.graphs.work import WORK_BYTES
 from unipinrec.runtime.machine import driver_problem, has_bf16
 from unipinrec.runtime.trt.backend import TensorRtBackend
 from unipinrec.runtime.trt.cuda import Cuda, GpuInfo, probe_gpu

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.quality import KvDtype
-from unipinrec.runtime.graphs.work import WORK_BYTES
+from unipinrec.runtime.graphs.engine import WORK_BYTES
 from unipinrec.runtime.popular import ColdStart
 from unipinrec.runtime.server.admin import CURRENT
 from unipinrec.runtime.server.process.lifecycle import RunOptions

@@ -21,10 +21,11 @@ from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.manifest import ModelSpec, Tensor
 from unipinrec.runtime.graphs.backend import CPU, MAX_ROWS, Backend, Device
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.graphs.work import work_bytes
 from unipinrec.runtime.requests import History
 
 THREAD_WORK = 4_000_000  # candidates x layers x hidden size squared: about a millisecond, the least worth a thread
+WORK_BYTES = 512 << 20
+TOKEN_WIDTHS = 32  # of numbers that live at once per token; 18 to 22 were measured
 Scalar = TypeVar("Scalar", bound=np.generic)
 Inputs = dict[str, NDArray[Any] | Tensor]
 
@@ -367,3 +368,21 @@ def on_host(key_values: Sequence[Tensor]) -> tuple[HostTensor, ...]:
 def row_of(key_values: Sequence[Tensor], row: int, slots: int) -> list[NDArray[np.float32]]:
     """The first slots of one row of per-layer tensors [B, H_kv, >= slots, D]: views [H_kv, slots, D]."""
     return [tensor.numpy()[row, :, :slots] for tensor in key_values]
+
+
+def work_bytes(model: ModelSpec, rows: int, tokens: int, slots: int) -> int:
+    """Most bytes that a run of a graph takes beside weights and inputs, known from their shapes before it runs.
+
+    It holds for transformers whose feed-forward layers are at most four times as wide as their tokens.
+    `bench/memory.py` compares it with the measured peak.
+
+    Args:
+        model: The model.
+        rows: Histories, B.
+        tokens: New events or candidates of each.
+        slots: Slots that each of them attends to, new ones included.
+    """
+    heads = max(model.num_kv_heads, model.hidden_size // max(1, model.head_dim))
+    token = TOKEN_WIDTHS * max(model.hidden_size, model.item_dim) + 2 * heads * slots  # scores before and after softmax
+    slot = 4 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values, and a copy of them
+    return 4 * rows * (tokens * token + slots * slot)

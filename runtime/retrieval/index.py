@@ -1,9 +1,8 @@
-"""The hnswlib index of the item vectors, which only this module loads, and the exact similarities of rows."""
+"""The hnswlib index of the item vectors, which only this module loads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +13,8 @@ from unipinrec.runtime.bundle.bundle import INDEX, Bundle
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
 from unipinrec.runtime.retrieval.index_file import check_index_file
+from unipinrec.runtime.retrieval.scan import Matches, check_finite
 
-Matches = tuple[NDArray[np.int64], NDArray[np.float32]]
 TIE = 1e-5  # similarities closer than this share of the largest are equal
 
 
@@ -86,32 +85,6 @@ class HnswIndex:
         return labels.astype(np.int64), (1.0 - distances).astype(np.float32)
 
 
-def best(
-    vectors: NDArray[np.float32], queries: NDArray[np.float32], rows: Sequence[NDArray[np.int64]], counts: Sequence[int]
-) -> list[Matches]:
-    """For each of S searches the best of its distinct rows, ties in row order.
-
-    Args:
-        vectors: [N, E], the items.
-        queries: [S, Q, E]; a row's similarity is that to the nearest of a search's Q queries. Unlike that of a matrix
-            product, it does not depend on other rows and searches.
-        rows: Rows of each search.
-        counts: Most rows to return for each search.
-    """
-    sizes = list(map(len, rows))
-    owners, flat = np.repeat(np.arange(len(rows)), sizes), np.concatenate(rows)
-    gathered = vectors[flat]
-    similarity = np.einsum("me,me->m", gathered, queries[owners, 0])
-    for other in range(1, queries.shape[1]):
-        np.maximum(similarity, np.einsum("me,me->m", gathered, queries[owners, other]), out=similarity)
-    order = np.lexsort((flat, -similarity, owners))
-    flat, similarity, starts = flat[order], similarity[order], np.cumsum([0, *sizes])
-    return [
-        (flat[start : start + k], similarity[start : start + k])
-        for start, k in zip(starts, np.minimum(counts, sizes), strict=False)
-    ]
-
-
 def recall(similarity: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
     """Share of the exact nearest items that a search found, from the similarities [R, k] of both.
 
@@ -152,13 +125,3 @@ def load_index(
     except RuntimeError as error:
         raise BundleError(f"{path}: hnswlib does not load it: {error}; export the bundle again") from error
     return index
-
-
-def check_finite(queries: NDArray[np.float32]) -> None:
-    """Check query vectors.
-
-    Raises:
-        BackendError: One is not finite.
-    """
-    if not np.isfinite(queries).all():
-        raise BackendError("a query vector is not finite; the retrieval graph is broken, export the bundle again")

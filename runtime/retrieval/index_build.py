@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError, ExportError
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import best, import_hnswlib, load_index, recall
-from unipinrec.runtime.retrieval.scan import ExactIndex
+from unipinrec.runtime.retrieval.index import import_hnswlib, load_index, recall
+from unipinrec.runtime.retrieval.scan import ExactIndex, best
 
 M_CHOICES = (16, 32, 48)
 EF_CONSTRUCTION = 200

@@ -17,8 +17,8 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible
 from unipinrec.runtime.requests import Pool, Spread
-from unipinrec.runtime.retrieval.index import HnswIndex, VectorIndex, best, check_finite
-from unipinrec.runtime.retrieval.scan import SHORTEST, ExactIndex
+from unipinrec.runtime.retrieval.index import HnswIndex, VectorIndex
+from unipinrec.runtime.retrieval.scan import SHORTEST, ExactIndex, best, check_finite
 
 # Measured by bench/retrieval_filters.py.
 VISIT_COST = 50  # rows that a scan reads while the index takes one step

@@ -16,7 +16,6 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.catalogue import NO_ROWS, Eligible
 from unipinrec.runtime.graphs.ort_cpu import PROVIDER, import_onnxruntime, session_options
 from unipinrec.runtime.machine import thread_count
-from unipinrec.runtime.retrieval.index import Matches, best, check_finite
 
 # Gathering a row costs as much as reading this many in order: bench/retrieval_filters.py, bench/scan.py.
 GATHER_COST, INT8_GATHER_COST = 4, 6
@@ -36,6 +35,7 @@ GRAPH = (
     b"\n\x0e\x08\x06\x12\n\n\x03\x12\x01s\n\x03\x12\x01nB\x04\n\x00\x10\r"
 )
 Scores = NDArray[np.int32] | NDArray[np.float32]
+Matches = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 class RoughProducts(Protocol):
@@ -273,3 +273,39 @@ def _lowest(scores: Scores) -> Any:
 
 def _blocks(rows: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK_ROWS) for start in range(0, rows, BLOCK_ROWS))
+
+
+def best(
+    vectors: NDArray[np.float32], queries: NDArray[np.float32], rows: Sequence[NDArray[np.int64]], counts: Sequence[int]
+) -> list[Matches]:
+    """For each of S searches the best of its distinct rows, ties in row order.
+
+    Args:
+        vectors: [N, E], the items.
+        queries: [S, Q, E]; a row's similarity is that to the nearest of a search's Q queries. Unlike that of a matrix
+            product, it does not depend on other rows and searches.
+        rows: Rows of each search.
+        counts: Most rows to return for each search.
+    """
+    sizes = list(map(len, rows))
+    owners, flat = np.repeat(np.arange(len(rows)), sizes), np.concatenate(rows)
+    gathered = vectors[flat]
+    similarity = np.einsum("me,me->m", gathered, queries[owners, 0])
+    for other in range(1, queries.shape[1]):
+        np.maximum(similarity, np.einsum("me,me->m", gathered, queries[owners, other]), out=similarity)
+    order = np.lexsort((flat, -similarity, owners))
+    flat, similarity, starts = flat[order], similarity[order], np.cumsum([0, *sizes])
+    return [
+        (flat[start : start + k], similarity[start : start + k])
+        for start, k in zip(starts, np.minimum(counts, sizes), strict=False)
+    ]
+
+
+def check_finite(queries: NDArray[np.float32]) -> None:
+    """Check query vectors.
+
+    Raises:
+        BackendError: One is not finite.
+    """
+    if not np.isfinite(queries).all():
+        raise BackendError("a query vector is not finite; the retrieval graph is broken, export the bundle again")

@@ -11,7 +11,7 @@ from unipinrec.runtime.batching import Batcher, BatchOptions
 from unipinrec.runtime.bundle.bundle import READ_WHILE_SERVING, Bundle
 from unipinrec.runtime.bundle.golden import read_golden
 from unipinrec.runtime.device import Machine
-from unipinrec.runtime.graphs.work import WORK_BYTES
+from unipinrec.runtime.graphs.engine import WORK_BYTES
 from unipinrec.runtime.kv.cache import KvCache
 from unipinrec.runtime.kv.options import CacheOptions
 from unipinrec.runtime.kv.pages import KvGeometry

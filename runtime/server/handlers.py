@@ -97,7 +97,8 @@ async def _slates(server: Server, call: Call, decode: Decode) -> Response:
         body = decode(await call.body(limits.body_bytes), limits)
         requests: Sequence[Asked] = body if isinstance(body, tuple) else (body,)
         ticket.add(len(requests) - 1)
-        server.access.charge(call.token, call.address, len(requests) - 1)
+        if len(requests) > 1:
+            server.access.charge(call.token, call.address, len(requests) - 1)
         ticket.begin()
         outcomes: list[RecommendAnswer | Exception] = []
         for index, submitted in enumerate(await _compute(server, call, requests, ticket)):
@@ -220,7 +221,8 @@ async def append_events(server: Server, call: Call) -> Response:
         body = decode_events(await call.body(limits.body_bytes), limits, now_ms)
         posts = body if isinstance(body, tuple) else (body,)
         ticket.add(len(posts) - 1)
-        server.access.charge(call.token, call.address, len(posts) - 1)
+        if len(posts) > 1:
+            server.access.charge(call.token, call.address, len(posts) - 1)
         ticket.begin()
         checked = _checked(server, posts, now_ms)
         appends = [append for append in checked if isinstance(append, Append)]

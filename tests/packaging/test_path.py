@@ -60,4 +60,4 @@ def test_one_recommendation_over_http_enters_few_files() -> None:
         assert {path.rpartition("/")[2] for path in observers} == {"log.py", "metrics.py"}
         answering = set(entered) - observers - {HEARTBEAT}
         assert {"/runtime/recommender.py", "/runtime/server/process/http.py"} <= answering
-        assert len(answering) <= 23, sorted(answering)
+        assert len(answering) <= 20, sorted(answering)

@@ -80,7 +80,7 @@ class Access:
 
     def charge(self, name: str | None, address: str, count: int) -> None:
         """Count further requests of a list that was admitted."""
-        if self.limit is not None and count:
+        if self.limit is not None:
             self.limit.charge(_client(name, address), count)
 
     def files(self) -> Iterator[tuple[str, Reloaded[Any]]]:

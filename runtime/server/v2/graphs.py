@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from unipinrec.errors import BackendError, RequestError
 from unipinrec.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec, check_inputs
 from unipinrec.runtime.graphs.backend import MAX_ROWS
-from unipinrec.runtime.graphs.work import WORK_BYTES, work_bytes
+from unipinrec.runtime.graphs.engine import WORK_BYTES, work_bytes
 from unipinrec.runtime.recommender import Recommender
 from unipinrec.runtime.requests import YEAR_10000_MS
 from unipinrec.runtime.server.v2.codec import DATATYPES, ModelMetadata, TensorMetadata

@@ -15,7 +15,7 @@ import numpy as np
 
 from unipinrec.runtime import Bundle
 from unipinrec.runtime.graphs.ort_cpu import OrtBackend
-from unipinrec.runtime.graphs.work import work_bytes
+from unipinrec.runtime.graphs.engine import work_bytes
 from unipinrec.runtime.machine import keep_memory_flat
 
 def status(field):

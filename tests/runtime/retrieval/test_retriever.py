@@ -15,9 +15,9 @@ from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.bundle import Bundle
 from unipinrec.runtime.bundle.catalogue import mask_without
 from unipinrec.runtime.bundle.manifest import IndexSpec
-from unipinrec.runtime.retrieval.index import HnswIndex, Matches, VectorIndex, recall
+from unipinrec.runtime.retrieval.index import HnswIndex, VectorIndex, recall
 from unipinrec.runtime.retrieval.retriever import Retriever, Search
-from unipinrec.runtime.retrieval.scan import ExactIndex
+from unipinrec.runtime.retrieval.scan import ExactIndex, Matches
 
 ITEMS, DIM, RETIRED = 400, 8, np.arange(7, 400, 40)
 NONE = np.array([], np.int64)

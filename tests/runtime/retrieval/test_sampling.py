@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from unipinrec.errors import ConfigError
 from unipinrec.runtime.bundle.catalogue import Eligible
-from unipinrec.runtime.retrieval.index import Matches
 from unipinrec.runtime.retrieval.retriever import Retriever
 from unipinrec.runtime.retrieval.sampling import RecallSampler
-from unipinrec.runtime.retrieval.scan import ExactIndex
+from unipinrec.runtime.retrieval.scan import ExactIndex, Matches
 from unipinrec.runtime.server.deployment import Deployment, DeploymentOptions
 from unipinrec.runtime.server.swap import Deployments
 

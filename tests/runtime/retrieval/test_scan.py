@@ -17,9 +17,9 @@ from onnx import TensorProto, helper
 from unipinrec.errors import BackendError
 from unipinrec.runtime.bundle.catalogue import Eligible
 from unipinrec.runtime.retrieval import scan as scan_module
-from unipinrec.runtime.retrieval.index import best, recall
+from unipinrec.runtime.retrieval.index import recall
 from unipinrec.runtime.retrieval.index_build import RECALL_TARGET, choose_ef
-from unipinrec.runtime.retrieval.scan import GRAPH, INT8_ROWS, ExactIndex, Fp32Products, Int8Products
+from unipinrec.runtime.retrieval.scan import GRAPH, INT8_ROWS, ExactIndex, Fp32Products, Int8Products, best
 
 
 def unit(rng: np.random.Generator, rows: int, dim: int = 8) -> NDArray[np.float32]:
